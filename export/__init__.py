@@ -1,0 +1,1 @@
+"""From a trained checkpoint to the artefact, and the proof that they answer alike."""

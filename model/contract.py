@@ -1,0 +1,166 @@
+"""The artefact: what the one ONNX file says of itself, and how that is read, written and sealed.
+
+The manifest is JSON under `metadata_props["manifest"]`. Beside it stands a seal: the sha256 of the whole file with the
+seal's own digits read as zeros, so that a byte changed by accident anywhere is found without a second file.
+Knows nobody in this project, and onnx only to write.
+"""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+SCHEMA_VERSION = 1
+INPUT, LOGITS, RUL = "telemetry", "logits", "rul"
+CLASSES = ("normal", "degrading", "critical")
+RUL_THRESHOLDS = (125.0, 50.0)  # normal above the first, critical at or below the last
+RUL_CAP = 125.0
+SETTINGS = ("op_setting_1", "op_setting_2", "op_setting_3")
+SENSORS = tuple(f"sensor_{n}" for n in (2, 3, 4, 7, 8, 9, 11, 12, 13, 14, 15, 17, 20, 21))
+CHANNELS = SETTINGS + SENSORS
+
+MANIFEST_KEY, SEAL_KEY = "manifest", "seal"
+UNSEALED = b"0" * 64
+# metadata_props is a protobuf map entry: field 1 the key, field 2 the value, each preceded by its length (64 = "@")
+_SEAL = re.compile(rb"\x0a\x04seal\x12\x40([0-9a-f]{64})")
+
+
+class ContractError(ValueError):
+    """An artefact that breaks the contract; the message is one line and names what is wrong."""
+
+
+class Part(BaseModel):
+    """Frozen; unknown fields are kept, so that a newer manifest passes through an older tool unharmed."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
+
+
+class Channel(Part):
+    """One column of the input, in physical units."""
+
+    name: str
+    unit: str = ""
+    description: str = ""
+    training_range: tuple[float, float] | None = None
+
+
+class Conformal(Part):
+    """Split conformal prediction sets: {k: 1 - p_k <= threshold}, at the artefact's own temperature (LAC, Sadinle 2019)."""
+
+    method: str = "lac"
+    level: float = Field(gt=0, lt=1)
+    threshold: float = Field(ge=0, le=1)
+
+
+class Golden(Part):
+    """A window and what the network answered when it was exported."""
+
+    telemetry: list[Any]
+    logits: list[float]
+    rul: float | None = None
+
+
+class Histogram(Part):
+    """Shares of held-out values between edges; the outer bins are open, so there is one share more than edges."""
+
+    edges: list[float]
+    shares: list[float]
+
+    @model_validator(mode="after")
+    def _one_share_more(self) -> "Histogram":
+        if len(self.shares) != len(self.edges) + 1 or sorted(set(self.edges)) != self.edges:
+            raise ValueError("a histogram needs rising edges and one share more than edges")
+        return self
+
+
+class Reference(Part):
+    """What held-out engines look like without labels: the baseline of drift."""
+
+    confidence: Histogram | None = None
+    entropy_nats: Histogram | None = None
+    channels: dict[str, Histogram] = {}
+
+
+class Manifest(Part):
+    """Everything that the file says of itself. Only `classes` and the names are required of a foreign classifier."""
+
+    schema_version: int = SCHEMA_VERSION
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    version: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
+    classes: tuple[str, ...] = Field(min_length=1)
+    channels: tuple[Channel, ...] = ()
+    window: int | None = Field(default=None, ge=1)
+    rul_thresholds: tuple[float, ...] | None = None
+    temperature: float = Field(default=1.0, ge=0.01, le=100)
+    conformal: Conformal | None = None
+    tolerance: float = Field(default=1e-4, gt=0)
+    golden: tuple[Golden, ...] = ()
+    reference: Reference | None = None
+    training: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Manifest":
+        if self.schema_version != SCHEMA_VERSION:
+            raise ValueError(f"schema_version {self.schema_version} is not {SCHEMA_VERSION}")
+        for kind, names in (("classes", self.classes), ("channels", tuple(c.name for c in self.channels))):
+            if len(set(names)) != len(names):
+                raise ValueError(f"{kind} has a name twice")
+        return self
+
+    @property
+    def channel_names(self) -> tuple[str, ...]:
+        """Names of the input's columns, in order."""
+        return tuple(channel.name for channel in self.channels)
+
+
+def parse_manifest(text: str) -> Manifest:
+    """The manifest of an artefact.
+
+    Raises:
+        ContractError: not JSON, a field missing or out of its range; the message names the first such field.
+    """
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "manifest"
+        raise ContractError(f"manifest: {place}: {first['msg']}") from None
+
+
+def digest(content: bytes) -> str:
+    """The name of a model: sha256 of its file, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def seal_of(content: bytes) -> str:
+    """The seal that a file should carry: its sha256 with the seal's digits read as zeros."""
+    return digest(_SEAL.sub(lambda found: found[0].replace(found[1], UNSEALED), content))
+
+
+def check_seal(content: bytes) -> None:
+    """Refuse a file that changed after it was written. A foreign file without a seal passes.
+
+    Raises:
+        ContractError: the seal does not fit the content.
+    """
+    seals = _SEAL.findall(content)
+    if seals and (len(seals) != 1 or seals[0].decode() != seal_of(content)):
+        raise ContractError("the file changed after it was written (its seal does not fit its content)")
+
+
+def write(source: bytes, manifest: Manifest, target: Path) -> str:
+    """Put a manifest into an ONNX file, replacing an older one, and seal it. Returns the digest of what was written."""
+    import onnx
+
+    proto = onnx.load_model_from_string(source)
+    kept = {entry.key: entry.value for entry in proto.metadata_props if entry.key not in (MANIFEST_KEY, SEAL_KEY)}
+    kept[MANIFEST_KEY] = manifest.model_dump_json()
+    onnx.helper.set_model_props(proto, kept | {SEAL_KEY: UNSEALED.decode()})
+    content = proto.SerializeToString(deterministic=True)
+    content = content.replace(b"\x12\x40" + UNSEALED, b"\x12\x40" + seal_of(content).encode())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(content)
+    return digest(content)

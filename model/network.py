@@ -1,0 +1,125 @@
+"""The network: raw telemetry in, class logits and remaining useful life out. Normalisation lives inside it.
+
+Knows the contract's channels and nothing of training, files or serving.
+B = batch, T = window, C = 17 channels, S = 14 sensors, K = operating conditions, H = hidden width.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.contract import CLASSES, RUL_CAP, SENSORS, SETTINGS
+from model.windows import Readings
+
+# How far apart two settings must be to be another operating condition: kft of altitude, Mach, degrees of throttle.
+# The six conditions of C-MAPSS are 3 to 10 of these apart, and its noise within one is under a hundredth.
+SETTING_SCALES = (2.5, 0.1, 10.0)
+CLIP = 10.0  # deviations; a broken sensor may pull a window, not blow it up
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Everything that the shape of the network depends on; it travels in the checkpoint and in the manifest."""
+
+    window: int = 50
+    conditions: int = 6
+    classes: int = len(CLASSES)
+    backbone: Literal["conv-gru"] = "conv-gru"
+    hidden: int = 64
+    kernel: int = 5
+    dropout: float = 0.2
+
+
+class Normaliser(nn.Module):
+    """Assigns each row to its nearest operating condition and scales its sensors by that condition's statistics."""
+
+    def __init__(self, conditions: int) -> None:
+        super().__init__()
+        self.register_buffer("scales", torch.tensor(SETTING_SCALES))
+        self.register_buffer("centres", torch.zeros(conditions, len(SETTINGS)))
+        self.register_buffer("means", torch.zeros(conditions, len(SENSORS)))
+        self.register_buffer("deviations", torch.ones(conditions, len(SENSORS)))
+
+    def forward(self, telemetry: Tensor) -> Tensor:  # (B, T, C) -> (B, T, S)
+        settings, sensors = telemetry[..., : len(SETTINGS)], telemetry[..., len(SETTINGS) :]
+        distance = ((settings / self.scales).unsqueeze(2) - self.centres / self.scales).square().sum(-1)  # (B, T, K)
+        condition = distance.argmin(-1)  # (B, T)
+        return ((sensors - self.means[condition]) / self.deviations[condition]).clamp(-CLIP, CLIP)
+
+    def fit(self, rows: Readings) -> None:
+        """Statistics per condition from training rows (N, C).
+
+        Raises:
+            ValueError: the rows do not hold as many conditions as this module was built for.
+        """
+        centres, condition = find_conditions(rows[:, : len(SETTINGS)])
+        if len(centres) != len(self.centres):
+            raise ValueError(f"found {len(centres)} operating conditions, built for {len(self.centres)}")
+        sensors = rows[:, len(SETTINGS) :].astype(np.float64)
+        groups = [sensors[condition == k] for k in range(len(centres))]
+        floor = 1e-3 * np.abs(sensors).mean(axis=0)  # a channel that is constant in one condition says nothing there
+        self.centres.copy_(torch.from_numpy(centres))
+        self.means.copy_(torch.from_numpy(np.stack([group.mean(axis=0) for group in groups])))
+        self.deviations.copy_(torch.from_numpy(np.stack([np.maximum(g.std(axis=0), floor * (g.std(axis=0) < 1e-6)) for g in groups])))
+
+    scales: Tensor
+    centres: Tensor
+    means: Tensor
+    deviations: Tensor
+
+
+def find_conditions(settings: Readings) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Centres (K, 3) of the operating conditions in settings (N, 3), and the condition of each row (N,).
+
+    Farthest-point traversal until every row is within one scale of a centre, then one mean: K is found, not given.
+    """
+    points = settings.astype(np.float64) / SETTING_SCALES
+    picked = [points[0]]
+    distance = np.linalg.norm(points - picked[0], axis=1)
+    while distance.max() > 1:
+        picked.append(points[distance.argmax()])
+        distance = np.minimum(distance, np.linalg.norm(points - picked[-1], axis=1))
+    condition = np.linalg.norm(points[:, None] - np.array(picked), axis=2).argmin(axis=1)
+    centres = np.stack([settings[condition == k].mean(axis=0, dtype=np.float64) for k in range(len(picked))])
+    order = np.lexsort(centres.T[::-1])
+    return centres[order], np.argsort(order)[condition]
+
+
+class ConvGru(nn.Module):
+    """One convolution that smooths and combines neighbouring cycles, one GRU that follows them; its last state."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(len(SENSORS), config.hidden, config.kernel)
+        self.gru = nn.GRU(config.hidden, config.hidden, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, S) -> (B, H)
+        local = F.relu(self.conv(x.transpose(1, 2))).transpose(1, 2)  # (B, T - kernel + 1, H)
+        states, _ = self.gru(local)
+        return states[:, -1]
+
+
+class EngineHealth(nn.Module):
+    """Normaliser, backbone and two heads: logits, never probabilities, and RUL in cycles, 0..125."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.normalise = Normaliser(config.conditions)
+        self.backbone = ConvGru(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.health = nn.Linear(config.hidden, config.classes)
+        self.remaining = nn.Linear(config.hidden, 1)
+
+    def heads(self, normalised: Tensor) -> tuple[Tensor, Tensor]:  # (B, T, S) -> (B, classes), (B,)
+        """Both answers from normalised sensors; training calls this directly to disturb them first."""
+        features = self.dropout(self.backbone(normalised))  # (B, H)
+        return self.health(features), RUL_CAP * torch.sigmoid(self.remaining(features).squeeze(-1))
+
+    def forward(self, telemetry: Tensor) -> tuple[Tensor, Tensor]:  # (B, T, C) -> (B, classes), (B,)
+        return self.heads(self.normalise(telemetry))

@@ -1,0 +1,229 @@
+"""Softmax, cross-entropy and calibration error, once, in log space and float64.
+
+Every function takes **logits**, never probabilities, and divides them by a temperature first.
+Shapes: `logits` (N, C) or (C,); `targets` (N,) integers or (N, C) distributions over the classes.
+Knows numpy and nothing of this project. Bad values raise `ValueError`.
+"""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Reduction = Literal["mean", "sum", "none"]
+
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
+RELIABILITY_BINS = 15
+MAX_WEIGHT = 1e9  # far beyond any use, and no sum of losses overflows
+# How far a distribution given as a label may be from summing to one: four decimals are enough for a person.
+SUM_TOLERANCE = 1e-4
+
+
+def scaled(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
+    """Logits in float64, divided by the temperature.
+
+    Raises:
+        ValueError: no class axis, not finite, or a temperature outside 0.01..100.
+    """
+    z = np.asarray(logits, dtype=np.float64)
+    if z.ndim == 0 or z.shape[-1] == 0:
+        raise ValueError("logits need at least one class on the last axis")
+    if not np.isfinite(z).all():
+        raise ValueError("logits must be finite")
+    if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
+        raise ValueError(f"temperature must be from {MIN_TEMPERATURE} to {MAX_TEMPERATURE:g}, not {temperature!r}")
+    return z / temperature
+
+
+def log_softmax(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
+    """ln p = z - m - ln Σ exp(z - m), with z = logits / T and m = max z, so that no exponential overflows.
+
+    Example: `[-100, 0, 1]` gives `[-101.3133, -1.3133, -0.3133]`.
+    """
+    z = scaled(logits, temperature)
+    shifted = z - z.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))  # type: ignore[no-any-return]  # numpy's sum is Any
+
+
+def softmax(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
+    """p_k = exp(z_k - max z) / Σ exp(z - max z), the same shape as the logits."""
+    z = scaled(logits, temperature)
+    exponentials = np.exp(z - z.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)  # type: ignore[no-any-return]  # numpy's sum is Any
+
+
+def as_distributions(targets: npt.ArrayLike, classes: int) -> Floats:
+    """Targets as rows of probabilities (N, C): one-hot for integers, unchanged for distributions.
+
+    Raises:
+        ValueError: an index outside 0..C-1, a negative probability, or a row that does not sum to 1 within 1e-4.
+    """
+    t = np.asarray(targets)
+    if t.ndim == 1:
+        return np.asarray(np.eye(classes)[_class_indices(t, classes)])
+    q = t.astype(np.float64)
+    if q.ndim != 2 or q.shape[1] != classes:
+        raise ValueError(f"distributions need {classes} probabilities a row, got shape {q.shape}")
+    if not (np.isfinite(q).all() and (q >= 0).all() and (abs(q.sum(axis=1) - 1) <= SUM_TOLERANCE).all()):
+        raise ValueError("a distribution needs probabilities >= 0 that sum to 1")
+    return q
+
+
+def _class_indices(targets: npt.NDArray[np.generic], classes: int) -> npt.NDArray[np.int64]:
+    if not np.issubdtype(targets.dtype, np.integer):
+        raise ValueError(f"class indices must be integers, not {targets.dtype}")
+    if targets.size and not (targets.min() >= 0 and targets.max() < classes):  # type: ignore[operator]  # integers, checked above
+        raise ValueError(f"class indices must be from 0 to {classes - 1}")
+    return targets.astype(np.int64)
+
+
+def cross_entropy(
+    logits: npt.ArrayLike,
+    targets: npt.ArrayLike,
+    temperature: float = 1.0,
+    class_weights: npt.ArrayLike | None = None,
+    reduction: Reduction = "mean",
+) -> Floats:
+    """-Σ w_k q_k ln p_k in nats: `-ln p_y` for a class index y, against the whole of q for a distribution.
+
+    The mean divides by the sum of the targets' weights for indices and by N for distributions, as
+    `torch.nn.functional.cross_entropy(weight=...)` does. Convention: 0 ln 0 = 0.
+    Example: p_y = 0.96 gives 0.041, p_y = 0.40 gives 0.916, p_y = 0.01 gives 4.605.
+    """
+    z = np.atleast_2d(np.asarray(logits, dtype=np.float64))
+    log_p = log_softmax(z, temperature)
+    t = np.atleast_1d(np.asarray(targets))
+    w = _weights(class_weights, z.shape[1])
+    q = as_distributions(t, z.shape[1])
+    if len(q) != len(z):
+        raise ValueError(f"{len(z)} rows of logits but {len(q)} targets")
+    losses = 0.0 - (w * q * log_p).sum(axis=1)  # as in entropy
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return np.asarray(losses.sum())
+    total = float((q @ w).sum()) if t.ndim == 1 else float(len(z))
+    if total <= 0:
+        raise ValueError("a mean needs at least one row whose class weight is above 0")
+    return np.asarray(losses.sum() / total)
+
+
+def _weights(class_weights: npt.ArrayLike | None, classes: int) -> Floats:
+    w = np.ones(classes) if class_weights is None else np.asarray(class_weights, dtype=np.float64)
+    if w.shape != (classes,) or not ((w >= 0) & (w <= MAX_WEIGHT)).all():
+        raise ValueError(f"class weights must be {classes} numbers from 0 to {MAX_WEIGHT:g}")
+    return w
+
+
+def entropy(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
+    """H(p) = -Σ p ln p in nats: the cross-entropy that a calibrated model expects of itself."""
+    log_p = log_softmax(logits, temperature)
+    return np.asarray(0.0 - (np.exp(log_p) * log_p).sum(axis=-1))  # 0 - x, so that certainty is 0.0 and not -0.0
+
+
+def loss_variance(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
+    """Σ p (ln p)² - H(p)², nats²: the variance of one calibrated loss, the unit of the z of the loss gap."""
+    log_p = log_softmax(logits, temperature)
+    second = (np.exp(log_p) * log_p**2).sum(axis=-1)
+    return np.maximum(second - entropy(logits, temperature) ** 2, 0.0)  # type: ignore[no-any-return]  # numpy's sum is Any
+
+
+def brier(logits: npt.ArrayLike, targets: npt.ArrayLike, temperature: float = 1.0) -> Floats:
+    """Σ_k (p_k - q_k)² a row, 0..2 (Brier 1950, summed over classes)."""
+    p = np.atleast_2d(softmax(logits, temperature))
+    return np.asarray(((p - as_distributions(np.atleast_1d(np.asarray(targets)), p.shape[1])) ** 2).sum(axis=1))
+
+
+def correct(logits: npt.ArrayLike, targets: npt.ArrayLike) -> Floats:
+    """Probability that the target gives to the predicted class, a row: 0 or 1 for a class index."""
+    z = np.atleast_2d(scaled(logits))
+    q = as_distributions(np.atleast_1d(np.asarray(targets)), z.shape[1])
+    return np.asarray(q[np.arange(len(z)), z.argmax(axis=1)])
+
+
+class Reliability(NamedTuple):
+    """What each bin of the top probability holds; every field has shape (bins,)."""
+
+    count: Floats
+    confidence: Floats  # sum of the top probabilities
+    correct: Floats  # sum of `correct`
+
+    def ece(self) -> float:
+        """Expected calibration error: Σ |confidence - correct| / N (Naeini et al. 2015)."""
+        return float(abs(self.confidence - self.correct).sum() / max(self.count.sum(), 1.0))
+
+
+def bin_of(confidence: npt.ArrayLike, bins: int = RELIABILITY_BINS) -> npt.NDArray[np.int64]:
+    """The bin (k/bins, (k+1)/bins] of each confidence, 0 <= k < bins; zero belongs to the first."""
+    return np.clip(np.ceil(np.asarray(confidence) * bins) - 1, 0, bins - 1).astype(np.int64)
+
+
+def reliability(
+    logits: npt.ArrayLike, targets: npt.ArrayLike, temperature: float = 1.0, bins: int = RELIABILITY_BINS
+) -> Reliability:
+    """Counts, confidences and hits of equal-width bins of the top probability."""
+    top = np.atleast_2d(softmax(logits, temperature)).max(axis=1)
+    k, hits = bin_of(top, bins), correct(logits, targets)
+    count, confidence, right = (np.bincount(k, w, bins) for w in (np.ones_like(top), top, hits))
+    return Reliability(count.astype(np.float64), confidence, right)
+
+
+def ece(
+    logits: npt.ArrayLike, targets: npt.ArrayLike, temperature: float = 1.0, bins: int = RELIABILITY_BINS
+) -> float:
+    """Expected calibration error over equal-width bins of the top probability."""
+    return reliability(logits, targets, temperature, bins).ece()
+
+
+def ece_noise_band(
+    logits: npt.ArrayLike, temperature: float = 1.0, draws: int = 200, seed: int = 0, bins: int = RELIABILITY_BINS
+) -> tuple[float, float]:
+    """The 5th and 95th percentile of ECE if the model were perfectly calibrated at these confidences.
+
+    A hit of a calibrated model is a coin that falls with its confidence, so the band needs no labels.
+    """
+    top = np.atleast_2d(softmax(logits, temperature)).max(axis=1)
+    k, random = bin_of(top, bins), np.random.default_rng(seed)
+    gaps = [np.bincount(k, (random.random(len(top)) < top) - top, bins) for _ in range(draws)]
+    low, high = np.quantile(np.abs(gaps).sum(axis=1) / max(len(top), 1), [0.05, 0.95])
+    return float(low), float(high)
+
+
+def fit_temperature(
+    logits: npt.ArrayLike, targets: npt.ArrayLike, weights: npt.ArrayLike | None = None, tolerance: float = 1e-9
+) -> float:
+    """The temperature in 0.01..100 with the lowest mean cross-entropy (Guo et al. 2017).
+
+    Mean cross-entropy is convex in b = 1/T with slope E_p[z] - E_q[z], so the root of a rising slope is bracketed
+    and halved over ln T. A bound is returned where the loss still falls there (separable data), 1.0 where it is flat.
+
+    Args:
+        weights: one a row, >= 0; all alike if absent.
+        tolerance: width in ln T at which the search stops.
+
+    Raises:
+        ValueError: no rows, or anything that `cross_entropy` refuses.
+    """
+    z = np.atleast_2d(scaled(logits))
+    q = as_distributions(np.atleast_1d(np.asarray(targets)), z.shape[1])
+    w = np.ones(len(z)) if weights is None else np.asarray(weights, dtype=np.float64)
+    if len(z) == 0 or len(q) != len(z) or w.shape != (len(z),) or not (w >= 0).all() or not 0 < w.sum() < np.inf:
+        raise ValueError("a temperature needs rows, one target and one weight >= 0 for each, not all of them 0")
+    z = z - z.max(axis=1, keepdims=True)  # the slope is blind to a shift of a row, and small numbers keep their digits
+    observed = w @ (q * z).sum(axis=1)
+
+    def slope(log_t: float) -> float:  # of the loss over 1/T
+        return float(w @ (softmax(z, float(np.exp(log_t))) * z).sum(axis=1) - observed)
+
+    low, high = np.log(MIN_TEMPERATURE) + 1e-12, np.log(MAX_TEMPERATURE) - 1e-12
+    if slope(low) == 0 == slope(high):
+        return 1.0
+    if slope(low) <= 0:  # the loss falls up to the largest 1/T: nothing contradicts the model
+        return MIN_TEMPERATURE
+    if slope(high) >= 0:
+        return MAX_TEMPERATURE
+    while high - low > tolerance:
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
+    return float(np.exp((low + high) / 2))

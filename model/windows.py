@@ -1,0 +1,42 @@
+"""Histories to windows: padding on the left, missing values held. Training, serving and batch scoring share it.
+
+Knows numpy and nothing of this project. A missing value is NaN. Time runs along the first axis, oldest row first.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+Readings = npt.NDArray[np.float32]
+
+
+def pad_left(history: Readings, window: int) -> Readings:
+    """The newest `window` rows of a history (T, C); a shorter one is preceded by copies of its oldest row.
+
+    Raises:
+        ValueError: an empty history.
+    """
+    if len(history) == 0:
+        raise ValueError("a window needs at least one row")
+    missing = window - len(history)
+    return history[-window:] if missing <= 0 else np.concatenate([np.repeat(history[:1], missing, axis=0), history])
+
+
+def every_window(history: Readings, window: int) -> Readings:
+    """One window per cycle, (T, window, C): what the engine looked like at each cycle of its life.
+
+    A read-only view on one padded copy of the history: nothing is copied per window.
+    """
+    padded = np.concatenate([np.repeat(history[:1], window - 1, axis=0), history])
+    view = np.lib.stride_tricks.sliding_window_view(padded, window, axis=0)  # (T, C, window)
+    return view.transpose(0, 2, 1)
+
+
+def hold_last(history: Readings) -> tuple[Readings, npt.NDArray[np.int64]]:
+    """Each missing value replaced by the last seen one of its channel, and how many were, per channel (C,).
+
+    A value missing before the channel was ever seen stays NaN: there is nothing to hold.
+    """
+    missing = np.isnan(history)  # (T, C)
+    seen_at = np.where(missing, 0, np.arange(len(history))[:, None])
+    filled = np.take_along_axis(history, np.maximum.accumulate(seen_at, axis=0), axis=0)
+    return filled, (missing & ~np.isnan(filled)).sum(axis=0)

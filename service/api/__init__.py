@@ -1,0 +1,1 @@
+"""The HTTP edge: wiring, schemas, routes. Everything here translates; nothing here decides."""

@@ -1,0 +1,178 @@
+"""The bodies of the API as types: requests are parsed into them, the OpenAPI document is generated from them.
+
+Numbers of telemetry and logits stay raw JSON here (`msgspec.Raw`) and go straight into arrays in `decode`.
+"""
+
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Raw, Struct
+
+from model.contract import CHANNELS
+from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE
+from service.errors import Fault, InvalidInput, NotJson
+
+_READINGS = {"type": "array", "items": {"type": "number"}}
+_EXAMPLE = [[0.0, 0.0, 100.0, 642.3, 1587.0, 1400.0, 553.9, 2388.1, 9055.0, 47.4, 521.9, 2388.0, 8132.0, 8.42, 392.0, 39.0, 23.4]]
+Telemetry = Annotated[
+    Raw,
+    Meta(
+        description="Rows oldest first, one value a channel in the manifest's order; or an object of channel name to values. "
+        "Fewer rows than the window are padded with the oldest, of more the newest count.",
+        extra_json_schema={
+            "anyOf": [
+                {"type": "array", "minItems": 1, "items": {"type": "array", "items": {"type": ["number", "null"]}}},
+                {"type": "object", "additionalProperties": {"type": "array", "items": {"type": ["number", "null"]}}},
+            ],
+            "examples": [_EXAMPLE, {name: [value] for name, value in zip(CHANNELS, _EXAMPLE[0], strict=True)}],
+        },
+    ),
+]
+Label = str | int | list[float]
+Temperature = Annotated[float, Meta(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, description="Divides the logits.")]
+
+
+class Instance(Struct, forbid_unknown_fields=True):
+    """One engine at one moment."""
+
+    telemetry: Telemetry
+    engine_id: Annotated[str, Meta(min_length=1, max_length=200)] | None = None
+    cycle: Annotated[int, Meta(ge=0, le=2**53)] | None = None
+    label: Annotated[Label | None, Meta(description="Class name, class index, or a probability for each class.")] = None
+
+
+class PredictRequest(Struct, forbid_unknown_fields=True):
+    """Telemetry in, calibrated health out; with labels also the loss."""
+
+    instances: Annotated[list[Instance], Meta(min_length=1)]
+    temperature: Annotated[Temperature | None, Meta(description="In place of the active one, for this call.")] = None
+    missing: Annotated[
+        Literal["reject", "hold"], Meta(description="What to do with null: refuse, or hold the last seen value.")
+    ] = "reject"
+
+
+class EvaluateRequest(Struct, forbid_unknown_fields=True):
+    """Logits and labels in, losses out; needs no model and feeds no metrics."""
+
+    logits: Annotated[Raw, Meta(extra_json_schema={"type": "array", "minItems": 1, "items": {**_READINGS, "minItems": 1}})]
+    labels: Annotated[list[Label], Meta(min_length=1)]
+    temperature: Annotated[Temperature | None, Meta(description="1.0 if not given.")] = None
+    class_weights: Annotated[list[float] | None, Meta(description="As torch's cross_entropy(weight=...).")] = None
+
+
+class ModelName(Struct):
+    """Which model answered."""
+
+    name: str
+    version: str
+    digest: str
+
+
+class PredictionBody(Struct):
+    """The answer for one instance. Losses are in nats, RUL in cycles."""
+
+    prediction_id: str
+    engine_id: str | None
+    cycle: int | None
+    health: str
+    probabilities: dict[str, float]
+    logits: list[float]
+    expected_loss: float
+    loss: float | None
+    rul: float | msgspec.UnsetType = msgspec.UNSET
+    prediction_set: list[str] | msgspec.UnsetType = msgspec.UNSET
+
+
+class EvaluationBody(Struct):
+    """Means over the labelled instances."""
+
+    count: int
+    cross_entropy: float
+    expected_cross_entropy: float
+    accuracy: float
+    brier: float
+
+
+class PredictResponse(Struct):
+    """One prediction for each instance, in their order."""
+
+    model: ModelName
+    temperature: float
+    temperature_source: Literal["artefact", "fit", "request"]
+    predictions: list[PredictionBody]
+    evaluation: EvaluationBody | None
+
+
+class Warned(Struct):
+    """Rows that were answered as asked, but look like a mistake."""
+
+    rows: list[int]
+    msg: str
+
+
+class EvaluateResponse(Struct):
+    """Probabilities (N, C) and losses (N,) at the given temperature; means over all rows."""
+
+    count: int
+    temperature: float
+    probabilities: list[list[float]]
+    losses: list[float]
+    cross_entropy: float
+    accuracy: float
+    brier: float
+    ece: float
+    warnings: list[Warned]
+
+
+class FaultBody(Struct):
+    """A place in the request and what is wrong there."""
+
+    loc: list[str | int]
+    msg: str
+
+
+class Problem(Struct):
+    """RFC 9457 problem document."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    errors: list[FaultBody] | msgspec.UnsetType = msgspec.UNSET
+
+
+Body = TypeVar("Body", bound=Struct)
+_PLACE = re.compile(r"^(.*?)(?: - at `\$(.*)`)?$", re.DOTALL)
+_STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
+
+
+def parse(body: bytes, kind: type[Body]) -> Body:
+    """A request body as its type.
+
+    Raises:
+        NotJson: no JSON, or nested too deeply to be a request.
+        InvalidInput: JSON of another shape; names the first place.
+    """
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        found = _PLACE.match(str(error))
+        message, path = found.groups() if found else (str(error), None)
+        loc = tuple(name or int(index) for name, index in _STEP.findall(path or ""))
+        raise InvalidInput(f"{describe(loc)}: {message}", (Fault(loc, message),)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise NotJson(f"the body is not JSON: {error}" if body else "the body is empty") from None
+    except RecursionError:
+        raise NotJson("the body is nested too deeply") from None
+
+
+def describe(loc: tuple[str | int, ...]) -> str:
+    """A place as a person writes it: `instances[0].telemetry[3].sensor_4`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".") or "body"
+
+
+def components() -> dict[str, Any]:
+    """JSON schemas of all bodies, for the OpenAPI document."""
+    types = (PredictRequest, PredictResponse, EvaluateRequest, EvaluateResponse, Problem)
+    return msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")[1]

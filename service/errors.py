@@ -1,0 +1,59 @@
+"""What can go wrong, as one small tree without HTTP; `service.api.app` maps it to status codes in one table."""
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    """One wrong value: where it stands, as the path of field names and indices, and what is wrong with it."""
+
+    loc: tuple[str | int, ...]
+    msg: str
+
+
+class ServiceError(Exception):
+    """The root. `detail` is one sentence for a person, `faults` name the places at fault."""
+
+    def __init__(self, detail: str, faults: tuple[Fault, ...] = ()) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.faults = faults
+
+
+class SettingsRejected(ServiceError):
+    """A setting that cannot be used; the service does not start."""
+
+
+class ArtefactRejected(ServiceError):
+    """A file that is not a model, or does not answer as it says it does."""
+
+
+class InputRejected(ServiceError):
+    """The root of everything that is the caller's to mend; `reason` labels it in the metrics."""
+
+    reason = "invalid"
+
+
+class InvalidInput(InputRejected):
+    """Well-formed, but a value is wrong."""
+
+
+class NotJson(InputRejected):
+    """A body that no JSON parser accepts."""
+
+    reason = "not_json"
+
+
+class UnsupportedMediaType(InputRejected):
+    """A content type that this call does not read."""
+
+    reason = "unsupported_media_type"
+
+
+class BodyTooLarge(InputRejected):
+    """More bytes than the limit."""
+
+    reason = "too_large"
+
+
+class NotReady(ServiceError):
+    """No model has proved itself yet."""

@@ -1,0 +1,143 @@
+"""The use case: telemetry, and labels if known, to calibrated health, and its loss. Knows no HTTP and no JSON."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from model import numerics
+from model.numerics import Floats
+from service.metrics import Metrics, add_bins, observe_all
+from service.runtime import Batch, Model
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Losses of the labelled rows, in nats, and their means."""
+
+    count: int
+    cross_entropy: float
+    expected_cross_entropy: float
+    accuracy: float
+    brier: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Answers for N rows. `loss` is NaN where no label was given; `sets` (N, C) says which classes the set holds."""
+
+    temperature: float
+    logits: Batch  # (N, C)
+    rul: Batch | None  # (N,)
+    probabilities: Floats  # (N, C)
+    expected_loss: Floats  # (N,)
+    loss: Floats  # (N,)
+    sets: Mask | None  # (N, C)
+    evaluation: Evaluation | None
+
+
+class Predictor:
+    """One model, its active temperature, and the metrics that it feeds."""
+
+    def __init__(self, model: Model, metrics: Metrics) -> None:
+        self.model = model
+        self.temperature = model.manifest.temperature
+        self._metrics = metrics
+        manifest = model.manifest
+        metrics.serving(manifest.name, manifest.version, model.digest, manifest.classes, self.temperature)
+
+    def predict(
+        self,
+        telemetry: Batch,
+        targets: Floats | None = None,
+        temperature: float | None = None,
+        imputed: npt.NDArray[np.int64] | None = None,
+    ) -> Prediction:
+        """Calibrated health of N instances.
+
+        Args:
+            telemetry: (N, *input_shape) float32, finite, windows already padded.
+            targets: (N, C) distributions over the classes, a row of NaN where no label is known.
+            temperature: in place of the active one, for this call only.
+            imputed: (channels,) how many missing values were held, for the metrics.
+        """
+        started = time.perf_counter()
+        logits, rul = self.model.run(telemetry)
+        self._metrics.inference_duration.observe(time.perf_counter() - started)
+        self._metrics.batch_rows.observe(len(telemetry))
+        t = self.temperature if temperature is None else temperature
+        prediction = self._calibrated(logits, rul, t, targets)
+        self._observe(prediction, telemetry, targets, imputed)
+        return prediction
+
+    def _calibrated(self, logits: Batch, rul: Batch | None, t: float, targets: Floats | None) -> Prediction:
+        known = np.zeros(len(logits), bool) if targets is None else ~np.isnan(targets[:, 0])
+        loss, expected = np.full(len(logits), np.nan), numerics.entropy(logits, t)
+        evaluation = None
+        if targets is not None and known.any():
+            loss[known] = numerics.cross_entropy(logits[known], targets[known], t, reduction="none")
+            evaluation = Evaluation(
+                int(known.sum()),
+                float(loss[known].mean()),
+                float(expected[known].mean()),
+                float(numerics.correct(logits[known], targets[known]).mean()),
+                float(numerics.brier(logits[known], targets[known], t).mean()),
+            )
+        probabilities = numerics.softmax(logits, t)
+        return Prediction(t, logits, rul, probabilities, expected, loss, self._sets(logits), evaluation)
+
+    def _sets(self, logits: Batch) -> Mask | None:
+        """Prediction sets at the artefact's own temperature, whatever temperature was asked for: the threshold was
+        found there, and its coverage holds nowhere else. Never empty: the most probable class always belongs."""
+        conformal = self.model.manifest.conformal
+        if conformal is None:
+            return None
+        p = numerics.softmax(logits, self.model.manifest.temperature)
+        return (1 - p <= conformal.threshold) | (p == p.max(axis=1, keepdims=True))  # type: ignore[no-any-return]  # numpy's max is Any
+
+    def _observe(
+        self, prediction: Prediction, telemetry: Batch, targets: Floats | None, imputed: npt.NDArray[np.int64] | None
+    ) -> None:
+        m, classes = self._metrics, self.model.manifest.classes
+        for k, n in enumerate(np.bincount(prediction.logits.argmax(axis=1), minlength=len(classes)).tolist()):
+            if n:
+                m.predictions.labels(classes[k]).inc(n)
+        observe_all(m.confidence, prediction.probabilities.max(axis=1))
+        observe_all(m.entropy, prediction.expected_loss)
+        self._observe_inputs(telemetry, imputed)
+        if targets is not None and prediction.evaluation is not None:
+            self._observe_labelled(prediction, targets)
+
+    def _observe_inputs(self, telemetry: Batch, imputed: npt.NDArray[np.int64] | None) -> None:
+        """Only the newest row of a window is news: the others were counted when they were newest."""
+        manifest = self.model.manifest
+        reference = manifest.reference.channels if manifest.reference else {}
+        for k, channel in enumerate(manifest.channel_names):
+            if channel in reference:
+                edges = reference[channel].edges
+                bins = np.searchsorted(edges, telemetry[:, -1, k].astype(np.float64))
+                add_bins(self._metrics.input_values, np.bincount(bins, minlength=len(edges) + 1), channel)
+            if imputed is not None and imputed[k]:
+                self._metrics.imputed_values.labels(channel).inc(int(imputed[k]))
+
+    def _observe_labelled(self, prediction: Prediction, targets: Floats) -> None:
+        known = ~np.isnan(targets[:, 0])
+        logits, q, t, m = prediction.logits[known], targets[known], prediction.temperature, self._metrics
+        observe_all(m.loss, prediction.loss[known])
+        m.labelled.inc(int(known.sum()))
+        m.correct.inc(float(numerics.correct(logits, q).sum()))
+        m.loss_nats.inc(float(prediction.loss[known].sum()))
+        m.expected_loss_nats.inc(max(0.0, float(prediction.expected_loss[known].sum())))
+        m.loss_variance.inc(float(numerics.loss_variance(logits, t).sum()))
+        m.brier.inc(float(numerics.brier(logits, q, t).sum()))
+        if prediction.sets is not None:
+            m.covered.inc(float((q * prediction.sets[known]).sum()))
+        bins = numerics.reliability(logits, q, t)
+        add_bins(m.reliability_predictions, bins.count)
+        add_bins(m.reliability_confidence, bins.confidence)
+        add_bins(m.reliability_correct, bins.correct)
+
+

@@ -1,0 +1,154 @@
+"""The only ONNX Runtime: opens an artefact, makes it prove itself, runs batches. Knows no HTTP and no metrics."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from model import contract
+from model.contract import ContractError, Manifest
+from service.errors import ArtefactRejected
+
+Batch = npt.NDArray[np.float32]
+FATAL_ONLY = 4  # ONNX Runtime's log severity: what goes wrong is raised, and said once
+
+
+class Outputs(NamedTuple):
+    """What the network answers for a batch of N: logits (N, C) float32, RUL (N,) float32 or None without that head."""
+
+    logits: Batch
+    rul: Batch | None
+
+
+def allowed_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Model:
+    """An artefact that proved itself. `input_shape` is that of one instance, without the batch."""
+
+    manifest: Manifest
+    digest: str
+    input_shape: tuple[int, ...]
+    run: Callable[[Batch], Outputs]
+
+    @property
+    def has_rul(self) -> bool:
+        """Whether the network has a head for remaining useful life."""
+        return self.manifest.rul_thresholds is not None
+
+
+def open_model(path: Path, required_digest: str = "", threads: int = 0) -> Model:
+    """Open an artefact and prove it: digest, seal, manifest, shapes, golden windows, batch of N = N batches of 1.
+
+    Raises:
+        ArtefactRejected: any of these fails; one line says which.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ArtefactRejected(f"{path}: {error.strerror}") from None
+    digest = contract.digest(content)
+    try:
+        if required_digest and digest != required_digest:
+            raise ContractError(f"digest is {digest}, required is {required_digest}")
+        contract.check_seal(content)
+        session = _session(content, threads or allowed_cores())
+        manifest = _manifest(session)
+        model = Model(manifest, digest, _input_shape(session, manifest), _runner(session))
+        _check_outputs(session, manifest)
+        _check_golden(model)
+    except ContractError as error:
+        raise ArtefactRejected(f"{path}: {error}") from None
+    return model
+
+
+def _session(content: bytes, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = FATAL_ONLY
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # an idle service uses no core
+    try:
+        return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises a class of its own for each way a file can be broken
+        raise ContractError(f"not a usable ONNX file: {str(error).strip().splitlines()[0]}") from None
+
+
+def _manifest(session: ort.InferenceSession) -> Manifest:
+    text = session.get_modelmeta().custom_metadata_map.get(contract.MANIFEST_KEY)
+    if text is None:
+        raise ContractError("no manifest in the file; export it with this project, or give it one")
+    return contract.parse_manifest(text)
+
+
+def _input_shape(session: ort.InferenceSession, manifest: Manifest) -> tuple[int, ...]:
+    inputs = session.get_inputs()
+    if [i.name for i in inputs] != [contract.INPUT] or inputs[0].type != "tensor(float)":
+        raise ContractError(f"expected one float32 input {contract.INPUT!r}, found {[(i.name, i.type) for i in inputs]}")
+    batch, *rest = inputs[0].shape
+    if isinstance(batch, int) or not all(isinstance(size, int) for size in rest):
+        raise ContractError(f"the input needs a free batch and fixed sizes after it, found {inputs[0].shape}")
+    if manifest.window is not None and rest != [manifest.window, len(manifest.channels)]:
+        raise ContractError(f"manifest says {manifest.window} x {len(manifest.channels)} readings, input is {rest}")
+    return tuple(rest)
+
+
+def _check_outputs(session: ort.InferenceSession, manifest: Manifest) -> None:
+    shapes = {output.name: output.shape for output in session.get_outputs()}
+    width = shapes.get(contract.LOGITS, [None])[-1]
+    if contract.LOGITS not in shapes or len(shapes[contract.LOGITS]) != 2:
+        raise ContractError(f"no output {contract.LOGITS!r} of shape [batch, classes]; outputs are {sorted(shapes)}")
+    if width != len(manifest.classes):
+        raise ContractError(f"manifest names {len(manifest.classes)} classes, logits have {width}")
+    if (contract.RUL in shapes) != (manifest.rul_thresholds is not None):
+        raise ContractError("an output 'rul' and rul_thresholds in the manifest go together")
+
+
+def _runner(session: ort.InferenceSession) -> Callable[[Batch], Outputs]:
+    names = [output.name for output in session.get_outputs() if output.name in (contract.LOGITS, contract.RUL)]
+
+    def run(batch: Batch) -> Outputs:
+        found = dict(zip(names, session.run(names, {contract.INPUT: batch}), strict=True))
+        return Outputs(found[contract.LOGITS], found.get(contract.RUL))
+
+    return run
+
+
+def _check_golden(model: Model) -> None:
+    golden = model.manifest.golden
+    if not golden:
+        _check_answers(model, np.zeros((2, *model.input_shape), np.float32))
+        return
+    try:
+        windows = np.array([g.telemetry for g in golden], dtype=np.float32).reshape(len(golden), *model.input_shape)
+        logits = np.array([g.logits for g in golden], dtype=np.float64).reshape(len(golden), len(model.manifest.classes))
+    except ValueError:
+        raise ContractError("golden windows do not have the model's shapes") from None
+    outputs = _check_answers(model, windows)
+    _compare("golden window", outputs.logits, logits, model.manifest.tolerance)
+    if outputs.rul is not None and all(g.rul is not None for g in golden):
+        _compare("golden window's RUL", outputs.rul, np.array([g.rul for g in golden]), 100 * model.manifest.tolerance)
+
+
+def _check_answers(model: Model, windows: Batch) -> Outputs:
+    try:
+        outputs = model.run(windows)
+        singly = np.concatenate([model.run(windows[i : i + 1]).logits for i in range(len(windows))])
+    except Exception as error:  # as in _session
+        raise ContractError(f"the network fails on its own windows: {str(error).splitlines()[0]}") from None
+    _compare("batch of N against N batches of 1", outputs.logits, singly, model.manifest.tolerance)
+    return outputs
+
+
+def _compare(what: str, found: npt.ArrayLike, expected: npt.ArrayLike, tolerance: float) -> None:
+    difference = float(np.max(np.abs(np.asarray(found, dtype=np.float64) - np.asarray(expected, dtype=np.float64))))
+    if not difference <= tolerance:  # also when it is NaN
+        raise ContractError(f"{what}: answers differ by {difference:.3g}, tolerance is {tolerance:.3g}")

@@ -1,0 +1,47 @@
+"""Every setting of the service: one frozen class, read once from the environment, failing loudly with key and value.
+
+The table in the README is generated from the fields below.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+import model
+from service.errors import SettingsRejected
+
+PREFIX = "ENGINE_HEALTH_"
+BUNDLED = Path(model.__file__).parent / "artefact" / "engine-health.onnx"
+
+
+class Settings(BaseSettings):
+    """Settings as the environment gives them; the command line's flags of the same name win."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", env_ignore_empty=True)
+
+    host: str = Field("127.0.0.1", description="address to listen on; only this machine unless you say so")
+    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one")
+    model: Path = Field(BUNDLED, description="path of the artefact; the bundled one if not set")
+    model_digest: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = Field(
+        "", description="sha256 that the artefact must have; empty accepts any"
+    )
+    max_body_bytes: int = Field(32 * 2**20, ge=1, description="bytes of a request body; beyond it 413 before it is read")
+    max_instances: int = Field(4096, ge=1, description="instances of one request; beyond it 422")
+    threads: int = Field(0, ge=0, description="threads of one inference; 0 takes the cores this process may use")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severity that is logged")
+
+
+def read_settings(**flags: object) -> Settings:
+    """Settings from the environment, overridden by the flags that are not None.
+
+    Raises:
+        SettingsRejected: a value that cannot be used; names the variable and the value.
+    """
+    try:
+        return Settings(**{key: value for key, value in flags.items() if value is not None})  # type: ignore[arg-type]  # validated there
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = PREFIX + str(first["loc"][0]).upper()
+        raise SettingsRejected(f"{key}={first['input']!s}: {first['msg']}") from None
