@@ -17,9 +17,27 @@ INPUT, LOGITS, RUL = "telemetry", "logits", "rul"
 CLASSES = ("normal", "degrading", "critical")
 RUL_THRESHOLDS = (125.0, 50.0)  # normal above the first, critical at or below the last
 RUL_CAP = 125.0
-SETTINGS = ("op_setting_1", "op_setting_2", "op_setting_3")
-SENSORS = tuple(f"sensor_{n}" for n in (2, 3, 4, 7, 8, 9, 11, 12, 13, 14, 15, 17, 20, 21))
-CHANNELS = SETTINGS + SENSORS
+CHANNEL_TABLE = (  # name, unit, what it is (Saxena et al. 2008, table 2)
+    ("op_setting_1", "kft", "altitude"),
+    ("op_setting_2", "Mach", "flight speed"),
+    ("op_setting_3", "deg", "throttle resolver angle"),
+    ("sensor_2", "degR", "T24, total temperature at LPC outlet"),
+    ("sensor_3", "degR", "T30, total temperature at HPC outlet"),
+    ("sensor_4", "degR", "T50, total temperature at LPT outlet"),
+    ("sensor_7", "psia", "P30, total pressure at HPC outlet"),
+    ("sensor_8", "rpm", "Nf, physical fan speed"),
+    ("sensor_9", "rpm", "Nc, physical core speed"),
+    ("sensor_11", "psia", "Ps30, static pressure at HPC outlet"),
+    ("sensor_12", "pps/psi", "phi, ratio of fuel flow to Ps30"),
+    ("sensor_13", "rpm", "NRf, corrected fan speed"),
+    ("sensor_14", "rpm", "NRc, corrected core speed"),
+    ("sensor_15", "", "BPR, bypass ratio"),
+    ("sensor_17", "", "htBleed, bleed enthalpy"),
+    ("sensor_20", "lbm/s", "W31, HPT coolant bleed"),
+    ("sensor_21", "lbm/s", "W32, LPT coolant bleed"),
+)
+CHANNELS = tuple(name for name, _, _ in CHANNEL_TABLE)
+SETTINGS, SENSORS = CHANNELS[:3], CHANNELS[3:]
 
 MANIFEST_KEY, SEAL_KEY = "manifest", "seal"
 UNSEALED = b"0" * 64

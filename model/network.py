@@ -62,10 +62,12 @@ class Normaliser(nn.Module):
             raise ValueError(f"found {len(centres)} operating conditions, built for {len(self.centres)}")
         sensors = rows[:, len(SETTINGS) :].astype(np.float64)
         groups = [sensors[condition == k] for k in range(len(centres))]
-        floor = 1e-3 * np.abs(sensors).mean(axis=0)  # a channel that is constant in one condition says nothing there
+        means, deviations = (np.stack([statistic(group, axis=0) for group in groups]) for statistic in (np.mean, np.std))
+        # A channel that is constant in a condition says nothing there: any change counts in thousandths of its size.
+        constant = deviations <= 1e-6 * np.abs(means)
         self.centres.copy_(torch.from_numpy(centres))
-        self.means.copy_(torch.from_numpy(np.stack([group.mean(axis=0) for group in groups])))
-        self.deviations.copy_(torch.from_numpy(np.stack([np.maximum(g.std(axis=0), floor * (g.std(axis=0) < 1e-6)) for g in groups])))
+        self.means.copy_(torch.from_numpy(means))
+        self.deviations.copy_(torch.from_numpy(np.where(constant, 1e-3 * np.maximum(np.abs(means), 1.0), deviations)))
 
     scales: Tensor
     centres: Tensor

@@ -1,18 +1,14 @@
-"""Train the network on run-to-failure histories: knobs, one loop, a seed, a checkpoint that explains itself.
-
-    python -m model.train --epochs 30 --seed 0
+"""Train one network on run-to-failure histories: knobs, one loop, a seed.
 
 Engines are split, never windows. The best epoch is the one whose averaged weights have the lowest cross-entropy on
-validation engines, weighed as if cut off at random cycles; the test engines are never looked at.
+validation engines, weighed as if cut off at random cycles; the test engines are never looked at. Knows no files:
+`model.fit` reads the data, runs this for every fold and writes the checkpoint.
 """
 
-import argparse
 import copy
-import hashlib
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +17,7 @@ from torch import Tensor
 
 from model import cmapss
 from model.cmapss import History
-from model.contract import RUL_THRESHOLDS
+from model.contract import RUL_CAP, RUL_THRESHOLDS, SETTINGS
 from model.losses import balanced_weights, health_loss, rul_loss, weighted_mean
 from model.network import EngineHealth, NetworkConfig, find_conditions
 from model.windows import every_window
@@ -29,28 +25,33 @@ from model.windows import every_window
 
 @dataclass(frozen=True)
 class Knobs:
-    """Everything that a training run depends on besides the data and the code."""
+    """Everything that a run depends on besides the data and the code."""
 
     window: int = 50
     hidden: int = 64
     kernel: int = 5
-    dropout: float = 0.2
-    epochs: int = 30
+    dropout: float = 0.3
+    epochs: int = 12
     windows_per_epoch: int = 60_000
     batch: int = 512
     learning_rate: float = 2e-3
     weight_decay: float = 1e-2
     average: float = 0.995  # of the weights, a step
-    noise: float = 0.1  # deviations, fresh for every reading
-    bias: float = 0.1  # deviations, one a sensor and window
+    noise: float = 0.3  # deviations, fresh for every reading
+    bias: float = 0.3  # deviations, one a sensor and window
     rul_weight: float = 4.0
     class_weights: Literal["none", "balanced"] = "none"
     focal_gamma: float = 0.0
     near_threshold: float = RUL_THRESHOLDS[1]
     far_threshold: float = RUL_THRESHOLDS[0]
-    validation_share: float = 0.1
-    calibration_share: float = 0.1
+    validation_share: float = 0.1  # of the engines, to choose the epoch
+    folds: int = 6  # of engines, each held out once to measure what the network says of engines it never saw
     seed: int = 0
+
+    @property
+    def thresholds(self) -> tuple[float, float]:
+        """RUL thresholds of the classes, falling."""
+        return self.far_threshold, self.near_threshold
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,6 @@ def windows_of(engines: list[History], window: int, thresholds: tuple[float, flo
     )
 
 
-def split_fleet(folder: Path, knobs: Knobs) -> dict[str, list[History]]:
-    """Training, validation (choice of the epoch) and calibration (temperature, thresholds) engines of all subsets."""
-    shares = (1 - knobs.validation_share - knobs.calibration_share, knobs.validation_share, knobs.calibration_share)
-    parts = [cmapss.split(cmapss.read_train(folder, subset), shares, knobs.seed) for subset in cmapss.SUBSETS]
-    return {name: [engine for part in parts for engine in part[i]] for i, name in enumerate(("train", "validation", "calibration"))}
-
-
 def predict(network: EngineHealth, windows: Windows, batch: int = 2048) -> tuple[Tensor, Tensor]:
     """Logits (N, classes) and RUL (N,) of all windows, without gradients."""
     network.eval()
@@ -117,27 +111,38 @@ def validate(network: EngineHealth, windows: Windows) -> tuple[float, float]:
     logits, rul = predict(network, windows)
     nll = weighted_mean(health_loss(logits, windows.label), windows.weight)
     mse = weighted_mean(rul_loss(rul, windows.rul), windows.weight)
-    return float(nll), float(mse.sqrt() * 125)
+    return float(nll), float(mse.sqrt() * RUL_CAP)
 
 
-def train(train_windows: Windows, validation: Windows, network: EngineHealth, knobs: Knobs) -> dict[str, Any]:
-    """The loop. Leaves the best epoch's averaged weights in `network`; returns what the checkpoint says of the run."""
+@dataclass
+class Best:
+    """The epoch to keep, and its averaged weights."""
+
+    epoch: int = 0
+    validation_nll: float = float("inf")
+    validation_rul_rmse: float = float("inf")
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+def train(network: EngineHealth, windows: Windows, validation: Windows, knobs: Knobs, name: str) -> Best:
+    """The loop. Leaves the best epoch's averaged weights in `network`; prints a line an epoch, starting with `name`."""
     generator = torch.Generator().manual_seed(knobs.seed)
-    averaged, best = copy.deepcopy(network), {"epoch": 0, "validation_nll": float("inf")}
-    best_weights = network.state_dict()
-    steps = knobs.epochs * -(-min(knobs.windows_per_epoch, len(train_windows.row)) // knobs.batch)
+    averaged, best = copy.deepcopy(network), Best()
+    drawn = min(knobs.windows_per_epoch, len(windows.row))
     optimiser = torch.optim.AdamW(network.parameters(), knobs.learning_rate, weight_decay=knobs.weight_decay)
+    steps = knobs.epochs * -(-drawn // knobs.batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, knobs.learning_rate, total_steps=steps)
-    class_weights = balanced_weights(torch.bincount(train_windows.label, train_windows.weight)) if knobs.class_weights == "balanced" else None
+    counts = torch.bincount(windows.label, windows.weight, minlength=network.config.classes)
+    class_weights = balanced_weights(counts).float() if knobs.class_weights == "balanced" else None
     for epoch in range(1, knobs.epochs + 1):
         started, total = time.monotonic(), torch.zeros(2)
         network.train()
-        for rows in batches(train_windows, knobs, generator):
-            logits, rul = network.heads(disturb(network.normalise(train_windows.take(rows)), knobs, generator))
-            health = health_loss(logits, train_windows.label[rows], class_weights, knobs.focal_gamma).mean()
-            remaining = rul_loss(rul, train_windows.rul[rows]).mean()
+        for rows in batches(windows, knobs, generator):
+            logits, rul = network.heads(disturb(network.normalise(windows.take(rows)), knobs, generator))
+            health = health_loss(logits, windows.label[rows], class_weights, knobs.focal_gamma).mean()
+            remaining = rul_loss(rul, windows.rul[rows]).mean()
             optimiser.zero_grad()
-            (health + knobs.rul_weight * remaining).backward()
+            (health + knobs.rul_weight * remaining).backward()  # type: ignore[no-untyped-call]  # torch ships it so
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimiser.step()
             schedule.step()
@@ -145,27 +150,27 @@ def train(train_windows: Windows, validation: Windows, network: EngineHealth, kn
             for slow, fast in zip(averaged.parameters(), network.parameters(), strict=True):
                 slow.data.lerp_(fast.data, 1 - knobs.average)
         nll, rmse = validate(averaged, validation)
-        if nll < best["validation_nll"]:
-            best = {"epoch": epoch, "validation_nll": nll, "validation_rul_rmse": rmse}
-            best_weights = copy.deepcopy(averaged.state_dict())
-        health_mean, rul_mean = (total / min(knobs.windows_per_epoch, len(train_windows.row))).tolist()
-        print(f"epoch {epoch:3d}/{knobs.epochs}  loss {health_mean:.4f}  rul loss {rul_mean:.4f}  validation NLL {nll:.4f}  RUL RMSE {rmse:5.2f}  {time.monotonic() - started:.0f} s{'  *' if best['epoch'] == epoch else ''}", flush=True)
-    network.load_state_dict(best_weights)
+        if nll < best.validation_nll:
+            best = Best(epoch, nll, rmse, copy.deepcopy(averaged.state_dict()))
+        health_mean, rul_mean = (total / drawn).tolist()
+        print(
+            f"{name}  epoch {epoch:2d}/{knobs.epochs}  loss {health_mean:.4f}  rul loss {rul_mean:.4f}  "
+            f"validation NLL {nll:.4f}  RUL RMSE {rmse:5.2f}  {time.monotonic() - started:3.0f} s{' *' * (best.epoch == epoch)}",
+            flush=True,
+        )
+    if not best.epoch:
+        raise RuntimeError(f"{name}: no epoch had a finite validation loss; lower the learning rate")
+    network.load_state_dict(best.weights)
     return best
 
 
 def build(train_engines: list[History], knobs: Knobs) -> EngineHealth:
     """An untrained network, its normaliser fitted on training engines."""
     rows = np.concatenate([history.telemetry for history in train_engines])
-    conditions = len(find_conditions(rows[:, :3])[0])
-    network = EngineHealth(NetworkConfig(knobs.window, conditions, hidden=knobs.hidden, kernel=knobs.kernel, dropout=knobs.dropout))
+    conditions = len(find_conditions(rows[:, : len(SETTINGS)])[0])
+    torch.manual_seed(knobs.seed)
+    network = EngineHealth(
+        NetworkConfig(knobs.window, conditions, hidden=knobs.hidden, kernel=knobs.kernel, dropout=knobs.dropout)
+    )
     network.normalise.fit(rows)
     return network
-
-
-def data_digest(engines: list[History]) -> str:
-    """sha256 over the ids and readings of engines, so that a manifest can name the data it came from."""
-    sha = hashlib.sha256()
-    for history in engines:
-        sha.update(history.engine_id.encode() + history.telemetry.tobytes())
-    return sha.hexdigest()

@@ -1,0 +1,82 @@
+"""Checkpoint and calibration to an unverified artefact: the dynamo exporter, a free batch, a fixed window, one file.
+
+    python -m export.to_onnx        # the second step of `make export`; `export.verify` makes it the artefact
+"""
+
+import argparse
+import json
+import subprocess
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import contract
+from model.calibrate import OUTPUT as CALIBRATION
+from model.contract import Manifest
+from model.fit import CHECKPOINT, load
+from model.train import Knobs
+
+UNVERIFIED = Path("build/unverified.onnx")
+
+
+def to_onnx(network: torch.nn.Module, window: int) -> bytes:
+    """The network as ONNX: input `telemetry` [batch, window, 17], outputs `logits` and `rul`.
+
+    Only the batch is free. A free time axis exports without a word and answers wrongly in recurrent layers.
+    """
+    example = torch.randn(2, window, len(contract.CHANNELS), generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings():  # torch warns of its own internals, differently in every release
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            network.eval(),
+            (example,),
+            input_names=[contract.INPUT],
+            output_names=[contract.LOGITS, contract.RUL],
+            dynamo=True,
+            external_data=False,
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            verbose=False,
+        )
+    assert program is not None  # the dynamo exporter returns a program
+    return bytes(program.model_proto.SerializeToString())
+
+
+def manifest(checkpoint: dict[str, Any], calibration: dict[str, Any], name: str) -> Manifest:
+    """What the artefact says of itself; golden windows and tolerance are `export.verify`'s to add."""
+    knobs = Knobs(**checkpoint["knobs"])
+    kept = ("temperature", "conformal", "reference", "channels", "metrics")
+    training = {key: checkpoint[key] for key in ("data", "subsets", "split", "knobs", "best", "fold_validation_nll", "made_with", "seconds")}
+    return Manifest.model_validate(
+        {key: calibration[key] for key in kept}
+        | {"name": name, "version": version("engine-health"), "classes": contract.CLASSES}
+        | {"window": knobs.window, "rul_thresholds": knobs.thresholds}
+        | {"training": training | {"seed": knobs.seed, "code": code_version(), "temperature": calibration["temperature_fit"]}}
+    )
+
+
+def code_version() -> str:
+    """The commit of this checkout, with a mark if files differ from it; the package version elsewhere."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    return found.stdout.strip() or version("engine-health")
+
+
+def main() -> None:
+    """Checkpoint and calibration to build/unverified.onnx."""
+    parser = argparse.ArgumentParser(description="Export a checkpoint to ONNX.")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--calibration", type=Path, default=CALIBRATION)
+    parser.add_argument("--name", default="engine-health")
+    parser.add_argument("--output", type=Path, default=UNVERIFIED)
+    flags = parser.parse_args()
+    network, checkpoint = load(flags.checkpoint)
+    described = manifest(checkpoint, json.loads(flags.calibration.read_text()), flags.name)
+    contract.write(to_onnx(network, network.config.window), described, flags.output)
+    print(f"wrote {flags.output}: {flags.output.stat().st_size / 1024:.0f} KiB")
+
+
+if __name__ == "__main__":
+    main()
