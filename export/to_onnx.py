@@ -1,6 +1,6 @@
 """Checkpoint and calibration to an unverified artefact: the dynamo exporter, a free batch, a fixed window, one file.
 
-    python -m export.to_onnx        # the second step of `make export`; `export.verify` makes it the artefact
+python -m export.to_onnx        # the second step of `make export`; `export.verify` makes it the artefact
 """
 
 import argparse
@@ -48,12 +48,18 @@ def manifest(checkpoint: dict[str, Any], calibration: dict[str, Any], name: str)
     """What the artefact says of itself; golden windows and tolerance are `export.verify`'s to add."""
     knobs = Knobs(**checkpoint["knobs"])
     kept = ("temperature", "conformal", "reference", "channels", "metrics")
-    training = {key: checkpoint[key] for key in ("data", "subsets", "split", "knobs", "best", "fold_validation_nll", "made_with", "seconds")}
+    training = {
+        key: checkpoint[key]
+        for key in ("data", "subsets", "split", "knobs", "best", "fold_validation_nll", "made_with", "seconds")
+    }
     return Manifest.model_validate(
         {key: calibration[key] for key in kept}
         | {"name": name, "version": version("engine-health"), "classes": contract.CLASSES}
         | {"window": knobs.window, "rul_thresholds": knobs.thresholds}
-        | {"training": training | {"seed": knobs.seed, "code": code_version(), "temperature": calibration["temperature_fit"]}}
+        | {
+            "training": training
+            | {"seed": knobs.seed, "code": code_version(), "temperature": calibration["temperature_fit"]}
+        }
     )
 
 

@@ -46,7 +46,9 @@ def choose_temperature(fitted: float, interval: tuple[float, float]) -> float:
     return 1.0 if interval[0] <= 1.0 <= interval[1] else fitted
 
 
-def conformal_threshold(logits: npt.ArrayLike, targets: Integers, weights: Floats, temperature: float, level: float) -> float:
+def conformal_threshold(
+    logits: npt.ArrayLike, targets: Integers, weights: Floats, temperature: float, level: float
+) -> float:
     """The weighted quantile of 1 - p_y at `level` (split conformal, LAC: Sadinle, Lei, Wasserman 2019)."""
     p = numerics.softmax(logits, temperature)
     score = 1 - p[np.arange(len(p)), targets]
@@ -81,9 +83,14 @@ def reference(logits: Floats, telemetry: Floats, weights: Floats, temperature: f
     )
 
 
-def held_out_metrics(logits: Floats, targets: Integers, rul: Floats, true_rul: Floats, w: Floats, t: float) -> dict[str, float]:
+def held_out_metrics(
+    logits: Floats, targets: Integers, rul: Floats, true_rul: Floats, w: Floats, t: float
+) -> dict[str, float]:
     """What the fold networks reach on engines that they never saw, weighed as a live fleet shows its rows."""
-    losses = {name: numerics.cross_entropy(logits, targets, at, reduction="none") for name, at in (("before", 1.0), ("after", t))}
+    losses = {
+        name: numerics.cross_entropy(logits, targets, at, reduction="none")
+        for name, at in (("before", 1.0), ("after", t))
+    }
     error = (rul - np.minimum(true_rul, RUL_CAP)) ** 2
     return {
         "cross_entropy_before_temperature": float(np.average(losses["before"], weights=w)),
@@ -98,6 +105,7 @@ def calibrate(checkpoint: dict[str, Any], telemetry: Floats) -> dict[str, Any]:
     """Everything that the manifest says beyond the network, from the held-out answers in a checkpoint.
 
     Args:
+        checkpoint: as `model.fit` writes it.
         telemetry: (N, 17) readings of the checkpoint's engines, row by row in its order.
     """
     held = {key: value.numpy() for key, value in checkpoint["held_out"].items()}
@@ -109,11 +117,20 @@ def calibrate(checkpoint: dict[str, Any], telemetry: Floats) -> dict[str, Any]:
     newest = telemetry[_rows_in_order(engine)]
     return {
         "temperature": t,
-        "temperature_fit": {"fitted": fitted, "interval_90": interval, "engines": int(engine.max()) + 1, "rows": len(engine)},
-        "conformal": Conformal(level=LEVEL, threshold=conformal_threshold(logits, targets, weights, t, LEVEL)).model_dump(),
+        "temperature_fit": {
+            "fitted": fitted,
+            "interval_90": interval,
+            "engines": int(engine.max()) + 1,
+            "rows": len(engine),
+        },
+        "conformal": Conformal(
+            level=LEVEL, threshold=conformal_threshold(logits, targets, weights, t, LEVEL)
+        ).model_dump(),
         "reference": reference(logits, newest, weights, t).model_dump(),
         "channels": [
-            Channel(name=name, unit=unit, description=text, training_range=(float(column.min()), float(column.max()))).model_dump()
+            Channel(
+                name=name, unit=unit, description=text, training_range=(float(column.min()), float(column.max()))
+            ).model_dump()
             for (name, unit, text), column in zip(CHANNEL_TABLE, telemetry.T, strict=True)
         ],
         "metrics": {"held_out_engines": held_out_metrics(logits, targets, held["rul"], held["true_rul"], weights, t)},
@@ -145,7 +162,10 @@ def main() -> None:
     found = calibrate(checkpoint, np.concatenate([history.telemetry for history in engines]).astype(np.float64))
     flags.output.write_text(json.dumps(found))
     low, high = found["temperature_fit"]["interval_90"]
-    print(f"temperature {found['temperature']:.4f} (fitted {found['temperature_fit']['fitted']:.4f}, 90 % {low:.3f}..{high:.3f})")
+    print(
+        f"temperature {found['temperature']:.4f} "
+        f"(fitted {found['temperature_fit']['fitted']:.4f}, 90 % {low:.3f}..{high:.3f})"
+    )
     print("held-out engines: " + "  ".join(f"{k} {v:.4f}" for k, v in found["metrics"]["held_out_engines"].items()))
     print(f"wrote {flags.output}")
 

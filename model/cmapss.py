@@ -88,7 +88,11 @@ def _numbers(folder: Path, name: str) -> npt.NDArray[np.float64]:
 
 
 def histories(
-    engines: Sequence[str], cycles: npt.ArrayLike, telemetry: npt.ArrayLike, source: str, rul: npt.ArrayLike | None = None
+    engines: Sequence[str],
+    cycles: npt.ArrayLike,
+    telemetry: npt.ArrayLike,
+    source: str,
+    rul: npt.ArrayLike | None = None,
 ) -> list[History]:
     """Group rows by engine, in order of first appearance, each engine sorted by cycle.
 
@@ -150,7 +154,7 @@ def _column(table: Any, name: str, path: Path) -> npt.NDArray[np.float64]:
 def health(rul: npt.ArrayLike, thresholds: Iterable[float] = RUL_THRESHOLDS) -> npt.NDArray[np.int64]:
     """Class index from true RUL: 0 above the first threshold, then one more for each threshold reached from above."""
     remaining = np.asarray(rul, dtype=np.float64)
-    return np.sum([remaining <= threshold for threshold in thresholds], axis=0, dtype=np.int64)
+    return np.asarray(np.sum([remaining <= threshold for threshold in thresholds], axis=0), dtype=np.int64)
 
 
 def split(engines: Sequence[History], shares: Sequence[float], seed: int) -> list[list[History]]:
@@ -162,7 +166,7 @@ def split(engines: Sequence[History], shares: Sequence[float], seed: int) -> lis
 
 
 def cutoff_weights(history: History) -> npt.NDArray[np.float64]:
-    """P(a cut-off at a random cycle leaves this row visible), (T,): weighs run-to-failure rows as a live fleet shows them.
+    """P(a cut-off at a random cycle leaves the row visible), (T,): weighs rows as a live fleet shows them.
 
     A live history ends at some cycle before failure, and a row is seen only if the cut comes at or after it. Whole
     run-to-failure histories hold too many critical rows and would teach the wrong prior. The cut is uniform over the

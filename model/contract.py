@@ -65,7 +65,7 @@ class Channel(Part):
 
 
 class Conformal(Part):
-    """Split conformal prediction sets: {k: 1 - p_k <= threshold}, at the artefact's own temperature (LAC, Sadinle 2019)."""
+    """Prediction sets {k: 1 - p_k <= threshold} at the artefact's own temperature (LAC, Sadinle et al. 2019)."""
 
     method: str = "lac"
     level: float = Field(gt=0, lt=1)

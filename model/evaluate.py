@@ -1,4 +1,4 @@
-"""The results table: the artefact on the official test engines, every cycle and last cycles, before and after temperature.
+"""The results table: the artefact on the official test engines, before and after temperature.
 
     python -m model.evaluate [artefact]         # = make evaluate
 
@@ -52,7 +52,10 @@ def answers(session: ort.InferenceSession, manifest: Manifest, engines: list[His
     found = []
     for history in engines:
         windows = every_window(history.telemetry, manifest.window or 1)
-        parts = [session.run(["logits", "rul"], {"telemetry": np.ascontiguousarray(windows[i : i + BATCH])}) for i in range(0, len(windows), BATCH)]
+        parts = [
+            session.run(["logits", "rul"], {"telemetry": np.ascontiguousarray(windows[i : i + BATCH])})
+            for i in range(0, len(windows), BATCH)
+        ]
         logits, rul = (np.concatenate(part).astype(np.float64) for part in zip(*parts, strict=True))
         true_rul = history.known_rul()
         labels = cmapss.health(true_rul, manifest.rul_thresholds or contract.RUL_THRESHOLDS)
@@ -62,7 +65,12 @@ def answers(session: ort.InferenceSession, manifest: Manifest, engines: list[His
 
 def rows_of(parts: list[Answers], last_only: bool) -> Answers:
     """All rows of some engines, or only their last."""
-    return Answers(*(np.concatenate([column[-1:] if last_only else column for column in columns]) for columns in zip(*parts, strict=True)))
+    return Answers(
+        *(
+            np.concatenate([column[-1:] if last_only else column for column in columns])
+            for columns in zip(*parts, strict=True)
+        )
+    )
 
 
 def measures(found: Answers, temperature: float) -> dict[str, float]:

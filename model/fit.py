@@ -74,8 +74,8 @@ def execute(run: Run, knobs: Knobs) -> tuple[EngineHealth, Best, tuple[torch.Ten
     """Train one network on one core, and answer for its held-out engines."""
     torch.set_num_threads(1)
     network = build(run.train, knobs)
-    sets = [windows_of(engines, knobs.window, knobs.thresholds) for engines in (run.train, run.validation)]
-    best = train(network, *sets, knobs, run.name)
+    learn, validate = (windows_of(engines, knobs.window, knobs.thresholds) for engines in (run.train, run.validation))
+    best = train(network, learn, validate, knobs, run.name)
     answers = predict(network, windows_of(run.held_out, knobs.window, knobs.thresholds)) if run.held_out else None
     return network, best, answers
 
@@ -106,7 +106,10 @@ def fit(fleet: list[list[History]], knobs: Knobs) -> dict[str, Any]:
 def _held_out(runs: list[Run], answers: list[Any], engines: list[History], knobs: Knobs) -> HeldOut:
     place = {history.engine_id: i for i, history in enumerate(engines)}
     parts = [windows_of(run.held_out, knobs.window, knobs.thresholds) for run in runs]
-    engine = [torch.tensor([place[h.engine_id] for h in run.held_out])[part.engine] for run, part in zip(runs, parts, strict=True)]
+    engine = [
+        torch.tensor([place[h.engine_id] for h in run.held_out])[part.engine]
+        for run, part in zip(runs, parts, strict=True)
+    ]
     return HeldOut(
         torch.cat(engine),
         torch.cat([logits for logits, _ in answers]),
@@ -139,7 +142,9 @@ def knob_parser(description: str) -> argparse.ArgumentParser:
     for knob in fields(Knobs):
         choices = get_args(hints[knob.name]) or None
         kind = str if choices else hints[knob.name]
-        parser.add_argument("--" + knob.name.replace("_", "-"), type=kind, choices=choices, default=knob.default, help=" ")
+        parser.add_argument(
+            "--" + knob.name.replace("_", "-"), type=kind, choices=choices, default=knob.default, help=" "
+        )
     return parser
 
 

@@ -11,11 +11,13 @@ from model.contract import RUL_CAP
 
 
 def balanced_weights(counts: Tensor) -> Tensor:
-    """Class weights N / (C n_k), (C,): each class weighs the same in all. They shift the posterior away from the data's."""
+    """Class weights N / (C n_k), (C,): every class weighs the same. They shift the posterior off the data's."""
     return counts.sum() / (len(counts) * counts.clamp(min=1))
 
 
-def health_loss(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None, focal_gamma: float = 0.0) -> Tensor:
+def health_loss(
+    logits: Tensor, labels: Tensor, class_weights: Tensor | None = None, focal_gamma: float = 0.0
+) -> Tensor:
     """-(1 - p_y)^γ w_y ln p_y a row, (B,): cross-entropy at γ = 0, focal loss above it (Lin et al. 2017)."""
     loss = F.cross_entropy(logits, labels, reduction="none")  # (B,)
     focus = (1 - torch.exp(-loss)) ** focal_gamma if focal_gamma else 1.0

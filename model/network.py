@@ -46,6 +46,7 @@ class Normaliser(nn.Module):
         self.register_buffer("deviations", torch.ones(conditions, len(SENSORS)))
 
     def forward(self, telemetry: Tensor) -> Tensor:  # (B, T, C) -> (B, T, S)
+        """Sensors in deviations from what is usual in their operating condition, clipped at 10."""
         settings, sensors = telemetry[..., : len(SETTINGS)], telemetry[..., len(SETTINGS) :]
         distance = ((settings / self.scales).unsqueeze(2) - self.centres / self.scales).square().sum(-1)  # (B, T, K)
         condition = distance.argmin(-1)  # (B, T)
@@ -62,7 +63,9 @@ class Normaliser(nn.Module):
             raise ValueError(f"found {len(centres)} operating conditions, built for {len(self.centres)}")
         sensors = rows[:, len(SETTINGS) :].astype(np.float64)
         groups = [sensors[condition == k] for k in range(len(centres))]
-        means, deviations = (np.stack([statistic(group, axis=0) for group in groups]) for statistic in (np.mean, np.std))
+        means, deviations = (
+            np.stack([statistic(group, axis=0) for group in groups]) for statistic in (np.mean, np.std)
+        )
         # A channel that is constant in a condition says nothing there: any change counts in thousandths of its size.
         constant = deviations <= 1e-6 * np.abs(means)
         self.centres.copy_(torch.from_numpy(centres))
@@ -101,9 +104,11 @@ class ConvGru(nn.Module):
         self.gru = nn.GRU(config.hidden, config.hidden, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, S) -> (B, H)
+        """What the window shows, as one vector."""
         local = F.relu(self.conv(x.transpose(1, 2))).transpose(1, 2)  # (B, T - kernel + 1, H)
         states, _ = self.gru(local)
-        return states[:, -1]
+        last: Tensor = states[:, -1]
+        return last
 
 
 class EngineHealth(nn.Module):
@@ -124,4 +129,5 @@ class EngineHealth(nn.Module):
         return self.health(features), RUL_CAP * torch.sigmoid(self.remaining(features).squeeze(-1))
 
     def forward(self, telemetry: Tensor) -> tuple[Tensor, Tensor]:  # (B, T, C) -> (B, classes), (B,)
+        """Logits and RUL from raw physical readings."""
         return self.heads(self.normalise(telemetry))

@@ -5,7 +5,8 @@ Shapes: `logits` (N, C) or (C,); `targets` (N,) integers or (N, C) distributions
 Knows numpy and nothing of this project. Bad values raise `ValueError`.
 """
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -37,20 +38,20 @@ def scaled(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
 
 
 def log_softmax(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
-    """ln p = z - m - ln Σ exp(z - m), with z = logits / T and m = max z, so that no exponential overflows.
+    """Ln p = z - m - ln Σ exp(z - m), with z = logits / T and m = max z, so that no exponential overflows.
 
     Example: `[-100, 0, 1]` gives `[-101.3133, -1.3133, -0.3133]`.
     """
     z = scaled(logits, temperature)
     shifted = z - z.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))  # type: ignore[no-any-return]  # numpy's sum is Any
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
 def softmax(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
     """p_k = exp(z_k - max z) / Σ exp(z - max z), the same shape as the logits."""
     z = scaled(logits, temperature)
     exponentials = np.exp(z - z.max(axis=-1, keepdims=True))
-    return exponentials / exponentials.sum(axis=-1, keepdims=True)  # type: ignore[no-any-return]  # numpy's sum is Any
+    return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
 
 
 def as_distributions(targets: npt.ArrayLike, classes: int) -> Floats:
@@ -73,9 +74,10 @@ def as_distributions(targets: npt.ArrayLike, classes: int) -> Floats:
 def _class_indices(targets: npt.NDArray[np.generic], classes: int) -> npt.NDArray[np.int64]:
     if not np.issubdtype(targets.dtype, np.integer):
         raise ValueError(f"class indices must be integers, not {targets.dtype}")
-    if targets.size and not (targets.min() >= 0 and targets.max() < classes):  # type: ignore[operator]  # integers, checked above
+    indices = targets.astype(np.int64)
+    if indices.size and not (indices.min() >= 0 and indices.max() < classes):
         raise ValueError(f"class indices must be from 0 to {classes - 1}")
-    return targets.astype(np.int64)
+    return indices
 
 
 def cross_entropy(
@@ -126,7 +128,7 @@ def loss_variance(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
     """Σ p (ln p)² - H(p)², nats²: the variance of one calibrated loss, the unit of the z of the loss gap."""
     log_p = log_softmax(logits, temperature)
     second = (np.exp(log_p) * log_p**2).sum(axis=-1)
-    return np.maximum(second - entropy(logits, temperature) ** 2, 0.0)  # type: ignore[no-any-return]  # numpy's sum is Any
+    return np.asarray(np.maximum(second - entropy(logits, temperature) ** 2, 0.0))
 
 
 def brier(logits: npt.ArrayLike, targets: npt.ArrayLike, temperature: float = 1.0) -> Floats:
@@ -142,7 +144,8 @@ def correct(logits: npt.ArrayLike, targets: npt.ArrayLike) -> Floats:
     return np.asarray(q[np.arange(len(z)), z.argmax(axis=1)])
 
 
-class Reliability(NamedTuple):
+@dataclass(frozen=True)
+class Reliability:
     """What each bin of the top probability holds; every field has shape (bins,)."""
 
     count: Floats
@@ -156,7 +159,8 @@ class Reliability(NamedTuple):
 
 def bin_of(confidence: npt.ArrayLike, bins: int = RELIABILITY_BINS) -> npt.NDArray[np.int64]:
     """The bin (k/bins, (k+1)/bins] of each confidence, 0 <= k < bins; zero belongs to the first."""
-    return np.clip(np.ceil(np.asarray(confidence) * bins) - 1, 0, bins - 1).astype(np.int64)
+    edges = np.ceil(np.asarray(confidence, dtype=np.float64) * bins) - 1
+    return np.clip(edges, 0, bins - 1).astype(np.int64)
 
 
 def reliability(
@@ -165,13 +169,10 @@ def reliability(
     """Counts, confidences and hits of equal-width bins of the top probability."""
     top = np.atleast_2d(softmax(logits, temperature)).max(axis=1)
     k, hits = bin_of(top, bins), correct(logits, targets)
-    count, confidence, right = (np.bincount(k, w, bins) for w in (np.ones_like(top), top, hits))
-    return Reliability(count.astype(np.float64), confidence, right)
+    return Reliability(*(np.bincount(k, w, bins).astype(np.float64) for w in (np.ones_like(top), top, hits)))
 
 
-def ece(
-    logits: npt.ArrayLike, targets: npt.ArrayLike, temperature: float = 1.0, bins: int = RELIABILITY_BINS
-) -> float:
+def ece(logits: npt.ArrayLike, targets: npt.ArrayLike, temperature: float = 1.0, bins: int = RELIABILITY_BINS) -> float:
     """Expected calibration error over equal-width bins of the top probability."""
     return reliability(logits, targets, temperature, bins).ece()
 
@@ -199,6 +200,8 @@ def fit_temperature(
     and halved over ln T. A bound is returned where the loss still falls there (separable data), 1.0 where it is flat.
 
     Args:
+        logits: (N, C).
+        targets: (N,) indices or (N, C) distributions.
         weights: one a row, >= 0; all alike if absent.
         tolerance: width in ln T at which the search stops.
 

@@ -89,14 +89,14 @@ def predict(network: EngineHealth, windows: Windows, batch: int = 2048) -> tuple
     """Logits (N, classes) and RUL (N,) of all windows, without gradients."""
     network.eval()
     with torch.inference_mode():
-        parts = [network(windows.take(rows)) for rows in torch.arange(len(windows.row)).split(batch)]
+        parts = [network(windows.take(rows)) for rows in torch.split(torch.arange(len(windows.row)), batch)]
     return torch.cat([logits for logits, _ in parts]), torch.cat([rul for _, rul in parts])
 
 
 def batches(windows: Windows, knobs: Knobs, generator: torch.Generator) -> Iterator[Tensor]:
     """Rows of one epoch, drawn as often as a live fleet would show them."""
     rows = torch.multinomial(windows.weight, min(knobs.windows_per_epoch, len(windows.row)), True, generator=generator)
-    yield from rows.split(knobs.batch)
+    yield from torch.split(rows, knobs.batch)
 
 
 def disturb(sensors: Tensor, knobs: Knobs, generator: torch.Generator) -> Tensor:
@@ -153,9 +153,10 @@ def train(network: EngineHealth, windows: Windows, validation: Windows, knobs: K
         if nll < best.validation_nll:
             best = Best(epoch, nll, rmse, copy.deepcopy(averaged.state_dict()))
         health_mean, rul_mean = (total / drawn).tolist()
+        mark = " *" if best.epoch == epoch else ""
         print(
             f"{name}  epoch {epoch:2d}/{knobs.epochs}  loss {health_mean:.4f}  rul loss {rul_mean:.4f}  "
-            f"validation NLL {nll:.4f}  RUL RMSE {rmse:5.2f}  {time.monotonic() - started:3.0f} s{' *' * (best.epoch == epoch)}",
+            f"validation NLL {nll:.4f}  RUL RMSE {rmse:5.2f}  {time.monotonic() - started:3.0f} s{mark}",
             flush=True,
         )
     if not best.epoch:

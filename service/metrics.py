@@ -17,7 +17,7 @@ NATS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.1, 1.6, 2.3, 3.0, 4.6, 6.9, 10.0
 CONFIDENCE = tuple(round(k / 20, 2) for k in range(1, 21))
 ENTROPY = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.5, 2.3, 4.6, 6.9)
 
-Values = npt.NDArray[np.floating]
+Values = npt.NDArray[np.floating] | npt.NDArray[np.integer]
 
 
 class Metrics:

@@ -90,8 +90,11 @@ class Predictor:
         return Prediction(t, logits, rul, probabilities, expected, loss, self._sets(logits), evaluation)
 
     def _sets(self, logits: Batch) -> Mask | None:
-        """Prediction sets at the artefact's own temperature, whatever temperature was asked for: the threshold was
-        found there, and its coverage holds nowhere else. Never empty: the most probable class always belongs."""
+        """Prediction sets at the artefact's own temperature, whatever temperature was asked for.
+
+        The threshold was found there, and its coverage holds nowhere else. Never empty: the most probable class
+        always belongs.
+        """
         conformal = self.model.manifest.conformal
         if conformal is None:
             return None
@@ -139,5 +142,3 @@ class Predictor:
         add_bins(m.reliability_predictions, bins.count)
         add_bins(m.reliability_confidence, bins.confidence)
         add_bins(m.reliability_correct, bins.correct)
-
-

@@ -92,7 +92,9 @@ def _manifest(session: ort.InferenceSession) -> Manifest:
 def _input_shape(session: ort.InferenceSession, manifest: Manifest) -> tuple[int, ...]:
     inputs = session.get_inputs()
     if [i.name for i in inputs] != [contract.INPUT] or inputs[0].type != "tensor(float)":
-        raise ContractError(f"expected one float32 input {contract.INPUT!r}, found {[(i.name, i.type) for i in inputs]}")
+        raise ContractError(
+            f"expected one float32 input {contract.INPUT!r}, found {[(i.name, i.type) for i in inputs]}"
+        )
     batch, *rest = inputs[0].shape
     if isinstance(batch, int) or not all(isinstance(size, int) for size in rest):
         raise ContractError(f"the input needs a free batch and fixed sizes after it, found {inputs[0].shape}")
@@ -129,7 +131,9 @@ def _check_golden(model: Model) -> None:
         return
     try:
         windows = np.array([g.telemetry for g in golden], dtype=np.float32).reshape(len(golden), *model.input_shape)
-        logits = np.array([g.logits for g in golden], dtype=np.float64).reshape(len(golden), len(model.manifest.classes))
+        logits = np.array([g.logits for g in golden], dtype=np.float64).reshape(
+            len(golden), len(model.manifest.classes)
+        )
     except ValueError:
         raise ContractError("golden windows do not have the model's shapes") from None
     outputs = _check_answers(model, windows)

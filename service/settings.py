@@ -27,7 +27,9 @@ class Settings(BaseSettings):
     model_digest: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = Field(
         "", description="sha256 that the artefact must have; empty accepts any"
     )
-    max_body_bytes: int = Field(32 * 2**20, ge=1, description="bytes of a request body; beyond it 413 before it is read")
+    max_body_bytes: int = Field(
+        32 * 2**20, ge=1, description="bytes of a request body; beyond it 413 before it is read"
+    )
     max_instances: int = Field(4096, ge=1, description="instances of one request; beyond it 422")
     threads: int = Field(0, ge=0, description="threads of one inference; 0 takes the cores this process may use")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severity that is logged")

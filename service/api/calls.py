@@ -91,7 +91,9 @@ def evaluate_json(body: bytes, classes: tuple[str, ...], most: int) -> dict[str,
 def _warnings(logits: numerics.Floats) -> list[dict[str, Any]]:
     inside = (logits >= 0).all(axis=1) & (abs(logits.sum(axis=1) - 1) <= PROBABILITY_TOLERANCE)
     rows = np.flatnonzero(inside).tolist() if logits.shape[1] > 1 else []
-    text = "looks like probabilities, not logits: softmax was applied again, as asked; send ln p to evaluate probabilities"
+    text = (
+        "looks like probabilities, not logits: softmax was applied again, as asked; send ln p to evaluate probabilities"
+    )
     return [{"rows": rows, "msg": text}] if rows else []
 
 

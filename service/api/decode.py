@@ -51,7 +51,9 @@ def decode_instances(instances: list[Instance], model: Model, hold: bool) -> Dec
             batch[i] = values
         if len(faults) >= MOST_FAULTS:
             break
-    targets = decode_labels([x.label for x in instances], model.manifest.classes, faults, lambda i: ("instances", i, "label"))
+    targets = decode_labels(
+        [x.label for x in instances], model.manifest.classes, faults, lambda i: ("instances", i, "label")
+    )
     refuse(faults)
     return Decoded(batch, targets, imputed if hold else None)
 
@@ -80,7 +82,9 @@ def _window(
     held, counts = windows.hold_last(values)
     row, channel = np.nonzero(np.isnan(held))
     if len(row):
-        faults.append(Fault((*loc, int(row[0]), channels[channel[0]]), "missing, and no earlier value of this channel to hold"))
+        faults.append(
+            Fault((*loc, int(row[0]), channels[channel[0]]), "missing, and no earlier value of this channel to hold")
+        )
         return None, none_held
     return windows.pad_left(held, window), counts
 
@@ -104,7 +108,11 @@ def _by_name(value: JsonValue, channels: tuple[str, ...], loc: Loc, faults: list
     wrong += [Fault((*loc, name), "expected a list of values") for name, v in value.items() if not isinstance(v, list)]
     if not wrong:
         length = len(value[channels[0]])
-        wrong = [Fault((*loc, n), f"has {len(value[n])} values, {channels[0]} has {length}") for n in channels if len(value[n]) != length]
+        wrong = [
+            Fault((*loc, n), f"has {len(value[n])} values, {channels[0]} has {length}")
+            for n in channels
+            if len(value[n]) != length
+        ]
     faults.extend(wrong)
     return None if wrong else [list(row) for row in zip(*(value[name] for name in channels), strict=True)]
 
@@ -193,7 +201,9 @@ def decode_logits(raw: Raw, most: int) -> Floats:
     return np.array(rows, dtype=np.float64)
 
 
-def decode_labels(labels: list[Label | None], classes: tuple[str, ...], faults: list[Fault], place: Any) -> Floats | None:
+def decode_labels(
+    labels: list[Label | None], classes: tuple[str, ...], faults: list[Fault], place: Any
+) -> Floats | None:
     """Labels as distributions (N, C), a row of NaN where there is none; None if there is none at all."""
     if all(label is None for label in labels):
         return None

@@ -14,12 +14,32 @@ from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE
 from service.errors import Fault, InvalidInput, NotJson
 
 _READINGS = {"type": "array", "items": {"type": "number"}}
-_EXAMPLE = [[0.0, 0.0, 100.0, 642.3, 1587.0, 1400.0, 553.9, 2388.1, 9055.0, 47.4, 521.9, 2388.0, 8132.0, 8.42, 392.0, 39.0, 23.4]]
+_EXAMPLE = [
+    [
+        0.0,
+        0.0,
+        100.0,
+        642.3,
+        1587.0,
+        1400.0,
+        553.9,
+        2388.1,
+        9055.0,
+        47.4,
+        521.9,
+        2388.0,
+        8132.0,
+        8.42,
+        392.0,
+        39.0,
+        23.4,
+    ]
+]
 Telemetry = Annotated[
     Raw,
     Meta(
-        description="Rows oldest first, one value a channel in the manifest's order; or an object of channel name to values. "
-        "Fewer rows than the window are padded with the oldest, of more the newest count.",
+        description="Rows oldest first, one value a channel in the manifest's order; or an object of channel name to "
+        "values. Fewer rows than the window are padded with the oldest, of more the newest count.",
         extra_json_schema={
             "anyOf": [
                 {"type": "array", "minItems": 1, "items": {"type": "array", "items": {"type": ["number", "null"]}}},
@@ -55,7 +75,9 @@ class PredictRequest(Struct, forbid_unknown_fields=True):
 class EvaluateRequest(Struct, forbid_unknown_fields=True):
     """Logits and labels in, losses out; needs no model and feeds no metrics."""
 
-    logits: Annotated[Raw, Meta(extra_json_schema={"type": "array", "minItems": 1, "items": {**_READINGS, "minItems": 1}})]
+    logits: Annotated[
+        Raw, Meta(extra_json_schema={"type": "array", "minItems": 1, "items": {**_READINGS, "minItems": 1}})
+    ]
     labels: Annotated[list[Label], Meta(min_length=1)]
     temperature: Annotated[Temperature | None, Meta(description="1.0 if not given.")] = None
     class_weights: Annotated[list[float] | None, Meta(description="As torch's cross_entropy(weight=...).")] = None
