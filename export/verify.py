@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--input", type=Path, default=UNVERIFIED)
     parser.add_argument("--output", type=Path, default=ARTEFACT)
     flags = parser.parse_args()
-    network, _ = load(flags.checkpoint)
+    network, checkpoint = load(flags.checkpoint)
     session, manifest = open_artefact(flags.input)
     try:
         measured = measure(network, session, synthetic_windows(network, max(BATCHES)))
@@ -106,6 +106,8 @@ def main() -> None:
     )
     proven = manifest.model_copy(update={"golden": golden, "tolerance": max(MARGIN * measured, LEAST)})
     digest = contract.write(flags.input.read_bytes(), proven, flags.output)
+    weights = flags.output.with_suffix(".pt")  # the same network for who wants to train on, or to check this proof
+    torch.save({"network": checkpoint["network"], "weights": checkpoint["weights"]}, weights)
     print(f"torch and ONNX Runtime differ by {measured:.2g} at most; tolerance {proven.tolerance:.2g}")
     print(f"wrote {flags.output}: {flags.output.stat().st_size / 1024:.0f} KiB, sha256 {digest}")
 

@@ -99,7 +99,7 @@ def table(folder: Path, session: ort.InferenceSession, manifest: Manifest) -> It
         for subset, parts in by_subset.items():
             for t in (1.0, manifest.temperature):
                 found = measures(rows_of(parts, last_only), t)
-                cells = [f"{found['n']:.0f}", *(f"{found[name]:.3f}" for name in columns[1:6])]
+                cells = [f"{found['n']:.0f}", *(f"{found[name]:.4f}" for name in columns[1:6])]
                 cells += [f"{found['RUL RMSE']:.2f}", f"{found['NASA score']:.0f}"]
                 yield f"| {rows} | {subset} | {t:.3f} | " + " | ".join(cells) + " |"
 

@@ -128,7 +128,7 @@ def data_digest(engines: list[History]) -> str:
 
 
 def load(path: Path) -> tuple[EngineHealth, dict[str, Any]]:
-    """The network in evaluation mode and the whole checkpoint; tensors and plain values only, no pickled code."""
+    """The network in evaluation mode and the rest of the file; tensors and plain values, no pickled code."""
     checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
     network = EngineHealth(NetworkConfig(**checkpoint["network"]))
     network.load_state_dict(checkpoint["weights"])

@@ -100,7 +100,7 @@ def cross_entropy(
     q = as_distributions(t, z.shape[1])
     if len(q) != len(z):
         raise ValueError(f"{len(z)} rows of logits but {len(q)} targets")
-    losses = 0.0 - (w * q * log_p).sum(axis=1)  # as in entropy
+    losses: Floats = 0.0 - (w * q * log_p).sum(axis=1)  # as in entropy
     if reduction == "none":
         return losses
     if reduction == "sum":
@@ -159,8 +159,7 @@ class Reliability:
 
 def bin_of(confidence: npt.ArrayLike, bins: int = RELIABILITY_BINS) -> npt.NDArray[np.int64]:
     """The bin (k/bins, (k+1)/bins] of each confidence, 0 <= k < bins; zero belongs to the first."""
-    edges = np.ceil(np.asarray(confidence, dtype=np.float64) * bins) - 1
-    return np.clip(edges, 0, bins - 1).astype(np.int64)
+    return np.asarray(np.searchsorted(np.arange(1, bins) / bins, np.asarray(confidence)), dtype=np.int64)
 
 
 def reliability(

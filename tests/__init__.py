@@ -1,0 +1,1 @@
+"""Promises of every room, each test opened by the sentence that it keeps."""

@@ -72,8 +72,12 @@ def create_app(settings: Settings, on_rejected: Callable[[str], None]) -> FastAP
     app.include_router(build_router(state))
     app.add_api_route("/", lambda: RedirectResponse("/docs"), include_in_schema=False)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend the schema
+
+    async def problem(request: Request, error: Exception) -> Response:
+        return _problem(request, error, metrics)
+
     for kind in (errors.ServiceError, HTTPException, Exception):
-        app.add_exception_handler(kind, lambda request, error: _problem(request, error, metrics))
+        app.add_exception_handler(kind, problem)
     app.add_middleware(Measured, metrics=metrics)
     return app
 
@@ -97,7 +101,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     return app.openapi_schema
 
 
-async def _problem(request: Request, error: Exception, metrics: Metrics) -> Response:
+def _problem(request: Request, error: Exception, metrics: Metrics) -> Response:
     """Any error as an RFC 9457 problem document."""
     headers: dict[str, str] = {}
     faults: tuple[errors.Fault, ...] = ()

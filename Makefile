@@ -1,0 +1,74 @@
+# One command per wish. `make serve` and `make test` need nothing but Python 3.11+ and make.
+PYTHON ?= python3
+SERVE := .venv
+DEV := .venv-dev
+BIN := $(DEV)/bin
+PIP := -m pip --disable-pip-version-check --quiet
+CMAPSS_URL ?= https://phm-datasets.s3.amazonaws.com/NASA/6.+Turbofan+Engine+Degradation+Simulation+Data+Set.zip
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test check format train export evaluate data docs lock clean
+
+help:                            ## list the commands
+	@sed -n 's/^\([a-z]*\):.*## /\1: /p' Makefile
+
+serve: $(SERVE)/ready            ## start the service on 127.0.0.1:8000 with the bundled model
+	exec $(SERVE)/bin/engine-health serve
+
+$(SERVE)/ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/python $(PIP) install --require-hashes -r requirements.lock
+	$(SERVE)/bin/python $(PIP) install --no-deps -e .
+	touch $@
+
+$(DEV)/ready: requirements-dev.lock pyproject.toml
+	$(PYTHON) -m venv $(DEV)
+	$(DEV)/bin/python $(PIP) install torch==2.13.0 -r requirements-dev.lock
+	$(DEV)/bin/python $(PIP) install --no-deps -e .
+	touch $@
+
+test: $(DEV)/ready               ## every test; those on real data need CMAPSS_DIR or `make data`
+	$(BIN)/python -m pytest
+
+check: $(DEV)/ready              ## style, types, arrows between rooms, README tables against code
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python docs/tables.py --check
+
+format: $(DEV)/ready             ## lay out the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+data:                            ## fetch NASA's C-MAPSS into data/cmapss and check its sums
+	$(PYTHON) -m model.fetch $(CMAPSS_URL)
+
+train: $(DEV)/ready              ## train the shipped network and its folds into build/checkpoint.pt
+	$(BIN)/python -m model.fit
+
+export: $(DEV)/ready             ## build/checkpoint.pt to the bundled artefact: calibrate, export, verify
+	$(BIN)/python -m model.calibrate
+	$(BIN)/python -m export.to_onnx
+	$(BIN)/python -m export.verify
+
+evaluate: $(DEV)/ready           ## the bundled artefact on the official test engines
+	$(BIN)/python -m model.evaluate
+
+docs: $(DEV)/ready               ## write the README's tables anew from code, and the results from the test engines
+	$(BIN)/python docs/tables.py --results
+
+build/uv/ready:
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/python $(PIP) install uv
+	touch $@
+
+lock: build/uv/ready             ## renew the locks; the production lock carries hashes
+	build/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+		--upgrade pyproject.toml -o requirements.lock
+	build/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --upgrade \
+		pyproject.toml --all-extras --group dev -c requirements.lock -o requirements-dev.lock --no-emit-package torch
+	sed -i '/^cuda-/d; /^nvidia-/d; /^triton/d' requirements-dev.lock  # a GPU's packages: the CPU build needs none
+
+clean:                           ## remove environments and build products
+	rm -rf $(SERVE) $(DEV) build *.egg-info

@@ -1,0 +1,121 @@
+"""What tests share: the real data, and a real service in a process of its own."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from model import cmapss
+from model.contract import Manifest
+from model.evaluate import ARTEFACT, open_artefact
+from model.windows import Readings
+
+START_SECONDS = 60
+
+
+@pytest.fixture(scope="session")
+def cmapss_dir() -> Path:
+    """NASA's files; without them a test skips, but in CI it fails."""
+    folder = cmapss.data_folder()
+    if not any(folder.glob("train_FD001.txt*")):
+        message = f"no C-MAPSS in {folder}: set CMAPSS_DIR or run `make data`"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    return folder.resolve()
+
+
+@pytest.fixture(scope="session")
+def manifest() -> Manifest:
+    """What the committed artefact says of itself."""
+    return open_artefact(ARTEFACT)[1]
+
+
+@pytest.fixture(scope="session")
+def windows(manifest: Manifest) -> Readings:
+    """The artefact's golden windows (4, 50, 17)."""
+    return np.array([golden.telemetry for golden in manifest.golden], dtype=np.float32)
+
+
+@dataclass
+class Service:
+    """A running service and a client that speaks to it."""
+
+    client: httpx.Client
+    process: subprocess.Popen[str]
+
+    def predict(self, instances: list[dict[str, Any]], **rest: Any) -> dict[str, Any]:
+        """The answer of /v1/predict, which must be 200."""
+        answer = self.client.post("/v1/predict", json={"instances": instances, **rest})
+        assert answer.status_code == 200, answer.text
+        found: dict[str, Any] = answer.json()
+        return found
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample of /metrics by its name and labels."""
+        lines = self.client.get("/metrics").text.splitlines()
+        return {name: float(value) for name, _, value in (x.rpartition(" ") for x in lines if not x.startswith("#"))}
+
+
+@contextmanager
+def running(**environment: str) -> Iterator[Service]:
+    """A service on a free port of this machine, ready."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = start("serve", "--port", str(port), **environment)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+            _wait(client, process)
+            yield Service(client, process)
+    finally:
+        process.terminate()
+        try:
+            process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+
+
+def start(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
+    """The command `engine-health` in a process of its own."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("ENGINE_HEALTH_")}
+    command = [sys.executable, "-m", "service.cli", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=kept | environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def _wait(client: httpx.Client, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        try:
+            if client.get("/readyz").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.05)
+    raise AssertionError("the service did not become ready")
+
+
+@pytest.fixture(scope="session")
+def service() -> Iterator[Service]:
+    """One service with the committed artefact for all tests that leave it as they found it."""
+    with running() as found:
+        yield found
+
+
+def as_json(value: Any) -> bytes:
+    """JSON with NaN and Infinity where Python has them, as careless clients send it."""
+    return json.dumps(value).encode()

@@ -1,0 +1,229 @@
+import json
+from typing import Any
+
+import pytest
+
+from model.contract import CHANNELS
+from model.windows import Readings
+from tests.conftest import Service, as_json, running
+
+ROW = [
+    0.0,
+    0.0,
+    100.0,
+    642.3,
+    1587.0,
+    1400.0,
+    553.9,
+    2388.1,
+    9055.0,
+    47.4,
+    521.9,
+    2388.0,
+    8132.0,
+    8.42,
+    392.0,
+    39.0,
+    23.4,
+]
+BY_NAME = {name: [value] for name, value in zip(CHANNELS, ROW, strict=True)}
+JSON = {"Content-Type": "application/json"}
+
+
+def row_with(value: Any) -> list[list[Any]]:
+    return [ROW, [*ROW[:5], value, *ROW[6:]]]
+
+
+def one(telemetry: Any, **rest: Any) -> dict[str, Any]:
+    return {"instances": [{"telemetry": telemetry, **rest}]}
+
+
+PLACE = ["instances", 0, "telemetry"]
+SENSOR_4 = [*PLACE, 1, "sensor_4"]
+CASES: list[tuple[Any, int, list[Any] | None]] = [
+    (one([ROW, ROW[:-1]]), 422, [*PLACE, 1]),
+    (one([ROW, [*ROW, 1.0]]), 422, [*PLACE, 1]),
+    (one(ROW), 422, [*PLACE, 0]),
+    (one([[ROW]]), 422, [*PLACE, 0]),
+    (one([]), 422, PLACE),
+    (one(None), 422, PLACE),
+    (one("x"), 422, PLACE),
+    (one(3), 422, PLACE),
+    (one(row_with("1400")), 422, SENSOR_4),
+    (one(row_with(None)), 422, SENSOR_4),
+    (one(row_with(True)), 422, SENSOR_4),
+    (one(row_with([1])), 422, SENSOR_4),
+    (one(row_with({})), 422, SENSOR_4),
+    (one(row_with(1e39)), 422, SENSOR_4),
+    (one(row_with(-1e39)), 422, SENSOR_4),
+    (one(row_with(10**30)), 200, None),
+    (one(row_with(10**60)), 422, SENSOR_4),
+    (one(row_with(float("nan"))), 400, None),
+    (one(row_with(float("inf"))), 400, None),
+    (one({**BY_NAME, "sensor_99": [1.0]}), 422, [*PLACE, "sensor_99"]),
+    (one({k: v for k, v in BY_NAME.items() if k != "sensor_7"}), 422, [*PLACE, "sensor_7"]),
+    (one({**BY_NAME, "sensor_7": [1.0, 2.0]}), 422, [*PLACE, "sensor_7"]),
+    (one({**BY_NAME, "sensor_7": 1.0}), 422, [*PLACE, "sensor_7"]),
+    (one({**BY_NAME, "sensor_7": ["x"]}), 422, [*PLACE, 0, "sensor_7"]),
+    (one({key: [] for key in CHANNELS}), 422, PLACE),
+    (one({}), 422, [*PLACE, "op_setting_1"]),
+    (one([ROW], label="healthy"), 422, ["instances", 0, "label"]),
+    (one([ROW], label=3), 422, ["instances", 0, "label"]),
+    (one([ROW], label=-1), 422, ["instances", 0, "label"]),
+    (one([ROW], label=10**40), 422, ["instances", 0, "label"]),
+    (one([ROW], label=1.5), 422, ["instances", 0, "label"]),
+    (one([ROW], label=True), 422, ["instances", 0, "label"]),
+    (one([ROW], label=[0.5, 0.2, 0.2]), 422, ["instances", 0, "label"]),
+    (one([ROW], label=[1.5, -0.5, 0.0]), 422, ["instances", 0, "label"]),
+    (one([ROW], label=[0.5, 0.5]), 422, ["instances", 0, "label"]),
+    (one([ROW], label=[]), 422, ["instances", 0, "label"]),
+    (one([ROW], engine_id=7), 422, ["instances", 0, "engine_id"]),
+    (one([ROW], engine_id=""), 422, ["instances", 0, "engine_id"]),
+    (one([ROW], cycle="7"), 422, ["instances", 0, "cycle"]),
+    (one([ROW], cycle=-1), 422, ["instances", 0, "cycle"]),
+    (one([ROW], cycle=1.5), 422, ["instances", 0, "cycle"]),
+    (one([ROW], lable=1), 422, ["instances", 0]),
+    ({"instances": []}, 422, ["instances"]),
+    ({"instances": [{}]}, 422, ["instances", 0]),
+    ({"instances": [7]}, 422, ["instances", 0]),
+    ({"instances": {}}, 422, ["instances"]),
+    ({}, 422, []),
+    ([], 422, []),
+    (None, 422, []),
+    *[({**one([ROW]), "temperature": t}, 422, ["temperature"]) for t in (0, -1, 0.001, 1000, "1", True, [1])],
+    ({**one([ROW]), "missing": "guess"}, 422, ["missing"]),
+    ({**one([[None] * 17]), "missing": "hold"}, 422, [*PLACE, 0, "op_setting_1"]),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "loc"), CASES, ids=[f"{k}" for k in range(len(CASES))])
+def test_a_wrong_value_is_refused_by_its_place(service: Service, body: Any, status: int, loc: list[Any] | None) -> None:
+    """Every wrong value of a prediction is a problem document that names instance, row and channel."""
+    answer = service.client.post("/v1/predict", content=as_json(body), headers=JSON)
+    assert status == answer.status_code, answer.text
+    if status == 200:
+        return
+    problem = answer.json()
+    assert "application/problem+json" == answer.headers["content-type"]
+    assert {"type", "title", "status", "detail"} <= set(problem)
+    assert status == problem["status"]
+    if loc is not None:
+        assert loc == problem["errors"][0]["loc"]
+        assert problem["errors"][0]["msg"]
+
+
+EVALUATIONS: list[tuple[dict[str, Any], list[Any]]] = [
+    ({"logits": [[1, 2, 3]], "labels": [3]}, ["labels", 0]),
+    ({"logits": [[1, 2, 3]], "labels": ["healthy"]}, ["labels", 0]),
+    ({"logits": [[1, 2, 3]], "labels": [0, 1]}, ["labels"]),
+    ({"logits": [[1, 2, 3], [1, 2]], "labels": [0, 1]}, ["logits", 1]),
+    ({"logits": [[1, 2, None]], "labels": [0]}, ["logits", 0, 2]),
+    ({"logits": [[1, 2, "3"]], "labels": [0]}, ["logits", 0, 2]),
+    ({"logits": [[1, 2, 1e39]], "labels": [0]}, ["logits", 0, 2]),
+    ({"logits": [], "labels": [0]}, ["logits"]),
+    ({"logits": [[]], "labels": [0]}, ["logits"]),
+    ({"logits": 7, "labels": [0]}, ["logits"]),
+    ({"logits": [[1, 2, 3]], "labels": []}, ["labels"]),
+    ({"logits": [[1, 2, 3]], "labels": [[0.5, 0.2, 0.2]]}, ["labels", 0]),
+    ({"logits": [[1, 2, 3]], "labels": [None]}, ["labels", 0]),
+    ({"logits": [[1, 2, 3]], "labels": [0], "temperature": 0}, ["temperature"]),
+    ({"logits": [[1, 2, 3]], "labels": [0], "class_weights": [1, 1]}, ["class_weights"]),
+    ({"logits": [[1, 2, 3]], "labels": [0], "class_weights": [0, 1, 1]}, ["class_weights"]),
+    ({"logits": [[1, 2, 3]], "labels": [0], "class_weights": [-1, 1, 1]}, ["class_weights"]),
+    ({"logits": [[1, 2, 3]], "labels": [0], "class_weights": [1e308, 1, 1]}, ["class_weights"]),
+    ({"logits": [[0.0, 1.0]] * 4097, "labels": [0] * 4097}, ["logits"]),
+]
+
+
+@pytest.mark.parametrize(("body", "loc"), EVALUATIONS, ids=[f"{k}" for k in range(len(EVALUATIONS))])
+def test_a_wrong_evaluation_is_refused_by_its_place(service: Service, body: dict[str, Any], loc: list[Any]) -> None:
+    """Every wrong value of an evaluation is a 422 that names its place."""
+    answer = service.client.post("/v1/evaluate", json=body)
+    assert 422 == answer.status_code, answer.text
+    assert loc == answer.json()["errors"][0]["loc"]
+
+
+BODIES: list[tuple[bytes, int]] = [
+    (b"", 400),
+    (b"{", 400),
+    (b"hello", 400),
+    (b'{"instances": [{"telemetry": [[1, 2', 400),
+    (b'{"instances": [{"telemetry": ' + b"[" * 250_000 + b"]" * 250_000 + b"}]}", 400),
+    (b"[" * 250_000, 422),
+    (b'{"a":' * 100_000, 422),
+    (b"\xff\xfe", 400),
+    (b'{"instances": [{"telemetry": [["\xff"]]}]}', 422),
+    (b'{"instances": [{"telemetry": [[1]], "engine_id": "\\ud800"}]}', 400),
+    (b'{"instances": [{"telemetry": [[1e999]]}]}', 422),
+    (json.dumps(one([ROW])).encode() + b" x", 400),
+    (json.dumps(one([ROW])).encode("utf-16"), 400),
+]
+
+
+@pytest.mark.parametrize(("body", "status"), BODIES, ids=[f"{k}" for k in range(len(BODIES))])
+def test_a_body_that_is_no_request_is_refused(service: Service, body: bytes, status: int) -> None:
+    """Broken, truncated, mis-encoded and absurdly nested bodies are client errors, and the service answers on."""
+    for path in ("/v1/predict", "/v1/evaluate"):
+        answer = service.client.post(path, content=body, headers=JSON)
+        assert answer.status_code in (status, 400, 422), answer.text
+        assert "application/problem+json" == answer.headers["content-type"]
+    assert status == service.client.post("/v1/predict", content=body, headers=JSON).status_code
+
+
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "application/x-www-form-urlencoded", "application/octet-stream", "json", ""]
+)
+def test_another_content_type_is_refused(service: Service, kind: str) -> None:
+    """What does not call itself JSON is not read as JSON."""
+    answer = service.client.post("/v1/predict", content=json.dumps(one([ROW])), headers={"Content-Type": kind})
+    assert (415, 415) == (answer.status_code, answer.json()["status"])
+
+
+@pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "APPLICATION/JSON", "application/vnd.x+json"])
+def test_json_by_any_of_its_names_is_read(service: Service, kind: str) -> None:
+    """Parameters, case and +json suffixes of the content type do not matter."""
+    answer = service.client.post("/v1/predict", content=json.dumps(one([ROW])), headers={"Content-Type": kind})
+    assert 200 == answer.status_code
+
+
+def test_unknown_paths_and_methods_are_problems_too(service: Service) -> None:
+    """404 and 405 have the same shape as every other error."""
+    for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/predict", 405), ("DELETE", "/livez", 405)):
+        answer = service.client.request(method, path)
+        assert status == answer.status_code == answer.json()["status"]
+        assert "application/problem+json" == answer.headers["content-type"]
+
+
+def test_many_faults_are_named_at_once_but_not_without_end(service: Service) -> None:
+    """A file of wrong values names the first twenty places."""
+    answer = service.client.post("/v1/predict", json=one([[None] * 17] * 50)).json()
+    assert 20 == len(answer["errors"])
+    assert [*PLACE, 1, "op_setting_3"] in [error["loc"] for error in answer["errors"]]
+
+
+def test_the_service_answers_after_all_this_as_before(service: Service, windows: Readings) -> None:
+    """Bad requests change nothing: the same window gives the same bits before and after each of them."""
+    asked = [{"telemetry": windows[0].tolist()}]
+    before = service.predict(asked)["predictions"][0]["logits"]
+    for body, _, _ in CASES:
+        service.client.post("/v1/predict", content=as_json(body), headers=JSON)
+        assert before == service.predict(asked)["predictions"][0]["logits"]
+    assert service.process.poll() is None
+
+
+def test_limits_hold_whether_announced_or_not() -> None:
+    """A body over the limit is 413, with a length and in chunks without one; too many instances are 422."""
+    with running(ENGINE_HEALTH_MAX_BODY_BYTES="5000", ENGINE_HEALTH_MAX_INSTANCES="3") as small:
+        large = json.dumps(one([ROW] * 50)).encode()
+        assert 413 == small.client.post("/v1/predict", content=large, headers=JSON).status_code
+        chunks = (large[i : i + 500] for i in range(0, len(large), 500))
+        assert 413 == small.client.post("/v1/predict", content=chunks, headers=JSON).status_code
+        many = small.client.post("/v1/predict", json={"instances": [{"telemetry": [ROW]}] * 4})
+        assert (422, ["instances"]) == (many.status_code, many.json()["errors"][0]["loc"])
+        assert 3 == len(small.predict([{"telemetry": [ROW]}] * 3)["predictions"])
+        assert 5000 == small.client.get("/v1/model").json()["limits"]["max_body_bytes"]
+        rejected = {k: v for k, v in small.metrics().items() if "rejected_total" in k}
+        assert {
+            'engine_health_rejected_total{reason="too_large"}': 2,
+            'engine_health_rejected_total{reason="invalid"}': 1,
+        } == rejected

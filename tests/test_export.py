@@ -1,0 +1,121 @@
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from export.to_onnx import to_onnx
+from export.verify import VerifyError, measure, synthetic_windows, torch_answers
+from model import cmapss
+from model.evaluate import ARTEFACT, open_artefact
+from model.fit import load
+from model.network import EngineHealth, NetworkConfig
+from model.windows import Readings, every_window
+
+
+@pytest.fixture(scope="module")
+def network() -> EngineHealth:
+    """An untrained network with plausible statistics."""
+    torch.manual_seed(0)
+    made = EngineHealth(NetworkConfig(window=12, hidden=8)).eval()
+    made.normalise.centres.copy_(torch.arange(18).reshape(6, 3) * 10.0)
+    return made
+
+
+@pytest.fixture(scope="module")
+def exported(network: EngineHealth) -> bytes:
+    """That network as ONNX."""
+    return to_onnx(network, network.config.window)
+
+
+@pytest.fixture(scope="module")
+def inputs(network: EngineHealth) -> Readings:
+    """Sixty-four windows for it."""
+    return synthetic_windows(network, 64)
+
+
+def session(proto: onnx.ModelProto) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def test_the_export_answers_as_torch_at_every_batch(network: EngineHealth, exported: bytes, inputs: Readings) -> None:
+    """At batches of 1, 2, 7 and 64, whole and singly, ONNX Runtime's answers are torch's."""
+    assert measure(network, session(onnx.load_model_from_string(exported)), inputs) < 1e-5
+
+
+def test_the_graph_is_one_file_with_a_free_batch_and_no_unrolled_loop(exported: bytes) -> None:
+    """The batch is free, the window fixed, the recurrence one GRU node, and every weight is inside."""
+    proto = onnx.load_model_from_string(exported)
+    batch, window, channels = proto.graph.input[0].type.tensor_type.shape.dim
+    assert batch.dim_param
+    assert (12, 17) == (window.dim_value, channels.dim_value)
+    assert ["GRU"] == [node.op_type for node in proto.graph.node if node.op_type in ("GRU", "Loop", "Scan")]
+    assert len(proto.graph.node) < 80
+    assert all(weight.data_location == TensorProto.DEFAULT for weight in proto.graph.initializer)
+
+
+def test_a_recurrent_state_frozen_at_batch_1_is_caught(
+    network: EngineHealth, exported: bytes, inputs: Readings
+) -> None:
+    """An initial state of batch 1, as exporters have frozen it, does not pass."""
+    proto = onnx.load_model_from_string(exported)
+    gru = next(node for node in proto.graph.node if node.op_type == "GRU")
+    proto.graph.initializer.append(numpy_helper.from_array(np.zeros((1, 1, 8), np.float32), "frozen_state"))
+    gru.input[5] = "frozen_state"
+    with pytest.raises(VerifyError, match="batch 2"):
+        measure(network, session(proto), inputs)
+
+
+def test_a_reset_gate_applied_at_the_wrong_side_is_caught(
+    network: EngineHealth, exported: bytes, inputs: Readings
+) -> None:
+    """ONNX has two kinds of GRU and torch's is one of them: the other, once exported silently, does not pass."""
+    proto = onnx.load_model_from_string(exported)
+    gru = next(node for node in proto.graph.node if node.op_type == "GRU")
+    next(attribute for attribute in gru.attribute if attribute.name == "linear_before_reset").i = 0
+    with pytest.raises(VerifyError, match="differs from torch"):
+        measure(network, session(proto), inputs)
+
+
+def test_rows_that_answer_for_each_other_are_caught(network: EngineHealth, exported: bytes, inputs: Readings) -> None:
+    """A graph whose rows depend on the rest of their batch does not pass."""
+    proto = onnx.load_model_from_string(exported)
+    for node in proto.graph.node:
+        node.output[:] = ["own" if name == "logits" else name for name in node.output]
+    proto.graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), "zero"))
+    proto.graph.node.extend(
+        [
+            helper.make_node("ReduceMean", ["own", "zero"], ["mean"]),
+            helper.make_node("Sub", ["own", "mean"], ["logits"]),
+        ]
+    )
+    with pytest.raises(VerifyError, match=r"batch (1|2)"):
+        measure(network, session(proto), inputs)
+
+
+def test_answers_that_are_not_finite_are_caught(network: EngineHealth, exported: bytes, inputs: Readings) -> None:
+    """A weight that is NaN does not pass."""
+    proto = onnx.load_model_from_string(exported)
+    bias = next(weight for weight in proto.graph.initializer if weight.name == "health.bias")
+    bias.CopyFrom(numpy_helper.from_array(np.full(3, np.nan, np.float32), "health.bias"))
+    with pytest.raises(VerifyError, match="nan"):
+        measure(network, session(proto), inputs)
+
+
+def test_the_committed_artefact_is_the_committed_network(cmapss_dir: Path) -> None:
+    """On real windows of all subsets the bundled ONNX file answers as the bundled torch weights."""
+    network, _ = load(ARTEFACT.with_suffix(".pt"))
+    onnx_session, manifest = open_artefact(ARTEFACT)
+    assert manifest.window is not None
+    for subset in cmapss.SUBSETS:
+        history = cmapss.read_test(cmapss_dir, subset)[1]
+        real = np.ascontiguousarray(every_window(history.telemetry, manifest.window))
+        logits, rul = torch_answers(network, real)
+        found = onnx_session.run(["logits", "rul"], {"telemetry": real})
+        np.testing.assert_allclose(logits, found[0], atol=1e-5)
+        np.testing.assert_allclose(rul, found[1], atol=1e-3)

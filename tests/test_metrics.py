@@ -1,0 +1,99 @@
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from model import numerics
+from model.contract import CHANNELS, Manifest
+from model.windows import Readings
+from tests.conftest import Service, running
+
+LABELS = ["normal", "degrading", "critical", [0.2, 0.3, 0.5]]
+
+
+@pytest.fixture
+def fresh() -> Iterator[Service]:
+    """A service that has answered nothing yet."""
+    with running() as found:
+        yield found
+
+
+def test_counters_are_what_the_answers_say(fresh: Service, manifest: Manifest, windows: Readings) -> None:
+    """After labelled and unlabelled predictions every counter equals the sum over the answers given."""
+    unlabelled = fresh.predict([{"telemetry": window.tolist()} for window in windows])["predictions"]
+    pairs = zip(windows, LABELS, strict=True)
+    found = fresh.predict([{"telemetry": window.tolist(), "label": label} for window, label in pairs], temperature=1.7)
+    rows, m = found["predictions"], fresh.metrics()
+    logits = np.array([row["logits"] for row in rows])
+    q = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0.2, 0.3, 0.5]])
+
+    def near(value: float) -> object:
+        return pytest.approx(value, rel=1e-4)
+
+    assert 4 == m["engine_health_labelled_total"]
+    assert m["engine_health_loss_nats_total"] == near(sum(row["loss"] for row in rows))
+    assert m["engine_health_expected_loss_nats_total"] == near(sum(row["expected_loss"] for row in rows))
+    assert m["engine_health_loss_variance_nats2_total"] == near(numerics.loss_variance(logits, 1.7).sum())
+    assert m["engine_health_brier_total"] == near(numerics.brier(logits, q, 1.7).sum())
+    assert m["engine_health_correct_total"] == near(numerics.correct(logits, q).sum())
+    covered = sum(q[i, manifest.classes.index(name)] for i, row in enumerate(rows) for name in row["prediction_set"])
+    assert m["engine_health_conformal_covered_total"] == near(covered)
+    assert 4 == m["engine_health_cross_entropy_loss_count"]
+    assert m["engine_health_cross_entropy_loss_sum"] == near(sum(row["loss"] for row in rows))
+    bins = numerics.reliability(logits, q, 1.7)
+    for name, amounts in (("predictions", bins.count), ("confidence", bins.confidence), ("correct", bins.correct)):
+        series = [m[f'engine_health_reliability_{name}_total{{bin="{k}"}}'] for k in range(15)]
+        np.testing.assert_allclose(amounts, series, rtol=1e-4)
+    for name in manifest.classes:
+        count = sum(row["health"] == name for row in (*rows, *unlabelled))
+        assert count == m[f'engine_health_predictions_total{{health="{name}"}}']
+    assert 8 == m["engine_health_confidence_count"] == m["engine_health_entropy_nats_count"]
+    assert 8 == m["engine_health_batch_rows_sum"]
+    assert 2 == m["engine_health_inference_duration_seconds_count"]
+
+
+def test_newest_readings_are_counted_in_reference_bins(fresh: Service, manifest: Manifest, windows: Readings) -> None:
+    """Each channel's newest value falls in one bin of the manifest's reference, older rows of the window in none."""
+    fresh.predict([{"telemetry": window.tolist()} for window in windows])
+    m = fresh.metrics()
+    assert manifest.reference is not None
+    for k, channel in enumerate(CHANNELS):
+        edges = manifest.reference.channels[channel].edges
+        expected = np.bincount(np.searchsorted(edges, windows[:, -1, k].astype(float)), minlength=len(edges) + 1)
+        series = [
+            m.get(f'engine_health_input_values_total{{bin="{b}",channel="{channel}"}}', 0) for b in range(len(expected))
+        ]
+        assert expected.tolist() == series
+
+
+def test_requests_are_counted_by_route_template(fresh: Service, windows: Readings) -> None:
+    """Routes are templates or `unmatched`, methods a closed set: no client can make new series."""
+    fresh.predict([{"telemetry": windows[0].tolist()}])
+    for path in ("/a", "/b", "/v1/model/c"):
+        fresh.client.get(path)
+    fresh.client.request("TRACE", "/livez")
+    fresh.client.post("/v1/predict", content=b"{", headers={"Content-Type": "application/json"})
+    m = fresh.metrics()
+    prefix = "engine_health_http_requests_total"
+    assert 1 == m[f'{prefix}{{method="POST",route="/v1/predict",status="200"}}']
+    assert 1 == m[f'{prefix}{{method="POST",route="/v1/predict",status="400"}}']
+    assert 3 == m[f'{prefix}{{method="GET",route="unmatched",status="404"}}']
+    assert 1 == sum(value for name, value in m.items() if name.startswith(prefix) and 'method="other"' in name)
+    assert 1 == m['engine_health_rejected_total{reason="not_json"}']
+    assert 2 == m['engine_health_http_request_duration_seconds_count{route="/v1/predict"}']
+
+
+def test_the_model_is_named_and_ready(fresh: Service, manifest: Manifest) -> None:
+    """Readiness, temperature and the one digest that answers are metrics."""
+    m, digest = fresh.metrics(), fresh.client.get("/v1/model").json()["digest"]
+    assert 1 == m["engine_health_ready"]
+    assert manifest.temperature == m["engine_health_temperature"]
+    info = f'engine_health_model_info{{digest="{digest}",name="{manifest.name}",version="{manifest.version}"}}'
+    assert {info: 1} == {k: v for k, v in m.items() if "model_info" in k}
+
+
+def test_evaluate_feeds_no_calibration(fresh: Service) -> None:
+    """Logits from elsewhere say nothing of this model: only requests are counted."""
+    fresh.client.post("/v1/evaluate", json={"logits": [[1, 2, 3]], "labels": [0]})
+    m = fresh.metrics()
+    assert 0 == m["engine_health_labelled_total"] == m["engine_health_confidence_count"]

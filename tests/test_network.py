@@ -1,0 +1,141 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model import cmapss
+from model.cmapss import History
+from model.fit import fit, load
+from model.losses import balanced_weights, health_loss, rul_loss, weighted_mean
+from model.network import CLIP, EngineHealth, NetworkConfig, find_conditions
+from model.train import Knobs, batches, build, disturb, windows_of
+
+QUICK = Knobs(window=20, hidden=8, epochs=1, windows_per_epoch=600, batch=64, folds=2, seed=3)
+
+
+@pytest.fixture(scope="module")
+def fleet(cmapss_dir: Path) -> list[list[History]]:
+    """Twelve real engines of two subsets: one with a single operating condition, one with six."""
+    return [cmapss.read_train(cmapss_dir, "FD001")[:12], cmapss.read_train(cmapss_dir, "FD002")[:12]]
+
+
+def test_the_six_conditions_of_cmapss_are_found(fleet: list[list[History]]) -> None:
+    """Six operating conditions are found without being told how many, and one where there is one."""
+    single, six = (np.concatenate([h.telemetry[:, :3] for h in subset]) for subset in fleet)
+    assert 1 == len(find_conditions(single)[0])
+    centres, condition = find_conditions(six)
+    np.testing.assert_allclose([0, 10, 20, 25, 35, 42], centres[:, 0], atol=0.05)
+    assert {0, 1, 2, 3, 4, 5} == set(condition.tolist())
+
+
+def test_normalised_sensors_have_mean_0_and_deviation_1_in_every_condition(fleet: list[list[History]]) -> None:
+    """The module's own normalisation leaves no trace of the operating condition in the training rows."""
+    engines = [history for subset in fleet for history in subset]
+    rows = np.concatenate([history.telemetry for history in engines])
+    with torch.inference_mode():
+        sensors = build(engines, QUICK).normalise(torch.from_numpy(rows[None]))[0].numpy()
+    _, condition = find_conditions(rows[:, :3])
+    for k in range(6):
+        np.testing.assert_allclose(0, sensors[condition == k].mean(axis=0), atol=0.02)
+        spread = sensors[condition == k].std(axis=0)
+        assert ((np.abs(spread - 1) < 0.05) | (spread < 1e-3)).all()
+
+
+def test_a_broken_sensor_is_clipped() -> None:
+    """However far a reading is off, the network sees ten deviations at most."""
+    network = EngineHealth(NetworkConfig(window=5))
+    seen = network.normalise(torch.full((1, 5, 17), 1e30))
+    assert CLIP == float(seen.abs().max())
+
+
+def test_the_network_answers_logits_and_cycles() -> None:
+    """Logits are (B, 3) of any sign, RUL is (B,) from 0 to 125."""
+    network = EngineHealth(NetworkConfig()).eval()
+    with torch.inference_mode():
+        logits, rul = network(torch.randn(7, 50, 17) * 1000)
+    assert (7, 3) == tuple(logits.shape)
+    assert (7,) == tuple(rul.shape)
+    assert 0 <= float(rul.min()) <= float(rul.max()) <= 125
+
+
+def test_cross_entropy_and_focal_loss_are_what_they_say() -> None:
+    """Without knobs the loss is torch's; focus and class weights multiply it as their papers have it."""
+    logits, labels = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 3
+    plain = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(plain, health_loss(logits, labels))
+    p = torch.softmax(logits, 1)[torch.arange(50), labels]
+    torch.testing.assert_close((1 - p) ** 2 * plain, health_loss(logits, labels, focal_gamma=2.0))
+    weights = torch.tensor([1.0, 2.0, 3.0])
+    torch.testing.assert_close(weights[labels] * plain, health_loss(logits, labels, weights))
+
+
+def test_balanced_weights_make_classes_equal() -> None:
+    """Each class weighs the same in all, and the weights of a balanced data set are one."""
+    counts = torch.tensor([10.0, 30.0, 60.0])
+    torch.testing.assert_close(torch.full((3,), 100 / 3), balanced_weights(counts) * counts)
+    torch.testing.assert_close(torch.ones(2), balanced_weights(torch.tensor([5.0, 5.0])))
+
+
+def test_the_rul_loss_caps_the_truth() -> None:
+    """An engine with 300 cycles left costs nothing when told 125, and errors count in units of 125."""
+    torch.testing.assert_close(
+        torch.tensor([0.0, 1.0]), rul_loss(torch.tensor([125.0, 125.0]), torch.tensor([300.0, 0.0]))
+    )
+    assert 2.5 == float(weighted_mean(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 3.0])))
+
+
+def test_an_epoch_draws_rows_as_a_live_fleet_shows_them(fleet: list[list[History]]) -> None:
+    """Rows near failure are drawn as rarely as a random cut-off leaves them visible."""
+    windows = windows_of(fleet[0], 20, (125, 50))
+    knobs = replace(QUICK, windows_per_epoch=len(windows.row), batch=500)
+    drawn = torch.cat([torch.cat(list(batches(windows, knobs, torch.Generator().manual_seed(i)))) for i in range(40)])
+    share = (windows.label[drawn] == 2).float().mean()
+    expected = weighted_mean((windows.label == 2).float(), windows.weight)
+    assert float(expected) == pytest.approx(float(share), rel=0.1)
+
+
+def test_disturbing_adds_noise_and_a_constant_bias() -> None:
+    """A bias stays the same through a window, noise does not, and both have the deviation asked for."""
+    generator = torch.Generator().manual_seed(0)
+    bias = disturb(torch.zeros(2000, 5, 3), replace(QUICK, noise=0.0, bias=0.5), generator)
+    assert float((bias - bias[:, :1]).abs().max()) == 0.0
+    assert 0.5 == pytest.approx(float(bias[:, 0].std()), rel=0.05)
+    assert 0.2 == pytest.approx(
+        float(disturb(torch.zeros(2000, 5, 3), replace(QUICK, noise=0.2, bias=0.0), generator).std()), rel=0.05
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in the processes that it forks
+def test_training_repeats_learns_and_holds_out(
+    fleet: list[list[History]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The same seed gives the same network; every engine is answered for by a network that never saw it."""
+    first, second = fit(fleet, QUICK), fit(fleet, QUICK)
+    for name, weight in first["weights"].items():
+        torch.testing.assert_close(weight, second["weights"][name], rtol=0, atol=0)
+    assert sum(len(h.cycle) for subset in fleet for h in subset) == len(first["held_out"]["logits"])
+    assert "validation NLL" in capfd.readouterr().out
+    torch.save(first, tmp_path / "c.pt")
+    network, checkpoint = load(tmp_path / "c.pt")
+    assert not network.training
+    assert QUICK.seed == checkpoint["knobs"]["seed"]
+    assert {12} == {sum(run[:2]) for name, run in checkpoint["split"].items() if name != "shipped"}
+
+
+def test_more_training_lowers_the_validation_loss(
+    fleet: list[list[History]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A few epochs on twelve engines beat one, and the best epoch's weights are the ones that are kept."""
+    from model.train import train, validate
+
+    engines = fleet[0]
+    learn, check = windows_of(engines[:9], 20, (125, 50)), windows_of(engines[9:], 20, (125, 50))
+    knobs = replace(QUICK, epochs=6, average=0.9, windows_per_epoch=2000)
+    network = build(engines[:9], knobs)
+    untrained = validate(network, check)[0]
+    best = train(network, learn, check, knobs, "test")
+    assert best.validation_nll < untrained
+    assert best.validation_nll == pytest.approx(validate(network, check)[0])
+    assert 6 == len(capsys.readouterr().out.splitlines())
