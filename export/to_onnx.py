@@ -5,6 +5,7 @@ python -m export.to_onnx        # the second step of `make export`; `export.veri
 
 import argparse
 import json
+import logging
 import subprocess
 import warnings
 from importlib.metadata import version
@@ -28,6 +29,7 @@ def to_onnx(network: torch.nn.Module, window: int) -> bytes:
     Only the batch is free. A free time axis exports without a word and answers wrongly in recurrent layers.
     """
     example = torch.randn(2, window, len(contract.CHANNELS), generator=torch.Generator().manual_seed(0))
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it asks for torchvision, which nothing here needs
     with warnings.catch_warnings():  # torch warns of its own internals, differently in every release
         warnings.simplefilter("ignore")
         program = torch.onnx.export(

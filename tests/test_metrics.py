@@ -49,7 +49,7 @@ def test_counters_are_what_the_answers_say(fresh: Service, manifest: Manifest, w
         assert count == m[f'engine_health_predictions_total{{health="{name}"}}']
     assert 8 == m["engine_health_confidence_count"] == m["engine_health_entropy_nats_count"]
     assert 8 == m["engine_health_batch_rows_sum"]
-    assert 2 == m["engine_health_inference_duration_seconds_count"]
+    assert 2 == m["engine_health_inference_duration_seconds_count"] == m["engine_health_queue_duration_seconds_count"]
 
 
 def test_newest_readings_are_counted_in_reference_bins(fresh: Service, manifest: Manifest, windows: Readings) -> None:

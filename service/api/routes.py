@@ -1,5 +1,6 @@
 """The routes: bytes in, one call of the use case, bytes out. Decides nothing."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -67,10 +68,17 @@ async def read_json(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-async def answer(body: bytes, work: Callable[[bytes], dict[str, Any]]) -> Response:
-    """Run the work on a body, off the event loop when it is large."""
-    found = await anyio.to_thread.run_sync(work, body) if len(body) > LARGE_BODY else work(body)
-    return json_response(found)
+async def answer(
+    body: bytes, work: Callable[[bytes], dict[str, Any]], waited: Callable[[float], None] = lambda _: None
+) -> Response:
+    """Run the work on a body, off the event loop when it is large; `waited` is told the seconds before it began."""
+    read = time.perf_counter()
+
+    def begin() -> Response:
+        waited(time.perf_counter() - read)
+        return json_response(work(body))
+
+    return await anyio.to_thread.run_sync(begin) if len(body) > LARGE_BODY else begin()
 
 
 def json_response(value: Any, status: int = 200, media_type: str = "application/json") -> Response:
@@ -88,7 +96,11 @@ def build_router(state: State) -> APIRouter:
         """Calibrated health of engines, and the loss where a label is given."""
         body = await read_json(request, limits.max_body_bytes)
         predictor = state.ready_predictor()
-        return await answer(body, lambda content: predict_json(content, predictor, limits.max_instances))
+        return await answer(
+            body,
+            lambda content: predict_json(content, predictor, limits.max_instances),
+            state.metrics.queue_duration.observe,
+        )
 
     @router.post("/v1/evaluate", openapi_extra=_documented("EvaluateRequest", "EvaluateResponse"), tags=["health"])
     async def evaluate(request: Request) -> Response:
