@@ -30,6 +30,11 @@ def rul_loss(predicted: Tensor, true_rul: Tensor) -> Tensor:
     return ((predicted - true_rul.clamp(max=RUL_CAP)) / RUL_CAP) ** 2
 
 
+def bin_loss(log_p: Tensor, true_rul: Tensor, edges: Tensor) -> Tensor:
+    """-ln of the probability (B,) that a distribution over RUL bins (B, R) gives to the bin of the truth; nats."""
+    return F.nll_loss(log_p, torch.bucketize(true_rul, edges), reduction="none")
+
+
 def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
     """Σ w l / Σ w, a scalar."""
     return (losses * weights).sum() / weights.sum()

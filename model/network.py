@@ -5,7 +5,8 @@ B = batch, T = window, C = 17 channels, S = 14 sensors, K = operating conditions
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.contract import CLASSES, RUL_CAP, SENSORS, SETTINGS
+from model.contract import RUL_CAP, RUL_THRESHOLDS, SENSORS, SETTINGS
 from model.windows import Readings
 
 # How far apart two settings must be to be another operating condition: kft of altitude, Mach, degrees of throttle.
@@ -26,13 +27,29 @@ CLIP = 10.0  # deviations; a broken sensor may pull a window, not blow it up
 class NetworkConfig:
     """Everything that the shape of the network depends on; it travels in the checkpoint and in the manifest."""
 
-    window: int = 50
+    window: int = 80
     conditions: int = 6
-    classes: int = len(CLASSES)
+    thresholds: tuple[float, ...] = RUL_THRESHOLDS
     backbone: Literal["conv-gru"] = "conv-gru"
+    head: Literal["distribution", "separate"] = "distribution"
     hidden: int = 64
-    kernel: int = 5
-    dropout: float = 0.2
+    kernel: int = 6
+    stride: int = 2
+    dropout: float = 0.3
+    bin_cycles: int = 5  # width of a bin of the RUL distribution; thresholds must be multiples of it
+
+    @property
+    def classes(self) -> int:
+        """One class more than thresholds."""
+        return len(self.thresholds) + 1
+
+
+class Answer(NamedTuple):
+    """What the heads say: logits (B, classes), RUL (B,) in cycles, and the log-probability of each RUL bin if there."""
+
+    logits: Tensor
+    rul: Tensor
+    bins: Tensor | None = None  # (B, R)
 
 
 class Normaliser(nn.Module):
@@ -96,23 +113,67 @@ def find_conditions(settings: Readings) -> tuple[npt.NDArray[np.float64], npt.ND
 
 
 class ConvGru(nn.Module):
-    """One convolution that smooths and combines neighbouring cycles, one GRU that follows them; its last state."""
+    """One strided convolution that combines neighbouring cycles, one GRU that follows them; its last state."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
-        self.conv = nn.Conv1d(len(SENSORS), config.hidden, config.kernel)
+        self.conv = nn.Conv1d(len(SENSORS), config.hidden, config.kernel, config.stride)
         self.gru = nn.GRU(config.hidden, config.hidden, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, S) -> (B, H)
         """What the window shows, as one vector."""
-        local = F.relu(self.conv(x.transpose(1, 2))).transpose(1, 2)  # (B, T - kernel + 1, H)
+        local = F.relu(self.conv(x.transpose(1, 2))).transpose(1, 2)  # (B, (T - kernel) / stride + 1, H)
         states, _ = self.gru(local)
         last: Tensor = states[:, -1]
         return last
 
 
+class SeparateHeads(nn.Module):
+    """One layer for the classes, one for RUL; nothing keeps them from contradicting each other."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.health = nn.Linear(config.hidden, config.classes)
+        self.remaining = nn.Linear(config.hidden, 1)
+
+    def forward(self, features: Tensor) -> Answer:  # (B, H) -> (B, classes), (B,)
+        """Logits, and RUL squeezed into 0..125."""
+        return Answer(self.health(features), RUL_CAP * torch.sigmoid(self.remaining(features).squeeze(-1)))
+
+
+class DistributionHead(nn.Module):
+    """One distribution over RUL: its mass in the bins of a class gives the logits, its mean the RUL.
+
+    Bins are (0, 5], (5, 10], ..., (120, 125] and more than 125 cycles. Classes are runs of bins, so that the two
+    answers cannot contradict each other, and the thresholds are chosen at export without training anew.
+    """
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        if any(t % config.bin_cycles or not 0 < t <= RUL_CAP for t in config.thresholds):
+            raise ValueError(f"thresholds must be multiples of {config.bin_cycles} up to {RUL_CAP:g} cycles")
+        edges = bin_edges(config)
+        self.bins = nn.Linear(config.hidden, len(edges) + 1)
+        self.register_buffer("centres", torch.cat([edges - config.bin_cycles / 2, torch.tensor([RUL_CAP])]))
+        ends = [0, *sorted(int(t) // config.bin_cycles for t in config.thresholds), len(edges) + 1]
+        self.runs = [slice(*pair) for pair in pairwise(ends)][::-1]  # class 0 is the healthiest
+
+    def forward(self, features: Tensor) -> Answer:  # (B, H) -> (B, classes), (B,), (B, R)
+        """Log-mass of each class, mean RUL, log-mass of each bin."""
+        log_p = F.log_softmax(self.bins(features), dim=-1)  # (B, R)
+        logits = torch.stack([log_p[:, run].logsumexp(-1) for run in self.runs], dim=-1)
+        return Answer(logits, (log_p.exp() * self.centres).sum(-1), log_p)
+
+    centres: Tensor
+
+
+def bin_edges(config: NetworkConfig) -> Tensor:
+    """Upper ends of the closed RUL bins, in cycles; the last bin is open."""
+    return torch.arange(config.bin_cycles, RUL_CAP + 1, config.bin_cycles)
+
+
 class EngineHealth(nn.Module):
-    """Normaliser, backbone and two heads: logits, never probabilities, and RUL in cycles, 0..125."""
+    """Normaliser, backbone and heads: logits, never probabilities, and RUL in cycles, 0..125."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -120,14 +181,14 @@ class EngineHealth(nn.Module):
         self.normalise = Normaliser(config.conditions)
         self.backbone = ConvGru(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.health = nn.Linear(config.hidden, config.classes)
-        self.remaining = nn.Linear(config.hidden, 1)
+        self.head = (DistributionHead if config.head == "distribution" else SeparateHeads)(config)
 
-    def heads(self, normalised: Tensor) -> tuple[Tensor, Tensor]:  # (B, T, S) -> (B, classes), (B,)
-        """Both answers from normalised sensors; training calls this directly to disturb them first."""
-        features = self.dropout(self.backbone(normalised))  # (B, H)
-        return self.health(features), RUL_CAP * torch.sigmoid(self.remaining(features).squeeze(-1))
+    def heads(self, normalised: Tensor) -> Answer:  # (B, T, S) -> (B, classes), (B,), (B, R)
+        """All answers from normalised sensors; training calls this directly to disturb them first."""
+        answer: Answer = self.head(self.dropout(self.backbone(normalised)))
+        return answer
 
     def forward(self, telemetry: Tensor) -> tuple[Tensor, Tensor]:  # (B, T, C) -> (B, classes), (B,)
         """Logits and RUL from raw physical readings."""
-        return self.heads(self.normalise(telemetry))
+        answer = self.heads(self.normalise(telemetry))
+        return answer.logits, answer.rul

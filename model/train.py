@@ -18,8 +18,8 @@ from torch import Tensor
 from model import cmapss
 from model.cmapss import History
 from model.contract import RUL_CAP, RUL_THRESHOLDS, SETTINGS
-from model.losses import balanced_weights, health_loss, rul_loss, weighted_mean
-from model.network import EngineHealth, NetworkConfig, find_conditions
+from model.losses import balanced_weights, bin_loss, health_loss, rul_loss, weighted_mean
+from model.network import EngineHealth, NetworkConfig, bin_edges, find_conditions
 from model.windows import every_window
 
 
@@ -27,9 +27,11 @@ from model.windows import every_window
 class Knobs:
     """Everything that a run depends on besides the data and the code."""
 
-    window: int = 50
+    window: int = 80
+    head: Literal["distribution", "separate"] = "distribution"
     hidden: int = 64
-    kernel: int = 5
+    kernel: int = 6
+    stride: int = 2
     dropout: float = 0.3
     epochs: int = 12
     windows_per_epoch: int = 60_000
@@ -39,7 +41,9 @@ class Knobs:
     average: float = 0.995  # of the weights, a step
     noise: float = 0.3  # deviations, fresh for every reading
     bias: float = 0.3  # deviations, one a sensor and window
+    channel_dropout: float = 0.1  # how often a sensor is silent through a whole window
     rul_weight: float = 4.0
+    bin_weight: float = 0.3  # of the RUL distribution's own log-likelihood
     class_weights: Literal["none", "balanced"] = "none"
     focal_gamma: float = 0.0
     near_threshold: float = RUL_THRESHOLDS[1]
@@ -100,10 +104,14 @@ def batches(windows: Windows, knobs: Knobs, generator: torch.Generator) -> Itera
 
 
 def disturb(sensors: Tensor, knobs: Knobs, generator: torch.Generator) -> Tensor:
-    """Noise on every reading and a bias on every sensor of a window, in deviations of the operating condition."""
+    """Noise on every reading, a bias on every sensor of a window, and some sensors silent (at their mean) through it.
+
+    In deviations of the operating condition.
+    """
+    a_window = (len(sensors), 1, sensors.shape[2])
     noise = torch.randn(sensors.shape, generator=generator) * knobs.noise
-    bias = torch.randn((len(sensors), 1, sensors.shape[2]), generator=generator) * knobs.bias
-    return sensors + noise + bias
+    bias = torch.randn(a_window, generator=generator) * knobs.bias
+    return (sensors + noise + bias) * (torch.rand(a_window, generator=generator) >= knobs.channel_dropout)
 
 
 def validate(network: EngineHealth, windows: Windows) -> tuple[float, float]:
@@ -132,17 +140,21 @@ def train(network: EngineHealth, windows: Windows, validation: Windows, knobs: K
     optimiser = torch.optim.AdamW(network.parameters(), knobs.learning_rate, weight_decay=knobs.weight_decay)
     steps = knobs.epochs * -(-drawn // knobs.batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, knobs.learning_rate, total_steps=steps)
+    edges = bin_edges(network.config)
     counts = torch.bincount(windows.label, windows.weight, minlength=network.config.classes)
     class_weights = balanced_weights(counts).float() if knobs.class_weights == "balanced" else None
     for epoch in range(1, knobs.epochs + 1):
         started, total = time.monotonic(), torch.zeros(2)
         network.train()
         for rows in batches(windows, knobs, generator):
-            logits, rul = network.heads(disturb(network.normalise(windows.take(rows)), knobs, generator))
-            health = health_loss(logits, windows.label[rows], class_weights, knobs.focal_gamma).mean()
-            remaining = rul_loss(rul, windows.rul[rows]).mean()
+            answer = network.heads(disturb(network.normalise(windows.take(rows)), knobs, generator))
+            health = health_loss(answer.logits, windows.label[rows], class_weights, knobs.focal_gamma).mean()
+            remaining = rul_loss(answer.rul, windows.rul[rows]).mean()
+            loss = health + knobs.rul_weight * remaining
+            if answer.bins is not None:
+                loss = loss + knobs.bin_weight * bin_loss(answer.bins, windows.rul[rows], edges).mean()
             optimiser.zero_grad()
-            (health + knobs.rul_weight * remaining).backward()  # type: ignore[no-untyped-call]  # torch ships it so
+            loss.backward()  # type: ignore[no-untyped-call]  # torch ships it so
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimiser.step()
             schedule.step()
@@ -171,7 +183,16 @@ def build(train_engines: list[History], knobs: Knobs) -> EngineHealth:
     conditions = len(find_conditions(rows[:, : len(SETTINGS)])[0])
     torch.manual_seed(knobs.seed)
     network = EngineHealth(
-        NetworkConfig(knobs.window, conditions, hidden=knobs.hidden, kernel=knobs.kernel, dropout=knobs.dropout)
+        NetworkConfig(
+            knobs.window,
+            conditions,
+            knobs.thresholds,
+            head=knobs.head,
+            hidden=knobs.hidden,
+            kernel=knobs.kernel,
+            stride=knobs.stride,
+            dropout=knobs.dropout,
+        )
     )
     network.normalise.fit(rows)
     return network

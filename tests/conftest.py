@@ -44,7 +44,7 @@ def manifest() -> Manifest:
 
 @pytest.fixture(scope="session")
 def windows(manifest: Manifest) -> Readings:
-    """The artefact's golden windows (4, 50, 17)."""
+    """The artefact's golden windows (4, window, 17)."""
     return np.array([golden.telemetry for golden in manifest.golden], dtype=np.float32)
 
 

@@ -8,12 +8,13 @@ import pytest
 from export.verify import torch_answers
 from model import cmapss, contract, numerics
 from model.contract import Manifest
-from model.evaluate import ARTEFACT
+from model.evaluate import ARTEFACT, open_artefact
 from model.fit import load
 from model.windows import Readings, every_window
 from tests.conftest import Service, running
 from tests.test_runtime import edited, identity_classifier
 
+WINDOW = open_artefact(ARTEFACT)[1].window or 0
 FOUR_ENGINES = [[2, 0.5, -1], [0, 2, 0.3], [-1, 0.4, 3.8], [0.2, 0.5, 0.2]]
 
 
@@ -52,7 +53,7 @@ def test_a_thousand_real_windows_answer_as_torch(service: Service, cmapss_dir: P
     """The served logits of 1,000 windows of real test engines, padded ones among them, are torch's to 1e-5."""
     network, _ = load(ARTEFACT.with_suffix(".pt"))
     engines = [history for subset in cmapss.SUBSETS for history in cmapss.read_test(cmapss_dir, subset)[:2]]
-    real = np.concatenate([every_window(history.telemetry, 50) for history in engines])[:1000]
+    real = np.concatenate([every_window(history.telemetry, WINDOW) for history in engines])[:1000]
     assert 1000 == len(real)
     rows = [
         row
@@ -69,9 +70,9 @@ def test_a_thousand_real_windows_answer_as_torch(service: Service, cmapss_dir: P
 
 
 def test_a_short_history_is_padded_and_a_long_one_cut(service: Service, windows: Readings) -> None:
-    """Three rows answer as the window that begins with 47 copies of the first; sixty rows as their newest fifty."""
+    """Three rows answer as the window that begins with copies of the first; ten rows too many as their newest."""
     window = windows[0]
-    padded = np.concatenate([np.repeat(window[:1], 47, axis=0), window[:3]])
+    padded = np.concatenate([np.repeat(window[:1], WINDOW - 3, axis=0), window[:3]])
     longer = np.concatenate([window[10:20], window])
     found = service.predict([instance(x) for x in (window[:3], padded, window, longer)])["predictions"]
     assert found[0]["logits"] == found[1]["logits"]

@@ -101,8 +101,8 @@ def test_rows_that_answer_for_each_other_are_caught(network: EngineHealth, expor
 def test_answers_that_are_not_finite_are_caught(network: EngineHealth, exported: bytes, inputs: Readings) -> None:
     """A weight that is NaN does not pass."""
     proto = onnx.load_model_from_string(exported)
-    bias = next(weight for weight in proto.graph.initializer if weight.name == "health.bias")
-    bias.CopyFrom(numpy_helper.from_array(np.full(3, np.nan, np.float32), "health.bias"))
+    bias = next(weight for weight in proto.graph.initializer if weight.name == "head.bins.bias")
+    bias.CopyFrom(numpy_helper.from_array(np.full(26, np.nan, np.float32), bias.name))
     with pytest.raises(VerifyError, match="nan"):
         measure(network, session(proto), inputs)
 

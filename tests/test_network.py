@@ -8,8 +8,8 @@ import torch
 from model import cmapss
 from model.cmapss import History
 from model.fit import fit, load
-from model.losses import balanced_weights, health_loss, rul_loss, weighted_mean
-from model.network import CLIP, EngineHealth, NetworkConfig, find_conditions
+from model.losses import balanced_weights, bin_loss, health_loss, rul_loss, weighted_mean
+from model.network import CLIP, EngineHealth, NetworkConfig, bin_edges, find_conditions
 from model.train import Knobs, batches, build, disturb, windows_of
 
 QUICK = Knobs(window=20, hidden=8, epochs=1, windows_per_epoch=600, batch=64, folds=2, seed=3)
@@ -45,8 +45,8 @@ def test_normalised_sensors_have_mean_0_and_deviation_1_in_every_condition(fleet
 
 def test_a_broken_sensor_is_clipped() -> None:
     """However far a reading is off, the network sees ten deviations at most."""
-    network = EngineHealth(NetworkConfig(window=5))
-    seen = network.normalise(torch.full((1, 5, 17), 1e30))
+    network = EngineHealth(NetworkConfig(window=6))
+    seen = network.normalise(torch.full((1, 6, 17), 1e30))
     assert CLIP == float(seen.abs().max())
 
 
@@ -96,15 +96,46 @@ def test_an_epoch_draws_rows_as_a_live_fleet_shows_them(fleet: list[list[History
     assert float(expected) == pytest.approx(float(share), rel=0.1)
 
 
-def test_disturbing_adds_noise_and_a_constant_bias() -> None:
-    """A bias stays the same through a window, noise does not, and both have the deviation asked for."""
-    generator = torch.Generator().manual_seed(0)
-    bias = disturb(torch.zeros(2000, 5, 3), replace(QUICK, noise=0.0, bias=0.5), generator)
-    assert float((bias - bias[:, :1]).abs().max()) == 0.0
+def test_disturbing_adds_noise_and_bias_and_silences_sensors() -> None:
+    """A bias stays the same through a window, noise does not, a silent sensor is silent throughout."""
+    generator, still = torch.Generator().manual_seed(0), replace(QUICK, noise=0.0, bias=0.0, channel_dropout=0.0)
+    bias = disturb(torch.zeros(2000, 5, 3), replace(still, bias=0.5), generator)
+    assert 0.0 == float((bias - bias[:, :1]).abs().max())
     assert 0.5 == pytest.approx(float(bias[:, 0].std()), rel=0.05)
-    assert 0.2 == pytest.approx(
-        float(disturb(torch.zeros(2000, 5, 3), replace(QUICK, noise=0.2, bias=0.0), generator).std()), rel=0.05
-    )
+    noise = disturb(torch.zeros(2000, 5, 3), replace(still, noise=0.2), generator)
+    assert 0.2 == pytest.approx(float(noise.std()), rel=0.05)
+    silent = disturb(torch.ones(2000, 5, 3), replace(still, channel_dropout=0.3), generator) == 0
+    assert bool((silent == silent[:, :1]).all())
+    assert 0.3 == pytest.approx(float(silent[:, 0].float().mean()), abs=0.03)
+
+
+@pytest.mark.parametrize("thresholds", [(125.0, 50.0), (80.0, 30.0), (100.0,)])
+def test_classes_are_the_mass_of_the_rul_distribution(thresholds: tuple[float, ...]) -> None:
+    """Class probabilities are sums of bin probabilities between thresholds, RUL is their mean: they cannot disagree."""
+    network = EngineHealth(NetworkConfig(window=20, thresholds=thresholds)).eval()
+    with torch.inference_mode():
+        answer = network.heads(torch.randn(9, 20, 14))
+    assert answer.bins is not None
+    p, ends = answer.bins.exp(), torch.cat([bin_edges(network.config), torch.tensor([1000.0])])
+    labels = torch.from_numpy(cmapss.health(ends.numpy(), thresholds))
+    expected = torch.stack([p[:, labels == k].sum(1) for k in range(len(thresholds) + 1)], dim=1)
+    torch.testing.assert_close(expected, torch.softmax(answer.logits, dim=1))
+    torch.testing.assert_close(p @ torch.cat([torch.arange(2.5, 125, 5), torch.tensor([125.0])]), answer.rul)
+
+
+def test_thresholds_must_end_bins() -> None:
+    """A threshold inside a bin of the distribution, or beyond its last, is refused."""
+    for thresholds in ((125.0, 52.0), (130.0, 50.0), (125.0, 0.0)):
+        with pytest.raises(ValueError, match="multiples of 5"):
+            EngineHealth(NetworkConfig(thresholds=thresholds))
+
+
+def test_the_bin_loss_is_the_likelihood_of_the_true_bin() -> None:
+    """A RUL on the edge of two bins belongs to the lower, one beyond the cap to the open bin."""
+    log_p = torch.log_softmax(torch.randn(4, 26, generator=torch.Generator().manual_seed(0)), dim=1)
+    edges = bin_edges(NetworkConfig())
+    found = bin_loss(log_p, torch.tensor([0.0, 5.0, 5.5, 300.0]), edges)
+    torch.testing.assert_close(-log_p[[0, 1, 2, 3], [0, 0, 1, 25]], found)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in the processes that it forks
