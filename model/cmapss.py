@@ -158,9 +158,15 @@ def health(rul: npt.ArrayLike, thresholds: Iterable[float] = RUL_THRESHOLDS) -> 
 
 
 def split(engines: Sequence[History], shares: Sequence[float], seed: int) -> list[list[History]]:
-    """Engines, never windows, dealt at random into parts of the given shares; the first takes what is left over."""
+    """Engines, never windows, dealt at random into parts of the given shares; the first takes what is left over.
+
+    Raises:
+        DataError: too few engines for that many parts.
+    """
     order = np.random.default_rng(seed).permutation(len(engines))
     sizes = [round(share * len(engines)) for share in shares[1:]]
+    if sum(sizes) > len(engines):
+        raise DataError(f"{len(engines)} engines are too few for {len(shares)} parts")
     cuts = np.cumsum([len(engines) - sum(sizes), *sizes])[:-1]
     return [[engines[i] for i in np.sort(part)] for part in np.split(order, cuts)]
 

@@ -157,9 +157,13 @@ def main() -> None:
     subsets, output = flags.pop("subsets"), flags.pop("output")
     try:
         fleet = [cmapss.read_train(cmapss.data_folder(), subset) for subset in subsets]
+        knobs = Knobs(**flags)
+        plan(fleet, knobs)
     except DataError as error:
         raise SystemExit(f"train: {error} (set CMAPSS_DIR, or run `make data`)") from None
-    checkpoint = fit(fleet, Knobs(**flags))
+    except ValueError as error:
+        raise SystemExit(f"train: {error}") from None
+    checkpoint = fit(fleet, knobs)
     output.parent.mkdir(parents=True, exist_ok=True)
     torch.save(checkpoint, output)
     print(f"wrote {output}: epoch {checkpoint['best']['epoch']}, {checkpoint['seconds']} s")

@@ -52,6 +52,13 @@ class Knobs:
     folds: int = 6  # of engines, each held out once to measure what the network says of engines it never saw
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Refuse knobs that no run can follow."""
+        if not 0 < self.near_threshold < self.far_threshold:
+            raise ValueError("thresholds must be 0 < near < far")
+        if self.folds < 2 or not 0 < self.validation_share < 1:
+            raise ValueError("training needs two folds at least, and a share of the engines to validate on")
+
     @property
     def thresholds(self) -> tuple[float, float]:
         """RUL thresholds of the classes, falling."""

@@ -55,5 +55,11 @@ class BodyTooLarge(InputRejected):
     reason = "too_large"
 
 
+class ClientGone(InputRejected):
+    """The client left before its body was whole; nobody hears the answer."""
+
+    reason = "client_gone"
+
+
 class NotReady(ServiceError):
     """No model has proved itself yet."""

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from model.numerics import RELIABILITY_BINS
+from service.errors import BodyTooLarge, ClientGone, InvalidInput, NotJson, UnsupportedMediaType
 
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -62,6 +63,8 @@ class Metrics:
         self.entropy = histogram("entropy_nats", "Entropy of every prediction.", ENTROPY)
         self.input_values = counter("input_values_total", "Newest readings, by reference bin.", "channel", "bin")
         self.imputed_values = counter("imputed_values_total", "Missing values held.", "channel")
+        for reason in (NotJson, BodyTooLarge, UnsupportedMediaType, InvalidInput, ClientGone):
+            self.rejected.labels(reason.reason)
         for k in range(RELIABILITY_BINS):  # a series that starts at zero has an increase from its first event on
             for family in (self.reliability_predictions, self.reliability_confidence, self.reliability_correct):
                 family.labels(str(k))

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from model import numerics
 from model.numerics import Floats
+from service.errors import Fault, InvalidInput
 from service.metrics import Metrics, add_bins, observe_all
 from service.runtime import Batch, Model
 
@@ -63,11 +64,15 @@ class Predictor:
             targets: (N, C) distributions over the classes, a row of NaN where no label is known.
             temperature: in place of the active one, for this call only.
             imputed: (channels,) how many missing values were held, for the metrics.
+
+        Raises:
+            InvalidInput: an instance for which the network's answer is not finite.
         """
         started = time.perf_counter()
         logits, rul = self.model.run(telemetry)
         self._metrics.inference_duration.observe(time.perf_counter() - started)
         self._metrics.batch_rows.observe(len(telemetry))
+        _refuse_unanswerable(logits, rul)
         t = self.temperature if temperature is None else temperature
         prediction = self._calibrated(logits, rul, t, targets)
         self._observe(prediction, telemetry, targets, imputed)
@@ -142,3 +147,11 @@ class Predictor:
         add_bins(m.reliability_predictions, bins.count)
         add_bins(m.reliability_confidence, bins.confidence)
         add_bins(m.reliability_correct, bins.correct)
+
+
+def _refuse_unanswerable(logits: Batch, rul: Batch | None) -> None:
+    """A network may overflow on readings that no engine has; such an instance has no answer, and says so."""
+    finite = np.isfinite(logits).all(axis=1) & (True if rul is None else np.isfinite(rul))
+    if not finite.all():
+        i, message = int(np.flatnonzero(~finite)[0]), "the model has no finite answer for these readings"
+        raise InvalidInput(f"instances[{i}].telemetry: {message}", (Fault(("instances", i, "telemetry"), message),))

@@ -148,6 +148,12 @@ def _check_answers(model: Model, windows: Batch) -> Outputs:
         singly = np.concatenate([model.run(windows[i : i + 1]).logits for i in range(len(windows))])
     except Exception as error:  # as in _session
         raise ContractError(f"the network fails on its own windows: {str(error).splitlines()[0]}") from None
+    for name, found, shape in (
+        ("logits", outputs.logits, (len(windows), len(model.manifest.classes))),
+        ("rul", outputs.rul, (len(windows),)),
+    ):
+        if found is not None and (found.shape != shape or found.dtype != np.float32 or not np.isfinite(found).all()):
+            raise ContractError(f"output {name!r} is not finite float32 of shape {list(shape)} on its own windows")
     _compare("batch of N against N batches of 1", outputs.logits, singly, model.manifest.tolerance)
     return outputs
 

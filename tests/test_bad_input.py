@@ -1,4 +1,8 @@
+import gzip
 import json
+import socket
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -6,6 +10,7 @@ import pytest
 from model.contract import CHANNELS
 from model.windows import Readings
 from tests.conftest import Service, as_json, running
+from tests.test_runtime import overflowing_classifier
 
 ROW = [
     0.0,
@@ -186,6 +191,47 @@ def test_json_by_any_of_its_names_is_read(service: Service, kind: str) -> None:
     assert 200 == answer.status_code
 
 
+def test_an_encoded_body_is_refused(service: Service) -> None:
+    """A gzipped body is 415, not a riddle."""
+    packed = gzip.compress(json.dumps(one([ROW])).encode())
+    answer = service.client.post("/v1/predict", content=packed, headers=JSON | {"Content-Encoding": "gzip"})
+    assert (415, True) == (answer.status_code, "gzip" in answer.json()["detail"])
+
+
+def test_a_client_that_leaves_is_no_fault_of_the_service(service: Service) -> None:
+    """A connection cut in the middle of a body is counted as such; nothing fails and nothing is logged as an error."""
+    before = service.metrics()
+    gone = 'engine_health_rejected_total{reason="client_gone"}'
+    with socket.create_connection((service.client.base_url.host, service.client.base_url.port or 80)) as connection:
+        head = (
+            b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
+        )
+        connection.sendall(head)
+        time.sleep(0.2)
+    deadline = time.monotonic() + 10
+    while service.metrics()[gone] == before[gone] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    after = service.metrics()
+    assert before[gone] + 1 == after[gone]
+    assert not [name for name in after if "http_requests" in name and 'status="500"' in name]
+
+
+@pytest.mark.parametrize("value", [3e38, -3e38, 0.0, 1e-45])
+def test_readings_that_no_engine_has_are_still_answered(service: Service, value: float) -> None:
+    """The largest, smallest and all-zero readings that fit give finite numbers, not null."""
+    row = service.predict([{"telemetry": [[value] * 17]}])["predictions"][0]
+    assert all(isinstance(number, float) for number in (*row["logits"], *row["probabilities"].values(), row["rul"]))
+
+
+def test_an_answer_that_is_not_finite_is_the_instances_fault(tmp_path: Path) -> None:
+    """Where a foreign network overflows, the instance is named with a 422 and the next one is answered."""
+    path = overflowing_classifier(tmp_path / "over.onnx")
+    with running(ENGINE_HEALTH_MODEL=str(path)) as other:
+        bad = other.client.post("/v1/predict", json={"instances": [{"telemetry": [1, 2]}, {"telemetry": [3e38, 0]}]})
+        assert (422, ["instances", 1, "telemetry"]) == (bad.status_code, bad.json()["errors"][0]["loc"])
+        assert [10, 20] == other.predict([{"telemetry": [1, 2]}])["predictions"][0]["logits"]
+
+
 def test_unknown_paths_and_methods_are_problems_too(service: Service) -> None:
     """404 and 405 have the same shape as every other error."""
     for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/predict", 405), ("DELETE", "/livez", 405)):
@@ -222,7 +268,7 @@ def test_limits_hold_whether_announced_or_not() -> None:
         assert (422, ["instances"]) == (many.status_code, many.json()["errors"][0]["loc"])
         assert 3 == len(small.predict([{"telemetry": [ROW]}] * 3)["predictions"])
         assert 5000 == small.client.get("/v1/model").json()["limits"]["max_body_bytes"]
-        rejected = {k: v for k, v in small.metrics().items() if "rejected_total" in k}
+        rejected = {k: v for k, v in small.metrics().items() if "rejected_total" in k and v}
         assert {
             'engine_health_rejected_total{reason="too_large"}': 2,
             'engine_health_rejected_total{reason="invalid"}': 1,

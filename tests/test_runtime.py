@@ -80,14 +80,26 @@ def test_a_required_digest_is_required() -> None:
         open_model(ARTEFACT, "0" * 64)
 
 
-def identity_classifier(path: Path, manifest: dict[str, object]) -> Path:
-    """A foreign network: four inputs, which are its logits."""
-    telemetry = helper.make_tensor_value_info("telemetry", TensorProto.FLOAT, ["n", 4])
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 4])
-    graph = helper.make_graph([helper.make_node("Identity", ["telemetry"], ["logits"])], "g", [telemetry], [logits])
+def foreign(path: Path, node: onnx.NodeProto, width: int, manifest: dict[str, object]) -> Path:
+    """A network of one node from `telemetry` [n, width] to `logits`."""
+    telemetry = helper.make_tensor_value_info("telemetry", TensorProto.FLOAT, ["n", width])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", width])
+    ten = numpy_helper.from_array(np.array(10, np.float32), "ten")
+    graph = helper.make_graph([node], "g", [telemetry], [logits], [ten])
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     contract.write(proto.SerializeToString(), Manifest.model_validate(manifest), path)
     return path
+
+
+def identity_classifier(path: Path, manifest: dict[str, object]) -> Path:
+    """Four inputs, which are the logits."""
+    return foreign(path, helper.make_node("Identity", ["telemetry"], ["logits"]), 4, manifest)
+
+
+def overflowing_classifier(path: Path) -> Path:
+    """Two inputs, ten times which are the logits."""
+    manifest: dict[str, object] = {"name": "over", "version": "1", "classes": ["a", "b"]}
+    return foreign(path, helper.make_node("Mul", ["telemetry", "ten"], ["logits"]), 2, manifest)
 
 
 def test_any_classifier_with_a_manifest_opens(tmp_path: Path) -> None:

@@ -29,13 +29,14 @@ from service.settings import Settings
 
 STATUS: tuple[tuple[type[errors.ServiceError], int], ...] = (
     (errors.NotJson, 400),
+    (errors.ClientGone, 400),
     (errors.BodyTooLarge, 413),
     (errors.UnsupportedMediaType, 415),
     (errors.InvalidInput, 422),
     (errors.NotReady, 503),
 )
 TITLES = {
-    400: "Not JSON",
+    400: "Bad request",
     404: "Not found",
     405: "Method not allowed",
     413: "Body too large",

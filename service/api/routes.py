@@ -7,9 +7,10 @@ from typing import Any
 import anyio.to_thread
 import orjson
 from fastapi import APIRouter, Request, Response
+from starlette.requests import ClientDisconnect
 
 from service.api.calls import evaluate_json, model_json, predict_json
-from service.errors import BodyTooLarge, NotReady, UnsupportedMediaType
+from service.errors import BodyTooLarge, ClientGone, NotReady, UnsupportedMediaType
 from service.metrics import Metrics
 from service.predictor import Predictor
 from service.settings import Settings
@@ -51,20 +52,27 @@ async def read_json(request: Request, limit: int) -> bytes:
     """The body of a JSON request, refused before it is read where its headers allow.
 
     Raises:
-        UnsupportedMediaType: a content type other than JSON.
+        UnsupportedMediaType: a content type other than JSON, or an encoded body.
         BodyTooLarge: more bytes than the limit, announced or sent.
+        ClientGone: the client left before its body was whole.
     """
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise UnsupportedMediaType(f"content type {kind[:80]!r}: this call reads application/json")
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise UnsupportedMediaType(f"content encoding {encoding[:80]!r}: this call reads plain bodies")
     announced = request.headers.get("content-length", "0")
-    if announced.isdigit() and int(announced) > limit:
+    if announced.isdecimal() and int(announced) > limit:
         raise BodyTooLarge(f"{announced} bytes, at most {limit} are read")
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise BodyTooLarge(f"more than {limit} bytes")
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                raise BodyTooLarge(f"more than {limit} bytes")
+    except ClientDisconnect:
+        raise ClientGone("the client left before its body was whole") from None
     return bytes(body)
 
 
