@@ -80,8 +80,11 @@ def main() -> None:
     parser.add_argument("--name", default="engine-health")
     parser.add_argument("--output", type=Path, default=UNVERIFIED)
     flags = parser.parse_args()
-    network, checkpoint = load(flags.checkpoint)
-    described = manifest(checkpoint, json.loads(flags.calibration.read_text()), flags.name)
+    try:
+        network, checkpoint = load(flags.checkpoint)
+        described = manifest(checkpoint, json.loads(flags.calibration.read_text()), flags.name)
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"to_onnx: {str(error).splitlines()[0]}") from None
     contract.write(to_onnx(network, network.config.window), described, flags.output)
     print(f"wrote {flags.output}: {flags.output.stat().st_size / 1024:.0f} KiB")
 

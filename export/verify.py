@@ -16,7 +16,8 @@ import torch
 
 from export.to_onnx import UNVERIFIED
 from model import contract
-from model.contract import RUL_CAP, Golden
+from model.cmapss import DataError
+from model.contract import RUL_CAP, ContractError, Golden
 from model.evaluate import ARTEFACT, open_artefact
 from model.fit import CHECKPOINT, load
 from model.network import EngineHealth
@@ -92,11 +93,11 @@ def main() -> None:
     parser.add_argument("--input", type=Path, default=UNVERIFIED)
     parser.add_argument("--output", type=Path, default=ARTEFACT)
     flags = parser.parse_args()
-    network, checkpoint = load(flags.checkpoint)
-    session, manifest = open_artefact(flags.input)
     try:
+        network, checkpoint = load(flags.checkpoint)
+        session, manifest = open_artefact(flags.input)
         measured = measure(network, session, synthetic_windows(network, max(BATCHES)))
-    except VerifyError as error:
+    except (VerifyError, ContractError, DataError) as error:
         raise SystemExit(f"verify: {error}") from None
     windows = synthetic_windows(network, GOLDEN_WINDOWS, seed=1)
     logits, rul = torch_answers(network, windows)

@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from model import cmapss, numerics
 from model.cmapss import DataError
 from model.contract import CHANNEL_TABLE, RUL_CAP, Channel, Conformal, Histogram, Reference
-from model.fit import CHECKPOINT, data_digest
+from model.fit import CHECKPOINT, data_digest, load
 from model.numerics import Floats
 from model.train import Knobs
 
@@ -153,9 +152,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     flags = parser.parse_args()
     try:
-        checkpoint = torch.load(flags.checkpoint, weights_only=True)
+        _, checkpoint = load(flags.checkpoint)
         engines = [h for subset in checkpoint["subsets"] for h in cmapss.read_train(cmapss.data_folder(), subset)]
-    except (OSError, DataError) as error:
+    except DataError as error:
         raise SystemExit(f"calibrate: {error}") from None
     if data_digest(engines) != checkpoint["data"]["sha256"]:
         raise SystemExit("calibrate: the data are not those that the checkpoint was trained on")

@@ -105,8 +105,15 @@ def table(folder: Path, session: ort.InferenceSession, manifest: Manifest) -> It
 
 
 def open_artefact(path: Path) -> tuple[ort.InferenceSession, Manifest]:
-    """The session and the manifest; serving's stricter proof is not needed to measure."""
-    session = ort.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    """The session and the manifest; serving's stricter proof is not needed to measure.
+
+    Raises:
+        ContractError: not an ONNX file, or one without a manifest.
+    """
+    try:
+        session = ort.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises a class of its own for each way a file can be broken
+        raise ContractError(f"{path}: {str(error).splitlines()[0]}") from None
     return session, contract.parse_manifest(session.get_modelmeta().custom_metadata_map.get(contract.MANIFEST_KEY, ""))
 
 
@@ -117,7 +124,7 @@ def main() -> None:
     try:
         for line in table(cmapss.data_folder(), *open_artefact(parser.parse_args().artefact)):
             print(line, flush=True)
-    except (OSError, DataError, ContractError) as error:
+    except (DataError, ContractError) as error:
         sys.exit(f"evaluate: {error}")
 
 

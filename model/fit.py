@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, get_args, get_type_hints
 
 import numpy as np
@@ -128,10 +129,17 @@ def data_digest(engines: list[History]) -> str:
 
 
 def load(path: Path) -> tuple[EngineHealth, dict[str, Any]]:
-    """The network in evaluation mode and the rest of the file; tensors and plain values, no pickled code."""
-    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
-    network = EngineHealth(NetworkConfig(**checkpoint["network"]))
-    network.load_state_dict(checkpoint["weights"])
+    """The network in evaluation mode and the rest of the file; tensors and plain values, no pickled code.
+
+    Raises:
+        DataError: no such file, or not a checkpoint that this code can read.
+    """
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
+        network = EngineHealth(NetworkConfig(**checkpoint["network"]))
+        network.load_state_dict(checkpoint["weights"])
+    except (OSError, RuntimeError, UnpicklingError, EOFError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a checkpoint of this version: {str(error).splitlines()[0]}") from None
     return network.eval(), checkpoint
 
 
@@ -157,13 +165,11 @@ def main() -> None:
     subsets, output = flags.pop("subsets"), flags.pop("output")
     try:
         fleet = [cmapss.read_train(cmapss.data_folder(), subset) for subset in subsets]
-        knobs = Knobs(**flags)
-        plan(fleet, knobs)
+        checkpoint = fit(fleet, Knobs(**flags))
     except DataError as error:
         raise SystemExit(f"train: {error} (set CMAPSS_DIR, or run `make data`)") from None
     except ValueError as error:
         raise SystemExit(f"train: {error}") from None
-    checkpoint = fit(fleet, knobs)
     output.parent.mkdir(parents=True, exist_ok=True)
     torch.save(checkpoint, output)
     print(f"wrote {output}: epoch {checkpoint['best']['epoch']}, {checkpoint['seconds']} s")

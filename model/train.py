@@ -56,6 +56,8 @@ class Knobs:
         """Refuse knobs that no run can follow."""
         if not 0 < self.near_threshold < self.far_threshold:
             raise ValueError("thresholds must be 0 < near < far")
+        if min(self.epochs, self.batch, self.windows_per_epoch, self.window) < 1:
+            raise ValueError("epochs, batch, windows_per_epoch and window must be at least 1")
         if self.folds < 2 or not 0 < self.validation_share < 1:
             raise ValueError("training needs two folds at least, and a share of the engines to validate on")
 

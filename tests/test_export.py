@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -119,3 +122,28 @@ def test_the_committed_artefact_is_the_committed_network(cmapss_dir: Path) -> No
         found = onnx_session.run(["logits", "rul"], {"telemetry": real})
         np.testing.assert_allclose(logits, found[0], rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(rul, found[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("module", "flags"),
+    [
+        ("model.fit", "--folds 1"),
+        ("model.fit", "--epochs 0"),
+        ("model.fit", "--near-threshold 130"),
+        ("model.calibrate", "--checkpoint NOTHING"),
+        ("export.to_onnx", "--checkpoint NOTHING"),
+        ("export.to_onnx", "--checkpoint TEXT"),
+        ("export.verify", "--checkpoint TEXT"),
+        ("model.evaluate", "TEXT"),
+        ("model.evaluate", "NOTHING"),
+    ],
+)
+def test_every_command_refuses_in_one_line(cmapss_dir: Path, tmp_path: Path, module: str, flags: str) -> None:
+    """A knob that no run can follow, a missing or foreign file: exit code 1 and one line, no traceback."""
+    (tmp_path / "TEXT").write_text("no model")
+    arguments = [str(tmp_path / word) if word.isupper() else word for word in flags.split()]
+    command = [sys.executable, "-m", module, *arguments]
+    found = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"CMAPSS_DIR": str(cmapss_dir)}, check=False
+    )
+    assert (1, 1) == (found.returncode, len(found.stderr.splitlines())), found.stderr
