@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.contract import RUL_CAP, RUL_THRESHOLDS, SENSORS, SETTINGS
+from model.contract import CHANNELS, RUL_CAP, RUL_THRESHOLDS, SENSORS, SETTINGS
+from model.textbook import CnnBiLstmAttention, DeepHeads
 from model.windows import Readings
 
 # How far apart two settings must be to be another operating condition: kft of altitude, Mach, degrees of throttle.
 # The six conditions of C-MAPSS are 3 to 10 of these apart, and its noise within one is under a hundredth.
 SETTING_SCALES = (2.5, 0.1, 10.0)
+SETTINGS_SPAN = 17.0  # of those scales from the lowest flight to the highest, so that settings enter as 0..1
 CLIP = 10.0  # deviations; a broken sensor may pull a window, not blow it up
 
 
@@ -30,8 +32,8 @@ class NetworkConfig:
     window: int = 80
     conditions: int = 6
     thresholds: tuple[float, ...] = RUL_THRESHOLDS
-    backbone: Literal["conv-gru"] = "conv-gru"
-    head: Literal["distribution", "separate"] = "distribution"
+    backbone: Literal["conv-gru", "cnn-bilstm-attention"] = "conv-gru"
+    head: Literal["distribution", "separate"] = "distribution"  # the textbook backbone brings its own, separate ones
     hidden: int = 64
     kernel: int = 6
     stride: int = 2
@@ -55,19 +57,23 @@ class Answer(NamedTuple):
 class Normaliser(nn.Module):
     """Assigns each row to its nearest operating condition and scales its sensors by that condition's statistics."""
 
-    def __init__(self, conditions: int) -> None:
+    def __init__(self, conditions: int, with_settings: bool = False) -> None:
         super().__init__()
+        self.with_settings = with_settings
         self.register_buffer("scales", torch.tensor(SETTING_SCALES))
         self.register_buffer("centres", torch.zeros(conditions, len(SETTINGS)))
         self.register_buffer("means", torch.zeros(conditions, len(SENSORS)))
         self.register_buffer("deviations", torch.ones(conditions, len(SENSORS)))
 
-    def forward(self, telemetry: Tensor) -> Tensor:  # (B, T, C) -> (B, T, S)
-        """Sensors in deviations from what is usual in their operating condition, clipped at 10."""
+    def forward(self, telemetry: Tensor) -> Tensor:  # (B, T, C) -> (B, T, S), or (B, T, C) with settings
+        """Sensors in deviations from what is usual in their operating condition, clipped at 10; settings scaled."""
         settings, sensors = telemetry[..., : len(SETTINGS)], telemetry[..., len(SETTINGS) :]
         distance = ((settings / self.scales).unsqueeze(2) - self.centres / self.scales).square().sum(-1)  # (B, T, K)
         condition = distance.argmin(-1)  # (B, T)
-        return ((sensors - self.means[condition]) / self.deviations[condition]).clamp(-CLIP, CLIP)
+        normal = ((sensors - self.means[condition]) / self.deviations[condition]).clamp(-CLIP, CLIP)
+        if not self.with_settings:
+            return normal
+        return torch.cat([(settings / self.scales / SETTINGS_SPAN).clamp(-CLIP, CLIP), normal], dim=-1)
 
     def fit(self, rows: Readings) -> None:
         """Statistics per condition from training rows (N, C).
@@ -178,15 +184,21 @@ class EngineHealth(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
-        self.normalise = Normaliser(config.conditions)
-        self.backbone = ConvGru(config)
+        textbook = config.backbone == "cnn-bilstm-attention"
+        self.normalise = Normaliser(config.conditions, with_settings=textbook)
         self.dropout = nn.Dropout(config.dropout)
-        self.head = (DistributionHead if config.head == "distribution" else SeparateHeads)(config)
+        self.backbone: nn.Module
+        self.head: nn.Module
+        if textbook:
+            self.backbone = CnnBiLstmAttention(len(CHANNELS), config.hidden, config.dropout)
+            self.head = DeepHeads(config.classes, config.dropout)
+        else:
+            self.backbone = ConvGru(config)
+            self.head = (DistributionHead if config.head == "distribution" else SeparateHeads)(config)
 
     def heads(self, normalised: Tensor) -> Answer:  # (B, T, S) -> (B, classes), (B,), (B, R)
         """All answers from normalised sensors; training calls this directly to disturb them first."""
-        answer: Answer = self.head(self.dropout(self.backbone(normalised)))
-        return answer
+        return Answer(*self.head(self.dropout(self.backbone(normalised))))
 
     def forward(self, telemetry: Tensor) -> tuple[Tensor, Tensor]:  # (B, T, C) -> (B, classes), (B,)
         """Logits and RUL from raw physical readings."""

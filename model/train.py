@@ -28,6 +28,7 @@ class Knobs:
     """Everything that a run depends on besides the data and the code."""
 
     window: int = 80
+    backbone: Literal["conv-gru", "cnn-bilstm-attention"] = "conv-gru"
     head: Literal["distribution", "separate"] = "distribution"
     hidden: int = 64
     kernel: int = 6
@@ -170,6 +171,8 @@ def train(network: EngineHealth, windows: Windows, validation: Windows, knobs: K
             total += torch.stack([health, remaining]).detach() * len(rows)
             for slow, fast in zip(averaged.parameters(), network.parameters(), strict=True):
                 slow.data.lerp_(fast.data, 1 - knobs.average)
+            for kept, running in zip(averaged.buffers(), network.buffers(), strict=True):
+                kept.copy_(running)  # batch statistics are averages already
         nll, rmse = validate(averaged, validation)
         if nll < best.validation_nll:
             best = Best(epoch, nll, rmse, copy.deepcopy(averaged.state_dict()))
@@ -196,7 +199,8 @@ def build(train_engines: list[History], knobs: Knobs) -> EngineHealth:
             knobs.window,
             conditions,
             knobs.thresholds,
-            head=knobs.head,
+            knobs.backbone,
+            knobs.head,
             hidden=knobs.hidden,
             kernel=knobs.kernel,
             stride=knobs.stride,

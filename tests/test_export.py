@@ -51,6 +51,15 @@ def test_the_export_answers_as_torch_at_every_batch(network: EngineHealth, expor
     assert measure(network, session(onnx.load_model_from_string(exported)), inputs) < 1e-5
 
 
+def test_the_textbook_backbone_exports_like_the_compact_one() -> None:
+    """Bidirectional LSTM and attention answer in ONNX Runtime as in torch, at every batch."""
+    torch.manual_seed(1)
+    textbook = EngineHealth(NetworkConfig(window=9, backbone="cnn-bilstm-attention", hidden=8)).eval()
+    proto = onnx.load_model_from_string(to_onnx(textbook, 9))
+    assert measure(textbook, session(proto), synthetic_windows(textbook, 64)) < 1e-5
+    assert 2 == sum(node.op_type == "LSTM" for node in proto.graph.node)
+
+
 def test_the_graph_is_one_file_with_a_free_batch_and_no_unrolled_loop(exported: bytes) -> None:
     """The batch is free, the window fixed, the recurrence one GRU node, and every weight is inside."""
     proto = onnx.load_model_from_string(exported)

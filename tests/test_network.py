@@ -138,6 +138,27 @@ def test_the_bin_loss_is_the_likelihood_of_the_true_bin() -> None:
     torch.testing.assert_close(-log_p[[0, 1, 2, 3], [0, 0, 1, 25]], found)
 
 
+def test_the_textbook_backbone_has_exactly_its_parameters() -> None:
+    """With 17 inputs and width 256 it is 3,497,476 parameters, a hundred times the compact network's."""
+
+    def parameters(config: NetworkConfig) -> int:
+        return sum(weight.numel() for weight in EngineHealth(config).parameters())
+
+    textbook = NetworkConfig(window=30, backbone="cnn-bilstm-attention", hidden=256)
+    assert 3_497_476 == parameters(textbook) > 100 * parameters(NetworkConfig())
+
+
+def test_the_textbook_backbone_sees_settings_and_sensors() -> None:
+    """Its 17 inputs are scaled settings and normalised sensors; it answers logits and cycles like the compact one."""
+    network = EngineHealth(NetworkConfig(window=30, backbone="cnn-bilstm-attention", hidden=16)).eval()
+    flight = torch.tensor([42.0, 0.84, 100.0, *[0.0] * 14]).expand(2, 30, 17)
+    with torch.inference_mode():
+        assert (2, 30, 17) == tuple(network.normalise(flight).shape)
+        assert 1.0 == pytest.approx(float(network.normalise(flight)[0, 0, 0]), abs=0.05)
+        logits, rul = network(flight)
+    assert ((2, 3), (2,)) == (tuple(logits.shape), tuple(rul.shape))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in the processes that it forks
 def test_training_repeats_learns_and_holds_out(
     fleet: list[list[History]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
