@@ -39,11 +39,6 @@ class Model:
     input_shape: tuple[int, ...]
     run: Callable[[Batch], Outputs]
 
-    @property
-    def has_rul(self) -> bool:
-        """Whether the network has a head for remaining useful life."""
-        return self.manifest.rul_thresholds is not None
-
 
 def open_model(path: Path, required_digest: str = "", threads: int = 0) -> Model:
     """Open an artefact and prove it: digest, seal, manifest, shapes, golden windows, batch of N = N batches of 1.
