@@ -96,7 +96,8 @@ def start(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
     kept = {key: value for key, value in os.environ.items() if not key.startswith("ENGINE_HEALTH_")}
     command = [sys.executable, "-m", "service.cli", *arguments]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=kept | environment, stdout=pipe, stderr=pipe, text=True)
+    strict = {"PYTHONWARNINGS": "error::RuntimeWarning"}  # an overflow in serving is a failure, as it is in the tests
+    return subprocess.Popen(command, env=kept | strict | environment, stdout=pipe, stderr=pipe, text=True)
 
 
 def _wait(client: httpx.Client, process: "subprocess.Popen[str]") -> None:

@@ -61,6 +61,7 @@ CASES: list[tuple[Any, int, list[Any] | None]] = [
     (one(row_with({})), 422, SENSOR_4),
     (one(row_with(1e39)), 422, SENSOR_4),
     (one(row_with(-1e39)), 422, SENSOR_4),
+    (one([[None, *ROW[1:5], 1e300, *ROW[6:]]]), 422, [*PLACE, 0, "op_setting_1"]),
     (one(row_with(10**30)), 200, None),
     (one(row_with(10**60)), 422, SENSOR_4),
     (one(row_with(float("nan"))), 400, None),

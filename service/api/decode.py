@@ -18,6 +18,7 @@ from service.errors import Fault, InvalidInput
 from service.runtime import Batch, Model
 
 Loc = tuple[str | int, ...]
+LARGEST = float(np.finfo(np.float32).max)
 MOST_FAULTS = 20  # a whole wrong file does not need a million lines to be understood
 JsonValue = Any
 
@@ -165,7 +166,7 @@ def _problem(value: JsonValue, hold: bool) -> str | None:
         return None if hold else 'missing; "missing": "hold" would repeat the last seen value'
     if isinstance(value, bool) or not isinstance(value, int | float):
         return f"expected a number, got {_kind(value)}"
-    return None if abs(value) <= np.finfo(np.float32).max else f"{value:g} is too large for a 32-bit float"
+    return None if abs(value) <= LARGEST else f"{value:g} is too large for a 32-bit float"
 
 
 def _kind(value: JsonValue) -> str:
