@@ -165,10 +165,11 @@ class DistributionHead(nn.Module):
         self.runs = [slice(*pair) for pair in pairwise(ends)][::-1]  # class 0 is the healthiest
 
     def forward(self, features: Tensor) -> Answer:  # (B, H) -> (B, classes), (B,), (B, R)
-        """Log-mass of each class, mean RUL, log-mass of each bin."""
+        """Log-mass of each class about their mean, mean RUL, log-mass of each bin."""
         log_p = F.log_softmax(self.bins(features), dim=-1)  # (B, R)
-        logits = torch.stack([log_p[:, run].logsumexp(-1) for run in self.runs], dim=-1)
-        return Answer(logits, (log_p.exp() * self.centres).sum(-1), log_p)
+        mass = torch.stack([log_p[:, run].logsumexp(-1) for run in self.runs], dim=-1)  # (B, classes)
+        # Softmax is blind to the shift, float32 is not: near zero the rounding of an unlikely class is smaller.
+        return Answer(mass - mass.mean(-1, keepdim=True), (log_p.exp() * self.centres).sum(-1), log_p)
 
     centres: Tensor
 
