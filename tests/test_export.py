@@ -102,8 +102,8 @@ def test_rows_that_answer_for_each_other_are_caught(network: EngineHealth, expor
     proto.graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), "zero"))
     proto.graph.node.extend(
         [
-            helper.make_node("ReduceMean", ["own", "zero"], ["mean"]),
-            helper.make_node("Sub", ["own", "mean"], ["logits"]),
+            helper.make_node("ReduceMean", ["own", "zero"], ["batch_mean"]),
+            helper.make_node("Sub", ["own", "batch_mean"], ["logits"]),
         ]
     )
     with pytest.raises(VerifyError, match=r"batch (1|2)"):
