@@ -20,8 +20,7 @@ def predict_json(body: bytes, predictor: Predictor, most: int) -> dict[str, Any]
     """The whole of `/v1/predict` between its bytes."""
     asked = schemas.parse(body, schemas.PredictRequest)
     if len(asked.instances) > most:
-        message = f"{len(asked.instances)} instances, at most {most} are taken in one call"
-        raise InvalidInput(f"instances: {message}", (Fault(("instances",), message),))
+        refuse([Fault(("instances",), f"{len(asked.instances)} instances, at most {most} are taken in one call")])
     decoded = decode_instances(asked.instances, predictor.model, asked.missing == "hold")
     found = predictor.predict(decoded.telemetry, decoded.targets, asked.temperature, decoded.imputed)
     manifest = predictor.model.manifest
