@@ -7,7 +7,7 @@ PIP := -m pip --disable-pip-version-check --quiet
 CMAPSS_URL ?= https://phm-datasets.s3.amazonaws.com/NASA/6.+Turbofan+Engine+Degradation+Simulation+Data+Set.zip
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format train export evaluate data docs lock clean
+.PHONY: help serve test check format train export evaluate study data docs lock clean
 
 help:                            ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /\1: /p' Makefile
@@ -52,8 +52,14 @@ export: $(DEV)/ready             ## build/checkpoint.pt to the bundled artefact:
 	$(BIN)/python -m export.to_onnx
 	$(BIN)/python -m export.verify
 
-evaluate: $(DEV)/ready           ## the bundled artefact on the official test engines
+evaluate: $(DEV)/ready           ## the bundled artefact on the official test engines; renews the model card
 	$(BIN)/python -m model.evaluate
+	$(BIN)/python docs/card.py
+
+study: $(DEV)/ready              ## what the model card compares with: three seeds, then each anchor; hours
+	for seed in 0 1 2; do $(BIN)/python -m model.fit --seed $$seed --output build/seed-$$seed.pt || exit 1; done
+	$(BIN)/python -m benchmarks.study seeds build/seed-0.pt build/seed-1.pt build/seed-2.pt
+	for name in boosting textbook-full textbook-64; do $(BIN)/python -m benchmarks.study anchor $$name || exit 1; done
 
 docs: $(DEV)/ready               ## write the README's tables anew from code, and the results from the test engines
 	$(BIN)/python docs/tables.py --results

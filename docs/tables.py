@@ -65,7 +65,7 @@ def replaced(text: str, name: str, lines: Iterator[str]) -> str:
     """The text with everything between the markers of a table replaced by its lines."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     if begin not in text or end not in text:
-        raise SystemExit(f"README.md has no markers {begin} and {end}")
+        raise SystemExit(f"no markers {begin} and {end}")
     head, rest = text.split(begin, 1)
     return head + begin + "\n" + "\n".join(lines) + "\n" + end + rest.split(end, 1)[1]
 

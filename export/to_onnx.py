@@ -12,12 +12,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from model import contract
 from model.calibrate import OUTPUT as CALIBRATION
 from model.contract import Manifest
 from model.fit import CHECKPOINT, load
+from model.network import EngineHealth, Normaliser
 from model.train import Knobs
 
 UNVERIFIED = Path("build/unverified.onnx")
@@ -46,21 +48,26 @@ def to_onnx(network: torch.nn.Module, window: int) -> bytes:
     return bytes(program.model_proto.SerializeToString())
 
 
-def manifest(checkpoint: dict[str, Any], calibration: dict[str, Any], name: str) -> Manifest:
+def conditions(normalise: Normaliser) -> dict[str, Any]:
+    """What the network takes for usual, in physical units."""
+    usual = torch.cat([normalise.centres, normalise.means], dim=1)
+    shown = {"setting_scales": normalise.scales, "usual": usual, "deviations": normalise.deviations}
+    return {name: np.round(values.numpy().astype(np.float64), 5).tolist() for name, values in shown.items()}
+
+
+def manifest(network: EngineHealth, checkpoint: dict[str, Any], calibration: dict[str, Any], name: str) -> Manifest:
     """What the artefact says of itself; golden windows and tolerance are `export.verify`'s to add."""
     knobs = Knobs(**checkpoint["knobs"])
     kept = ("temperature", "conformal", "reference", "channels", "metrics")
-    training = {
-        key: checkpoint[key]
-        for key in ("data", "subsets", "split", "knobs", "best", "fold_validation_nll", "made_with", "seconds")
-    }
+    training = {key: checkpoint[key] for key in ("data", "subsets", "split", "knobs", "loss", "made_with", "seconds")}
     return Manifest.model_validate(
         {key: calibration[key] for key in kept}
         | {"name": name, "version": version("engine-health"), "classes": contract.CLASSES}
-        | {"window": knobs.window, "rul_thresholds": knobs.thresholds}
+        | {"window": knobs.window, "rul_thresholds": knobs.thresholds, "conditions": conditions(network.normalise)}
         | {
             "training": training
             | {"seed": knobs.seed, "code": code_version(), "temperature": calibration["temperature_fit"]}
+            | {"alternatives": calibration["alternatives"]}
         }
     )
 
@@ -82,7 +89,7 @@ def main() -> None:
     flags = parser.parse_args()
     try:
         network, checkpoint = load(flags.checkpoint)
-        described = manifest(checkpoint, json.loads(flags.calibration.read_text()), flags.name)
+        described = manifest(network, checkpoint, json.loads(flags.calibration.read_text()), flags.name)
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(f"to_onnx: {str(error).splitlines()[0]}") from None
     contract.write(to_onnx(network, network.config.window), described, flags.output)

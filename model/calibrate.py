@@ -12,17 +12,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from model import cmapss, numerics
+from model import cmapss, conformal, numerics
 from model.cmapss import DataError
 from model.contract import CHANNEL_TABLE, RUL_CAP, Channel, Conformal, Histogram, Reference
 from model.fit import CHECKPOINT, data_digest, load
+from model.network import DistributionHead, NetworkConfig
 from model.numerics import Floats
 from model.train import Knobs
 
 OUTPUT = Path("build/calibration.json")
 LEVEL = 0.9
 CHANNEL_BINS = 10
+OTHER_THRESHOLDS = (80.0, 30.0)  # the other class boundaries in use for this data
 RESAMPLES = 200
 Integers = npt.NDArray[np.int64]
 
@@ -45,15 +48,37 @@ def choose_temperature(fitted: float, interval: tuple[float, float]) -> float:
     return 1.0 if interval[0] <= 1.0 <= interval[1] else fitted
 
 
-def conformal_threshold(
-    logits: npt.ArrayLike, targets: Integers, weights: Floats, temperature: float, level: float
-) -> float:
-    """The weighted quantile of 1 - p_y at `level` (split conformal, LAC: Sadinle, Lei, Wasserman 2019)."""
-    p = numerics.softmax(logits, temperature)
-    score = 1 - p[np.arange(len(p)), targets]
-    order = np.argsort(score)
-    share = np.cumsum(weights[order]) / weights.sum()
-    return float(score[order][np.searchsorted(share, level)])
+def fit_vector_scaling(logits: Floats, targets: Integers, weights: Floats) -> tuple[Floats, Floats]:
+    """Scales and biases (C,), (C,) of the logits with the lowest mean cross-entropy (Guo et al. 2017), by L-BFGS."""
+    z, y, w = torch.from_numpy(logits), torch.from_numpy(targets), torch.from_numpy(weights)
+    scale, bias = torch.ones(z.shape[1], dtype=z.dtype), torch.zeros(z.shape[1], dtype=z.dtype)
+    optimiser = torch.optim.LBFGS([scale.requires_grad_(), bias.requires_grad_()], max_iter=100)
+
+    def loss() -> torch.Tensor:
+        optimiser.zero_grad()
+        value = (torch.nn.functional.cross_entropy(z * scale + bias, y, reduction="none") * w).sum() / w.sum()
+        value.backward()  # type: ignore[no-untyped-call]  # torch ships it so
+        return value
+
+    optimiser.step(loss)  # type: ignore[no-untyped-call]  # torch ships it so
+    return scale.detach().numpy(), bias.detach().numpy()
+
+
+def compare_scalings(logits: Floats, targets: Integers, weights: Floats, engine: Integers) -> dict[str, float]:
+    """Mean cross-entropy of no scaling, a temperature, a vector: fitted on half the engines, scored on the others."""
+    found = {"none": 0.0, "temperature": 0.0, "vector": 0.0}
+    for half in (0, 1):
+        fit, score = engine % 2 == half, engine % 2 != half
+        t = numerics.fit_temperature(logits[fit], targets[fit], weights[fit])
+        scale, bias = fit_vector_scaling(logits[fit], targets[fit], weights[fit])
+        for name, z in (
+            ("none", logits[score]),
+            ("temperature", logits[score] / t),
+            ("vector", logits[score] * scale + bias),
+        ):
+            losses = numerics.cross_entropy(z, targets[score], reduction="none")
+            found[name] += float(np.average(losses, weights=weights[score])) / 2
+    return found
 
 
 def histogram(values: Floats, weights: Floats, edges: Floats) -> Histogram:
@@ -108,12 +133,13 @@ def calibrate(checkpoint: dict[str, Any], telemetry: Floats) -> dict[str, Any]:
         telemetry: (N, 17) readings of the checkpoint's engines, row by row in its order.
     """
     held = {key: value.numpy() for key, value in checkpoint["held_out"].items()}
+    if not held:
+        raise DataError("the checkpoint holds no answers for engines that it never saw: train with folds")
     logits, weights, engine = held["logits"].astype(np.float64), held["weight"].astype(np.float64), held["engine"]
     targets = cmapss.health(held["true_rul"], Knobs(**checkpoint["knobs"]).thresholds)
     fitted = numerics.fit_temperature(logits, targets, weights)
     interval = temperature_interval(logits, targets, weights, engine)
     t = choose_temperature(fitted, interval)
-    newest = telemetry[_rows_in_order(engine)]
     return {
         "temperature": t,
         "temperature_fit": {
@@ -123,9 +149,14 @@ def calibrate(checkpoint: dict[str, Any], telemetry: Floats) -> dict[str, Any]:
             "rows": len(engine),
         },
         "conformal": Conformal(
-            level=LEVEL, threshold=conformal_threshold(logits, targets, weights, t, LEVEL)
+            level=LEVEL, threshold=conformal.threshold(logits, targets, weights, t, LEVEL)
         ).model_dump(),
-        "reference": reference(logits, newest, weights, t).model_dump(),
+        "alternatives": _other_thresholds(checkpoint, weights)
+        | {
+            "aps_threshold": conformal.threshold(logits, targets, weights, t, LEVEL, "aps"),
+            "cross_entropy_of_scalings": compare_scalings(logits, targets, weights, engine),
+        },
+        "reference": reference(logits, telemetry, weights, t).model_dump(),
         "channels": [
             Channel(
                 name=name, unit=unit, description=text, training_range=(float(column.min()), float(column.max()))
@@ -136,13 +167,15 @@ def calibrate(checkpoint: dict[str, Any], telemetry: Floats) -> dict[str, Any]:
     }
 
 
-def _rows_in_order(engine: Integers) -> Integers:
-    """Where each held-out row stands in the whole table: folds hold their engines in another order."""
-    lengths = np.bincount(engine)
-    first = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    changes = np.flatnonzero(np.diff(engine, prepend=-1))
-    within = np.arange(len(engine)) - np.repeat(changes, np.diff(np.append(changes, len(engine))))
-    return np.asarray(first[engine] + within)
+def _other_thresholds(checkpoint: dict[str, Any], weights: Floats) -> dict[str, Any]:
+    """The temperature for the other class boundaries in use for this data, from the same held-out RUL distributions."""
+    bins = checkpoint["held_out"].get("bins")
+    if bins is None:
+        return {}
+    config = NetworkConfig(**checkpoint["network"] | {"thresholds": OTHER_THRESHOLDS})
+    logits = DistributionHead(config, 1).classes_of(bins).numpy()
+    targets = cmapss.health(checkpoint["held_out"]["true_rul"].numpy(), OTHER_THRESHOLDS)
+    return {"temperature_80_30": numerics.fit_temperature(logits, targets, weights)}
 
 
 def main() -> None:
@@ -158,7 +191,10 @@ def main() -> None:
         raise SystemExit(f"calibrate: {error}") from None
     if data_digest(engines) != checkpoint["data"]["sha256"]:
         raise SystemExit("calibrate: the data are not those that the checkpoint was trained on")
-    found = calibrate(checkpoint, np.concatenate([history.telemetry for history in engines]).astype(np.float64))
+    try:
+        found = calibrate(checkpoint, np.concatenate([history.telemetry for history in engines]).astype(np.float64))
+    except DataError as error:
+        raise SystemExit(f"calibrate: {error}") from None
     flags.output.write_text(json.dumps(found))
     low, high = found["temperature_fit"]["interval_90"]
     print(

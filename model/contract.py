@@ -8,7 +8,7 @@ Knows nobody in this project, and onnx only to write.
 import hashlib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -41,6 +41,7 @@ SETTINGS, SENSORS = CHANNELS[:3], CHANNELS[3:]
 
 MANIFEST_KEY, SEAL_KEY = "manifest", "seal"
 UNSEALED = b"0" * 64
+SEALED = b'"sealed":true'  # in the manifest, so that a damaged seal is not taken for none
 # metadata_props is a protobuf map entry: field 1 the key, field 2 the value, each preceded by its length (64 = "@")
 _SEAL = re.compile(rb"\x0a\x04seal\x12\x40([0-9a-f]{64})")
 
@@ -65,9 +66,9 @@ class Channel(Part):
 
 
 class Conformal(Part):
-    """Prediction sets {k: 1 - p_k <= threshold} at the artefact's own temperature (LAC, Sadinle et al. 2019)."""
+    """Prediction sets at the artefact's own temperature: the classes whose score is at most the threshold."""
 
-    method: str = "lac"
+    method: Literal["lac", "aps"] = "lac"
     level: float = Field(gt=0, lt=1)
     threshold: float = Field(ge=0, le=1)
 
@@ -101,6 +102,14 @@ class Reference(Part):
     channels: dict[str, Histogram] = {}
 
 
+class Conditions(Part):
+    """What is usual in each operating condition, in physical units: an answer is explained against it."""
+
+    setting_scales: tuple[float, ...]  # units of each setting in which the nearest condition is sought
+    usual: tuple[tuple[float, ...], ...]  # a row of all channels for each condition, settings first
+    deviations: tuple[tuple[float, ...], ...] = ()  # of the sensors, a row for each condition
+
+
 class Manifest(Part):
     """Everything that the file says of itself. Only `classes` and the names are required of a foreign classifier."""
 
@@ -116,6 +125,8 @@ class Manifest(Part):
     tolerance: float = Field(default=1e-4, gt=0)
     golden: tuple[Golden, ...] = ()
     reference: Reference | None = None
+    conditions: Conditions | None = None
+    sealed: bool = False  # a seal stands beside this manifest
     training: dict[str, Any] = {}
     metrics: dict[str, Any] = {}
 
@@ -126,6 +137,8 @@ class Manifest(Part):
         for kind, names in (("classes", self.classes), ("channels", tuple(c.name for c in self.channels))):
             if len(set(names)) != len(names):
                 raise ValueError(f"{kind} has a name twice")
+        if self.conditions and any(len(row) != len(self.channels) for row in self.conditions.usual):
+            raise ValueError("conditions need a value for each channel")
         return self
 
     @property
@@ -159,13 +172,13 @@ def seal_of(content: bytes) -> str:
 
 
 def check_seal(content: bytes) -> None:
-    """Refuse a file that changed after it was written. A foreign file without a seal passes.
+    """Refuse a file that changed after it was written. A foreign file without a seal, or a word of one, passes.
 
     Raises:
         ContractError: the seal does not fit the content.
     """
-    seals = _SEAL.findall(content)
-    if seals and (len(seals) != 1 or seals[0].decode() != seal_of(content)):
+    seals, claimed = _SEAL.findall(content), SEALED in content
+    if (seals or claimed) and (len(seals) != 1 or seals[0].decode() != seal_of(content)):
         raise ContractError("the file changed after it was written (its seal does not fit its content)")
 
 
@@ -175,7 +188,7 @@ def write(source: bytes, manifest: Manifest, target: Path) -> str:
 
     proto = onnx.load_model_from_string(source)
     kept = {entry.key: entry.value for entry in proto.metadata_props if entry.key not in (MANIFEST_KEY, SEAL_KEY)}
-    kept[MANIFEST_KEY] = manifest.model_dump_json()
+    kept[MANIFEST_KEY] = manifest.model_copy(update={"sealed": True}).model_dump_json()
     onnx.helper.set_model_props(proto, kept | {SEAL_KEY: UNSEALED.decode()})
     content = proto.SerializeToString(deterministic=True)
     content = content.replace(b"\x12\x40" + UNSEALED, b"\x12\x40" + seal_of(content).encode())

@@ -7,101 +7,88 @@ The test engines are read here and nowhere else in training: nothing is chosen b
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime as ort
 
-from model import cmapss, contract, numerics
+from model import cmapss, contract
 from model.cmapss import DataError, History
 from model.contract import ContractError, Manifest
-from model.numerics import Floats
-from model.windows import every_window
+from model.measures import Answers, of_classes, of_rul, rows_of
+from model.windows import Readings, every_window
 
 ARTEFACT = Path(__file__).parent / "artefact" / "engine-health.onnx"
 BATCH = 256
+BySubset = dict[str, list[Answers]]
+MakeWindows = Callable[[Readings, int], Readings]
+Run = Callable[[Readings], tuple[Readings, Readings]]  # windows (N, T, 17) to logits (N, C) and RUL (N,)
+COLUMNS = {  # of the tables, with the decimals that they show
+    "n": 0,
+    "accuracy": 4,
+    "macro-F1": 4,
+    "cross-entropy": 4,
+    "ECE": 4,
+    "Brier": 4,
+    "RUL RMSE": 2,
+    "NASA score": 0,
+}
 
 
-class Answers(NamedTuple):
-    """What the artefact says of some rows, and what is true: logits (N, C), labels (N,), RUL (N,) cycles."""
-
-    logits: Floats
-    labels: npt.NDArray[np.int64]
-    rul: Floats
-    true_rul: Floats
-
-
-def macro_f1(predicted: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], classes: int) -> float:
-    """Mean over classes of 2 TP / (2 TP + FP + FN); a class neither predicted nor true counts 0."""
-    hits = np.bincount(labels[predicted == labels], minlength=classes)
-    sizes = np.bincount(predicted, minlength=classes) + np.bincount(labels, minlength=classes)
-    return float(np.mean(2 * hits / np.maximum(sizes, 1)))
-
-
-def nasa_score(rul: Floats, true_rul: Floats) -> float:
-    """Σ exp(-d/13) - 1 where d = predicted - true < 0, exp(d/10) - 1 else (Saxena et al. 2008): late costs more."""
-    d = rul - true_rul
-    return float(np.expm1(np.where(d < 0, -d / 13, d / 10)).sum())
-
-
-def answers(session: ort.InferenceSession, manifest: Manifest, engines: list[History]) -> list[Answers]:
-    """The artefact's answers for every cycle of every engine, one entry an engine."""
+def answers(
+    run: Run,
+    window: int,
+    engines: list[History],
+    thresholds: tuple[float, ...] = contract.RUL_THRESHOLDS,
+    make: MakeWindows = every_window,
+) -> list[Answers]:
+    """What a network says of every cycle of each engine, one entry an engine; `make` turns histories to windows."""
     found = []
     for history in engines:
-        windows = every_window(history.telemetry, manifest.window or 1)
-        parts = [
-            session.run(["logits", "rul"], {"telemetry": np.ascontiguousarray(windows[i : i + BATCH])})
-            for i in range(0, len(windows), BATCH)
-        ]
+        windows = make(history.telemetry, window)
+        parts = [run(np.ascontiguousarray(windows[i : i + BATCH])) for i in range(0, len(windows), BATCH)]
         logits, rul = (np.concatenate(part).astype(np.float64) for part in zip(*parts, strict=True))
         true_rul = history.known_rul()
-        labels = cmapss.health(true_rul, manifest.rul_thresholds or contract.RUL_THRESHOLDS)
-        found.append(Answers(logits, labels, rul, true_rul))
+        found.append(Answers(logits, cmapss.health(true_rul, thresholds), rul, true_rul))
     return found
 
 
-def rows_of(parts: list[Answers], last_only: bool) -> Answers:
-    """All rows of some engines, or only their last."""
-    return Answers(
-        *(
-            np.concatenate([column[-1:] if last_only else column for column in columns])
-            for columns in zip(*parts, strict=True)
-        )
-    )
+def by_subset(run: Run, window: int, folder: Path, thresholds: tuple[float, ...] = contract.RUL_THRESHOLDS) -> BySubset:
+    """Answers for the official test engines of each subset, and of all of them."""
+    found = {s: answers(run, window, cmapss.read_test(folder, s), thresholds) for s in cmapss.SUBSETS}
+    return found | {"all": [part for parts in found.values() for part in parts]}
 
 
-def measures(found: Answers, temperature: float) -> dict[str, float]:
-    """One line of the table; RUL errors against the truth capped at 125 cycles, as the literature has it."""
-    capped = np.minimum(found.true_rul, contract.RUL_CAP)
-    return {
-        "n": len(found.labels),
-        "accuracy": float(numerics.correct(found.logits, found.labels).mean()),
-        "macro-F1": macro_f1(found.logits.argmax(axis=1), found.labels, found.logits.shape[1]),
-        "cross-entropy": float(numerics.cross_entropy(found.logits, found.labels, temperature)),
-        "ECE": numerics.ece(found.logits, found.labels, temperature),
-        "Brier": float(numerics.brier(found.logits, found.labels, temperature).mean()),
-        "RUL RMSE": float(np.sqrt(((found.rul - capped) ** 2).mean())),
-        "NASA score": nasa_score(found.rul, capped),
-    }
+def cells(line: dict[str, float], columns: dict[str, int]) -> str:
+    """The cells of a line of Markdown."""
+    return " | ".join(f"{line[name]:.{decimals}f}" for name, decimals in columns.items())
+
+
+def header(first: str, columns: dict[str, int]) -> list[str]:
+    """The two lines above a table of Markdown; `first` names the columns before the figures, as in `rows | subset`."""
+    return [f"| {first} | " + " | ".join(columns) + " |", "|" + " --- |" * (first.count("|") + 1 + len(columns))]
 
 
 def table(folder: Path, session: ort.InferenceSession, manifest: Manifest) -> Iterator[str]:
     """The results as lines of Markdown."""
-    by_subset = {s: answers(session, manifest, cmapss.read_test(folder, s)) for s in cmapss.SUBSETS}
-    by_subset["all"] = [part for parts in by_subset.values() for part in parts]
-    columns = ("n", "accuracy", "macro-F1", "cross-entropy", "ECE", "Brier", "RUL RMSE", "NASA score")
-    yield "| rows | subset | T | " + " | ".join(columns) + " |"
-    yield "| --- | --- | --- |" + " --- |" * len(columns)
+    found = by_subset(runner(session), manifest.window or 1, folder, manifest.rul_thresholds or contract.RUL_THRESHOLDS)
+    yield from header("rows | subset | T", COLUMNS)
     for rows, last_only in (("every cycle", False), ("last cycle", True)):
-        for subset, parts in by_subset.items():
+        for subset, parts in found.items():
             for t in (1.0, manifest.temperature):
-                found = measures(rows_of(parts, last_only), t)
-                cells = [f"{found['n']:.0f}", *(f"{found[name]:.4f}" for name in columns[1:6])]
-                cells += [f"{found['RUL RMSE']:.2f}", f"{found['NASA score']:.0f}"]
-                yield f"| {rows} | {subset} | {t:.3f} | " + " | ".join(cells) + " |"
+                picked = rows_of(parts, last_only)
+                yield f"| {rows} | {subset} | {t:.3f} | {cells(of_classes(picked, t) | of_rul(picked), COLUMNS)} |"
+
+
+def runner(session: ort.InferenceSession) -> Run:
+    """ONNX Runtime as a function of windows."""
+
+    def run(windows: Readings) -> tuple[Readings, Readings]:
+        logits, rul = session.run([contract.LOGITS, contract.RUL], {contract.INPUT: windows})
+        return logits, rul
+
+    return run
 
 
 def open_artefact(path: Path) -> tuple[ort.InferenceSession, Manifest]:

@@ -1,9 +1,10 @@
 """From data to checkpoint: the shipped network, and what fold networks say of engines that they never saw.
 
-    python -m model.fit --epochs 12 --seed 0        # = make train
+    python -m model.fit --epochs 20 --seed 0        # = make train
 
 Each fold network is trained like the shipped one on the other folds; its answers on its own fold are the held-out
-answers that temperature, prediction sets and references are made of (`model.calibrate`). Runs use a core each.
+answers that temperature, prediction sets and references are made of (`model.calibrate`), and by which recipes are
+compared. Runs use a core each.
 """
 
 import argparse
@@ -12,112 +13,104 @@ import os
 import platform
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from multiprocessing import get_context
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from model import cmapss
 from model.cmapss import DataError, History
-from model.network import EngineHealth, NetworkConfig
-from model.train import Best, Knobs, build, predict, train, windows_of
+from model.network import Answer, EngineHealth, NetworkConfig
+from model.train import Knobs, build, predict, train, windows_of
 
 CHECKPOINT = Path("build/checkpoint.pt")
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """What fold networks answered for every row of engines that they never saw. All of length N but `logits` (N, C)."""
-
-    engine: torch.Tensor
-    logits: torch.Tensor
-    rul: torch.Tensor
-    true_rul: torch.Tensor
-    weight: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training: on which engines, which choose the epoch, and which are only answered for."""
+class Run(NamedTuple):
+    """One training: on which engines, and for which it answers afterwards."""
 
     name: str
     train: list[History]
-    validation: list[History]
     held_out: list[History]
 
 
 def plan(fleet: list[list[History]], knobs: Knobs) -> list[Run]:
-    """The shipped run, then one for each fold; every subset is dealt out evenly."""
-    folds = _deal(fleet, [1 / knobs.folds] * knobs.folds, knobs.seed)
-    runs = [Run("shipped", *_hold_back(fleet, knobs), [])]
+    """The shipped run on all engines, then one for each fold without it."""
+    folds = deal(fleet, knobs)
+    runs = [Run("shipped", [history for subset in fleet for history in subset], [])]
     for k, held_out in enumerate(folds):
-        away = {history.engine_id for history in held_out}
-        rest = [[history for history in subset if history.engine_id not in away] for subset in fleet]
-        runs.append(Run(f"fold {k + 1} ", *_hold_back(rest, knobs), held_out))
+        rest = [history for j, fold in enumerate(folds) if j != k for history in fold]
+        runs.append(Run(f"fold {k + 1} ", rest, held_out))
     return runs
 
 
-def _deal(fleet: list[list[History]], shares: list[float], seed: int) -> list[list[History]]:
-    parts = [cmapss.split(subset, shares, seed) for subset in fleet]
-    return [[history for part in parts for history in part[k]] for k in range(len(shares))]
+def deal(fleet: list[list[History]], knobs: Knobs) -> list[list[History]]:
+    """Engines dealt into folds at random, every subset evenly."""
+    if not knobs.folds:
+        return []
+    parts = [cmapss.split(subset, [1 / knobs.folds] * knobs.folds, knobs.seed) for subset in fleet]
+    return [[history for part in parts for history in part[k]] for k in range(knobs.folds)]
 
 
-def _hold_back(fleet: list[list[History]], knobs: Knobs) -> tuple[list[History], list[History]]:
-    kept, validation = _deal(fleet, [1 - knobs.validation_share, knobs.validation_share], knobs.seed + 1)
-    return kept, validation
-
-
-def execute(run: Run, knobs: Knobs) -> tuple[EngineHealth, Best, tuple[torch.Tensor, torch.Tensor] | None]:
+def execute(run: Run, knobs: Knobs) -> tuple[EngineHealth, float, Answer | None]:
     """Train one network on one core, and answer for its held-out engines."""
     torch.set_num_threads(1)
     network = build(run.train, knobs)
-    learn, validate = (windows_of(engines, knobs.window, knobs.thresholds) for engines in (run.train, run.validation))
-    best = train(network, learn, validate, knobs, run.name)
-    answers = predict(network, windows_of(run.held_out, knobs.window, knobs.thresholds)) if run.held_out else None
-    return network, best, answers
+    loss = train(network, windows_of(run.train, network), knobs, run.name)
+    return network, loss, predict(network, windows_of(run.held_out, network)) if run.held_out else None
 
 
 def fit(fleet: list[list[History]], knobs: Knobs) -> dict[str, Any]:
-    """Train everything, two or more runs side by side, and return the checkpoint."""
+    """Train everything, as many runs side by side as there are cores, and return the checkpoint."""
     started, runs = time.monotonic(), plan(fleet, knobs)
     workers = min(len(runs), len(os.sched_getaffinity(0)))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         results = list(pool.map(execute, runs, [knobs] * len(runs)))
-    network, best, _ = results[0]
-    engines = [history for subset in fleet for history in subset]
+    network, loss, _ = results[0]
+    engines = runs[0].train
+    answers = [answer for _, _, answer in results if answer is not None]
     return {
         "network": asdict(network.config),
         "weights": network.state_dict(),
         "knobs": asdict(knobs),
-        "best": {key: value for key, value in vars(best).items() if key != "weights"},
-        "fold_validation_nll": [best.validation_nll for _, best, _ in results[1:]],
-        "held_out": vars(_held_out(runs[1:], [answers for _, _, answers in results[1:]], engines, knobs)),
+        "loss": loss,
+        "held_out": _held_out(runs[1:], answers, engines),
         "subsets": [subset[0].engine_id.partition("-")[0] for subset in fleet],
         "data": {"sha256": data_digest(engines), "engines": len(engines), "rows": sum(len(h.cycle) for h in engines)},
-        "split": {run.name.strip(): [len(run.train), len(run.validation), len(run.held_out)] for run in runs},
+        "split": {run.name.strip(): [len(run.train), len(run.held_out)] for run in runs},
         "made_with": {"torch": str(torch.__version__), "numpy": np.__version__, "python": platform.python_version()},
         "seconds": round(time.monotonic() - started),
     }
 
 
-def _held_out(runs: list[Run], answers: list[Any], engines: list[History], knobs: Knobs) -> HeldOut:
-    place = {history.engine_id: i for i, history in enumerate(engines)}
-    parts = [windows_of(run.held_out, knobs.window, knobs.thresholds) for run in runs]
-    engine = [
-        torch.tensor([place[h.engine_id] for h in run.held_out])[part.engine]
-        for run, part in zip(runs, parts, strict=True)
-    ]
-    return HeldOut(
-        torch.cat(engine),
-        torch.cat([logits for logits, _ in answers]),
-        torch.cat([rul for _, rul in answers]),
-        torch.cat([part.rul for part in parts]),
-        torch.cat([part.weight for part in parts]),
-    )
+def _by_engine(engines: list[History], rows: Tensor) -> list[Tensor]:
+    return list(torch.split(rows, [len(history.cycle) for history in engines]))
+
+
+def _held_out(runs: list[Run], answers: list[Answer], engines: list[History]) -> dict[str, Tensor]:
+    """What fold networks said of engines that they never saw, row by row in the order of the engines."""
+    if not runs:
+        return {}
+    found = {
+        name: {
+            history.engine_id: rows
+            for run, answer in zip(runs, answers, strict=True)
+            for history, rows in zip(run.held_out, _by_engine(run.held_out, getattr(answer, name)), strict=True)
+        }
+        for name in ("logits", "rul", "bins")
+        if getattr(answers[0], name) is not None
+    }
+    lengths = torch.tensor([len(history.cycle) for history in engines])
+    return {name: torch.cat([rows[h.engine_id] for h in engines]) for name, rows in found.items()} | {
+        "engine": torch.repeat_interleave(lengths),
+        "true_rul": torch.from_numpy(np.concatenate([history.known_rul() for history in engines])),
+        "weight": torch.from_numpy(np.concatenate([cmapss.cutoff_weights(history) for history in engines])),
+    }
 
 
 def data_digest(engines: list[History]) -> str:
@@ -172,7 +165,7 @@ def main() -> None:
         raise SystemExit(f"train: {error}") from None
     output.parent.mkdir(parents=True, exist_ok=True)
     torch.save(checkpoint, output)
-    print(f"wrote {output}: epoch {checkpoint['best']['epoch']}, {checkpoint['seconds']} s")
+    print(f"wrote {output}: loss {checkpoint['loss']:.4f}, {checkpoint['seconds']} s")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.backbones import ConvGru, RollingMlp, real_rows
 from model.contract import CHANNELS, RUL_CAP, RUL_THRESHOLDS, SENSORS, SETTINGS
 from model.textbook import CnnBiLstmAttention, DeepHeads
 from model.windows import Readings
@@ -22,22 +23,25 @@ from model.windows import Readings
 # The six conditions of C-MAPSS are 3 to 10 of these apart, and its noise within one is under a hundredth.
 SETTING_SCALES = (2.5, 0.1, 10.0)
 SETTINGS_SPAN = 17.0  # of those scales from the lowest flight to the highest, so that settings enter as 0..1
-CLIP = 10.0  # deviations; a broken sensor may pull a window, not blow it up
+Backbone = Literal["rolling-mlp", "conv-gru", "cnn-bilstm-attention"]
+SAME_CONDITION = 0.5  # scales; farther from every centre is a condition that training never saw
+FAR = 1e4  # scales; settings beyond any flight are as far as this, so that nothing overflows
+BROKEN = 10.0  # deviations; wear reaches five
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
     """Everything that the shape of the network depends on; it travels in the checkpoint and in the manifest."""
 
-    window: int = 80
+    window: int = 100
     conditions: int = 6
     thresholds: tuple[float, ...] = RUL_THRESHOLDS
-    backbone: Literal["conv-gru", "cnn-bilstm-attention"] = "conv-gru"
+    backbone: Backbone = "rolling-mlp"
     head: Literal["distribution", "separate"] = "distribution"  # the textbook backbone brings its own, separate ones
-    hidden: int = 64
-    kernel: int = 6
+    hidden: int = 320
+    kernel: int = 6  # of conv-gru, as is the stride
     stride: int = 2
-    dropout: float = 0.3
+    dropout: float = 0.1
     bin_cycles: int = 5  # width of a bin of the RUL distribution; thresholds must be multiples of it
 
     @property
@@ -65,15 +69,23 @@ class Normaliser(nn.Module):
         self.register_buffer("means", torch.zeros(conditions, len(SENSORS)))
         self.register_buffer("deviations", torch.ones(conditions, len(SENSORS)))
 
-    def forward(self, telemetry: Tensor) -> Tensor:  # (B, T, C) -> (B, T, S), or (B, T, C) with settings
-        """Sensors in deviations from what is usual in their operating condition, clipped at 10; settings scaled."""
-        settings, sensors = telemetry[..., : len(SETTINGS)], telemetry[..., len(SETTINGS) :]
-        distance = ((settings / self.scales).unsqueeze(2) - self.centres / self.scales).square().sum(-1)  # (B, T, K)
-        condition = distance.argmin(-1)  # (B, T)
-        normal = ((sensors - self.means[condition]) / self.deviations[condition]).clamp(-CLIP, CLIP)
-        if not self.with_settings:
-            return normal
-        return torch.cat([(settings / self.scales / SETTINGS_SPAN).clamp(-CLIP, CLIP), normal], dim=-1)
+    def forward(self, telemetry: Tensor) -> tuple[Tensor, Tensor]:  # (B, T, C) -> (B, T, S) or (B, T, C), (B, T)
+        """Sensors in deviations from what is usual in their operating condition, and 1 where that condition is known.
+
+        A row of a condition that training never saw says nothing and is all zeros, as is a sensor beyond ten
+        deviations: broken, not worn. With settings, they stand before the sensors, scaled.
+        """
+        settings, sensors = telemetry[..., : len(SETTINGS)] / self.scales, telemetry[..., len(SETTINGS) :]
+        settings = settings.clamp(-FAR, FAR)
+        centres = self.centres / self.scales  # (K, 3)
+        # nearest centre: |s - c|² = |s|² - 2 (s c - |c|²/2), and |s|² is the same for all
+        near, condition = (settings @ centres.T - centres.square().sum(-1) / 2).max(-1)  # (B, T)
+        known = (settings.square().sum(-1) - 2 * near <= SAME_CONDITION**2).float()  # (B, T)
+        normal = (sensors - self.means[condition]) / self.deviations[condition]
+        normal = torch.where((normal.abs() <= BROKEN) & (known > 0).unsqueeze(-1), normal, 0.0)
+        if self.with_settings:
+            normal = torch.cat([(settings / SETTINGS_SPAN).clamp(-1, 1), normal], dim=-1)
+        return normal, known
 
     def fit(self, rows: Readings) -> None:
         """Statistics per condition from training rows (N, C).
@@ -118,29 +130,13 @@ def find_conditions(settings: Readings) -> tuple[npt.NDArray[np.float64], npt.ND
     return centres[order], np.argsort(order)[condition]
 
 
-class ConvGru(nn.Module):
-    """One strided convolution that combines neighbouring cycles, one GRU that follows them; its last state."""
-
-    def __init__(self, config: NetworkConfig) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(len(SENSORS), config.hidden, config.kernel, config.stride)
-        self.gru = nn.GRU(config.hidden, config.hidden, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, S) -> (B, H)
-        """What the window shows, as one vector."""
-        local = F.relu(self.conv(x.transpose(1, 2))).transpose(1, 2)  # (B, (T - kernel) / stride + 1, H)
-        states, _ = self.gru(local)
-        last: Tensor = states[:, -1]
-        return last
-
-
 class SeparateHeads(nn.Module):
     """One layer for the classes, one for RUL; nothing keeps them from contradicting each other."""
 
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, config: NetworkConfig, width: int) -> None:
         super().__init__()
-        self.health = nn.Linear(config.hidden, config.classes)
-        self.remaining = nn.Linear(config.hidden, 1)
+        self.health = nn.Linear(width, config.classes)
+        self.remaining = nn.Linear(width, 1)
 
     def forward(self, features: Tensor) -> Answer:  # (B, H) -> (B, classes), (B,)
         """Logits, and RUL squeezed into 0..125."""
@@ -154,12 +150,12 @@ class DistributionHead(nn.Module):
     answers cannot contradict each other, and the thresholds are chosen at export without training anew.
     """
 
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, config: NetworkConfig, width: int) -> None:
         super().__init__()
         if any(t % config.bin_cycles or not 0 < t <= RUL_CAP for t in config.thresholds):
             raise ValueError(f"thresholds must be multiples of {config.bin_cycles} up to {RUL_CAP:g} cycles")
         edges = bin_edges(config)
-        self.bins = nn.Linear(config.hidden, len(edges) + 1)
+        self.bins = nn.Linear(width, len(edges) + 1)
         self.register_buffer("centres", torch.cat([edges - config.bin_cycles / 2, torch.tensor([RUL_CAP])]))
         ends = [0, *sorted(int(t) // config.bin_cycles for t in config.thresholds), len(edges) + 1]
         self.runs = [slice(*pair) for pair in pairwise(ends)][::-1]  # class 0 is the healthiest
@@ -167,9 +163,17 @@ class DistributionHead(nn.Module):
     def forward(self, features: Tensor) -> Answer:  # (B, H) -> (B, classes), (B,), (B, R)
         """Log-mass of each class about their mean, mean RUL, log-mass of each bin."""
         log_p = F.log_softmax(self.bins(features), dim=-1)  # (B, R)
-        mass = torch.stack([log_p[:, run].logsumexp(-1) for run in self.runs], dim=-1)  # (B, classes)
+        mass = self.classes_of(log_p)
         # Softmax is blind to the shift, float32 is not: near zero the rounding of an unlikely class is smaller.
-        return Answer(mass - mass.mean(-1, keepdim=True), (log_p.exp() * self.centres).sum(-1), log_p)
+        return Answer(mass - mass.mean(-1, keepdim=True), self.mean_of(log_p.exp()), log_p)
+
+    def classes_of(self, log_p: Tensor) -> Tensor:  # (B, R) -> (B, classes)
+        """Log-mass of each class."""
+        return torch.stack([log_p[:, run].logsumexp(-1) for run in self.runs], dim=-1)
+
+    def mean_of(self, p: Tensor) -> Tensor:  # (B, R) -> (B,)
+        """Mean RUL in cycles; more than 125 counts as 125."""
+        return (p * self.centres).sum(-1)
 
     centres: Tensor
 
@@ -188,20 +192,25 @@ class EngineHealth(nn.Module):
         textbook = config.backbone == "cnn-bilstm-attention"
         self.normalise = Normaliser(config.conditions, with_settings=textbook)
         self.dropout = nn.Dropout(config.dropout)
-        self.backbone: nn.Module
+        self.backbone: CnnBiLstmAttention | ConvGru | RollingMlp
         self.head: nn.Module
         if textbook:
             self.backbone = CnnBiLstmAttention(len(CHANNELS), config.hidden, config.dropout)
             self.head = DeepHeads(config.classes, config.dropout)
         else:
-            self.backbone = ConvGru(config)
-            self.head = (DistributionHead if config.head == "distribution" else SeparateHeads)(config)
+            if config.backbone == "rolling-mlp":
+                self.backbone = RollingMlp(config.window, len(SENSORS), config.hidden, config.dropout)
+            else:
+                self.backbone = ConvGru(len(SENSORS), config.hidden, config.kernel, config.stride)
+            head = DistributionHead if config.head == "distribution" else SeparateHeads
+            self.head = head(config, self.backbone.width)
 
-    def heads(self, normalised: Tensor) -> Answer:  # (B, T, S) -> (B, classes), (B,), (B, R)
+    def heads(self, normalised: Tensor, real: Tensor) -> Answer:  # (B, T, S), (B, T) -> (B, classes), (B,), (B, R)
         """All answers from normalised sensors; training calls this directly to disturb them first."""
-        return Answer(*self.head(self.dropout(self.backbone(normalised))))
+        return Answer(*self.head(self.dropout(self.backbone(normalised, real))))
 
     def forward(self, telemetry: Tensor) -> tuple[Tensor, Tensor]:  # (B, T, C) -> (B, classes), (B,)
         """Logits and RUL from raw physical readings."""
-        answer = self.heads(self.normalise(telemetry))
+        normal, known = self.normalise(telemetry)
+        answer = self.heads(normal, known * real_rows(telemetry))
         return answer.logits, answer.rul

@@ -15,6 +15,7 @@ Floats = npt.NDArray[np.float64]
 Reduction = Literal["mean", "sum", "none"]
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
+MAX_LOGIT = 1e150  # far beyond float32, and nothing done to such logits here overflows
 RELIABILITY_BINS = 15
 MAX_WEIGHT = 1e9  # far beyond any use, and no sum of losses overflows
 # How far a distribution given as a label may be from summing to one: four decimals are enough for a person.
@@ -25,13 +26,13 @@ def scaled(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
     """Logits in float64, divided by the temperature.
 
     Raises:
-        ValueError: no class axis, not finite, or a temperature outside 0.01..100.
+        ValueError: no class axis, not finite, beyond 1e150, or a temperature outside 0.01..100.
     """
     z = np.asarray(logits, dtype=np.float64)
     if z.ndim == 0 or z.shape[-1] == 0:
         raise ValueError("logits need at least one class on the last axis")
-    if not np.isfinite(z).all():
-        raise ValueError("logits must be finite")
+    if not (np.abs(z) <= MAX_LOGIT).all():  # also when one is NaN
+        raise ValueError(f"logits must be finite, from -{MAX_LOGIT:g} to {MAX_LOGIT:g}")
     if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
         raise ValueError(f"temperature must be from {MIN_TEMPERATURE} to {MAX_TEMPERATURE:g}, not {temperature!r}")
     return z / temperature
@@ -62,7 +63,9 @@ def as_distributions(targets: npt.ArrayLike, classes: int) -> Floats:
     """
     t = np.asarray(targets)
     if t.ndim == 1:
-        return np.asarray(np.eye(classes)[_class_indices(t, classes)])
+        one_hot = np.zeros((len(t), classes))
+        one_hot[np.arange(len(t)), _class_indices(t, classes)] = 1
+        return one_hot
     q = t.astype(np.float64)
     if q.ndim != 2 or q.shape[1] != classes:
         raise ValueError(f"distributions need {classes} probabilities a row, got shape {q.shape}")

@@ -1,6 +1,6 @@
 """The textbook backbone: convolutions, two bidirectional LSTM layers, self-attention, a funnel, deep heads.
 
-A hundred times the parameters of `conv-gru`; the anchor that the compact network is measured against.
+Fifty times the parameters of the compact network; the anchor that the compact network is measured against.
 B = batch, T = window, C = 17 inputs, H = hidden width of a direction.
 """
 
@@ -38,7 +38,7 @@ class CnnBiLstmAttention(nn.Module):
         self.norm = nn.LayerNorm(2 * hidden)
         self.funnel = funnel(2 * hidden, hidden, hidden // 4, FEATURES, dropout=dropout)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, 32)
+    def forward(self, x: Tensor, _real: Tensor) -> Tensor:  # (B, T, C) -> (B, 32)
         """What the window shows, as one vector."""
         local = self.local(x.transpose(1, 2)).transpose(1, 2)  # (B, T, 64)
         states, _ = self.lstm(local)  # (B, T, 2H)

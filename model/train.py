@@ -1,15 +1,15 @@
 """Train one network on run-to-failure histories: knobs, one loop, a seed.
 
-Engines are split, never windows. The best epoch is the one whose averaged weights have the lowest cross-entropy on
-validation engines, weighed as if cut off at random cycles; the test engines are never looked at. Knows no files:
-`model.fit` reads the data, runs this for every fold and writes the checkpoint.
+Engines are split, never windows. The length of the training is a knob: averaged weights after the last epoch are kept.
+The test engines are never looked at. Knows no files: `model.fit` reads the data, runs this for every fold and writes
+the checkpoint.
 """
 
 import copy
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,39 +17,39 @@ from torch import Tensor
 
 from model import cmapss
 from model.cmapss import History
-from model.contract import RUL_CAP, RUL_THRESHOLDS, SETTINGS
-from model.losses import balanced_weights, bin_loss, health_loss, rul_loss, weighted_mean
-from model.network import EngineHealth, NetworkConfig, bin_edges, find_conditions
-from model.windows import every_window
+from model.contract import RUL_THRESHOLDS, SETTINGS
+from model.losses import balanced_weights, bin_loss, health_loss, rul_loss
+from model.network import Answer, Backbone, EngineHealth, NetworkConfig, bin_edges, find_conditions
 
 
 @dataclass(frozen=True)
 class Knobs:
     """Everything that a run depends on besides the data and the code."""
 
-    window: int = 80
-    backbone: Literal["conv-gru", "cnn-bilstm-attention"] = "conv-gru"
+    window: int = 100
+    backbone: Backbone = "rolling-mlp"
     head: Literal["distribution", "separate"] = "distribution"
-    hidden: int = 64
+    hidden: int = 320
     kernel: int = 6
     stride: int = 2
-    dropout: float = 0.3
-    epochs: int = 12
+    dropout: float = 0.1
+    epochs: int = 60
     windows_per_epoch: int = 60_000
     batch: int = 512
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     weight_decay: float = 1e-2
     average: float = 0.995  # of the weights, a step
     noise: float = 0.3  # deviations, fresh for every reading
     bias: float = 0.3  # deviations, one a sensor and window
     channel_dropout: float = 0.1  # how often a sensor is silent through a whole window
+    late_start: float = 0.2  # how often a history begins at a random row of its window, the engine being older
+    unknown_rows: float = 0.1  # how often a window loses a random share of its rows
     rul_weight: float = 4.0
     bin_weight: float = 0.3  # of the RUL distribution's own log-likelihood
     class_weights: Literal["none", "balanced"] = "none"
     focal_gamma: float = 0.0
     near_threshold: float = RUL_THRESHOLDS[1]
     far_threshold: float = RUL_THRESHOLDS[0]
-    validation_share: float = 0.1  # of the engines, to choose the epoch
     folds: int = 6  # of engines, each held out once to measure what the network says of engines it never saw
     seed: int = 0
 
@@ -59,8 +59,8 @@ class Knobs:
             raise ValueError("thresholds must be 0 < near < far")
         if min(self.epochs, self.batch, self.windows_per_epoch, self.window) < 1:
             raise ValueError("epochs, batch, windows_per_epoch and window must be at least 1")
-        if self.folds < 2 or not 0 < self.validation_share < 1:
-            raise ValueError("training needs two folds at least, and a share of the engines to validate on")
+        if self.folds == 1 or self.folds < 0:
+            raise ValueError("folds must be 0 (none is held out) or at least 2")
 
     @property
     def thresholds(self) -> tuple[float, float]:
@@ -70,46 +70,64 @@ class Knobs:
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of many engines: views on their padded histories, and what is true of each last row."""
+    """Windows of many engines: their rows, normalised once, and what is true of each window's last row."""
 
-    telemetry: list[np.ndarray[Any, np.dtype[np.float32]]]  # one (T, window, C) view an engine
+    rows: Tensor  # (R, S) all histories, one after the other, each with its padding in front
+    known: Tensor  # (R,) 1 where the operating condition is known
+    first: Tensor  # (N,) where a window begins in the rows
+    padding: Tensor  # (N,) how many of its rows are padding
+    window: int
     engine: Tensor  # (N,) which engine
-    row: Tensor  # (N,) which of its windows
     rul: Tensor  # (N,) cycles, true and uncapped
     label: Tensor  # (N,) class index
     weight: Tensor  # (N,) how often a live fleet would show this row
 
-    def take(self, rows: Tensor) -> Tensor:
-        """The windows (len(rows), window, C), copied out."""
-        picked = zip(self.engine[rows].tolist(), self.row[rows].tolist(), strict=True)
-        return torch.from_numpy(np.stack([self.telemetry[engine][row] for engine, row in picked]))
+    def take(self, picked: Tensor) -> tuple[Tensor, Tensor]:
+        """The picked windows (B, T, S), and 1 where a row counts (B, T), copied out."""
+        time = torch.arange(self.window)
+        rows = self.first[picked].unsqueeze(1) + time  # (B, T)
+        return self.rows[rows], self.known[rows] * (time >= self.padding[picked].unsqueeze(1))
 
 
-def windows_of(engines: list[History], window: int, thresholds: tuple[float, float]) -> Windows:
-    """Every window of every engine, with labels from the true RUL."""
-    rul = np.concatenate([history.known_rul() for history in engines])
-    lengths = [len(history.cycle) for history in engines]
+def windows_of(engines: list[History], network: EngineHealth) -> Windows:
+    """Every window of every engine as the network sees it, with labels from the true RUL."""
+    window, rul = network.config.window, np.concatenate([history.known_rul() for history in engines])
+    lengths = torch.tensor([len(history.cycle) for history in engines])
+    age = torch.cat([torch.arange(length) for length in lengths.tolist()])
+    before = torch.cumsum(lengths + window - 1, 0) - lengths - window + 1  # rows of the engines before, (E,)
+    engine = torch.repeat_interleave(lengths)
+    padded = [np.concatenate([np.repeat(h.telemetry[:1], window - 1, axis=0), h.telemetry]) for h in engines]
+    with torch.inference_mode():
+        rows, known = network.normalise(torch.from_numpy(np.concatenate(padded)).unsqueeze(0))
     return Windows(
-        [every_window(history.telemetry, window) for history in engines],
-        torch.from_numpy(np.repeat(np.arange(len(engines)), lengths)),
-        torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
+        rows[0].clone(),
+        known[0].clone(),
+        before[engine] + age,
+        (window - 1 - age).clamp(min=0),
+        window,
+        engine,
         torch.from_numpy(rul).float(),
-        torch.from_numpy(cmapss.health(rul, thresholds)),
+        torch.from_numpy(cmapss.health(rul, network.config.thresholds)),
         torch.from_numpy(np.concatenate([cmapss.cutoff_weights(history) for history in engines])).float(),
     )
 
 
-def predict(network: EngineHealth, windows: Windows, batch: int = 2048) -> tuple[Tensor, Tensor]:
-    """Logits (N, classes) and RUL (N,) of all windows, without gradients."""
+def predict(network: EngineHealth, windows: Windows, batch: int = 4096) -> Answer:
+    """What the network says of all windows, without gradients."""
     network.eval()
     with torch.inference_mode():
-        parts = [network(windows.take(rows)) for rows in torch.split(torch.arange(len(windows.row)), batch)]
-    return torch.cat([logits for logits, _ in parts]), torch.cat([rul for _, rul in parts])
+        picks = torch.split(torch.arange(len(windows.first)), batch)
+        parts = [network.heads(*windows.take(picked)) for picked in picks]
+    bins = [part.bins for part in parts if part.bins is not None]
+    logits, rul = (torch.cat(column) for column in ([part.logits for part in parts], [part.rul for part in parts]))
+    return Answer(logits, rul, torch.cat(bins) if bins else None)
 
 
 def batches(windows: Windows, knobs: Knobs, generator: torch.Generator) -> Iterator[Tensor]:
     """Rows of one epoch, drawn as often as a live fleet would show them."""
-    rows = torch.multinomial(windows.weight, min(knobs.windows_per_epoch, len(windows.row)), True, generator=generator)
+    rows = torch.multinomial(
+        windows.weight, min(knobs.windows_per_epoch, len(windows.first)), True, generator=generator
+    )
     yield from torch.split(rows, knobs.batch)
 
 
@@ -124,69 +142,80 @@ def disturb(sensors: Tensor, knobs: Knobs, generator: torch.Generator) -> Tensor
     return (sensors + noise + bias) * (torch.rand(a_window, generator=generator) >= knobs.channel_dropout)
 
 
-def validate(network: EngineHealth, windows: Windows) -> tuple[float, float]:
-    """Cross-entropy in nats and RUL RMSE in cycles, weighed as a live fleet shows its rows."""
-    logits, rul = predict(network, windows)
-    nll = weighted_mean(health_loss(logits, windows.label), windows.weight)
-    mse = weighted_mean(rul_loss(rul, windows.rul), windows.weight)
-    return float(nll), float(mse.sqrt() * RUL_CAP)
+def begin_late(rows: Tensor, real: Tensor, knobs: Knobs, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Some windows (B, T, S) cut so that they begin at a random row, and padded anew with it.
+
+    Who starts to record an engine in mid-life sends a short history of an old engine; taken for the whole history it
+    would look like a new one.
+    """
+    batch, window = real.shape
+    late = torch.rand(batch, generator=generator) < knobs.late_start
+    begins = (torch.randint(0, window, (batch,), generator=generator) * late).unsqueeze(1)  # (B, 1)
+    time = torch.arange(window).unsqueeze(0)
+    source = torch.maximum(time, begins)  # (B, T)
+    return rows.gather(1, source.unsqueeze(-1).expand_as(rows)), real * (time >= begins)
 
 
-@dataclass
-class Best:
-    """The epoch to keep, and its averaged weights."""
-
-    epoch: int = 0
-    validation_nll: float = float("inf")
-    validation_rul_rmse: float = float("inf")
-    weights: dict[str, Tensor] = field(default_factory=dict)
+def forget(real: Tensor, knobs: Knobs, generator: torch.Generator) -> Tensor:
+    """Some windows (B, T) lose a random share of their rows, as flights in unknown operating conditions do."""
+    share = torch.rand(len(real), 1, generator=generator)
+    hit = torch.rand(len(real), 1, generator=generator) < knobs.unknown_rows
+    return real * ~(hit & (torch.rand(real.shape, generator=generator) < share))
 
 
-def train(network: EngineHealth, windows: Windows, validation: Windows, knobs: Knobs, name: str) -> Best:
-    """The loop. Leaves the best epoch's averaged weights in `network`; prints a line an epoch, starting with `name`."""
+class Objective:
+    """The loss of a batch: classes, RUL, and the likelihood of the RUL distribution if the head gives one."""
+
+    def __init__(self, config: NetworkConfig, windows: Windows, knobs: Knobs) -> None:
+        self._windows, self._knobs, self._edges = windows, knobs, bin_edges(config)
+        counts = torch.bincount(windows.label, windows.weight, minlength=config.classes)
+        self._class_weights = balanced_weights(counts).float() if knobs.class_weights == "balanced" else None
+
+    def __call__(self, answer: Answer, picked: Tensor) -> Tensor:
+        """The mean over the picked rows, a scalar."""
+        knobs, rul, labels = self._knobs, self._windows.rul[picked], self._windows.label[picked]
+        loss = health_loss(answer.logits, labels, self._class_weights, knobs.focal_gamma).mean()
+        loss = loss + knobs.rul_weight * rul_loss(answer.rul, rul).mean()
+        if answer.bins is not None:
+            loss = loss + knobs.bin_weight * bin_loss(answer.bins, rul, self._edges).mean()
+        return loss
+
+
+def train(network: EngineHealth, windows: Windows, knobs: Knobs, name: str) -> float:
+    """The loop. Leaves averaged weights in `network` and returns the last epoch's loss; prints a line an epoch."""
     generator = torch.Generator().manual_seed(knobs.seed)
-    averaged, best = copy.deepcopy(network), Best()
-    drawn = min(knobs.windows_per_epoch, len(windows.row))
+    averaged, drawn = copy.deepcopy(network), min(knobs.windows_per_epoch, len(windows.first))
     optimiser = torch.optim.AdamW(network.parameters(), knobs.learning_rate, weight_decay=knobs.weight_decay)
     steps = knobs.epochs * -(-drawn // knobs.batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, knobs.learning_rate, total_steps=steps)
-    edges = bin_edges(network.config)
-    counts = torch.bincount(windows.label, windows.weight, minlength=network.config.classes)
-    class_weights = balanced_weights(counts).float() if knobs.class_weights == "balanced" else None
+    loss_of = Objective(network.config, windows, knobs)
+    mean = float("nan")
     for epoch in range(1, knobs.epochs + 1):
-        started, total = time.monotonic(), torch.zeros(2)
+        started, total = time.monotonic(), 0.0
         network.train()
-        for rows in batches(windows, knobs, generator):
-            answer = network.heads(disturb(network.normalise(windows.take(rows)), knobs, generator))
-            health = health_loss(answer.logits, windows.label[rows], class_weights, knobs.focal_gamma).mean()
-            remaining = rul_loss(answer.rul, windows.rul[rows]).mean()
-            loss = health + knobs.rul_weight * remaining
-            if answer.bins is not None:
-                loss = loss + knobs.bin_weight * bin_loss(answer.bins, windows.rul[rows], edges).mean()
+        for picked in batches(windows, knobs, generator):
+            rows, real = begin_late(*windows.take(picked), knobs, generator)
+            answer = network.heads(disturb(rows, knobs, generator), forget(real, knobs, generator))
+            loss = loss_of(answer, picked)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch ships it so
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimiser.step()
             schedule.step()
-            total += torch.stack([health, remaining]).detach() * len(rows)
+            total += loss.item() * len(picked)
             for slow, fast in zip(averaged.parameters(), network.parameters(), strict=True):
                 slow.data.lerp_(fast.data, 1 - knobs.average)
             for kept, running in zip(averaged.buffers(), network.buffers(), strict=True):
                 kept.copy_(running)  # batch statistics are averages already
-        nll, rmse = validate(averaged, validation)
-        if nll < best.validation_nll:
-            best = Best(epoch, nll, rmse, copy.deepcopy(averaged.state_dict()))
-        health_mean, rul_mean = (total / drawn).tolist()
-        mark = " *" if best.epoch == epoch else ""
+        mean = total / drawn
         print(
-            f"{name}  epoch {epoch:2d}/{knobs.epochs}  loss {health_mean:.4f}  rul loss {rul_mean:.4f}  "
-            f"validation NLL {nll:.4f}  RUL RMSE {rmse:5.2f}  {time.monotonic() - started:3.0f} s{mark}",
-            flush=True,
+            f"{name}  epoch {epoch:2d}/{knobs.epochs}  loss {mean:.4f}  {time.monotonic() - started:3.0f} s", flush=True
         )
-    if not best.epoch:
-        raise RuntimeError(f"{name}: no epoch had a finite validation loss; lower the learning rate")
-    network.load_state_dict(best.weights)
-    return best
+    if not np.isfinite(mean):
+        raise RuntimeError(f"{name}: the loss is not finite; lower the learning rate")
+    network.load_state_dict(averaged.state_dict())
+    network.eval()
+    return mean
 
 
 def build(train_engines: list[History], knobs: Knobs) -> EngineHealth:

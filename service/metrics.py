@@ -3,7 +3,7 @@
 Calibration is exported as plain counters that add across workers, replicas and time: any window is an `increase`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -69,14 +69,26 @@ class Metrics:
             for family in (self.reliability_predictions, self.reliability_confidence, self.reliability_correct):
                 family.labels(str(k))
 
-    def serving(self, name: str, version: str, digest: str, classes: Iterable[str], temperature: float) -> None:
-        """Say which model answers from now on."""
+    def serving(
+        self,
+        name: str,
+        version: str,
+        digest: str,
+        classes: Iterable[str],
+        temperature: float,
+        input_bins: Mapping[str, int],
+    ) -> None:
+        """Say which model answers from now on; `input_bins` counts the reference bins of each channel."""
         self.model_info.clear()
         self.model_info.labels(name, version, digest).set(1)
         self.temperature.set(temperature)
         self.ready.set(1)
         for health in classes:
             self.predictions.labels(health)
+        for channel, bins in input_bins.items():
+            self.imputed_values.labels(channel)
+            for k in range(bins):
+                self.input_values.labels(channel, str(k))
 
     def text(self) -> bytes:
         """The exposition, Prometheus text format 0.0.4."""

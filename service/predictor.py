@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from model import numerics
+from model import conformal, numerics
 from model.numerics import Floats
+from model.occlusion import Shift, Usual, occluded, shifts
 from service.errors import Fault, InvalidInput
 from service.metrics import Metrics, add_bins, observe_all
 from service.runtime import Batch, Model
@@ -48,7 +49,13 @@ class Predictor:
         self.temperature = model.manifest.temperature
         self._metrics = metrics
         manifest = model.manifest
-        metrics.serving(manifest.name, manifest.version, model.digest, manifest.classes, self.temperature)
+        a_value_each = model.input_shape[-1:] == (len(manifest.channels),) and len(model.input_shape) <= 2
+        reference = manifest.reference.channels if manifest.reference and a_value_each else {}
+        self._edges = {name: np.array(reference[name].edges) for name in manifest.channel_names if name in reference}
+        conditions = manifest.conditions
+        self._usual = Usual.of(conditions.setting_scales, conditions.usual) if conditions else None
+        bins = {name: len(edges) + 1 for name, edges in self._edges.items()}
+        metrics.serving(manifest.name, manifest.version, model.digest, manifest.classes, self.temperature, bins)
 
     def predict(
         self,
@@ -75,8 +82,27 @@ class Predictor:
         _refuse_unanswerable(logits, rul)
         t = self.temperature if temperature is None else temperature
         prediction = self._calibrated(logits, rul, t, targets)
-        self._observe(prediction, telemetry, targets, imputed)
+        # A what-if temperature is answered and not counted: the counters describe what the service says by itself.
+        active = prediction if t == self.temperature else self._calibrated(logits, rul, self.temperature, targets)
+        self._observe(active, telemetry, targets, imputed)
         return prediction
+
+    def explain(self, telemetry: Batch, prediction: Prediction) -> list[list[Shift]]:
+        """What each channel did to each answer, the strongest first: one batch of a row per channel for each instance.
+
+        Raises:
+            InvalidInput: the model does not say what is usual, so that no channel can be left out.
+        """
+        if self._usual is None:
+            message = "this model does not say what is usual (`conditions`), so its answers cannot be explained"
+            raise InvalidInput(message, (Fault(("explain",), message),))
+        found = []
+        for i, window in enumerate(telemetry):
+            logits, rul = self.model.run(occluded(window, self._usual))
+            without = numerics.softmax(logits, prediction.temperature)
+            answered = None if prediction.rul is None else float(prediction.rul[i])
+            found.append(shifts(prediction.probabilities[i], answered, without, rul))
+        return found
 
     def _calibrated(self, logits: Batch, rul: Batch | None, t: float, targets: Floats | None) -> Prediction:
         known = np.zeros(len(logits), bool) if targets is None else ~np.isnan(targets[:, 0])
@@ -100,11 +126,10 @@ class Predictor:
         The threshold was found there, and its coverage holds nowhere else. Never empty: the most probable class
         always belongs.
         """
-        conformal = self.model.manifest.conformal
-        if conformal is None:
+        rule = self.model.manifest.conformal
+        if rule is None:
             return None
-        p = numerics.softmax(logits, self.model.manifest.temperature)
-        return (1 - p <= conformal.threshold) | (p == p.max(axis=1, keepdims=True))  # type: ignore[no-any-return]  # numpy's max is Any
+        return conformal.sets(logits, self.model.manifest.temperature, rule.threshold, rule.method)
 
     def _observe(
         self, prediction: Prediction, telemetry: Batch, targets: Floats | None, imputed: npt.NDArray[np.int64] | None
@@ -121,12 +146,11 @@ class Predictor:
 
     def _observe_inputs(self, telemetry: Batch, imputed: npt.NDArray[np.int64] | None) -> None:
         """Only the newest row of a window is news: the others were counted when they were newest."""
-        manifest = self.model.manifest
-        reference = manifest.reference.channels if manifest.reference else {}
-        for k, channel in enumerate(manifest.channel_names):
-            if channel in reference:
-                edges = reference[channel].edges
-                bins = np.searchsorted(edges, telemetry[:, -1, k].astype(np.float64))
+        newest = telemetry if telemetry.ndim == 2 else telemetry[:, -1]
+        for k, channel in enumerate(self.model.manifest.channel_names):
+            if channel in self._edges:
+                edges = self._edges[channel]
+                bins = np.searchsorted(edges, newest[:, k].astype(np.float64))
                 add_bins(self._metrics.input_values, np.bincount(bins, minlength=len(edges) + 1), channel)
             if imputed is not None and imputed[k]:
                 self._metrics.imputed_values.labels(channel).inc(int(imputed[k]))

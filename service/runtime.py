@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,8 @@ from model.contract import ContractError, Manifest
 from service.errors import ArtefactRejected
 
 Batch = npt.NDArray[np.float32]
+PROBES = 3  # windows that prove a batch, beside the golden ones
+RUL_UNITS = 100  # cycles are a hundred times as large as logits, and so is their rounding
 FATAL_ONLY = 4  # ONNX Runtime's log severity: what goes wrong is raised, and said once
 
 
@@ -62,6 +64,9 @@ def open_model(path: Path, required_digest: str = "", threads: int = 0) -> Model
         _check_golden(model)
     except ContractError as error:
         raise ArtefactRejected(f"{path}: {error}") from None
+    except Exception as error:  # a file can be wrong in more ways than are named here; none may pass in silence
+        reason = str(error).strip().partition("\n")[0]
+        raise ArtefactRejected(f"{path}: {type(error).__name__}: {reason}") from error
     return model
 
 
@@ -90,7 +95,7 @@ def _input_shape(session: ort.InferenceSession, manifest: Manifest) -> tuple[int
         raise ContractError(
             f"expected one float32 input {contract.INPUT!r}, found {[(i.name, i.type) for i in inputs]}"
         )
-    batch, *rest = inputs[0].shape
+    batch, *rest = inputs[0].shape or [0]
     if isinstance(batch, int) or not all(isinstance(size, int) for size in rest):
         raise ContractError(f"the input needs a free batch and fixed sizes after it, found {inputs[0].shape}")
     if manifest.window is not None and rest != [manifest.window, len(manifest.channels)]:
@@ -100,9 +105,9 @@ def _input_shape(session: ort.InferenceSession, manifest: Manifest) -> tuple[int
 
 def _check_outputs(session: ort.InferenceSession, manifest: Manifest) -> None:
     shapes = {output.name: output.shape for output in session.get_outputs()}
-    width = shapes.get(contract.LOGITS, [None])[-1]
     if contract.LOGITS not in shapes or len(shapes[contract.LOGITS]) != 2:
         raise ContractError(f"no output {contract.LOGITS!r} of shape [batch, classes]; outputs are {sorted(shapes)}")
+    width = shapes[contract.LOGITS][-1]
     if width != len(manifest.classes):
         raise ContractError(f"manifest names {len(manifest.classes)} classes, logits have {width}")
     if (contract.RUL in shapes) != (manifest.rul_thresholds is not None):
@@ -121,26 +126,33 @@ def _runner(session: ort.InferenceSession) -> Callable[[Batch], Outputs]:
 
 def _check_golden(model: Model) -> None:
     golden = model.manifest.golden
-    if not golden:
-        _check_answers(model, np.zeros((2, *model.input_shape), np.float32))
-        return
     try:
         windows = np.array([g.telemetry for g in golden], dtype=np.float32).reshape(len(golden), *model.input_shape)
         logits = np.array([g.logits for g in golden], dtype=np.float64).reshape(
             len(golden), len(model.manifest.classes)
         )
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):
         raise ContractError("golden windows do not have the model's shapes") from None
-    outputs = _check_answers(model, windows)
-    _compare("golden window", outputs.logits, logits, model.manifest.tolerance)
-    if outputs.rul is not None and all(g.rul is not None for g in golden):
-        _compare("golden window's RUL", outputs.rul, np.array([g.rul for g in golden]), 100 * model.manifest.tolerance)
+    outputs = _check_answers(model, np.concatenate([windows, _probes(model, windows)]))
+    if golden:
+        _compare("golden window", outputs.logits[: len(golden)], logits, model.manifest.tolerance)
+    if outputs.rul is not None and golden and all(g.rul is not None for g in golden):
+        found, rul = outputs.rul[: len(golden)], np.array([g.rul for g in golden])
+        _compare("golden window's RUL", found, rul, RUL_UNITS * model.manifest.tolerance)
+
+
+def _probes(model: Model, golden: Batch) -> Batch:
+    """Windows unlike each other: a graph that mixes the rows of its batch answers them otherwise than alone."""
+    random = np.random.default_rng(0)
+    noise = random.standard_normal((PROBES, *model.input_shape))
+    base = golden[np.arange(PROBES) % len(golden)] if len(golden) else np.zeros_like(noise)
+    return (base + noise * np.maximum(np.abs(base) * 1e-3, 1.0 if not len(golden) else 0.0)).astype(np.float32)
 
 
 def _check_answers(model: Model, windows: Batch) -> Outputs:
     try:
         outputs = model.run(windows)
-        singly = np.concatenate([model.run(windows[i : i + 1]).logits for i in range(len(windows))])
+        alone = [model.run(windows[i : i + 1]) for i in range(len(windows))]
     except Exception as error:  # as in _session
         raise ContractError(f"the network fails on its own windows: {str(error).splitlines()[0]}") from None
     for name, found, shape in (
@@ -149,11 +161,17 @@ def _check_answers(model: Model, windows: Batch) -> Outputs:
     ):
         if found is not None and (found.shape != shape or found.dtype != np.float32 or not np.isfinite(found).all()):
             raise ContractError(f"output {name!r} is not finite float32 of shape {list(shape)} on its own windows")
-    _compare("batch of N against N batches of 1", outputs.logits, singly, model.manifest.tolerance)
+    singly, tolerance = "batch of N against N batches of 1", model.manifest.tolerance
+    _compare(singly, outputs.logits, np.concatenate([answer.logits for answer in alone]), tolerance)
+    if outputs.rul is not None:
+        rul = np.concatenate([answer.rul for answer in alone if answer.rul is not None])
+        _compare(f"{singly}, RUL", outputs.rul, rul, RUL_UNITS * tolerance)
     return outputs
 
 
-def _compare(what: str, found: npt.ArrayLike, expected: npt.ArrayLike, tolerance: float) -> None:
-    difference = float(np.max(np.abs(np.asarray(found, dtype=np.float64) - np.asarray(expected, dtype=np.float64))))
+def _compare(what: str, found: npt.NDArray[Any], expected: npt.NDArray[Any], tolerance: float) -> None:
+    if found.shape != expected.shape:
+        raise ContractError(f"{what}: answers of shape {list(found.shape)}, not {list(expected.shape)}")
+    difference = float(np.max(np.abs(found.astype(np.float64) - expected)))
     if not difference <= tolerance:  # also when it is NaN
         raise ContractError(f"{what}: answers differ by {difference:.3g}, tolerance is {tolerance:.3g}")

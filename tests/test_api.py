@@ -10,6 +10,7 @@ from model import cmapss, contract, numerics
 from model.contract import Manifest
 from model.evaluate import ARTEFACT, open_artefact
 from model.fit import load
+from model.occlusion import Usual
 from model.windows import Readings, every_window
 from tests.conftest import Service, running
 from tests.test_runtime import edited, identity_classifier
@@ -88,7 +89,7 @@ def test_channels_by_name_answer_as_rows(service: Service, windows: Readings) ->
 
 
 def test_null_is_held_when_asked(service: Service, windows: Readings) -> None:
-    """A missing value counts as the last seen of its channel, and the metrics say how many were held."""
+    """A missing value counts as the last seen of its channel, and the metrics say how many of the window were held."""
     holed, filled = windows[0].tolist(), windows[0].copy()
     holed[-1][5] = holed[-2][5] = None
     filled[-2:, 5] = filled[-3, 5]
@@ -97,6 +98,51 @@ def test_null_is_held_when_asked(service: Service, windows: Readings) -> None:
     held = service.predict([{"telemetry": holed}], missing="hold")["predictions"][0]
     assert service.predict([instance(filled)])["predictions"][0]["logits"] == held["logits"]
     assert before + 2 == service.metrics()[name]
+
+
+def test_what_lies_before_the_window_may_be_missing(service: Service, windows: Readings) -> None:
+    """Rows older than the window are not seen: a hole there is neither refused nor counted, and may still be held."""
+    name = 'engine_health_imputed_values_total{channel="sensor_4"}'
+    before = service.metrics()[name]
+    older = windows[0][:2].tolist()
+    older[0][5] = None
+    held = service.predict([{"telemetry": older + windows[0].tolist()}], missing="hold")["predictions"][0]
+    assert service.predict([instance(windows[0])])["predictions"][0]["logits"] == held["logits"]
+    assert before == service.metrics()[name]
+
+
+def test_an_explanation_says_what_each_channel_did(service: Service, manifest: Manifest, windows: Readings) -> None:
+    """Each channel's shift is how far the answer lies from the one with that channel as usual; nothing else changes."""
+    assert manifest.conditions is not None
+    usual = Usual.of(manifest.conditions.setting_scales, manifest.conditions.usual)
+    asked = [instance(window) for window in windows]
+    plain, told = (service.predict(asked, explain=flag)["predictions"] for flag in (False, True))
+    for window, before, row in zip(windows, plain, told, strict=True):
+        assert before["logits"] == row["logits"]
+        assert "explanation" not in before
+        moved = row["explanation"]
+        assert set(contract.CHANNELS) == {part["channel"] for part in moved}
+        assert sorted((part["shift"] for part in moved), reverse=True) == [part["shift"] for part in moved]
+        strongest = moved[0]
+        without = window.copy()
+        k = contract.CHANNELS.index(strongest["channel"])
+        without[:, k] = usual.like(window)[:, k]
+        other = service.predict([instance(without)])["predictions"][0]
+        change = {name: p - other["probabilities"][name] for name, p in row["probabilities"].items()}
+        assert sum(abs(c) for c in change.values()) / 2 == pytest.approx(strongest["shift"], abs=1e-5)
+        assert max(change, key=change.__getitem__) == strongest["toward"]
+        assert row["rul"] - other["rul"] == pytest.approx(strongest["rul"], abs=1e-3)
+
+
+def test_what_cannot_be_explained_says_so(service: Service, windows: Readings, tmp_path: Path) -> None:
+    """A model that does not say what is usual is refused by its place, and so are too many instances."""
+    described: dict[str, object] = {"name": "t", "version": "1", "classes": ["n", "e", "s", "w"]}
+    with running(ENGINE_HEALTH_MODEL=str(identity_classifier(tmp_path / "t.onnx", described))) as other:
+        answer = other.client.post("/v1/predict", json={"instances": [{"telemetry": [1, 2, 3, 4]}], "explain": True})
+        assert (422, ["explain"]) == (answer.status_code, answer.json()["errors"][0]["loc"])
+    many = {"instances": [instance(windows[0][:1])] * 241, "explain": True}
+    answer = service.client.post("/v1/predict", json=many)
+    assert (422, ["instances"]) == (answer.status_code, answer.json()["errors"][0]["loc"])
 
 
 @pytest.mark.parametrize("label", ["degrading", 1, [0, 1, 0]])

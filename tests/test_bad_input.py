@@ -61,6 +61,8 @@ CASES: list[tuple[Any, int, list[Any] | None]] = [
     (one(row_with({})), 422, SENSOR_4),
     (one(row_with(1e39)), 422, SENSOR_4),
     (one(row_with(-1e39)), 422, SENSOR_4),
+    (one(row_with(3.4028236e38)), 422, SENSOR_4),
+    (one(row_with(10**400)), 422, SENSOR_4),
     (one([[None, *ROW[1:5], 1e300, *ROW[6:]]]), 422, [*PLACE, 0, "op_setting_1"]),
     (one(row_with(10**30)), 200, None),
     (one(row_with(10**60)), 422, SENSOR_4),
@@ -126,6 +128,7 @@ EVALUATIONS: list[tuple[dict[str, Any], list[Any]]] = [
     ({"logits": [[1, 2, None]], "labels": [0]}, ["logits", 0, 2]),
     ({"logits": [[1, 2, "3"]], "labels": [0]}, ["logits", 0, 2]),
     ({"logits": [[1, 2, 1e39]], "labels": [0]}, ["logits", 0, 2]),
+    ({"logits": [[1, 2, 10**400]], "labels": [0]}, ["logits", 0, 2]),
     ({"logits": [], "labels": [0]}, ["logits"]),
     ({"logits": [[]], "labels": [0]}, ["logits"]),
     ({"logits": 7, "labels": [0]}, ["logits"]),
@@ -155,10 +158,12 @@ BODIES: list[tuple[bytes, int]] = [
     (b"hello", 400),
     (b'{"instances": [{"telemetry": [[1, 2', 400),
     (b'{"instances": [{"telemetry": ' + b"[" * 250_000 + b"]" * 250_000 + b"}]}", 400),
-    (b"[" * 250_000, 422),
-    (b'{"a":' * 100_000, 422),
+    (b"[" * 250_000, 400),
+    (b'{"a":' * 100_000, 400),
     (b"\xff\xfe", 400),
-    (b'{"instances": [{"telemetry": [["\xff"]]}]}', 422),
+    (b'{"instances": [{"telemetry": [["\xff"]]}]}', 400),
+    (b'{"instances": 7, "more": tru', 400),
+    (b'{"instances": 7, "more": 1e999}', 422),
     (b'{"instances": [{"telemetry": [[1]], "engine_id": "\\ud800"}]}', 400),
     (b'{"instances": [{"telemetry": [[1e999]]}]}', 422),
     (json.dumps(one([ROW])).encode() + b" x", 400),
@@ -174,6 +179,13 @@ def test_a_body_that_is_no_request_is_refused(service: Service, body: bytes, sta
         assert answer.status_code in (status, 400, 422), answer.text
         assert "application/problem+json" == answer.headers["content-type"]
     assert status == service.client.post("/v1/predict", content=body, headers=JSON).status_code
+
+
+def test_a_number_that_no_float_holds_is_named(service: Service) -> None:
+    """1e400 is JSON: its place is named as that of any other wrong value."""
+    body = as_json(one(row_with(1234.5))).replace(b"1234.5", b"1e400")
+    answer = service.client.post("/v1/predict", content=body, headers=JSON)
+    assert (422, SENSOR_4) == (answer.status_code, answer.json()["errors"][0]["loc"])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from model import numerics
 from model.contract import CHANNELS, Manifest
 from model.windows import Readings
 from tests.conftest import Service, running
+from tests.test_runtime import identity_classifier
 
 LABELS = ["normal", "degrading", "critical", [0.2, 0.3, 0.5]]
 
@@ -19,11 +21,15 @@ def fresh() -> Iterator[Service]:
 
 
 def test_counters_are_what_the_answers_say(fresh: Service, manifest: Manifest, windows: Readings) -> None:
-    """After labelled and unlabelled predictions every counter equals the sum over the answers given."""
+    """After labelled and unlabelled predictions every counter equals the sum over the answers given.
+
+    A temperature asked for one call is a what-if: it changes the answer and no counter.
+    """
     unlabelled = fresh.predict([{"telemetry": window.tolist()} for window in windows])["predictions"]
     pairs = zip(windows, LABELS, strict=True)
-    found = fresh.predict([{"telemetry": window.tolist(), "label": label} for window, label in pairs], temperature=1.7)
-    rows, m = found["predictions"], fresh.metrics()
+    instances = [{"telemetry": window.tolist(), "label": label} for window, label in pairs]
+    rows = fresh.predict(instances)["predictions"]
+    m, t = fresh.metrics(), manifest.temperature
     logits = np.array([row["logits"] for row in rows])
     q = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0.2, 0.3, 0.5]])
 
@@ -33,14 +39,14 @@ def test_counters_are_what_the_answers_say(fresh: Service, manifest: Manifest, w
     assert 4 == m["engine_health_labelled_total"]
     assert m["engine_health_loss_nats_total"] == near(sum(row["loss"] for row in rows))
     assert m["engine_health_expected_loss_nats_total"] == near(sum(row["expected_loss"] for row in rows))
-    assert m["engine_health_loss_variance_nats2_total"] == near(numerics.loss_variance(logits, 1.7).sum())
-    assert m["engine_health_brier_total"] == near(numerics.brier(logits, q, 1.7).sum())
+    assert m["engine_health_loss_variance_nats2_total"] == near(numerics.loss_variance(logits, t).sum())
+    assert m["engine_health_brier_total"] == near(numerics.brier(logits, q, t).sum())
     assert m["engine_health_correct_total"] == near(numerics.correct(logits, q).sum())
     covered = sum(q[i, manifest.classes.index(name)] for i, row in enumerate(rows) for name in row["prediction_set"])
     assert m["engine_health_conformal_covered_total"] == near(covered)
     assert 4 == m["engine_health_cross_entropy_loss_count"]
     assert m["engine_health_cross_entropy_loss_sum"] == near(sum(row["loss"] for row in rows))
-    bins = numerics.reliability(logits, q, 1.7)
+    bins = numerics.reliability(logits, q, t)
     for name, amounts in (("predictions", bins.count), ("confidence", bins.confidence), ("correct", bins.correct)):
         series = [m[f'engine_health_reliability_{name}_total{{bin="{k}"}}'] for k in range(15)]
         np.testing.assert_allclose(amounts, series, rtol=1e-4)
@@ -50,6 +56,42 @@ def test_counters_are_what_the_answers_say(fresh: Service, manifest: Manifest, w
     assert 8 == m["engine_health_confidence_count"] == m["engine_health_entropy_nats_count"]
     assert 8 == m["engine_health_batch_rows_sum"]
     assert 2 == m["engine_health_inference_duration_seconds_count"] == m["engine_health_queue_duration_seconds_count"]
+    assert rows != fresh.predict(instances, temperature=1.7)["predictions"]
+    again = fresh.metrics()
+    for name in ("loss_nats", "expected_loss_nats", "loss_variance_nats2", "brier", "correct", "conformal_covered"):
+        assert again[f"engine_health_{name}_total"] == near(2 * m[f"engine_health_{name}_total"])
+
+
+def test_every_series_of_the_inputs_is_there_from_the_start(fresh: Service, manifest: Manifest) -> None:
+    """Bins and held values of every channel are zero before the first prediction, so that no increase is missed."""
+    m = fresh.metrics()
+    assert manifest.reference is not None
+    for channel in CHANNELS:
+        assert 0 == m[f'engine_health_imputed_values_total{{channel="{channel}"}}']
+        for b in range(len(manifest.reference.channels[channel].edges) + 1):
+            assert 0 == m[f'engine_health_input_values_total{{bin="{b}",channel="{channel}"}}']
+
+
+def test_a_model_without_windows_counts_its_inputs_too(tmp_path: Path) -> None:
+    """Where an instance is one row of channels, each of its values falls in a bin."""
+    bins = {"edges": [0.0], "shares": [0.5, 0.5]}
+    described: dict[str, object] = {
+        "name": "table",
+        "version": "1",
+        "classes": ["n", "e", "s", "w"],
+        "channels": [{"name": name} for name in "abcd"],
+        "reference": {"channels": {"b": bins}},
+    }
+    with running(ENGINE_HEALTH_MODEL=str(identity_classifier(tmp_path / "t.onnx", described))) as table:
+        table.predict([{"telemetry": [1, 2, 3, 4]}, {"telemetry": [1, 5, 3, 4]}])
+        m = table.metrics()
+    assert (0, 2) == tuple(m[f'engine_health_input_values_total{{bin="{b}",channel="b"}}'] for b in (0, 1))
+
+
+def test_probes_may_ask_with_head(fresh: Service) -> None:
+    """Load balancers ask for health with HEAD."""
+    for path in ("/livez", "/readyz", "/metrics"):
+        assert (200, b"") == ((answer := fresh.client.head(path)).status_code, answer.content)
 
 
 def test_newest_readings_are_counted_in_reference_bins(fresh: Service, manifest: Manifest, windows: Readings) -> None:

@@ -75,7 +75,7 @@ def test_temperature_is_bounded(t: float) -> None:
         numerics.softmax([1, 2], t)
 
 
-@pytest.mark.parametrize("logits", [[np.nan, 1], [np.inf, 1], [], 3.0, [[]]])
+@pytest.mark.parametrize("logits", [[np.nan, 1], [np.inf, 1], [1e200, 1], [], 3.0, [[]]])
 def test_logits_must_be_finite_and_have_classes(logits: object) -> None:
     """Logits that are not finite, or have no class, are refused."""
     with pytest.raises(ValueError, match="logits"):
@@ -133,6 +133,12 @@ def test_index_and_one_hot_agree() -> None:
     """A class index and the distribution that is certain of it cost the same."""
     hard = numerics.cross_entropy(FOUR_ENGINES, FOUR_TRUTHS, reduction="none")
     np.testing.assert_array_equal(hard, numerics.cross_entropy(FOUR_ENGINES, np.eye(3)[FOUR_TRUTHS], reduction="none"))
+
+
+def test_a_million_classes_fit() -> None:
+    """One label among a million classes costs a row, not a square."""
+    row = numerics.as_distributions([7], 10**6)
+    assert ((1, 10**6), 1.0, 1.0) == (row.shape, row[0, 7], row.sum())
 
 
 @pytest.mark.parametrize("targets", [[3], [-1], [0.5], [[0.5, 0.2, 0.2]], [[1.5, -0.5, 0]], [[0.5, 0.5]], [0, 1]])

@@ -110,6 +110,23 @@ def test_any_classifier_with_a_manifest_opens(tmp_path: Path) -> None:
     assert model.run(np.eye(4, dtype=np.float32)).rul is None
 
 
+def test_a_network_that_mixes_the_rows_of_a_batch_is_refused(tmp_path: Path) -> None:
+    """Answers that depend on who else is in the batch are found before any window is served."""
+    nodes = [
+        helper.make_node("ReduceMean", ["telemetry", "rows"], ["mean"], keepdims=1),
+        helper.make_node("Sub", ["telemetry", "mean"], ["logits"]),
+    ]
+    telemetry = helper.make_tensor_value_info("telemetry", TensorProto.FLOAT, ["n", 4])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 4])
+    rows = numpy_helper.from_array(np.array([0], np.int64), "rows")
+    graph = helper.make_graph(nodes, "g", [telemetry], [logits], [rows])
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    manifest = Manifest.model_validate({"name": "mix", "version": "1", "classes": ["n", "e", "s", "w"]})
+    contract.write(proto.SerializeToString(), manifest, tmp_path / "mix.onnx")
+    with pytest.raises(ArtefactRejected, match="batches of 1"):
+        open_model(tmp_path / "mix.onnx")
+
+
 def broken_files(folder: Path) -> dict[str, Path]:
     """Every way a file can be no artefact."""
     content = ARTEFACT.read_bytes()

@@ -87,10 +87,14 @@ async def _open(state: State, on_rejected: Callable[[str], None]) -> None:
     settings = state.settings
     try:
         model = await asyncio.to_thread(open_model, settings.model, settings.model_digest, settings.threads)
+        state.predictor = Predictor(model, state.metrics)
     except errors.ArtefactRejected as error:
         on_rejected(error.detail)
         return
-    state.predictor = Predictor(model, state.metrics)
+    except Exception as error:  # never unready for ever without a word
+        log.exception("the model could not be opened")
+        on_rejected(f"{type(error).__name__}: {error}")
+        return
     log.info("ready: %s %s, %s", model.manifest.name, model.manifest.version, model.digest)
 
 

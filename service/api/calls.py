@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from model import numerics
+from model.occlusion import Shift
 from service.api import schemas
 from service.api.decode import decode_instances, decode_labels, decode_logits, refuse
 from service.errors import Fault, InvalidInput
@@ -21,14 +22,23 @@ def predict_json(body: bytes, predictor: Predictor, most: int) -> dict[str, Any]
     asked = schemas.parse(body, schemas.PredictRequest)
     if len(asked.instances) > most:
         refuse([Fault(("instances",), f"{len(asked.instances)} instances, at most {most} are taken in one call")])
+    explained = most // max(1, len(predictor.model.manifest.channels))
+    if asked.explain and len(asked.instances) > explained:
+        refuse(
+            [Fault(("instances",), f"{len(asked.instances)} instances, at most {explained} are explained in one call")]
+        )
     decoded = decode_instances(asked.instances, predictor.model, asked.missing == "hold")
     found = predictor.predict(decoded.telemetry, decoded.targets, asked.temperature, decoded.imputed)
     manifest = predictor.model.manifest
+    rows = _rows(asked.instances, found, manifest.classes)
+    if asked.explain:
+        for row, moved in zip(rows, predictor.explain(decoded.telemetry, found), strict=True):
+            row["explanation"] = [_moved(shift, manifest.channel_names, manifest.classes) for shift in moved]
     return {
         "model": {"name": manifest.name, "version": manifest.version, "digest": predictor.model.digest},
         "temperature": found.temperature,
         "temperature_source": "artefact" if asked.temperature is None else "request",
-        "predictions": _rows(asked.instances, found, manifest.classes),
+        "predictions": rows,
         "evaluation": vars(found.evaluation) if found.evaluation else None,
     }
 
@@ -53,6 +63,11 @@ def _rows(instances: list[schemas.Instance], found: Prediction, classes: tuple[s
             row["prediction_set"] = [classes[k] for k in np.flatnonzero(found.sets[i])]
         rows.append(row)
     return rows
+
+
+def _moved(moved: Shift, channels: tuple[str, ...], classes: tuple[str, ...]) -> dict[str, Any]:
+    row = {"channel": channels[moved.channel], "shift": moved.shift, "toward": classes[moved.toward]}
+    return row if moved.rul is None else row | {"rul": moved.rul}
 
 
 def evaluate_json(body: bytes, classes: tuple[str, ...], most: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Arrays are built whole, which is fast and forgives nothing; only a suspicious on
 fault, so that a good request never pays for the explanation of a bad one.
 """
 
+import json
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,11 +15,10 @@ from msgspec import Raw
 from model import numerics, windows
 from model.numerics import Floats
 from service.api.schemas import Instance, Label, describe
-from service.errors import Fault, InvalidInput
+from service.errors import Fault, InvalidInput, NotJson
 from service.runtime import Batch, Model
 
 Loc = tuple[str | int, ...]
-LARGEST = float(np.finfo(np.float32).max)
 MOST_FAULTS = 20  # a whole wrong file does not need a million lines to be understood
 JsonValue = Any
 
@@ -69,7 +69,7 @@ def _window(
     raw: Raw, window: int, channels: tuple[str, ...], hold: bool, loc: Loc, faults: list[Fault]
 ) -> tuple[Batch | None, npt.NDArray[np.int64]]:
     none_held = np.zeros(len(channels), dtype=np.int64)
-    rows = _by_name(_loads(raw, loc, faults), channels, loc, faults)
+    rows = _by_name(_loads(raw, loc), channels, loc, faults)
     if rows is None:
         return None, none_held
     if not isinstance(rows, list) or not rows:
@@ -80,22 +80,28 @@ def _window(
         return None, none_held
     if not hold:
         return windows.pad_left(values, window), none_held
-    held, counts = windows.hold_last(values)
-    row, channel = np.nonzero(np.isnan(held))
+    held, _ = windows.hold_last(values)
+    before = max(len(held) - window, 0)  # rows that may give a value to hold, and are not seen themselves
+    row, channel = np.nonzero(np.isnan(held[before:]))
     if len(row):
-        faults.append(
-            Fault((*loc, int(row[0]), channels[channel[0]]), "missing, and no earlier value of this channel to hold")
-        )
+        place = (*loc, before + int(row[0]), channels[channel[0]])
+        faults.append(Fault(place, "missing, and no earlier value of this channel to hold"))
         return None, none_held
-    return windows.pad_left(held, window), counts
+    return windows.pad_left(held, window), np.isnan(values[before:]).sum(axis=0)
 
 
-def _loads(raw: Raw, loc: Loc, faults: list[Fault]) -> JsonValue:
+def _loads(raw: Raw, loc: Loc) -> JsonValue:
     try:
         return orjson.loads(memoryview(raw))
     except orjson.JSONDecodeError as error:
-        faults.append(Fault(loc, f"not readable: {error}"))
-        return None
+        try:  # Python's own parser reads numbers that no float holds, so that the place of one can be named
+            return json.loads(bytes(raw), parse_constant=_no_constant)
+        except (ValueError, RecursionError):
+            raise NotJson(f"{describe(loc)} is not JSON: {error}") from None
+
+
+def _no_constant(name: str) -> JsonValue:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _by_name(value: JsonValue, channels: tuple[str, ...], loc: Loc, faults: list[Fault]) -> JsonValue:
@@ -119,7 +125,7 @@ def _by_name(value: JsonValue, channels: tuple[str, ...], loc: Loc, faults: list
 
 
 def _numbers(
-    raw: Raw, rows: list[JsonValue], channels: tuple[str, ...], hold: bool, loc: Loc, faults: list[Fault]
+    raw: Raw, rows: list[JsonValue], channels: tuple[str, ...], hold: bool | None, loc: Loc, faults: list[Fault]
 ) -> Batch | None:
     """Rows as (T, channels) float32, missing values as NaN; None after naming what is wrong."""
     values = _quick(raw, rows)
@@ -161,12 +167,22 @@ def to_float32(values: npt.NDArray[Any]) -> Batch | None:
     return narrow if np.isfinite(narrow).all() else None
 
 
-def _problem(value: JsonValue, hold: bool) -> str | None:
-    if value is None:
+def _problem(value: JsonValue, hold: bool | None) -> str | None:
+    """What is wrong with a value; `hold` is None where nothing can be held."""
+    if value is None and hold is not None:
         return None if hold else 'missing; "missing": "hold" would repeat the last seen value'
     if isinstance(value, bool) or not isinstance(value, int | float):
         return f"expected a number, got {_kind(value)}"
-    return None if abs(value) <= LARGEST else f"{value:g} is too large for a 32-bit float"
+    return None if fits_float32(value) else "too large for a 32-bit float"
+
+
+def fits_float32(value: float) -> bool:
+    """Whether a number is finite after the cast to float32."""
+    with np.errstate(over="ignore"):
+        try:
+            return bool(np.isfinite(np.float32(value)))
+        except OverflowError:  # an integer that not even a float holds
+            return False
 
 
 def _kind(value: JsonValue) -> str:
@@ -175,7 +191,7 @@ def _kind(value: JsonValue) -> str:
 
 
 def _tensor(raw: Raw, shape: tuple[int, ...], loc: Loc, faults: list[Fault]) -> Batch | None:
-    values = _quick(raw, _loads(raw, loc, faults))
+    values = _quick(raw, _loads(raw, loc))
     if values is not None and values.shape == shape:
         return values
     if not faults or faults[-1].loc != loc:
@@ -190,14 +206,14 @@ def decode_logits(raw: Raw, most: int) -> Floats:
         InvalidInput: not a table of finite numbers, or more than `most` rows.
     """
     faults: list[Fault] = []
-    rows = _loads(raw, ("logits",), faults)
-    if not faults and not (isinstance(rows, list) and rows and isinstance(rows[0], list) and rows[0]):
+    rows = _loads(raw, ("logits",))
+    if not (isinstance(rows, list) and rows and isinstance(rows[0], list) and rows[0]):
         faults.append(Fault(("logits",), "expected rows of logits, at least one class each"))
     refuse(faults)
     if len(rows) > most:
         refuse([Fault(("logits",), f"{len(rows)} rows, at most {most} are taken in one call")])
     names = tuple(str(k) for k in range(len(rows[0])))
-    _numbers(raw, rows, names, False, ("logits",), faults)
+    _numbers(raw, rows, names, None, ("logits",), faults)
     refuse([Fault((*f.loc[:2], int(f.loc[2])) if len(f.loc) == 3 else f.loc, f.msg) for f in faults])
     return np.array(rows, dtype=np.float64)
 
@@ -234,5 +250,5 @@ def label_distribution(label: Label, classes: tuple[str, ...]) -> Floats:
     if isinstance(label, int):
         if not 0 <= label < len(classes):
             raise ValueError(f"class index {str(label)[:20]} is not from 0 to {len(classes) - 1}")
-        return np.asarray(np.eye(len(classes))[label])
+        label = [float(k == label) for k in range(len(classes))]
     return numerics.as_distributions([label], len(classes))[0]  # type: ignore[no-any-return]  # numpy's indexing is Any

@@ -122,16 +122,19 @@ def build_router(state: State) -> APIRouter:
         """The manifest of the model that answers, its digest, its active temperature and the limits of this service."""
         return json_response(model_json(state.ready_predictor(), limits))
 
+    @router.head("/livez", include_in_schema=False)
     @router.get("/livez", tags=["operations"])
     async def livez() -> dict[str, str]:
         """The process runs."""
         return {"status": "live"}
 
+    @router.head("/readyz", include_in_schema=False)
     @router.get("/readyz", openapi_extra=_documented(None, None), tags=["operations"])
     async def readyz() -> Response:
         """A model has proved itself; send traffic."""
         return json_response({"status": "ready", "digest": state.ready_predictor().model.digest})
 
+    @router.head("/metrics", include_in_schema=False)
     @router.get("/metrics", tags=["operations"])
     async def metrics() -> Response:
         """Prometheus metrics, text format."""

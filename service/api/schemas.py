@@ -70,6 +70,9 @@ class PredictRequest(Struct, forbid_unknown_fields=True):
     missing: Annotated[
         Literal["reject", "hold"], Meta(description="What to do with null: refuse, or hold the last seen value.")
     ] = "reject"
+    explain: Annotated[
+        bool, Meta(description="Also say which channels moved each answer most; costs a batch more.")
+    ] = False
 
 
 class EvaluateRequest(Struct, forbid_unknown_fields=True):
@@ -91,6 +94,15 @@ class ModelName(Struct):
     digest: str
 
 
+class MovedBody(Struct):
+    """What one channel did to an answer: without it, the distribution would be `shift` (0..1) away."""
+
+    channel: str
+    shift: float
+    toward: str
+    rul: float | msgspec.UnsetType = msgspec.UNSET
+
+
 class PredictionBody(Struct):
     """The answer for one instance. Losses are in nats, RUL in cycles."""
 
@@ -104,6 +116,7 @@ class PredictionBody(Struct):
     loss: float | None
     rul: float | msgspec.UnsetType = msgspec.UNSET
     prediction_set: list[str] | msgspec.UnsetType = msgspec.UNSET
+    explanation: list[MovedBody] | msgspec.UnsetType = msgspec.UNSET
 
 
 class EvaluationBody(Struct):
@@ -179,12 +192,28 @@ def parse(body: bytes, kind: type[Body]) -> Body:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
+        _check_json(body)  # the decoder stops at the first value of a wrong type, whatever follows
         found = _PLACE.match(str(error))
         message, path = found.groups() if found else (str(error), None)
         loc = tuple(name or int(index) for name, index in _STEP.findall(path or ""))
         raise InvalidInput(f"{describe(loc)}: {message}", (Fault(loc, message),)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise NotJson(f"the body is not JSON: {error}" if body else "the body is empty") from None
+    except RecursionError:
+        raise NotJson("the body is nested too deeply") from None
+
+
+def _check_json(body: bytes) -> None:
+    """Refuse a body that is not JSON through and through.
+
+    Raises:
+        NotJson: what is wrong with it.
+    """
+    try:
+        msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        if "out of range" not in str(error):  # a number that no float holds is JSON, and refused by its place
+            raise NotJson(f"the body is not JSON: {error}") from None
     except RecursionError:
         raise NotJson("the body is nested too deeply") from None
 

@@ -1,0 +1,161 @@
+"""What the model card compares the shipped network with: other seeds, and anchors trained on the same engines.
+
+    python -m benchmarks.study seeds build/seed-*.pt        # mean and spread of checkpoints made with `--output`
+    python -m benchmarks.study anchor textbook-full         # one of ANCHORS: hours for the textbook network
+
+Each writes its lines into docs/study.json and leaves the others. An anchor's temperature comes from a tenth of the
+engines that it did not learn from.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+
+from model import cmapss, numerics
+from model.backbones import RollingMlp, real_rows
+from model.calibrate import calibrate
+from model.cmapss import History
+from model.contract import RUL_CAP, RUL_THRESHOLDS
+from model.evaluate import Run, answers
+from model.fit import load
+from model.measures import of_classes, of_rul, rows_of
+from model.tables import RESULTS, torch_runner
+from model.train import Knobs, build, train, windows_of
+from model.windows import Readings
+
+STUDY = Path(__file__).parent.parent / "docs" / "study.json"
+HELD_BACK = 0.1
+TEXTBOOK = Knobs(
+    window=30,
+    backbone="cnn-bilstm-attention",
+    dropout=0.2,
+    learning_rate=1e-3,
+    late_start=0.0,
+    unknown_rows=0.0,
+    folds=0,
+)
+BOOSTING = {
+    "max_iter": 250,
+    "learning_rate": 0.05,
+    "max_leaf_nodes": 24,
+    "min_samples_leaf": 200,
+    "l2_regularization": 1.0,
+    "max_features": 0.3,
+    "random_state": 0,
+}
+Line = dict[str, float | str]
+
+
+def lines_of(network: str, run: Run, window: int, temperature: float, subsets: tuple[str, ...]) -> list[Line]:
+    """Every measure on the official test engines: each subset and all of them, every cycle and last cycles."""
+    folder = cmapss.data_folder()
+    found = {subset: answers(run, window, cmapss.read_test(folder, subset)) for subset in subsets}
+    if len(found) > 1:
+        found["all"] = [part for parts in found.values() for part in parts]
+    lines: list[Line] = []
+    for rows, last_only in (("every cycle", False), ("last cycle", True)):
+        for subset, parts in found.items():
+            picked = rows_of(parts, last_only)
+            before = {"cross-entropy before T": float(numerics.cross_entropy(picked.logits, picked.labels))}
+            line: Line = {"network": network, "rows": rows, "subset": subset}
+            line.update(before | of_classes(picked, temperature) | of_rul(picked))
+            lines.append(line)
+    return lines
+
+
+def seeds(paths: list[Path]) -> list[Line]:
+    """Mean, and largest less smallest, of every measure over checkpoints."""
+    each = []
+    for path in paths:
+        network, checkpoint = load(path)
+        held = checkpoint["held_out"]
+        engines = [h for subset in checkpoint["subsets"] for h in cmapss.read_train(cmapss.data_folder(), subset)]
+        telemetry = np.concatenate([history.telemetry for history in engines]).astype(np.float64)
+        t = calibrate(checkpoint, telemetry)["temperature"]
+        print(path, f"T {t:.3f}, held-out rows {len(held['rul'])}", flush=True)
+        each.append(lines_of("", torch_runner(network), network.config.window, t, cmapss.SUBSETS))
+    merged: list[Line] = []
+    for name, merge in ((f"mean of {len(paths)} seeds", np.mean), ("spread (largest less smallest)", np.ptp)):
+        for same in zip(*each, strict=True):
+            figures = {column: float(merge([line[column] for line in same])) for column in RESULTS}
+            merged.append({"network": name, "rows": same[0]["rows"], "subset": same[0]["subset"]} | figures)
+    return merged
+
+
+def _engines(subsets: tuple[str, ...]) -> tuple[list[History], list[History]]:
+    parts = [cmapss.split(cmapss.read_train(cmapss.data_folder(), s), (1 - HELD_BACK, HELD_BACK), 0) for s in subsets]
+    return [h for part in parts for h in part[0]], [h for part in parts for h in part[1]]
+
+
+def _temperature(run: Run, window: int, engines: list[History]) -> float:
+    held = rows_of(answers(run, window, engines), last_only=False)
+    weights = np.concatenate([cmapss.cutoff_weights(history) for history in engines])
+    return numerics.fit_temperature(held.logits, held.labels, weights)
+
+
+def textbook(hidden: int, epochs: int, subsets: tuple[str, ...]) -> list[Line]:
+    """The textbook network at a width, trained on nine tenths of the engines."""
+    knobs = Knobs(**vars(TEXTBOOK) | {"hidden": hidden, "epochs": epochs})
+    learn, held = _engines(subsets)
+    network = build(learn, knobs)
+    train(network, windows_of(learn, network), knobs, f"textbook {hidden}")
+    run = torch_runner(network)
+    name = f"textbook, width {hidden}, {epochs} epochs, window {knobs.window}"
+    return lines_of(name, run, knobs.window, _temperature(run, knobs.window, held), subsets)
+
+
+def boosting(subsets: tuple[str, ...]) -> list[Line]:
+    """Gradient boosting on the compact network's own features: normalised rolling means and their changes."""
+    learn, held = _engines(subsets)
+    network = build(learn, Knobs(folds=0))
+    means, windows = network.backbone, windows_of(learn, network)
+    assert isinstance(means, RollingMlp)
+    with torch.inference_mode():
+        picks = torch.split(torch.arange(len(windows.first)), 4096)
+        x = torch.cat([means.features(*windows.take(picked)) for picked in picks]).numpy()
+    rul, weights = windows.rul.numpy(), windows.weight.numpy()
+    remaining = HistGradientBoostingRegressor(**BOOSTING).fit(x, np.minimum(rul, RUL_CAP), weights)
+    health = HistGradientBoostingClassifier(**BOOSTING).fit(x, cmapss.health(rul, RUL_THRESHOLDS), weights)
+
+    def run(telemetry: Readings) -> tuple[Readings, Readings]:
+        raw = torch.from_numpy(telemetry)
+        with torch.inference_mode():
+            normal, known = network.normalise(raw)
+            features = means.features(normal, known * real_rows(raw)).numpy()
+        return np.log(np.clip(health.predict_proba(features), 1e-9, 1)), remaining.predict(features)
+
+    window = network.config.window
+    return lines_of("gradient boosting", run, window, _temperature(run, window, held), subsets)
+
+
+ANCHORS: dict[str, Callable[[], list[Line]]] = {
+    "textbook-full": lambda: textbook(256, 4, ("FD001",)),
+    "textbook-64": lambda: textbook(64, 6, cmapss.SUBSETS),
+    "boosting": lambda: boosting(cmapss.SUBSETS),
+}
+
+
+def main() -> None:
+    """Run one part of the study and keep its lines."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parts = parser.add_subparsers(dest="part", required=True)
+    parts.add_parser("seeds").add_argument("checkpoints", type=Path, nargs="+")
+    parts.add_parser("anchor").add_argument("name", choices=ANCHORS)
+    flags = parser.parse_args()
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    name = flags.part if flags.part == "seeds" else flags.name
+    lines = seeds(flags.checkpoints) if flags.part == "seeds" else ANCHORS[name]()
+    kept = json.loads(STUDY.read_text()) if STUDY.exists() else {}
+    STUDY.write_text(json.dumps(kept | {name: lines}, indent=1) + "\n")
+    print(f"{name}: {time.monotonic() - started:.0f} s, wrote {STUDY}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Puts every figure of the model card anew between its markers; the text around them is written by hand.
+
+    python docs/card.py             # the second half of `make evaluate`: a minute on one core, and C-MAPSS
+
+Figures that need training (other seeds, anchors) come from docs/study.json, which `make study` writes.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from tables import replaced
+
+from model import cmapss, robustness, tables
+from model.evaluate import ARTEFACT, by_subset, open_artefact, runner
+
+CARD, STUDY = (Path(__file__).parent / name for name in ("model-card.md", "study.json"))
+
+
+def made() -> Iterator[tuple[str, Iterator[str]]]:
+    """Every table by its marker."""
+    folder, (session, manifest) = cmapss.data_folder(), open_artefact(ARTEFACT)
+    found = by_subset(runner(session), manifest.window or 1, folder)
+    yield "results", tables.results(found, manifest.temperature)
+    yield "results-80-30", tables.other_thresholds(ARTEFACT, manifest, folder)
+    yield "coverage", tables.coverage(found, manifest)
+    yield "scalings", tables.scalings(manifest)
+    yield "telling", tables.limits_of_telling(found)
+    yield "robustness", robustness.table(folder, session, manifest)
+    yield "attribution", tables.attribution(session, manifest, folder)
+    for name, lines in json.loads(STUDY.read_text()).items():
+        yield name, tables.study(lines)
+
+
+def main() -> None:
+    """Write the card."""
+    text = CARD.read_text()
+    for name, lines in made():
+        text = replaced(text, name, lines)
+        print(name, flush=True)
+    CARD.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
