@@ -49,7 +49,7 @@ def tree() -> Iterator[str]:
         for path in sorted((ROOT / room).glob("*.py")):
             docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
             if path.name != "__init__.py":
-                yield f"  {path.name:<14}{docstring.splitlines()[0].rstrip('.')}"
+                yield f"  {path.name:<15}{docstring.splitlines()[0].rstrip('.')}"
     yield "```"
 
 

@@ -19,7 +19,7 @@ from model.measures import of_classes, of_rul, of_sets, rows_of
 from model.occlusion import Usual
 from model.windows import Readings, every_window
 
-STRONGEST = ("sensor_11", "sensor_4")  # what `python -m model.card` finds to move answers most
+STRONGEST = ("sensor_11", "sensor_4")  # of the attribution table, the two that move answers most
 COLUMNS = {
     "accuracy": 3,
     "macro-F1": 3,
