@@ -52,7 +52,7 @@ class Disturbances:
 
         def make(telemetry: Readings, window: int) -> Readings:
             windows = np.array(every_window(telemetry, window))
-            windows[:, -HELD_ROWS:, columns] = windows[:, -HELD_ROWS - 1, None, columns]
+            windows[:, -HELD_ROWS:, columns] = windows[:, [-HELD_ROWS - 1]][..., columns]
             return windows
 
         return make

@@ -135,7 +135,7 @@ def torch_runner(network: torch.nn.Module) -> Run:
 
     def run(windows: Readings) -> tuple[Readings, Readings]:
         with torch.inference_mode():
-            logits, rul = network(torch.from_numpy(windows))
+            logits, rul = network(torch.tensor(windows))
         return logits.numpy(), rul.numpy()
 
     return run
