@@ -18,7 +18,7 @@ import torch
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
 from model import cmapss, numerics
-from model.backbones import RollingMlp, real_rows
+from model.backbones import RollingMlp
 from model.calibrate import calibrate
 from model.cmapss import History
 from model.contract import RUL_CAP, RUL_THRESHOLDS
@@ -118,16 +118,15 @@ def boosting(subsets: tuple[str, ...]) -> list[Line]:
     assert isinstance(means, RollingMlp)
     with torch.inference_mode():
         picks = torch.split(torch.arange(len(windows.first)), 4096)
-        x = torch.cat([means.features(*windows.take(picked)) for picked in picks]).numpy()
+        x = torch.cat([means.features(windows.take(picked)) for picked in picks]).numpy()
     rul, weights = windows.rul.numpy(), windows.weight.numpy()
     remaining = HistGradientBoostingRegressor(**BOOSTING).fit(x, np.minimum(rul, RUL_CAP), weights)
     health = HistGradientBoostingClassifier(**BOOSTING).fit(x, cmapss.health(rul, RUL_THRESHOLDS), weights)
 
     def run(telemetry: Readings) -> tuple[Readings, Readings]:
-        raw = torch.from_numpy(telemetry)
+        raw = torch.tensor(telemetry)
         with torch.inference_mode():
-            normal, known = network.normalise(raw)
-            features = means.features(normal, known * real_rows(raw)).numpy()
+            features = means.features(network.normalise(raw)).numpy()
         return np.log(np.clip(health.predict_proba(features), 1e-9, 1)), remaining.predict(features)
 
     window = network.config.window

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.backbones import ConvGru, RollingMlp, real_rows
+from model.backbones import ConvGru, RollingMlp, Rows, real_rows, stuck
 from model.contract import CHANNELS, RUL_CAP, RUL_THRESHOLDS, SENSORS, SETTINGS
 from model.textbook import CnnBiLstmAttention, DeepHeads
 from model.windows import Readings
@@ -69,23 +69,28 @@ class Normaliser(nn.Module):
         self.register_buffer("means", torch.zeros(conditions, len(SENSORS)))
         self.register_buffer("deviations", torch.ones(conditions, len(SENSORS)))
 
-    def forward(self, telemetry: Tensor) -> tuple[Tensor, Tensor]:  # (B, T, C) -> (B, T, S) or (B, T, C), (B, T)
-        """Sensors in deviations from what is usual in their operating condition, and 1 where that condition is known.
+    def forward(self, telemetry: Tensor) -> Rows:  # (B, T, C) -> (B, T, S) or (B, T, C), (B, T, S), (B, T)
+        """Sensors in deviations from what is usual in their operating condition, and which of them count.
 
-        A row of a condition that training never saw says nothing and is all zeros, as is a sensor beyond ten
-        deviations: broken, not worn. With settings, they stand before the sensors, scaled.
+        Nothing is said, and stands as zero, in padding, in a row of a condition that training never saw, by a sensor
+        beyond ten deviations (broken, not worn) and by one that stands still. With settings, they stand before the
+        sensors, scaled.
         """
         settings, sensors = telemetry[..., : len(SETTINGS)] / self.scales, telemetry[..., len(SETTINGS) :]
         settings = settings.clamp(-FAR, FAR)
         centres = self.centres / self.scales  # (K, 3)
         # nearest centre: |s - c|² = |s|² - 2 (s c - |c|²/2), and |s|² is the same for all
         near, condition = (settings @ centres.T - centres.square().sum(-1) / 2).max(-1)  # (B, T)
-        known = (settings.square().sum(-1) - 2 * near <= SAME_CONDITION**2).float()  # (B, T)
+        known = settings.square().sum(-1) - 2 * near <= SAME_CONDITION**2  # (B, T)
         normal = (sensors - self.means[condition]) / self.deviations[condition]
-        normal = torch.where((normal.abs() <= BROKEN) & (known > 0).unsqueeze(-1), normal, 0.0)
+        meant = (normal.abs() <= BROKEN) & known.unsqueeze(-1)
+        real = real_rows(telemetry)
+        says = meant * (1 - stuck(sensors, real)) * real.unsqueeze(-1)
+        # Padding and held readings stay for the backbones that look at rows and not at what they say.
+        normal = torch.where(meant, normal, 0.0)
         if self.with_settings:
             normal = torch.cat([(settings / SETTINGS_SPAN).clamp(-1, 1), normal], dim=-1)
-        return normal, known
+        return Rows(normal, says, real)
 
     def fit(self, rows: Readings) -> None:
         """Statistics per condition from training rows (N, C).
@@ -205,12 +210,11 @@ class EngineHealth(nn.Module):
             head = DistributionHead if config.head == "distribution" else SeparateHeads
             self.head = head(config, self.backbone.width)
 
-    def heads(self, normalised: Tensor, real: Tensor) -> Answer:  # (B, T, S), (B, T) -> (B, classes), (B,), (B, R)
+    def heads(self, rows: Rows) -> Answer:  # (B, T, S) -> (B, classes), (B,), (B, R)
         """All answers from normalised sensors; training calls this directly to disturb them first."""
-        return Answer(*self.head(self.dropout(self.backbone(normalised, real))))
+        return Answer(*self.head(self.dropout(self.backbone(rows))))
 
     def forward(self, telemetry: Tensor) -> tuple[Tensor, Tensor]:  # (B, T, C) -> (B, classes), (B,)
         """Logits and RUL from raw physical readings."""
-        normal, known = self.normalise(telemetry)
-        answer = self.heads(normal, known * real_rows(telemetry))
+        answer = self.heads(self.normalise(telemetry))
         return answer.logits, answer.rul

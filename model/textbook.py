@@ -9,6 +9,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+from model.backbones import Rows
 from model.contract import RUL_CAP
 
 CONVOLUTIONS = (64, 128, 64)
@@ -38,9 +39,9 @@ class CnnBiLstmAttention(nn.Module):
         self.norm = nn.LayerNorm(2 * hidden)
         self.funnel = funnel(2 * hidden, hidden, hidden // 4, FEATURES, dropout=dropout)
 
-    def forward(self, x: Tensor, _real: Tensor) -> Tensor:  # (B, T, C) -> (B, 32)
+    def forward(self, rows: Rows) -> Tensor:  # (B, T, C) -> (B, 32)
         """What the window shows, as one vector."""
-        local = self.local(x.transpose(1, 2)).transpose(1, 2)  # (B, T, 64)
+        local = self.local(rows.normal.transpose(1, 2)).transpose(1, 2)  # (B, T, 64)
         states, _ = self.lstm(local)  # (B, T, 2H)
         attended, _ = self.attention(states, states, states, need_weights=False)  # (B, T, 2H)
         features: Tensor = torch.relu(self.funnel(self.norm(states + attended).mean(1)))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from model import cmapss
+from model.backbones import Rows
 from model.cmapss import History
 from model.contract import RUL_THRESHOLDS, SETTINGS
 from model.losses import balanced_weights, bin_loss, health_loss, rul_loss
@@ -42,7 +43,7 @@ class Knobs:
     noise: float = 0.3  # deviations, fresh for every reading
     bias: float = 0.3  # deviations, one a sensor and window
     channel_dropout: float = 0.1  # how often a sensor is silent through a whole window
-    late_start: float = 0.2  # how often a history begins at a random row of its window, the engine being older
+    late_start: float = 0.7  # how often a history begins in its window, the engine being older
     unknown_rows: float = 0.1  # how often a window loses a random share of its rows
     rul_weight: float = 4.0
     bin_weight: float = 0.3  # of the RUL distribution's own log-likelihood
@@ -73,7 +74,7 @@ class Windows:
     """Windows of many engines: their rows, normalised once, and what is true of each window's last row."""
 
     rows: Tensor  # (R, S) all histories, one after the other, each with its padding in front
-    known: Tensor  # (R,) 1 where the operating condition is known
+    says: Tensor  # (R, S) 1 where a reading counts
     first: Tensor  # (N,) where a window begins in the rows
     padding: Tensor  # (N,) how many of its rows are padding
     window: int
@@ -82,11 +83,11 @@ class Windows:
     label: Tensor  # (N,) class index
     weight: Tensor  # (N,) how often a live fleet would show this row
 
-    def take(self, picked: Tensor) -> tuple[Tensor, Tensor]:
-        """The picked windows (B, T, S), and 1 where a row counts (B, T), copied out."""
+    def take(self, picked: Tensor) -> Rows:
+        """The picked windows (B, T, S), copied out."""
         time = torch.arange(self.window)
         rows = self.first[picked].unsqueeze(1) + time  # (B, T)
-        return self.rows[rows], self.known[rows] * (time >= self.padding[picked].unsqueeze(1))
+        return Rows(self.rows[rows], self.says[rows], (time >= self.padding[picked].unsqueeze(1)).float())
 
 
 def windows_of(engines: list[History], network: EngineHealth) -> Windows:
@@ -98,10 +99,10 @@ def windows_of(engines: list[History], network: EngineHealth) -> Windows:
     engine = torch.repeat_interleave(lengths)
     padded = [np.concatenate([np.repeat(h.telemetry[:1], window - 1, axis=0), h.telemetry]) for h in engines]
     with torch.inference_mode():
-        rows, known = network.normalise(torch.from_numpy(np.concatenate(padded)).unsqueeze(0))
+        parts = [network.normalise(torch.from_numpy(one).unsqueeze(0)) for one in padded]
     return Windows(
-        rows[0].clone(),
-        known[0].clone(),
+        torch.cat([part.normal[0] for part in parts]),
+        torch.cat([part.says[0] for part in parts]),
         before[engine] + age,
         (window - 1 - age).clamp(min=0),
         window,
@@ -117,7 +118,7 @@ def predict(network: EngineHealth, windows: Windows, batch: int = 4096) -> Answe
     network.eval()
     with torch.inference_mode():
         picks = torch.split(torch.arange(len(windows.first)), batch)
-        parts = [network.heads(*windows.take(picked)) for picked in picks]
+        parts = [network.heads(windows.take(picked)) for picked in picks]
     bins = [part.bins for part in parts if part.bins is not None]
     logits, rul = (torch.cat(column) for column in ([part.logits for part in parts], [part.rul for part in parts]))
     return Answer(logits, rul, torch.cat(bins) if bins else None)
@@ -131,36 +132,44 @@ def batches(windows: Windows, knobs: Knobs, generator: torch.Generator) -> Itera
     yield from torch.split(rows, knobs.batch)
 
 
-def disturb(sensors: Tensor, knobs: Knobs, generator: torch.Generator) -> Tensor:
-    """Noise on every reading, a bias on every sensor of a window, and some sensors silent (at their mean) through it.
+def disturb(rows: Rows, knobs: Knobs, generator: torch.Generator) -> Rows:
+    """Noise on every reading, a bias on every sensor of a window, and some sensors silent.
 
-    In deviations of the operating condition.
+    In deviations of the operating condition. Half of the silent sensors are so through the whole window, the others
+    through its newest rows.
     """
-    a_window = (len(sensors), 1, sensors.shape[2])
-    noise = torch.randn(sensors.shape, generator=generator) * knobs.noise
+    batch, window, sensors = rows.normal.shape
+    a_window = (batch, 1, sensors)
+    noise = torch.randn(rows.normal.shape, generator=generator) * knobs.noise
     bias = torch.randn(a_window, generator=generator) * knobs.bias
-    return (sensors + noise + bias) * (torch.rand(a_window, generator=generator) >= knobs.channel_dropout)
+    silent = torch.rand(a_window, generator=generator) < knobs.channel_dropout
+    since = torch.randint(-window, window, a_window, generator=generator)
+    speaks = ~(silent & (torch.arange(window).view(1, -1, 1) >= since))
+    return Rows((rows.normal + noise + bias) * speaks, rows.says * speaks, rows.real)
 
 
-def begin_late(rows: Tensor, real: Tensor, knobs: Knobs, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Some windows (B, T, S) cut so that they begin at a random row, and padded anew with it.
+def begin_late(rows: Rows, knobs: Knobs, generator: torch.Generator) -> Rows:
+    """Some windows cut to their newest rows, and padded anew with the oldest that is left.
 
     Who starts to record an engine in mid-life sends a short history of an old engine; taken for the whole history it
-    would look like a new one.
+    would look like a new one. Short histories, which need it most, are drawn more often.
     """
-    batch, window = real.shape
+    batch, window = rows.real.shape
     late = torch.rand(batch, generator=generator) < knobs.late_start
-    begins = (torch.randint(0, window, (batch,), generator=generator) * late).unsqueeze(1)  # (B, 1)
+    length = (torch.rand(batch, generator=generator).square() * window).ceil().clamp(min=1)
+    begins = ((window - length).long() * late).unsqueeze(1)  # (B, 1)
     time = torch.arange(window).unsqueeze(0)
-    source = torch.maximum(time, begins)  # (B, T)
-    return rows.gather(1, source.unsqueeze(-1).expand_as(rows)), real * (time >= begins)
+    source, kept = torch.maximum(time, begins).unsqueeze(-1), time >= begins  # (B, T, 1), (B, T)
+    normal = rows.normal.gather(1, source.expand_as(rows.normal))
+    return Rows(normal, rows.says * kept.unsqueeze(-1), rows.real * kept)
 
 
-def forget(real: Tensor, knobs: Knobs, generator: torch.Generator) -> Tensor:
-    """Some windows (B, T) lose a random share of their rows, as flights in unknown operating conditions do."""
-    share = torch.rand(len(real), 1, generator=generator)
-    hit = torch.rand(len(real), 1, generator=generator) < knobs.unknown_rows
-    return real * ~(hit & (torch.rand(real.shape, generator=generator) < share))
+def forget(rows: Rows, knobs: Knobs, generator: torch.Generator) -> Rows:
+    """Some windows lose a random share of their rows, now and then all, as in unknown operating conditions."""
+    share = torch.rand(len(rows.real), 1, generator=generator) * 1.1
+    hit = torch.rand(len(rows.real), 1, generator=generator) < knobs.unknown_rows
+    lost = (hit & (torch.rand(rows.real.shape, generator=generator) < share)).unsqueeze(-1)
+    return Rows(rows.normal * ~lost, rows.says * ~lost, rows.real)
 
 
 class Objective:
@@ -194,8 +203,8 @@ def train(network: EngineHealth, windows: Windows, knobs: Knobs, name: str) -> f
         started, total = time.monotonic(), 0.0
         network.train()
         for picked in batches(windows, knobs, generator):
-            rows, real = begin_late(*windows.take(picked), knobs, generator)
-            answer = network.heads(disturb(rows, knobs, generator), forget(real, knobs, generator))
+            rows = begin_late(windows.take(picked), knobs, generator)
+            answer = network.heads(forget(disturb(rows, knobs, generator), knobs, generator))
             loss = loss_of(answer, picked)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch ships it so

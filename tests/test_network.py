@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model import cmapss
-from model.backbones import RollingMlp, real_rows
+from model.backbones import RollingMlp, Rows, real_rows
 from model.calibrate import calibrate
 from model.cmapss import History
 from model.fit import fit, load
@@ -38,9 +38,9 @@ def test_normalised_sensors_have_mean_0_and_deviation_1_in_every_condition(fleet
     engines = [history for subset in fleet for history in subset]
     rows = np.concatenate([history.telemetry for history in engines])
     with torch.inference_mode():
-        normal, known = build(engines, QUICK).normalise(torch.from_numpy(rows[None]))
-    sensors = normal[0].numpy()
-    assert 1.0 == float(known.min())
+        seen = build(engines, QUICK).normalise(torch.from_numpy(rows[None]))
+    sensors = seen.normal[0].numpy()
+    assert float(seen.says.mean()) > 0.99
     _, condition = find_conditions(rows[:, :3])
     for k in range(6):
         np.testing.assert_allclose(0, sensors[condition == k].mean(axis=0), atol=0.02)
@@ -52,10 +52,20 @@ def test_a_broken_sensor_is_silent(fleet: list[list[History]]) -> None:
     """A sensor further off than wear can bring it says nothing: the network sees what is usual in its place."""
     network, row = build(fleet[1], QUICK), torch.from_numpy(fleet[1][0].telemetry[None, :20].copy())
     row[:, :, 5] = 1e30
-    normal, known = network.normalise(row)
-    assert 0.0 == float(normal[..., 2].abs().max())
-    assert 0.0 < float(normal[..., 3].abs().max())
-    assert 1.0 == float(known.min())
+    seen = network.normalise(row)
+    assert (0.0, 0.0) == (float(seen.normal[..., 2].abs().max()), float(seen.says[..., 2].max()))
+    assert 0.0 < float(seen.normal[..., 3].abs().max())
+    assert 1.0 == float(seen.says[..., 3:].mean())
+
+
+def test_a_sensor_that_stands_still_says_nothing(fleet: list[list[History]]) -> None:
+    """Of five or more equal readings in a row the first was measured; the others were held and do not count."""
+    network, row = build(fleet[0], QUICK), torch.from_numpy(fleet[0][0].telemetry[None, :20].copy())
+    row[:, 10:, 5] = row[:, 9, None, 5]
+    row[:, 5:9, 6] = row[:, 5, None, 6]
+    says = network.normalise(row).says[0]
+    torch.testing.assert_close(torch.tensor([1.0] * 10 + [0.0] * 10), says[:, 2])
+    torch.testing.assert_close(torch.ones(20), says[:, 3])
 
 
 def test_an_unknown_operating_condition_says_nothing(fleet: list[list[History]]) -> None:
@@ -65,10 +75,10 @@ def test_an_unknown_operating_condition_says_nothing(fleet: list[list[History]])
     with torch.inference_mode():
         for window in (first, second):
             window[:, :, 0] += 5.0  # kft
-            assert 0.0 == float(network.normalise(window)[1].max())
+            assert 0.0 == float(network.normalise(window).says.max())
         torch.testing.assert_close(network(first), network(second))
         first[:, ::2, 0] -= 5.0
-        assert 0.5 == float(network.normalise(first)[1].mean())
+        assert 0.5 == float(network.normalise(first).says.mean())
 
 
 def test_settings_beyond_any_flight_do_not_overflow(fleet: list[list[History]]) -> None:
@@ -76,8 +86,8 @@ def test_settings_beyond_any_flight_do_not_overflow(fleet: list[list[History]]) 
     network = build(fleet[1], QUICK)
     window = torch.full((1, 20, 17), 3e38)
     window[:, ::2] *= -1
-    normal, known = network.normalise(window)
-    assert (0.0, 0.0) == (float(normal.abs().max()), float(known.max()))
+    seen = network.normalise(window)
+    assert (0.0, 0.0) == (float(seen.normal.abs().max()), float(seen.says.max()))
 
 
 def test_padding_is_recognised() -> None:
@@ -91,14 +101,20 @@ def test_padding_is_recognised() -> None:
 
 
 def test_rolling_means_are_means_of_what_counts() -> None:
-    """Each span gives the mean of its newest rows, a short history that of what it has, none at all gives zero."""
-    backbone, x = RollingMlp(6, 2, 8, 0.0), torch.arange(12.0).reshape(1, 6, 2)
-    whole = backbone.features(x, torch.ones(1, 6))[0]
-    expected = torch.stack([x[0, -n:].mean(0) for n in (1, 3, 5, 6)], dim=1).flatten()
-    torch.testing.assert_close(torch.cat([expected, torch.tensor([1.0])]), whole)
-    short = backbone.features(x, torch.tensor([[0.0, 0.0, 0.0, 0.0, 1.0, 1.0]]))[0]
-    torch.testing.assert_close(x[0, -2:].mean(0), short[[3, 7]])
-    torch.testing.assert_close(torch.zeros(8), backbone.features(x, torch.zeros(1, 6))[0, :8])
+    """Each span gives the mean of its newest readings that count, else that of the next longer span, else zero."""
+    backbone, x, ones = RollingMlp(6, 2, 8, 0.0), torch.arange(12.0).reshape(1, 6, 2), torch.ones(1, 6)
+    says = torch.ones(1, 6, 2)
+    whole = backbone.features(Rows(x, says, ones))[0]
+    expected = torch.stack([x[0, -n:].mean(0) for n in (1, 3, 5, 6)]).flatten()
+    torch.testing.assert_close(torch.cat([expected, torch.ones(2)]), whole)
+    late = torch.tensor([[0.0, 0.0, 0.0, 0.0, 1.0, 1.0]])
+    short = backbone.features(Rows(x, says * late[..., None], late))[0]
+    torch.testing.assert_close(x[0, -2:].mean(0), short[6:8])
+    assert (float(short[-2]), float(short[-1])) == (pytest.approx(2 * np.log(3) / np.log(7) - 1), 1.0)
+    says[0, 1:, 0] = 0
+    held = backbone.features(Rows(x, says, ones))[0]
+    torch.testing.assert_close(x[0, 0, 0].expand(4), held[[0, 2, 4, 6]])  # no span but the longest has any
+    assert 0.0 == float(backbone.features(Rows(x, says * 0, ones))[0, :8].abs().max())
 
 
 def test_training_sees_windows_as_serving_does(fleet: list[list[History]]) -> None:
@@ -160,16 +176,18 @@ def test_an_epoch_draws_rows_as_a_live_fleet_shows_them(fleet: list[list[History
 
 
 def test_disturbing_adds_noise_and_bias_and_silences_sensors() -> None:
-    """A bias stays the same through a window, noise does not, a silent sensor is silent throughout."""
+    """A bias stays the same through a window, noise does not; of silent sensors half are so throughout."""
     generator, still = torch.Generator().manual_seed(0), replace(QUICK, noise=0.0, bias=0.0, channel_dropout=0.0)
-    bias = disturb(torch.zeros(2000, 5, 3), replace(still, bias=0.5), generator)
+    rows = Rows(torch.zeros(2000, 5, 3), torch.ones(2000, 5, 3), torch.ones(2000, 5))
+    bias = disturb(rows, replace(still, bias=0.5), generator).normal
     assert 0.0 == float((bias - bias[:, :1]).abs().max())
     assert 0.5 == pytest.approx(float(bias[:, 0].std()), rel=0.05)
-    noise = disturb(torch.zeros(2000, 5, 3), replace(still, noise=0.2), generator)
+    noise = disturb(rows, replace(still, noise=0.2), generator).normal
     assert 0.2 == pytest.approx(float(noise.std()), rel=0.05)
-    silent = disturb(torch.ones(2000, 5, 3), replace(still, channel_dropout=0.3), generator) == 0
-    assert bool((silent == silent[:, :1]).all())
-    assert 0.3 == pytest.approx(float(silent[:, 0].float().mean()), abs=0.03)
+    silent = disturb(rows, replace(still, channel_dropout=0.4), generator).says == 0
+    assert bool((silent[:, 1:] >= silent[:, :-1]).all())
+    assert 0.4 == pytest.approx(float(silent[:, -1].float().mean()), abs=0.03)
+    assert 0.24 == pytest.approx(float(silent[:, 0].float().mean()), abs=0.03)
 
 
 @pytest.mark.parametrize("thresholds", [(125.0, 50.0), (80.0, 30.0), (100.0,)])
@@ -177,7 +195,7 @@ def test_classes_are_the_mass_of_the_rul_distribution(thresholds: tuple[float, .
     """Class probabilities are sums of bin probabilities between thresholds, RUL is their mean: they cannot disagree."""
     network = EngineHealth(NetworkConfig(window=20, thresholds=thresholds)).eval()
     with torch.inference_mode():
-        answer = network.heads(torch.randn(9, 20, 14), torch.ones(9, 20))
+        answer = network.heads(Rows(torch.randn(9, 20, 14), torch.ones(9, 20, 14), torch.ones(9, 20)))
     assert answer.bins is not None
     p, ends = answer.bins.exp(), torch.cat([bin_edges(network.config), torch.tensor([1000.0])])
     labels = torch.from_numpy(cmapss.health(ends.numpy(), thresholds))
@@ -258,17 +276,21 @@ def test_training_teaches_engines_that_it_never_saw(
 
 
 def test_late_starts_and_forgotten_rows_stop_counting() -> None:
-    """A window cut short is padded with its new oldest row; a forgotten row keeps its readings but does not count."""
-    generator, rows = torch.Generator().manual_seed(0), torch.randn(400, 20, 14)
-    cut, real = begin_late(rows, torch.ones(400, 20), replace(QUICK, late_start=1.0), generator)
-    begins = (real == 0).sum(1)
+    """A window cut short is padded with its new oldest row; a forgotten row says nothing but keeps its place."""
+    generator, normal = torch.Generator().manual_seed(0), torch.randn(400, 20, 14)
+    rows = Rows(normal, torch.ones(400, 20, 14), torch.ones(400, 20))
+    cut = begin_late(rows, replace(QUICK, late_start=1.0), generator)
+    begins = (cut.real == 0).sum(1)
     assert {0, 19} <= set(begins.tolist())
     for k in range(50):
-        torch.testing.assert_close(rows[k, begins[k] :], cut[k, begins[k] :])
-        torch.testing.assert_close(cut[k, begins[k]].expand(int(begins[k]), 14), cut[k, : begins[k]])
-    kept = forget(torch.ones(4000, 20), replace(QUICK, unknown_rows=0.5), generator).mean(1)
-    assert 0.75 == pytest.approx(float(kept.mean()), abs=0.02)
-    assert 0.5 < float((kept == 1).float().mean()) < 0.55
+        torch.testing.assert_close(normal[k, begins[k] :], cut.normal[k, begins[k] :])
+        torch.testing.assert_close(cut.normal[k, begins[k]].expand(int(begins[k]), 14), cut.normal[k, : begins[k]])
+    torch.testing.assert_close(cut.real.unsqueeze(-1).expand_as(cut.says), cut.says)
+    kept = forget(rows, replace(QUICK, unknown_rows=0.5), generator)
+    share = kept.says.mean((1, 2))
+    assert 0.73 == pytest.approx(float(share.mean()), abs=0.05)
+    assert float((share == 0).float().mean()) > 0.01
+    assert bool((kept.real == 1).all())
 
 
 def test_knobs_that_no_run_can_follow_are_refused() -> None:
