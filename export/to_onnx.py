@@ -45,7 +45,12 @@ def to_onnx(network: torch.nn.Module, window: int) -> bytes:
             verbose=False,
         )
     assert program is not None  # the dynamo exporter returns a program
-    return bytes(program.model_proto.SerializeToString())
+    proto = program.model_proto
+    for node in proto.graph.node:  # stack traces of this machine: a tenth of the file, and nobody's business
+        del node.metadata_props[:]
+        node.doc_string = ""
+    del proto.graph.value_info[:]
+    return bytes(proto.SerializeToString())
 
 
 def conditions(normalise: Normaliser) -> dict[str, Any]:

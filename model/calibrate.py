@@ -43,6 +43,28 @@ def temperature_interval(
     return float(low), float(high)
 
 
+def safe_threshold(
+    logits: npt.ArrayLike,
+    targets: Integers,
+    weights: Floats,
+    engine: Integers,
+    temperature: float,
+    method: conformal.Method = "lac",
+    draws: int = RESAMPLES,
+) -> float:
+    """95th percentile over resampled engines of the threshold of prediction sets.
+
+    The level is then promised for a new fleet with 95 % confidence, not on average over fleets (Vovk 2012 calls it
+    training-conditional validity; here by the bootstrap, because rows of one engine are not exchangeable).
+    """
+    random, count = np.random.default_rng(0), int(engine.max()) + 1
+    found = []
+    for _ in range(draws):
+        times = np.bincount(random.integers(0, count, count), minlength=count)
+        found.append(conformal.threshold(logits, targets, weights * times[engine], temperature, LEVEL, method))
+    return float(np.quantile(found, 0.95))
+
+
 def choose_temperature(fitted: float, interval: tuple[float, float]) -> float:
     """The fitted temperature, or 1 where its interval covers 1: what may be noise is not corrected."""
     return 1.0 if interval[0] <= 1.0 <= interval[1] else fitted
@@ -148,12 +170,10 @@ def calibrate(checkpoint: dict[str, Any], telemetry: Floats) -> dict[str, Any]:
             "engines": int(engine.max()) + 1,
             "rows": len(engine),
         },
-        "conformal": Conformal(
-            level=LEVEL, threshold=conformal.threshold(logits, targets, weights, t, LEVEL)
-        ).model_dump(),
+        "conformal": Conformal(level=LEVEL, threshold=safe_threshold(logits, targets, weights, engine, t)).model_dump(),
         "alternatives": _other_thresholds(checkpoint, weights)
         | {
-            "aps_threshold": conformal.threshold(logits, targets, weights, t, LEVEL, "aps"),
+            "aps_threshold": safe_threshold(logits, targets, weights, engine, t, "aps"),
             "cross_entropy_of_scalings": compare_scalings(logits, targets, weights, engine),
         },
         "reference": reference(logits, telemetry, weights, t).model_dump(),

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from model import conformal, numerics
+from model.calibrate import safe_threshold
 from model.conformal import Method
 from model.measures import Answers, macro_f1, nasa_score, of_classes, of_rul, of_sets
 
@@ -38,6 +39,22 @@ def test_lac_sets_are_the_smaller_ones() -> None:
         limit = conformal.threshold(logits, labels, np.ones(len(labels)), 1.0, 0.9, method)
         size[method] = conformal.sets(logits, 1.0, limit, method).sum(axis=1).mean()
     assert size["lac"] < size["aps"]
+
+
+def test_the_safe_threshold_is_above_the_plain_one_and_nears_it_with_more_engines() -> None:
+    """Few engines leave the threshold of sets unsure, and what is unsure is covered; rows do not help, engines do."""
+    logits, labels = calibrated(20_000, 3)
+    plain = conformal.threshold(logits, labels, np.ones(20_000), 1.0, 0.9)
+    few, many = (
+        safe_threshold(logits, labels, np.ones(20_000), np.arange(20_000) % engines, 1.0, draws=50)
+        for engines in (10, 5000)
+    )
+    clustered = safe_threshold(
+        logits, labels, np.ones(20_000), logits.max(1).argsort().argsort() // 2000, 1.0, draws=50
+    )
+    assert plain < many < plain + 0.02
+    assert many < clustered
+    assert plain <= few
 
 
 def test_weights_count_as_repeated_rows() -> None:

@@ -1,0 +1,49 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model import cmapss, numerics
+from model.contract import CHANNELS, Manifest
+from model.evaluate import ARTEFACT, answers, open_artefact, runner
+from model.measures import rows_of
+from model.robustness import HELD_ROWS, STRONGEST, Disturbances, only_newest, scenarios
+from model.windows import every_window
+
+HELD = CHANNELS.index(STRONGEST[0])
+
+
+@pytest.fixture(scope="module")
+def engines(cmapss_dir: Path) -> list[cmapss.History]:
+    """A tenth of the official test engines of every subset."""
+    return [history for subset in cmapss.SUBSETS for history in cmapss.read_test(cmapss_dir, subset)[::10]]
+
+
+def test_disturbances_touch_what_they_name(engines: list[cmapss.History], manifest: Manifest) -> None:
+    """A held sensor repeats its last value, a biased one moves by deviations, a cut history repeats its oldest row."""
+    assert manifest.conditions is not None
+    raw, window = engines[0].telemetry, manifest.window or 1
+    clean, made = every_window(raw, window), Disturbances(manifest.conditions)
+    held = made.held(STRONGEST[:1])(raw, window)
+    assert (held[:, -HELD_ROWS:, HELD] == clean[:, [-HELD_ROWS - 1], HELD]).all()
+    np.testing.assert_array_equal(np.delete(clean, HELD, axis=2), np.delete(held, HELD, axis=2))
+    moved = made.biased(STRONGEST[:1], 2.0)(raw, window)[..., HELD] - clean[..., HELD]
+    np.testing.assert_allclose(2 * made.deviation(raw)[-1, HELD - 3], moved, rtol=1e-3)
+    assert (only_newest(5)(raw, window)[:, :-5] == clean[:, [-5]]).all()
+    noisy = made.noise_doubled(raw, window)
+    np.testing.assert_array_equal(clean[..., :3], noisy[..., :3])
+    assert (clean[..., 3:] != noisy[..., 3:]).any(axis=(0, 1)).all()
+
+
+def test_uncertainty_grows_where_accuracy_falls(engines: list[cmapss.History], manifest: Manifest) -> None:
+    """Whatever disturbance costs accuracy raises the model's own expectation of its loss."""
+    assert manifest.conditions is not None
+    run, found = runner(open_artefact(ARTEFACT)[0]), {}
+    for name, make in scenarios(manifest.conditions).items():
+        rows = rows_of(answers(run, manifest.window or 1, engines, make=make), last_only=False)
+        accuracy = float((rows.logits.argmax(1) == rows.labels).mean())
+        found[name] = accuracy, float(numerics.entropy(rows.logits, manifest.temperature).mean())
+    accuracy, entropy = found.pop("as measured")
+    fallen = {name: pair for name, pair in found.items() if pair[0] < accuracy - 0.03}
+    assert len(fallen) > 3
+    assert {} == {name: pair for name, pair in fallen.items() if pair[1] <= entropy}
