@@ -67,14 +67,14 @@ class RollingMlp(nn.Module):
         x, says, real = rows
         both = torch.cat([x * says, says], dim=2).transpose(1, 2) @ self.newest  # (B, 2 S, N)
         sums, counts = both.chunk(2, dim=1)
-        means = list((sums / counts.clamp(min=1)).unbind(-1))  # one a span, (B, S)
-        empty = (counts == 0).unbind(-1)
-        for k in reversed(range(len(means) - 1)):
-            means[k] = torch.where(empty[k], means[k + 1], means[k])
+        means, empty = sums / counts.clamp(min=1), counts == 0
+        # Spans are nested: the empty ones come first, and the one after them is the shortest that has a mean.
+        shortest = empty.sum(-1, keepdim=True).clamp(max=len(self.newest[0]) - 1)
+        means = torch.where(empty, means.gather(-1, shortest), means).transpose(1, 2).flatten(1)
         length = real.sum(1, keepdim=True)  # (B, 1)
         share = counts[:, :, -1].mean(1, keepdim=True) / length.clamp(min=1)
         scaled = torch.log(length + 1) / math.log(x.shape[1] + 1)
-        return torch.cat([*means, 2 * scaled - 1, 2 * share - 1], dim=1)
+        return torch.cat([means, 2 * scaled - 1, 2 * share - 1], dim=1)
 
     def forward(self, rows: Rows) -> Tensor:  # (B, T, S) -> (B, H / 2)
         """What the window shows, as one vector."""

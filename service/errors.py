@@ -61,5 +61,15 @@ class ClientGone(InputRejected):
     reason = "client_gone"
 
 
+class Overloaded(InputRejected):
+    """More is asked for than can be answered in time."""
+
+    reason = "overloaded"
+
+    def __init__(self, detail: str, retry_after: float) -> None:
+        super().__init__(detail)
+        self.retry_after = retry_after  # seconds
+
+
 class NotReady(ServiceError):
     """No model has proved itself yet."""

@@ -1,0 +1,215 @@
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from service.batcher import Batcher, Columns, Rows
+from service.errors import ClientGone, Overloaded
+
+
+class Seen:
+    """What the batcher told its observer."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.waits: list[float] = []
+
+    def batch(self, rows: int, seconds: float) -> None:
+        assert seconds >= 0
+        self.batches.append(rows)
+
+    def waited(self, seconds: float) -> None:
+        self.waits.append(seconds)
+
+
+class Gate:
+    """A callable over rows that answers twice their sum, and can be held shut."""
+
+    def __init__(self) -> None:
+        self.open, self.entered = threading.Event(), threading.Event()
+        self.open.set()
+        self.batches: list[Rows] = []
+
+    def __call__(self, rows: Rows) -> Columns:
+        self.entered.set()
+        assert self.open.wait(10)
+        if np.isnan(rows).any():
+            raise ValueError("poisoned")
+        self.batches.append(rows)
+        return 2 * rows.sum(axis=1), None
+
+
+class Stage(NamedTuple):
+    """A batcher, the callable behind it and its observer."""
+
+    batcher: Batcher
+    gate: Gate
+    seen: Seen
+
+
+def rows_of(*values: float) -> Rows:
+    return np.array(values, dtype=np.float32)[:, None] * np.ones((1, 3), dtype=np.float32)
+
+
+def run(scene: Callable[[Stage], Coroutine[Any, Any, None]], **limits: Any) -> None:
+    """Play a scene with a batcher, and close it."""
+
+    async def play() -> None:
+        gate, seen = Gate(), Seen()
+        chosen = {"max_batch_rows": 8, "max_queue_rows": 100, "max_queue_seconds": 60.0} | limits
+        stage = Stage(Batcher(gate, seen, **chosen), gate, seen)
+        await scene(stage)
+        gate.open.set()
+        await stage.batcher.close()
+
+    asyncio.run(play())
+
+
+async def busy(stage: Stage) -> "asyncio.Task[Columns]":
+    """A batch held inside the callable."""
+    stage.gate.open.clear()
+    stage.gate.entered.clear()
+    first = asyncio.create_task(stage.batcher.submit(rows_of(1)))
+    await asyncio.to_thread(stage.gate.entered.wait, 10)
+    return first
+
+
+def test_everyone_gets_their_own_answer() -> None:
+    """A thousand callers with windows of different values and numbers of rows each hear of their own, in order."""
+
+    async def scene(stage: Stage) -> None:
+        asked = [rows_of(*(100.0 * i + k for k in range(1 + i % 21))) for i in range(1000)]
+        answers = await asyncio.gather(*(stage.batcher.submit(rows) for rows in asked))
+        for rows, (found, nothing) in zip(asked, answers, strict=True):
+            assert found is not None
+            np.testing.assert_array_equal(2 * rows.sum(axis=1), found)
+            assert nothing is None
+        assert max(stage.seen.batches) == 8
+        assert sum(stage.seen.batches) == sum(len(rows) for rows in asked)
+        assert len(stage.seen.waits) == 1000
+
+    run(scene, max_queue_rows=100_000)
+
+
+def test_those_who_arrive_while_the_model_is_busy_are_the_next_batch() -> None:
+    """Nobody waits for a timer: a lone caller is a batch of one, five who came meanwhile are one of five."""
+
+    async def scene(stage: Stage) -> None:
+        first = await busy(stage)
+        others = [asyncio.create_task(stage.batcher.submit(rows_of(k))) for k in range(5)]
+        await asyncio.sleep(0.01)
+        stage.gate.open.set()
+        await asyncio.gather(first, *others)
+        assert [1, 5] == stage.seen.batches
+
+    run(scene)
+
+
+def test_a_large_request_lets_others_take_their_turn() -> None:
+    """One window that arrives behind fifty rows is answered after the batch in hand, not after all of them."""
+
+    async def scene(stage: Stage) -> None:
+        first = await busy(stage)
+        large = asyncio.create_task(stage.batcher.submit(rows_of(*range(50))))
+        await asyncio.sleep(0)
+        small = asyncio.create_task(stage.batcher.submit(rows_of(7)))
+        await asyncio.sleep(0.01)
+        stage.gate.open.set()
+        await small
+        assert not large.done()
+        await asyncio.gather(first, large)
+        assert 8 == max(stage.seen.batches)
+
+    run(scene)
+
+
+def test_beyond_its_bounds_the_queue_refuses() -> None:
+    """Rows beyond the limit are refused at once, rows grown too old when their turn comes; both say when to retry."""
+
+    async def full(stage: Stage) -> None:
+        first = await busy(stage)
+        waiting = asyncio.create_task(stage.batcher.submit(rows_of(*range(100))))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded) as refusal:
+            await stage.batcher.submit(rows_of(1))
+        assert refusal.value.retry_after > 0
+        stage.gate.open.set()
+        await asyncio.gather(first, waiting)
+
+    async def old(stage: Stage) -> None:
+        first = await busy(stage)
+        waiting = asyncio.create_task(stage.batcher.submit(rows_of(2)))
+        await asyncio.sleep(0.05)
+        stage.gate.open.set()
+        await first
+        with pytest.raises(Overloaded, match="waited"):
+            await waiting
+        await stage.batcher.submit(rows_of(3))
+
+    run(full)
+    run(old, max_queue_seconds=0.02)
+
+
+def test_a_request_larger_than_the_queue_is_served_when_nothing_waits() -> None:
+    """What is allowed in one request is never refused for ever."""
+
+    async def scene(stage: Stage) -> None:
+        found, _ = await stage.batcher.submit(rows_of(*range(500)))
+        assert found is not None
+        assert 500 == len(found)
+
+    run(scene)
+
+
+def test_whoever_left_is_dropped_before_inference() -> None:
+    """Rows of a caller that is gone, or gave up, never reach the model."""
+
+    async def scene(stage: Stage) -> None:
+        first = await busy(stage)
+        left = asyncio.create_task(stage.batcher.submit(rows_of(5), lambda: True))
+        gave_up = asyncio.create_task(stage.batcher.submit(rows_of(6)))
+        stayed = asyncio.create_task(stage.batcher.submit(rows_of(7)))
+        await asyncio.sleep(0.01)
+        gave_up.cancel()
+        stage.gate.open.set()
+        await asyncio.gather(first, stayed)
+        with pytest.raises(ClientGone):
+            await left
+        np.testing.assert_array_equal(rows_of(1, 7), np.concatenate(stage.gate.batches))
+
+    run(scene)
+
+
+def test_a_failing_batch_fails_exactly_its_callers() -> None:
+    """Callers of other batches, and of the next, are answered; a caller with a failed piece hears of the failure."""
+
+    async def scene(stage: Stage) -> None:
+        first = await busy(stage)
+        poisoned = asyncio.create_task(stage.batcher.submit(rows_of(*range(8), np.nan)))
+        beside = asyncio.create_task(stage.batcher.submit(rows_of(1)))
+        await asyncio.sleep(0.01)
+        stage.gate.open.set()
+        for task in (poisoned, beside):
+            with pytest.raises(ValueError, match="poisoned"):
+                await task
+        await first
+        await stage.batcher.submit(rows_of(2))
+
+    run(scene)
+
+
+def test_closing_answers_everybody_who_was_let_in() -> None:
+    """A batcher that is told to close finishes its queue first."""
+
+    async def scene(stage: Stage) -> None:
+        first = await busy(stage)
+        waiting = [asyncio.create_task(stage.batcher.submit(rows_of(k))) for k in range(30)]
+        await asyncio.sleep(0)
+        stage.gate.open.set()
+        await stage.batcher.close()
+        await asyncio.gather(first, *waiting)
+
+    run(scene)
