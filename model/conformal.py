@@ -22,7 +22,11 @@ def scores(logits: npt.ArrayLike, temperature: float, method: Method) -> Floats:
     `aps`: the mass of all classes at least as probable as k (Romano, Sesia, Candès 2020), not randomised: larger sets
     that adapt to each row.
     """
-    p = np.atleast_2d(numerics.softmax(logits, temperature))
+    return scores_of(np.atleast_2d(numerics.softmax(logits, temperature)), method)
+
+
+def scores_of(p: Floats, method: Method) -> Floats:
+    """As `scores`, from the probabilities (N, C) themselves."""
     if method == "lac":
         return np.asarray(1 - p)
     at_least = p[:, None, :] >= p[:, :, None]  # (N, k, j): class j is at least as probable as k
@@ -47,5 +51,10 @@ def threshold(
 
 def sets(logits: npt.ArrayLike, temperature: float, limit: float, method: Method = "lac") -> npt.NDArray[np.bool_]:
     """Which classes belong to the prediction set, (N, C)."""
-    found = scores(logits, temperature, method)
+    return sets_of(np.atleast_2d(numerics.softmax(logits, temperature)), limit, method)
+
+
+def sets_of(p: Floats, limit: float, method: Method = "lac") -> npt.NDArray[np.bool_]:
+    """As `sets`, from the probabilities (N, C) themselves."""
+    found = scores_of(p, method)
     return np.asarray((found <= limit) | (found == found.min(axis=1, keepdims=True)))

@@ -30,6 +30,9 @@ class Observer(Protocol):
     def waited(self, seconds: float) -> None:
         """One caller, from its arrival to the inference that answers its first row."""
 
+    def answered(self, answered: list[tuple[Rows, Columns]]) -> None:
+        """Callers whose last row is answered, before they hear of it."""
+
 
 class _Job:
     """One caller: its rows, how many were answered, and whom to tell."""
@@ -105,7 +108,7 @@ class Batcher:
                         _fail(pieces, error)
                     else:
                         self._observer.batch(len(batch), seconds)
-                        _hand_out(pieces, found)
+                        self._hand_out(pieces, found)
         finally:
             self._working = None
 
@@ -130,6 +133,20 @@ class Batcher:
                 self._queue.append(job)  # to the end: the others take their turn before its next piece
         return pieces
 
+    def _hand_out(self, pieces: list[tuple[_Job, Rows]], found: Columns) -> None:
+        """Each caller its own rows; a caller cut into pieces is answered with the last of them."""
+        at, finished = 0, []
+        for job, rows in pieces:
+            job.parts.append(tuple(None if column is None else column[at : at + len(rows)] for column in found))
+            at += len(rows)
+            job.answered += len(rows)
+            if job.answered == len(job.rows) and not job.done.done():
+                finished.append((job, job.parts[0] if len(job.parts) == 1 else _joined(job.parts)))
+        if finished:
+            self._observer.answered([(job.rows, columns) for job, columns in finished])
+        for job, columns in finished:
+            job.done.set_result(columns)
+
     def _refused(self, job: _Job, now: float) -> bool:
         if job.gone():
             job.done.set_exception(ClientGone("the client left before its rows were taken"))
@@ -143,18 +160,6 @@ def _fail(pieces: list[tuple[_Job, Rows]], error: Exception) -> None:
     for job, _ in pieces:
         if not job.done.done():
             job.done.set_exception(error)
-
-
-def _hand_out(pieces: list[tuple[_Job, Rows]], found: Columns) -> None:
-    """Each caller its own rows; a caller cut into pieces is answered with the last of them."""
-    at = 0
-    for job, rows in pieces:
-        part = tuple(None if column is None else column[at : at + len(rows)] for column in found)
-        at += len(rows)
-        job.parts.append(part)
-        job.answered += len(rows)
-        if job.answered == len(job.rows) and not job.done.done():
-            job.done.set_result(part if len(job.parts) == 1 else _joined(job.parts))
 
 
 def _joined(parts: list[Columns]) -> Columns:

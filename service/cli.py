@@ -1,16 +1,17 @@
 """The command `engine-health`: reads settings, starts the service, turns failures into one line and an exit code."""
 
 import argparse
-import logging
 import signal
 import sys
 from collections.abc import Sequence
 
 import uvicorn
 
+from service import logs
 from service.api.app import create_app
 from service.errors import SettingsRejected
 from service.settings import PREFIX, Settings, read_settings
+from service.workers import configuration, serve_many
 
 SWITCHES = tuple(Settings.model_fields)
 
@@ -28,28 +29,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(settings: Settings) -> int:
     """Serve until told to stop; 1 if the artefact or the address cannot be used."""
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
-    reasons: list[str] = []
-
-    def stop(reason: str) -> None:
-        reasons.append(reason)
-        server.should_exit = True
-
-    config = uvicorn.Config(
-        create_app(settings, stop),
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        log_level=settings.log_level,
-        access_log=False,
-        server_header=False,
-    )
-    server = uvicorn.Server(config)
+    logs.configure(settings)
     # uvicorn raises the signal again once it has stopped: to be told to stop is no failure
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    reasons: list[str] = []
     try:
+        if settings.workers > 1:
+            return serve_many(settings)
+
+        def stop(reason: str) -> None:
+            reasons.append(reason)
+            server.should_exit = True
+
+        server = uvicorn.Server(configuration(settings, app=create_app(settings, stop)))
         server.run()
     except KeyboardInterrupt:
         return 0

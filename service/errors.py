@@ -71,5 +71,29 @@ class Overloaded(InputRejected):
         self.retry_after = retry_after  # seconds
 
 
+class TooSlow(InputRejected):
+    """The body did not arrive in time."""
+
+    reason = "too_slow"
+
+
+class Unauthorized(InputRejected):
+    """No key, or one that is not known."""
+
+    reason = "unauthorized"
+
+
+class Forbidden(InputRejected):
+    """A key that is known, and does not open this door."""
+
+    reason = "forbidden"
+
+
+class UnknownModel(InputRejected):
+    """A model or version that is not the one served."""
+
+    reason = "unknown_model"
+
+
 class NotReady(ServiceError):
     """No model has proved itself yet."""

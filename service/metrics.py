@@ -3,14 +3,20 @@
 Calibration is exported as plain counters that add across workers, replicas and time: any window is an `increase`.
 """
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
+from prometheus_client.metrics_core import Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 
-from model.numerics import RELIABILITY_BINS
-from service.errors import BodyTooLarge, ClientGone, InvalidInput, NotJson, UnsupportedMediaType
+from model.numerics import RELIABILITY_BINS, Floats, Reliability
+from service.errors import InputRejected
 
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -21,17 +27,45 @@ ENTROPY = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1
 Values = npt.NDArray[np.floating] | npt.NDArray[np.integer]
 
 
+class Labelled(NamedTuple):
+    """What N labelled predictions cost, one entry each; nats."""
+
+    loss: Floats
+    expected_loss: Floats
+    variance: Floats
+    correct: Floats
+    brier: Floats
+    covered: Floats | None  # share of the truth that the prediction set held
+    bins: Reliability
+
+
+def share_between_workers(folder: Path, slot: int) -> None:
+    """Keep every value in files of `folder` named by this worker's slot, so that totals outlive the worker.
+
+    Whoever takes the slot next goes on counting where its forerunner stopped. To be called before any metric is made.
+    """
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
+    values.ValueClass = values.MultiProcessValue(process_identifier=lambda: slot)  # type: ignore[no-untyped-call]  # it has no types
+
+
 class Metrics:
     """All metrics of one process, named as in the design with the prefix `engine_health_`."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, shared: Path | None = None) -> None:
         self._registry = registry
+        if shared is not None:
+            self._registry = CollectorRegistry()
+            self._registry.register(_Workers(shared))
+        self._classes: dict[str, Counter] = {}
+        self._inputs: list[Counter] = []
+        self._requests: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        self._info: tuple[str, ...] | None = None
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"engine_health_{name}", text, labels, registry=registry)
 
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(f"engine_health_{name}", text, labels, registry=registry)
+        def gauge(name: str, text: str, mode: Literal["livemin", "livemostrecent"], *labels: str) -> Gauge:
+            return Gauge(f"engine_health_{name}", text, labels, registry=registry, multiprocess_mode=mode)
 
         def histogram(name: str, text: str, buckets: Iterable[float], *labels: str) -> Histogram:
             return Histogram(f"engine_health_{name}", text, labels, buckets=tuple(buckets), registry=registry)
@@ -45,9 +79,11 @@ class Metrics:
         self.batch_rows = histogram("batch_rows", "Rows of one inference.", ROWS)
         self.predictions = counter("predictions_total", "Predictions by most probable class.", "health")
         self.rejected = counter("rejected_total", "Requests refused, by reason.", "reason")
-        self.ready = gauge("ready", "1 once a model has proved itself.")
-        self.temperature = gauge("temperature", "Active temperature.")
-        self.model_info = gauge("model_info", "The model that answers; always 1.", "name", "version", "digest")
+        self.ready = gauge("ready", "1 once a model has proved itself, in every worker.", "livemin")
+        self.temperature = gauge("temperature", "Active temperature.", "livemostrecent")
+        self.model_info = gauge(
+            "model_info", "The model that answers; always 1.", "livemostrecent", "name", "version", "digest"
+        )
         self.loss = histogram("cross_entropy_loss", "Cross-entropy of labelled predictions, nats.", NATS)
         self.labelled = counter("labelled_total", "Labelled predictions.")
         self.correct = counter("correct_total", "Labelled predictions whose most probable class was right.")
@@ -63,8 +99,8 @@ class Metrics:
         self.entropy = histogram("entropy_nats", "Entropy of every prediction.", ENTROPY)
         self.input_values = counter("input_values_total", "Newest readings, by reference bin.", "channel", "bin")
         self.imputed_values = counter("imputed_values_total", "Missing values held.", "channel")
-        for reason in (NotJson, BodyTooLarge, UnsupportedMediaType, InvalidInput, ClientGone):
-            self.rejected.labels(reason.reason)
+        for reason in {InputRejected.reason, *(kind.reason for kind in InputRejected.__subclasses__())}:
+            self.rejected.labels(reason)
         for k in range(RELIABILITY_BINS):  # a series that starts at zero has an increase from its first event on
             for family in (self.reliability_predictions, self.reliability_confidence, self.reliability_correct):
                 family.labels(str(k))
@@ -79,26 +115,101 @@ class Metrics:
         input_bins: Mapping[str, int],
     ) -> None:
         """Say which model answers from now on; `input_bins` counts the reference bins of each channel."""
-        self.model_info.clear()
-        self.model_info.labels(name, version, digest).set(1)
+        if self._info not in (None, (name, version, digest)):
+            self.model_info.labels(*self._info).set(0)  # shared files forget no series: 0 means gone
+            self.model_info.remove(*self._info)
+        self._info = (name, version, digest)
+        self.model_info.labels(*self._info).set(1)
         self.temperature.set(temperature)
         self.ready.set(1)
-        for health in classes:
-            self.predictions.labels(health)
-        for channel, bins in input_bins.items():
+        self._classes = {health: self.predictions.labels(health) for health in classes}
+        for channel in input_bins:
             self.imputed_values.labels(channel)
-            for k in range(bins):
-                self.input_values.labels(channel, str(k))
+        self._inputs = [self.input_values.labels(c, str(k)) for c, bins in input_bins.items() for k in range(bins)]
+
+    def request(self, method: str, route: str, status: int, seconds: float) -> None:
+        """One request answered."""
+        key = (method, route, status)
+        if key not in self._requests:  # looking a series up costs as much as counting
+            self._requests[key] = (
+                self.http_requests.labels(method, route, str(status)),
+                self.http_duration.labels(route),
+            )
+        count, duration = self._requests[key]
+        count.inc()
+        duration.observe(seconds)
+
+    def batch(self, rows: int, seconds: float) -> None:
+        """One inference."""
+        self.batch_rows.observe(rows)
+        self.inference_duration.observe(seconds)
+
+    def answers(self, classes: Sequence[str], top: npt.NDArray[np.int64], confidence: Floats, entropy: Floats) -> None:
+        """N answers: index of the most probable class (N,), its probability (N,), entropy (N,) in nats."""
+        for k, n in enumerate(np.bincount(top).tolist()):
+            if n:
+                self._classes[classes[k]].inc(n)
+        observe_all(self.confidence, confidence)
+        observe_all(self.entropy, entropy)
+
+    def inputs(self, channels: Sequence[str], edges: Sequence[Floats | None], newest: Values) -> None:
+        """The newest readings (N, channels) by the reference bins of those channels that have some."""
+        first = 0
+        for k, _ in enumerate(channels):
+            inner = edges[k]
+            if inner is not None:
+                counts = np.bincount(np.searchsorted(inner, newest[:, k].astype(np.float64)))
+                for b in np.flatnonzero(counts).tolist():
+                    self._inputs[first + b].inc(int(counts[b]))
+                first += len(inner) + 1
+
+    def imputed(self, channels: Sequence[str], counts: npt.NDArray[np.int64]) -> None:
+        """How many missing values were held, of each channel."""
+        for k in np.flatnonzero(counts).tolist():
+            self.imputed_values.labels(channels[k]).inc(int(counts[k]))
+
+    def labelled_answers(self, found: Labelled) -> None:
+        """What labelled predictions cost."""
+        observe_all(self.loss, found.loss)
+        self.labelled.inc(len(found.loss))
+        self.correct.inc(float(found.correct.sum()))
+        self.loss_nats.inc(float(found.loss.sum()))
+        self.expected_loss_nats.inc(max(0.0, float(found.expected_loss.sum())))
+        self.loss_variance.inc(float(found.variance.sum()))
+        self.brier.inc(float(found.brier.sum()))
+        if found.covered is not None:
+            self.covered.inc(float(found.covered.sum()))
+        add_bins(self.reliability_predictions, found.bins.count)
+        add_bins(self.reliability_confidence, found.bins.confidence)
+        add_bins(self.reliability_correct, found.bins.correct)
 
     def text(self) -> bytes:
-        """The exposition, Prometheus text format 0.0.4."""
+        """The exposition, Prometheus text format 0.0.4, of all workers."""
         return generate_latest(self._registry)
 
 
-def observe_all(histogram: Histogram, values: Values) -> None:
-    """Observe every value of an array."""
-    for value in values.tolist():
-        histogram.observe(value)
+class _Workers(Collector):
+    """Every worker's values together; series of models that answer no more are left out."""
+
+    def __init__(self, folder: Path) -> None:
+        self._all = MultiProcessCollector(None, path=str(folder))  # type: ignore[no-untyped-call]  # it has no types
+
+    def collect(self) -> Iterable[Metric]:
+        """As client_python asks for it."""
+        for metric in self._all.collect():  # type: ignore[no-untyped-call]  # it has no types
+            if metric.name == "engine_health_model_info":
+                metric.samples = [sample for sample in metric.samples if sample.value]
+            yield metric
+
+
+def observe_all(histogram: Histogram, found: Values) -> None:
+    """Observe every value of an array, each bucket once: client_python's own `observe` takes one value at a time."""
+    bounds = histogram._upper_bounds  # a value falls in the first bucket whose bound is not below it
+    counts = np.bincount(np.searchsorted(bounds, found)).tolist()
+    for k, n in enumerate(counts):
+        if n:
+            histogram._buckets[k].inc(n)
+    histogram._sum.inc(float(found.sum()))
 
 
 def add_bins(family: Counter, amounts: Values, *labels: str) -> None:

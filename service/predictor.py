@@ -1,7 +1,13 @@
-"""The use case: telemetry, and labels if known, to calibrated health, and its loss. Knows no HTTP and no JSON."""
+"""The use case: telemetry, and labels if known, to calibrated health, and its loss. Knows no HTTP and no JSON.
 
-import time
+A predictor is one model at one temperature, and never changes: a reload or another temperature is another predictor, so
+that whoever holds one is answered by one model.
+"""
+
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -9,11 +15,24 @@ import numpy.typing as npt
 from model import conformal, numerics
 from model.numerics import Floats
 from model.occlusion import Shift, Usual, occluded, shifts
+from service.batcher import Batcher, Columns, Rows
 from service.errors import Fault, InvalidInput
-from service.metrics import Metrics, add_bins, observe_all
+from service.metrics import Labelled, Metrics
 from service.runtime import Batch, Model
+from service.settings import Settings
 
 Mask = npt.NDArray[np.bool_]
+
+
+class Answers(NamedTuple):
+    """What the model says of N rows, at one temperature."""
+
+    logits: Batch  # (N, C)
+    rul: Batch | None  # (N,) cycles
+    probabilities: Floats  # (N, C)
+    expected_loss: Floats  # (N,) nats
+    sets: Mask | None  # (N, C): which classes the prediction set holds
+    finite: Mask  # (N,): whether there is an answer at all; where not, the other columns mean nothing
 
 
 @dataclass(frozen=True)
@@ -29,40 +48,80 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Answers for N rows. `loss` is NaN where no label was given; `sets` (N, C) says which classes the set holds."""
+    """Answers for N rows. `loss` (N,) is NaN where no label was given, None where there is none at all."""
 
     temperature: float
-    logits: Batch  # (N, C)
-    rul: Batch | None  # (N,)
-    probabilities: Floats  # (N, C)
-    expected_loss: Floats  # (N,)
-    loss: Floats  # (N,)
-    sets: Mask | None  # (N, C)
+    answers: Answers
+    loss: Floats | None
     evaluation: Evaluation | None
 
 
-class Predictor:
-    """One model, its active temperature, and the metrics that it feeds."""
+def answer(model: Model, telemetry: Batch, temperature: float) -> Answers:
+    """Run the network and calibrate: (N, *input_shape) float32, finite, to answers."""
+    logits, rul = model.run(telemetry)
+    finite = np.asarray(np.isfinite(logits).all(axis=1))
+    if rul is not None:
+        finite &= np.isfinite(rul)
+    if not finite.all():
+        logits = np.where(finite[:, None], logits, np.float32(0))
+    return calibrated(model, logits, rul, finite, temperature)
 
-    def __init__(self, model: Model, metrics: Metrics) -> None:
+
+def calibrated(model: Model, logits: Batch, rul: Batch | None, finite: Mask, temperature: float) -> Answers:
+    """Probabilities, their entropy, and prediction sets.
+
+    The sets are those at the artefact's own temperature, whatever was asked for: the threshold was found there, and its
+    coverage holds nowhere else. They are never empty: the most probable class always belongs.
+    """
+    manifest = model.manifest
+    log_p = numerics.log_softmax(logits, temperature)
+    p = np.exp(log_p)
+    rule, sets = manifest.conformal, None
+    if rule is not None:
+        own = p if temperature == manifest.temperature else numerics.softmax(logits, manifest.temperature)
+        sets = conformal.sets_of(own, rule.threshold, rule.method)
+    return Answers(logits, rul, p, 0.0 - (p * log_p).sum(axis=1), sets, finite)
+
+
+class Predictor:
+    """One model at one temperature, its queue, and the metrics that it feeds."""
+
+    def __init__(self, model: Model, metrics: Metrics, settings: Settings) -> None:
         self.model = model
         self.temperature = model.manifest.temperature
         self._metrics = metrics
         manifest = model.manifest
         a_value_each = model.input_shape[-1:] == (len(manifest.channels),) and len(model.input_shape) <= 2
         reference = manifest.reference.channels if manifest.reference and a_value_each else {}
-        self._edges = {name: np.array(reference[name].edges) for name in manifest.channel_names if name in reference}
+        self._edges = tuple(np.array(reference[n].edges) if n in reference else None for n in manifest.channel_names)
         conditions = manifest.conditions
         self._usual = Usual.of(conditions.setting_scales, conditions.usual) if conditions else None
-        bins = {name: len(edges) + 1 for name, edges in self._edges.items()}
-        metrics.serving(manifest.name, manifest.version, model.digest, manifest.classes, self.temperature, bins)
+        self._batcher = Batcher(
+            self._run, self, settings.max_batch_rows, settings.max_queue_rows, settings.max_queue_seconds
+        )
 
-    def predict(
+    def serve(self) -> None:
+        """Say in the metrics that this one answers from now on."""
+        manifest = self.model.manifest
+        bins = {
+            name: len(edges) + 1
+            for name, edges in zip(manifest.channel_names, self._edges, strict=True)
+            if edges is not None
+        }
+        digest = self.model.digest
+        self._metrics.serving(manifest.name, manifest.version, digest, manifest.classes, self.temperature, bins)
+
+    async def close(self) -> None:
+        """Answer everybody who was let in, and end."""
+        await self._batcher.close()
+
+    async def predict(
         self,
         telemetry: Batch,
         targets: Floats | None = None,
         temperature: float | None = None,
         imputed: npt.NDArray[np.int64] | None = None,
+        gone: Callable[[], bool] = lambda: False,
     ) -> Prediction:
         """Calibrated health of N instances.
 
@@ -71,23 +130,27 @@ class Predictor:
             targets: (N, C) distributions over the classes, a row of NaN where no label is known.
             temperature: in place of the active one, for this call only.
             imputed: (channels,) how many missing values were held, for the metrics.
+            gone: whether the caller has left; such rows do not reach the model.
 
         Raises:
             InvalidInput: an instance for which the network's answer is not finite.
+            Overloaded: too many rows wait, or these waited too long.
+            ClientGone: the caller left before its rows were taken.
         """
-        started = time.perf_counter()
-        logits, rul = self.model.run(telemetry)
-        self._metrics.inference_duration.observe(time.perf_counter() - started)
-        self._metrics.batch_rows.observe(len(telemetry))
-        _refuse_unanswerable(logits, rul)
-        t = self.temperature if temperature is None else temperature
-        prediction = self._calibrated(logits, rul, t, targets)
+        answers = Answers(*await self._batcher.submit(telemetry, gone))  # type: ignore[arg-type]  # as _run lays them out
+        if not answers.finite.all():
+            raise _unanswerable(int(np.flatnonzero(~answers.finite)[0]))
+        if imputed is not None:
+            self._metrics.imputed(self.model.manifest.channel_names, imputed)
         # A what-if temperature is answered and not counted: the counters describe what the service says by itself.
-        active = prediction if t == self.temperature else self._calibrated(logits, rul, self.temperature, targets)
-        self._observe(active, telemetry, targets, imputed)
-        return prediction
+        if targets is not None:
+            self._metrics.labelled_answers(_labelled(answers, targets, self.temperature))
+        t = self.temperature if temperature is None else temperature
+        if t != self.temperature:
+            answers = calibrated(self.model, answers.logits, answers.rul, answers.finite, t)
+        return _evaluated(answers, targets, t)
 
-    def explain(self, telemetry: Batch, prediction: Prediction) -> list[list[Shift]]:
+    async def explain(self, telemetry: Batch, prediction: Prediction) -> list[list[Shift]]:
         """What each channel did to each answer, the strongest first: one batch of a row per channel for each instance.
 
         Raises:
@@ -96,86 +159,74 @@ class Predictor:
         if self._usual is None:
             message = "this model does not say what is usual (`conditions`), so its answers cannot be explained"
             raise InvalidInput(message, (Fault(("explain",), message),))
-        found = []
+        return await asyncio.to_thread(self._explained, self._usual, telemetry, prediction)
+
+    def _explained(self, usual: Usual, telemetry: Batch, prediction: Prediction) -> list[list[Shift]]:
+        answers, found = prediction.answers, []
         for i, window in enumerate(telemetry):
-            logits, rul = self.model.run(occluded(window, self._usual))
+            logits, rul = self.model.run(occluded(window, usual))
             without = numerics.softmax(logits, prediction.temperature)
-            answered = None if prediction.rul is None else float(prediction.rul[i])
-            found.append(shifts(prediction.probabilities[i], answered, without, rul))
+            answered = None if answers.rul is None else float(answers.rul[i])
+            found.append(shifts(answers.probabilities[i], answered, without, rul))
         return found
 
-    def _calibrated(self, logits: Batch, rul: Batch | None, t: float, targets: Floats | None) -> Prediction:
-        known = np.zeros(len(logits), bool) if targets is None else ~np.isnan(targets[:, 0])
-        loss, expected = np.full(len(logits), np.nan), numerics.entropy(logits, t)
-        evaluation = None
-        if targets is not None and known.any():
-            loss[known] = numerics.cross_entropy(logits[known], targets[known], t, reduction="none")
-            evaluation = Evaluation(
-                int(known.sum()),
-                float(loss[known].mean()),
-                float(expected[known].mean()),
-                float(numerics.correct(logits[known], targets[known]).mean()),
-                float(numerics.brier(logits[known], targets[known], t).mean()),
-            )
-        probabilities = numerics.softmax(logits, t)
-        return Prediction(t, logits, rul, probabilities, expected, loss, self._sets(logits), evaluation)
+    def _run(self, rows: Rows) -> Columns:
+        return answer(self.model, rows, self.temperature)
 
-    def _sets(self, logits: Batch) -> Mask | None:
-        """Prediction sets at the artefact's own temperature, whatever temperature was asked for.
+    def batch(self, rows: int, seconds: float) -> None:
+        """As `batcher.Observer`."""
+        self._metrics.batch(rows, seconds)
 
-        The threshold was found there, and its coverage holds nowhere else. Never empty: the most probable class
-        always belongs.
-        """
-        rule = self.model.manifest.conformal
-        if rule is None:
-            return None
-        return conformal.sets(logits, self.model.manifest.temperature, rule.threshold, rule.method)
+    def waited(self, seconds: float) -> None:
+        """As `batcher.Observer`."""
+        self._metrics.queue_duration.observe(seconds)
 
-    def _observe(
-        self, prediction: Prediction, telemetry: Batch, targets: Floats | None, imputed: npt.NDArray[np.int64] | None
-    ) -> None:
-        m, classes = self._metrics, self.model.manifest.classes
-        for k, n in enumerate(np.bincount(prediction.logits.argmax(axis=1), minlength=len(classes)).tolist()):
-            if n:
-                m.predictions.labels(classes[k]).inc(n)
-        observe_all(m.confidence, prediction.probabilities.max(axis=1))
-        observe_all(m.entropy, prediction.expected_loss)
-        self._observe_inputs(telemetry, imputed)
-        if targets is not None and prediction.evaluation is not None:
-            self._observe_labelled(prediction, targets)
-
-    def _observe_inputs(self, telemetry: Batch, imputed: npt.NDArray[np.int64] | None) -> None:
-        """Only the newest row of a window is news: the others were counted when they were newest."""
-        newest = telemetry if telemetry.ndim == 2 else telemetry[:, -1]
-        for k, channel in enumerate(self.model.manifest.channel_names):
-            if channel in self._edges:
-                edges = self._edges[channel]
-                bins = np.searchsorted(edges, newest[:, k].astype(np.float64))
-                add_bins(self._metrics.input_values, np.bincount(bins, minlength=len(edges) + 1), channel)
-            if imputed is not None and imputed[k]:
-                self._metrics.imputed_values.labels(channel).inc(int(imputed[k]))
-
-    def _observe_labelled(self, prediction: Prediction, targets: Floats) -> None:
-        known = ~np.isnan(targets[:, 0])
-        logits, q, t, m = prediction.logits[known], targets[known], prediction.temperature, self._metrics
-        observe_all(m.loss, prediction.loss[known])
-        m.labelled.inc(int(known.sum()))
-        m.correct.inc(float(numerics.correct(logits, q).sum()))
-        m.loss_nats.inc(float(prediction.loss[known].sum()))
-        m.expected_loss_nats.inc(max(0.0, float(prediction.expected_loss[known].sum())))
-        m.loss_variance.inc(float(numerics.loss_variance(logits, t).sum()))
-        m.brier.inc(float(numerics.brier(logits, q, t).sum()))
-        if prediction.sets is not None:
-            m.covered.inc(float((q * prediction.sets[known]).sum()))
-        bins = numerics.reliability(logits, q, t)
-        add_bins(m.reliability_predictions, bins.count)
-        add_bins(m.reliability_confidence, bins.confidence)
-        add_bins(m.reliability_correct, bins.correct)
+    def answered(self, answered: list[tuple[Rows, Columns]]) -> None:
+        """Count what was answered. Only the newest row of a window is news: the others were counted before."""
+        answers = [Answers(*columns) for _, columns in answered]  # type: ignore[arg-type]  # as _run lays them out
+        finite = np.concatenate([a.finite for a in answers])
+        logits = np.concatenate([a.logits for a in answers])[finite]
+        p = np.concatenate([a.probabilities for a in answers])[finite]
+        entropy = np.concatenate([a.expected_loss for a in answers])[finite]
+        newest = np.concatenate([rows if rows.ndim == 2 else rows[:, -1] for rows, _ in answered])[finite]
+        manifest = self.model.manifest
+        self._metrics.answers(manifest.classes, logits.argmax(axis=1), p.max(axis=1), entropy)
+        if any(edges is not None for edges in self._edges):
+            self._metrics.inputs(manifest.channel_names, self._edges, newest)
 
 
-def _refuse_unanswerable(logits: Batch, rul: Batch | None) -> None:
+def _labelled(answers: Answers, targets: Floats, t: float) -> Labelled:
+    known = ~np.isnan(targets[:, 0])
+    logits, q = answers.logits[known], targets[known]
+    return Labelled(
+        loss=numerics.cross_entropy(logits, q, t, reduction="none"),
+        expected_loss=answers.expected_loss[known],
+        variance=numerics.loss_variance(logits, t),
+        correct=numerics.correct(logits, q),
+        brier=numerics.brier(logits, q, t),
+        covered=None if answers.sets is None else (q * answers.sets[known]).sum(axis=1),
+        bins=numerics.reliability(logits, q, t),
+    )
+
+
+def _evaluated(answers: Answers, targets: Floats | None, t: float) -> Prediction:
+    if targets is None:
+        return Prediction(t, answers, None, None)
+    known = ~np.isnan(targets[:, 0])
+    logits, q = answers.logits[known], targets[known]
+    loss = np.full(len(known), np.nan)
+    loss[known] = numerics.cross_entropy(logits, q, t, reduction="none")
+    evaluation = Evaluation(
+        int(known.sum()),
+        float(loss[known].mean()),
+        float(answers.expected_loss[known].mean()),
+        float(numerics.correct(logits, q).mean()),
+        float(numerics.brier(logits, q, t).mean()),
+    )
+    return Prediction(t, answers, loss, evaluation)
+
+
+def _unanswerable(i: int) -> InvalidInput:
     """A network may overflow on readings that no engine has; such an instance has no answer, and says so."""
-    finite = np.isfinite(logits).all(axis=1) & (True if rul is None else np.isfinite(rul))
-    if not finite.all():
-        i, message = int(np.flatnonzero(~finite)[0]), "the model has no finite answer for these readings"
-        raise InvalidInput(f"instances[{i}].telemetry: {message}", (Fault(("instances", i, "telemetry"), message),))
+    message = "the model has no finite answer for these readings"
+    return InvalidInput(f"instances[{i}].telemetry: {message}", (Fault(("instances", i, "telemetry"), message),))

@@ -23,6 +23,7 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on; only this machine unless you say so")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one")
+    workers: int = Field(1, ge=1, le=256, description="serving processes that share the port")
     model: Path = Field(BUNDLED, description="path of the artefact; the bundled one if not set")
     model_digest: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = Field(
         "", description="sha256 that the artefact must have; empty accepts any"
@@ -31,8 +32,30 @@ class Settings(BaseSettings):
         32 * 2**20, ge=1, description="bytes of a request body; beyond it 413 before it is read"
     )
     max_instances: int = Field(4096, ge=1, description="instances of one request; beyond it 422")
+    max_queue_rows: int = Field(16384, ge=1, description="rows that may wait for the model; beyond it 429")
+    max_queue_seconds: float = Field(2.0, gt=0, description="seconds that a row may wait for the model; beyond it 429")
+    max_batch_rows: int = Field(
+        64, ge=1, le=4096, description="rows of one inference; a larger request is cut and joined again"
+    )
+    request_seconds: float = Field(
+        30.0, gt=0, description="seconds in which a request must have arrived; beyond it 408"
+    )
+    deterministic: bool = Field(
+        False, description="1: the same window gives the same bits whatever its batch, at some cost in speed"
+    )
+    api_keys: str = Field("", description="comma-separated keys for predicting and reading; empty asks for none")
+    admin_keys: str = Field(
+        "", description="comma-separated keys for loading models and setting temperatures; empty turns those calls off"
+    )
+    cors_origins: str = Field("", description="comma-separated origins whose pages may call; empty allows none")
     threads: int = Field(0, ge=0, description="threads of one inference; 0 takes the cores this process may use")
+    drain_seconds: float = Field(
+        3.0, ge=0, le=600, description="seconds of being unready before closing, so that load balancers look away first"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severity that is logged")
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="json: one object a line; text: for people; auto: text on a terminal, json elsewhere"
+    )
 
 
 def read_settings(**flags: object) -> Settings:

@@ -96,6 +96,7 @@ def start(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
     kept = {key: value for key, value in os.environ.items() if not key.startswith("ENGINE_HEALTH_")}
     command = [sys.executable, "-m", "service.cli", *arguments]
     pipe = subprocess.PIPE
+    kept |= {"ENGINE_HEALTH_LOG_LEVEL": "warning", "ENGINE_HEALTH_DRAIN_SECONDS": "0"}  # pipes are not read meanwhile
     strict = {"PYTHONWARNINGS": "error::RuntimeWarning"}  # an overflow in serving is a failure, as it is in the tests
     return subprocess.Popen(command, env=kept | strict | environment, stdout=pipe, stderr=pipe, text=True)
 

@@ -16,6 +16,7 @@ class Seen:
     def __init__(self) -> None:
         self.batches: list[int] = []
         self.waits: list[float] = []
+        self.rows_answered = 0
 
     def batch(self, rows: int, seconds: float) -> None:
         assert seconds >= 0
@@ -23,6 +24,9 @@ class Seen:
 
     def waited(self, seconds: float) -> None:
         self.waits.append(seconds)
+
+    def answered(self, answered: list[tuple[Rows, Columns]]) -> None:
+        self.rows_answered += sum(len(rows) for rows, _ in answered)
 
 
 class Gate:
@@ -90,6 +94,7 @@ def test_everyone_gets_their_own_answer() -> None:
         assert max(stage.seen.batches) == 8
         assert sum(stage.seen.batches) == sum(len(rows) for rows in asked)
         assert len(stage.seen.waits) == 1000
+        assert stage.seen.rows_answered == sum(len(rows) for rows in asked)
 
     run(scene, max_queue_rows=100_000)
 

@@ -1,66 +1,102 @@
 """What each call does between its bytes: parse, decode, ask the use case, shape the answer. Knows no HTTP."""
 
 import os
-import uuid
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from model import numerics
 from model.occlusion import Shift
 from service.api import schemas
-from service.api.decode import decode_instances, decode_labels, decode_logits, refuse
+from service.api.decode import Decoded, decode_instances, decode_labels, decode_logits, refuse
 from service.errors import Fault, InvalidInput
-from service.predictor import Prediction, Predictor
+from service.predictor import Evaluation, Prediction, Predictor
+from service.runtime import Model
 from service.settings import Settings
 
+HEADER_BYTES = 64 * 1024  # of one request's line and headers
+JSON_DEPTH = 512  # brackets within brackets; no call needs ten
 PROBABILITY_TOLERANCE = 1e-3  # how near to 1 a row of "logits" in 0..1 must sum to look like probabilities
 
 
-def predict_json(body: bytes, predictor: Predictor, most: int) -> dict[str, Any]:
-    """The whole of `/v1/predict` between its bytes."""
+class Named(Protocol):
+    """What an instance may be called by."""
+
+    engine_id: str | None
+    cycle: int | None
+
+
+class Asked(NamedTuple):
+    """A prediction that is asked for, ready for the network."""
+
+    instances: Sequence[Named]
+    decoded: Decoded
+    temperature: float | None
+    explain: bool
+
+
+def read_predict(body: bytes, model: Model, most: int) -> Asked:
+    """A body of `/v1/predict`, decoded.
+
+    Raises:
+        NotJson: what its bytes are not.
+        InvalidInput: what is wrong with it, and where.
+    """
     asked = schemas.parse(body, schemas.PredictRequest)
     if len(asked.instances) > most:
         refuse([Fault(("instances",), f"{len(asked.instances)} instances, at most {most} are taken in one call")])
-    explained = most // max(1, len(predictor.model.manifest.channels))
+    explained = most // max(1, len(model.manifest.channels))
     if asked.explain and len(asked.instances) > explained:
         refuse(
             [Fault(("instances",), f"{len(asked.instances)} instances, at most {explained} are explained in one call")]
         )
-    decoded = decode_instances(asked.instances, predictor.model, asked.missing == "hold")
-    found = predictor.predict(decoded.telemetry, decoded.targets, asked.temperature, decoded.imputed)
-    manifest = predictor.model.manifest
+    decoded = decode_instances(asked.instances, model, asked.missing == "hold")
+    return Asked(asked.instances, decoded, asked.temperature, asked.explain)
+
+
+def predict_json(asked: Asked, found: Prediction, model: Model, moved: list[list[Shift]] | None) -> dict[str, Any]:
+    """What `/v1/predict` answers."""
+    manifest = model.manifest
     rows = _rows(asked.instances, found, manifest.classes)
-    if asked.explain:
-        for row, moved in zip(rows, predictor.explain(decoded.telemetry, found), strict=True):
-            row["explanation"] = [_moved(shift, manifest.channel_names, manifest.classes) for shift in moved]
+    for row, shifts in zip(rows, moved or (), strict=moved is not None):
+        row["explanation"] = [_moved(shift, manifest.channel_names, manifest.classes) for shift in shifts]
     return {
-        "model": {"name": manifest.name, "version": manifest.version, "digest": predictor.model.digest},
+        "model": {"name": manifest.name, "version": manifest.version, "digest": model.digest},
         "temperature": found.temperature,
         "temperature_source": "artefact" if asked.temperature is None else "request",
         "predictions": rows,
-        "evaluation": vars(found.evaluation) if found.evaluation else None,
+        "evaluation": _means(found.evaluation) if found.evaluation else None,
     }
 
 
-def _rows(instances: list[schemas.Instance], found: Prediction, classes: tuple[str, ...]) -> list[dict[str, Any]]:
-    probabilities, top = found.probabilities.astype(np.float32), found.logits.argmax(axis=1)
+def _means(evaluation: Evaluation) -> dict[str, Any]:
+    return {name: value if name == "count" else np.float32(value) for name, value in vars(evaluation).items()}
+
+
+def _rows(instances: Sequence[Named], found: Prediction, classes: tuple[str, ...]) -> list[dict[str, Any]]:
+    """One object an instance; numbers as float32, which leave in their shortest form."""
+    answers = found.answers
+    probabilities, top = answers.probabilities.astype(np.float32), answers.logits.argmax(axis=1).tolist()
+    expected = answers.expected_loss.astype(np.float32)
+    loss = None if found.loss is None else found.loss.astype(np.float32)
+    ids = os.urandom(16 * len(instances)).hex()
     rows: list[dict[str, Any]] = []
     for i, instance in enumerate(instances):
         row = {
-            "prediction_id": uuid.UUID(bytes=os.urandom(16), version=4).hex,
+            "prediction_id": ids[32 * i : 32 * i + 32],
             "engine_id": instance.engine_id,
             "cycle": instance.cycle,
             "health": classes[top[i]],
             "probabilities": dict(zip(classes, probabilities[i], strict=True)),
-            "logits": found.logits[i],
-            "expected_loss": found.expected_loss[i],
-            "loss": None if np.isnan(found.loss[i]) else found.loss[i],
+            "logits": answers.logits[i],
+            "expected_loss": expected[i],
+            "loss": None if loss is None or loss[i] != loss[i] else loss[i],
         }
-        if found.rul is not None:
-            row["rul"] = found.rul[i]
-        if found.sets is not None:
-            row["prediction_set"] = [classes[k] for k in np.flatnonzero(found.sets[i])]
+        if answers.rul is not None:
+            row["rul"] = answers.rul[i]
+        if answers.sets is not None:
+            row["prediction_set"] = [name for name, inside in zip(classes, answers.sets[i], strict=True) if inside]
         rows.append(row)
     return rows
 
@@ -118,9 +154,17 @@ def model_json(predictor: Predictor, limits: Settings) -> dict[str, Any]:
         "temperature": predictor.temperature,
         "temperature_source": "artefact",
         "input_shape": predictor.model.input_shape,
+        "deterministic": limits.deterministic,
+        "batch_difference": predictor.model.batch_difference,
         "limits": {
             "max_body_bytes": limits.max_body_bytes,
             "max_instances": limits.max_instances,
+            "max_queue_rows": limits.max_queue_rows,
+            "max_queue_seconds": limits.max_queue_seconds,
+            "max_batch_rows": limits.max_batch_rows,
+            "request_seconds": limits.request_seconds,
+            "header_bytes": HEADER_BYTES,
+            "json_depth": JSON_DEPTH,
             "temperature": [numerics.MIN_TEMPERATURE, numerics.MAX_TEMPERATURE],
         },
     }

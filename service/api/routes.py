@@ -1,126 +1,95 @@
 """The routes: bytes in, one call of the use case, bytes out. Decides nothing."""
 
-import time
-from collections.abc import Callable
-from typing import Any
+import asyncio
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
-import anyio.to_thread
 import orjson
 from fastapi import APIRouter, Request, Response
-from starlette.requests import ClientDisconnect
 
-from service.api.calls import evaluate_json, model_json, predict_json
-from service.errors import BodyTooLarge, ClientGone, NotReady, UnsupportedMediaType
-from service.metrics import Metrics
-from service.predictor import Predictor
-from service.settings import Settings
+from service.api.body import JSON, leaving, media_type, read_body
+from service.api.calls import evaluate_json, model_json, predict_json, read_predict
+from service.lifecycle import Lifecycle
 
-LARGE_BODY = 64 * 1024  # bytes; about ten windows, a millisecond of work: beyond it the event loop is left free
-
-
-class State:
-    """What the routes share; the predictor is None until a model has proved itself."""
-
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        self.settings = settings
-        self.metrics = metrics
-        self.predictor: Predictor | None = None
-
-    def ready_predictor(self) -> Predictor:
-        """The predictor.
-
-        Raises:
-            NotReady: no model yet.
-        """
-        if self.predictor is None:
-            raise NotReady("no model has proved itself yet")
-        return self.predictor
+LARGE_BODY = 64 * 1024  # bytes; beyond it the event loop is left free while they are parsed
+MANY_ROWS = 64  # beyond it the event loop is left free while they are written
+Endpoint = Callable[[Request], Awaitable[Response]]
+Result = TypeVar("Result")
 
 
-def _documented(request: str | None, response: str | None) -> dict[str, Any]:
-    def content(name: str, kind: str = "application/json") -> dict[str, Any]:
+class Aside:
+    """One thread for what takes long, so that many large bodies wait for each other and not the event loop for them."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "aside")
+
+    async def run(self, long: bool, work: Callable[[], Result]) -> Result:
+        """Do it aside if it takes long, else at once."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work) if long else work()
+
+
+def documented(request: str | None, response: str | None, *codes: str) -> dict[str, Any]:
+    """What the OpenAPI document says of a route: schema names, and the problems that it may answer with."""
+
+    def content(name: str, kind: str = JSON) -> dict[str, Any]:
         return {"content": {kind: {"schema": {"$ref": f"#/components/schemas/{name}"}}}}
 
     problem = {"description": "Problem", **content("Problem", "application/problem+json")}
     extra: dict[str, Any] = {"responses": {"200": {"description": "Answer", **(content(response) if response else {})}}}
-    codes = ("400", "413", "415", "422", "503") if request else ("503",)
-    extra["responses"] |= dict.fromkeys(codes, problem)
+    always = ("400", "401", "403", "408", "413", "415", "422", "429", "503") if request else ("401", "403", "503")
+    extra["responses"] |= dict.fromkeys((*always, *codes), problem)
     return extra | ({"requestBody": {"required": True, **content(request)}} if request else {})
 
 
-async def read_json(request: Request, limit: int) -> bytes:
-    """The body of a JSON request, refused before it is read where its headers allow.
-
-    Raises:
-        UnsupportedMediaType: a content type other than JSON, or an encoded body.
-        BodyTooLarge: more bytes than the limit, announced or sent.
-        ClientGone: the client left before its body was whole.
-    """
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind != "application/json" and not kind.endswith("+json"):
-        raise UnsupportedMediaType(f"content type {kind[:80]!r}: this call reads application/json")
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding.lower() != "identity":
-        raise UnsupportedMediaType(f"content encoding {encoding[:80]!r}: this call reads plain bodies")
-    announced = request.headers.get("content-length", "0")
-    if announced.isdecimal() and int(announced) > limit:
-        raise BodyTooLarge(f"{announced} bytes, at most {limit} are read")
-    body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise BodyTooLarge(f"more than {limit} bytes")
-    except ClientDisconnect:
-        raise ClientGone("the client left before its body was whole") from None
-    return bytes(body)
-
-
-async def answer(
-    body: bytes, work: Callable[[bytes], dict[str, Any]], waited: Callable[[float], None] = lambda _: None
-) -> Response:
-    """Run the work on a body, off the event loop when it is large; `waited` is told the seconds before it began."""
-    read = time.perf_counter()
-
-    def begin() -> Response:
-        waited(time.perf_counter() - read)
-        return json_response(work(body))
-
-    return await anyio.to_thread.run_sync(begin) if len(body) > LARGE_BODY else begin()
-
-
-def json_response(value: Any, status: int = 200, media_type: str = "application/json") -> Response:
+def json_response(value: Any, status: int = 200, media_type: str = JSON) -> Response:
     """A JSON answer; numpy numbers leave in their shortest form."""
     return Response(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY), status, media_type=media_type)
 
 
-def build_router(state: State) -> APIRouter:
-    """All routes over one state."""
-    router = APIRouter()
-    limits = state.settings
+def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
+    """The prediction itself."""
+    limits = lifecycle.settings
 
-    @router.post("/v1/predict", openapi_extra=_documented("PredictRequest", "PredictResponse"), tags=["health"])
     async def predict(request: Request) -> Response:
         """Calibrated health of engines, and the loss where a label is given."""
-        body = await read_json(request, limits.max_body_bytes)
-        predictor = state.ready_predictor()
-        return await answer(
-            body,
-            lambda content: predict_json(content, predictor, limits.max_instances),
-            state.metrics.queue_duration.observe,
+        media_type(request, (JSON,))
+        body = await read_body(request, limits.max_body_bytes, limits.request_seconds)
+        predictor = lifecycle.ready_predictor()
+        model, large = predictor.model, len(body) > LARGE_BODY
+        asked = await aside.run(large, lambda: read_predict(body, model, limits.max_instances))
+        decoded = asked.decoded
+        found = await predictor.predict(
+            decoded.telemetry, decoded.targets, asked.temperature, decoded.imputed, leaving(request.receive)
         )
+        moved = await predictor.explain(decoded.telemetry, found) if asked.explain else None
+        many = len(asked.instances) > MANY_ROWS
+        return await aside.run(many, lambda: json_response(predict_json(asked, found, model, moved)))
 
-    @router.post("/v1/evaluate", openapi_extra=_documented("EvaluateRequest", "EvaluateResponse"), tags=["health"])
+    return predict
+
+
+def build_router(lifecycle: Lifecycle, aside: Aside, predict: Endpoint) -> APIRouter:
+    """All routes but those of the Open Inference Protocol."""
+    router = APIRouter()
+    limits = lifecycle.settings
+    asked = documented("PredictRequest", "PredictResponse")
+    router.add_api_route("/v1/predict", predict, methods=["POST"], openapi_extra=asked, tags=["health"])
+
+    @router.post("/v1/evaluate", openapi_extra=documented("EvaluateRequest", "EvaluateResponse"), tags=["health"])
     async def evaluate(request: Request) -> Response:
         """Cross-entropy and calibration of any logits; needs no telemetry and feeds no metrics."""
-        body = await read_json(request, limits.max_body_bytes)
-        classes = state.ready_predictor().model.manifest.classes
-        return await answer(body, lambda content: evaluate_json(content, classes, limits.max_instances))
+        media_type(request, (JSON,))
+        body = await read_body(request, limits.max_body_bytes, limits.request_seconds)
+        classes = lifecycle.ready_predictor().model.manifest.classes
+        return await aside.run(
+            len(body) > LARGE_BODY, lambda: json_response(evaluate_json(body, classes, limits.max_instances))
+        )
 
-    @router.get("/v1/model", openapi_extra=_documented(None, None), tags=["model"])
+    @router.get("/v1/model", openapi_extra=documented(None, None), tags=["model"])
     async def model() -> Response:
         """The manifest of the model that answers, its digest, its active temperature and the limits of this service."""
-        return json_response(model_json(state.ready_predictor(), limits))
+        return json_response(model_json(lifecycle.ready_predictor(), limits))
 
     @router.head("/livez", include_in_schema=False)
     @router.get("/livez", tags=["operations"])
@@ -129,15 +98,16 @@ def build_router(state: State) -> APIRouter:
         return {"status": "live"}
 
     @router.head("/readyz", include_in_schema=False)
-    @router.get("/readyz", openapi_extra=_documented(None, None), tags=["operations"])
+    @router.get("/readyz", openapi_extra=documented(None, None), tags=["operations"])
     async def readyz() -> Response:
         """A model has proved itself; send traffic."""
-        return json_response({"status": "ready", "digest": state.ready_predictor().model.digest})
+        return json_response({"status": "ready", "digest": lifecycle.accepting().model.digest})
 
     @router.head("/metrics", include_in_schema=False)
     @router.get("/metrics", tags=["operations"])
     async def metrics() -> Response:
-        """Prometheus metrics, text format."""
-        return Response(state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        """Prometheus metrics, text format, of all workers."""
+        text = await asyncio.to_thread(lifecycle.metrics.text)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router

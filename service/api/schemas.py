@@ -160,6 +160,32 @@ class EvaluateResponse(Struct):
     warnings: list[Warned]
 
 
+class Tensor(Struct):
+    """An input: a shape, and its numbers as JSON or, where `binary_data_size` says so, behind the JSON."""
+
+    name: str
+    shape: list[int]
+    datatype: str
+    parameters: dict[str, Any] = {}
+    data: Annotated[Raw | None, Meta(extra_json_schema={"type": "array"})] = None
+
+
+class Wanted(Struct):
+    """An output that is asked for."""
+
+    name: str
+    parameters: dict[str, Any] = {}
+
+
+class InferRequest(Struct):
+    """The JSON of an inference request."""
+
+    inputs: list[Tensor]
+    id: str | None = None
+    parameters: dict[str, Any] = {}
+    outputs: list[Wanted] | None = None
+
+
 class FaultBody(Struct):
     """A place in the request and what is wrong there."""
 
@@ -225,5 +251,5 @@ def describe(loc: tuple[str | int, ...]) -> str:
 
 def components() -> dict[str, Any]:
     """JSON schemas of all bodies, for the OpenAPI document."""
-    types = (PredictRequest, PredictResponse, EvaluateRequest, EvaluateResponse, Problem)
+    types = (PredictRequest, PredictResponse, EvaluateRequest, EvaluateResponse, InferRequest, Problem)
     return msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")[1]

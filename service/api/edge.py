@@ -1,0 +1,88 @@
+"""The outermost room: every request gets an id, shows its key, is counted, timed and logged, whatever becomes of it.
+
+Paths that are asked very often go straight to their endpoint; everything else through FastAPI's router.
+"""
+
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import structlog
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.keys import Keys
+from service.api.problems import problem
+from service.api.routes import Endpoint
+from service.metrics import Metrics
+
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})  # other words are one label
+_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_TRACE = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}")  # W3C, level 1
+log = structlog.get_logger("engine_health")
+
+
+class Lane(NamedTuple):
+    """An endpoint that is reached without routing, and the route's template."""
+
+    route: str
+    endpoint: Endpoint
+
+
+class Edge:
+    """ASGI middleware around the whole application."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, keys: Keys, lane: Callable[[str], Lane | None]) -> None:
+        self._app, self._metrics, self._keys, self._lane = app, metrics, keys, lane
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request; anything but HTTP passes unseen."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, status, begun = time.perf_counter(), 500, False
+        method, path, headers = scope["method"], scope["path"], Headers(scope=scope)
+        request_id = _request_id(headers)
+
+        async def watched(message: Message) -> None:
+            nonlocal status, begun
+            if message["type"] == "http.response.start":
+                status, begun = message["status"], True
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        lane = self._lane(path) if method == "POST" else None
+        try:
+            self._keys.check(method, path, headers)
+            if lane is None:
+                await self._app(scope, receive, watched)
+            else:
+                response = await lane.endpoint(Request(scope, receive))
+                await response(scope, receive, watched)
+        except Exception as error:  # the last room: nothing leaves it unanswered
+            if begun:
+                raise
+            await problem(error, path, self._metrics)(scope, receive, watched)
+        finally:
+            route = lane.route if lane else getattr(scope.get("route"), "path", "unmatched")
+            seconds = time.perf_counter() - started
+            self._metrics.request(method if method in METHODS else "other", route, status, seconds)
+            _say(method, path, status, seconds, request_id, headers)
+
+
+def _request_id(headers: Headers) -> str:
+    given = headers.get("x-request-id")
+    return given if given and _ID.fullmatch(given) else os.urandom(8).hex()
+
+
+def _say(method: str, path: str, status: int, seconds: float, request_id: str, headers: Headers) -> None:
+    """One line a request. No query, no header but the trace: keys never reach a log."""
+    more = {}
+    trace = _TRACE.fullmatch(headers.get("traceparent", ""))
+    if trace:
+        more = {"trace_id": trace[1], "span_id": trace[2]}
+    ms = round(seconds * 1e3, 3)
+    log.info("request", method=method[:20], path=path[:200], status=status, ms=ms, request_id=request_id, **more)

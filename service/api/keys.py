@@ -1,0 +1,60 @@
+"""Who may call what: two sets of keys, and the paths that are open to all. Knows headers, no models."""
+
+import hashlib
+import hmac
+
+from starlette.datastructures import Headers
+
+from service.errors import Forbidden, Unauthorized
+from service.settings import Settings
+
+OPEN = frozenset(
+    {"/livez", "/readyz", "/metrics", "/", "/docs", "/openapi.json", "/v2/health/live", "/v2/health/ready"}
+)
+OPEN_PREFIXES = ("/static-offline-docs/", "/console/")
+ADMIN_PREFIXES = ("/v2/repository/",)
+ADMIN = frozenset({("PUT", "/v1/calibration/temperature")})
+
+
+class Keys:
+    """The keys of the settings, kept as hashes."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._api, self._admin = _hashed(settings.api_keys), _hashed(settings.admin_keys)
+
+    def check(self, method: str, path: str, headers: Headers) -> None:
+        """Let a call pass, or not.
+
+        Raises:
+            Unauthorized: no key, or one that is not known.
+            Forbidden: a key that does not open this, or a call that is turned off.
+        """
+        admin = (method, path) in ADMIN or path.startswith(ADMIN_PREFIXES)
+        if admin and not self._admin:
+            raise Forbidden("this call is turned off: no ENGINE_HEALTH_ADMIN_KEYS are set")
+        if not admin and (not self._api or path in OPEN or path.startswith(OPEN_PREFIXES) or method == "OPTIONS"):
+            return
+        given = _given(headers)
+        if given is None:
+            raise Unauthorized("a key is needed: Authorization: Bearer KEY, or X-API-Key: KEY")
+        if _among(given, self._admin):
+            return
+        if not _among(given, self._api):
+            raise Unauthorized("this key is not known")
+        if admin:
+            raise Forbidden("this key does not open admin calls")
+
+
+def _given(headers: Headers) -> bytes | None:
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    key = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key")
+    return hashlib.sha256(key.encode()).digest() if key else None
+
+
+def _hashed(keys: str) -> tuple[bytes, ...]:
+    return tuple(hashlib.sha256(key.strip().encode()).digest() for key in keys.split(",") if key.strip())
+
+
+def _among(given: bytes, keys: tuple[bytes, ...]) -> bool:
+    """Compared with every key in constant time, so that how long it took says nothing."""
+    return sum(hmac.compare_digest(given, key) for key in keys) > 0
