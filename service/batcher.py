@@ -6,10 +6,11 @@ with whoever else waits, so that one window never waits for a thousand.
 """
 
 import asyncio
+import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -62,7 +63,11 @@ class Batcher:
         self._most_rows, self._most_seconds = max_queue_rows, max_queue_seconds
         self._queue: deque[_Job] = deque()
         self._queued_rows = 0
-        self._thread = ThreadPoolExecutor(1, "inference")
+        self._batches: queue.SimpleQueue[tuple[Rows, asyncio.Future[tuple[Columns, float]]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._thread = threading.Thread(target=self._infer, name="inference", daemon=True)
+        self._thread.start()
         self._working: asyncio.Task[None] | None = None
 
     async def submit(self, rows: Rows, gone: Callable[[], bool] = lambda: False) -> Columns:
@@ -89,7 +94,7 @@ class Batcher:
         """Wait until everybody who was let in is answered, and end the thread."""
         while self._working is not None:
             await asyncio.wait({self._working})
-        self._thread.shutdown()
+        self._batches.put(None)
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
@@ -103,7 +108,9 @@ class Batcher:
                         if not job.parts and job.answered == 0:
                             self._observer.waited(started - job.since)
                     try:
-                        found, seconds = await loop.run_in_executor(self._thread, self._timed, batch)
+                        done: asyncio.Future[tuple[Columns, float]] = loop.create_future()
+                        self._batches.put((batch, done))
+                        found, seconds = await done
                     except Exception as error:  # whatever the callable raises is its callers' to hear
                         _fail(pieces, error)
                     else:
@@ -112,9 +119,17 @@ class Batcher:
         finally:
             self._working = None
 
-    def _timed(self, batch: Rows) -> tuple[Columns, float]:
-        started = time.perf_counter()
-        return self.run(batch), time.perf_counter() - started
+    def _infer(self) -> None:
+        """The thread's work: one batch after the other, until None."""
+        while (given := self._batches.get()) is not None:
+            batch, done = given
+            started = time.perf_counter()
+            try:
+                found, error = self.run(batch), None
+            except Exception as raised:  # the event loop hands it to those whom it concerns
+                found, error = (), raised
+            seconds = time.perf_counter() - started
+            done.get_loop().call_soon_threadsafe(_tell, done, (found, seconds), error)
 
     def _next(self) -> list[tuple[_Job, Rows]]:
         """The pieces of the next batch; whoever left, gave up or waited too long is sent away instead."""
@@ -154,6 +169,15 @@ class Batcher:
             waited = f"waited {now - job.since:.1f} s, at most {self._most_seconds:g} are waited"
             job.done.set_exception(Overloaded(waited, self._most_seconds))
         return job.done.done()
+
+
+def _tell(done: "asyncio.Future[tuple[Columns, float]]", found: tuple[Columns, float], error: Exception | None) -> None:
+    if done.cancelled():
+        return
+    if error is None:
+        done.set_result(found)
+    else:
+        done.set_exception(error)
 
 
 def _fail(pieces: list[tuple[_Job, Rows]], error: Exception) -> None:

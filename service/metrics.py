@@ -57,7 +57,7 @@ class Metrics:
             self._registry = CollectorRegistry()
             self._registry.register(_Workers(shared))
         self._classes: dict[str, Counter] = {}
-        self._inputs: list[Counter] = []
+        self._inputs: dict[int, Counter] = {}
         self._requests: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self._info: tuple[str, ...] | None = None
 
@@ -125,7 +125,12 @@ class Metrics:
         self._classes = {health: self.predictions.labels(health) for health in classes}
         for channel in input_bins:
             self.imputed_values.labels(channel)
-        self._inputs = [self.input_values.labels(c, str(k)) for c, bins in input_bins.items() for k in range(bins)]
+        width = max(input_bins.values(), default=0)
+        self._inputs = {
+            i * width + k: self.input_values.labels(channel, str(k))
+            for i, (channel, bins) in enumerate(input_bins.items())
+            for k in range(bins)
+        }
 
     def request(self, method: str, route: str, status: int, seconds: float) -> None:
         """One request answered."""
@@ -152,16 +157,14 @@ class Metrics:
         observe_all(self.confidence, confidence)
         observe_all(self.entropy, entropy)
 
-    def inputs(self, channels: Sequence[str], edges: Sequence[Floats | None], newest: Values) -> None:
-        """The newest readings (N, channels) by the reference bins of those channels that have some."""
-        first = 0
-        for k, _ in enumerate(channels):
-            inner = edges[k]
-            if inner is not None:
-                counts = np.bincount(np.searchsorted(inner, newest[:, k].astype(np.float64)))
-                for b in np.flatnonzero(counts).tolist():
-                    self._inputs[first + b].inc(int(counts[b]))
-                first += len(inner) + 1
+    def inputs(self, newest: Values, edges: Floats) -> None:
+        """The newest readings (N, channels) by the reference bins; edges (channels, most edges), filled with NaN."""
+        width = edges.shape[1] + 1
+        bins = (edges < newest[:, :, None]).sum(axis=2) + width * np.arange(len(edges))  # no edge of NaN is below
+        counts = np.bincount(bins.ravel()).tolist()
+        for k, n in enumerate(counts):
+            if n:
+                self._inputs[k].inc(n)
 
     def imputed(self, channels: Sequence[str], counts: npt.NDArray[np.int64]) -> None:
         """How many missing values were held, of each channel."""

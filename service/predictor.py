@@ -93,7 +93,11 @@ class Predictor:
         manifest = model.manifest
         a_value_each = model.input_shape[-1:] == (len(manifest.channels),) and len(model.input_shape) <= 2
         reference = manifest.reference.channels if manifest.reference and a_value_each else {}
-        self._edges = tuple(np.array(reference[n].edges) if n in reference else None for n in manifest.channel_names)
+        self._binned = [k for k, name in enumerate(manifest.channel_names) if name in reference]
+        self._bins = {manifest.channel_names[k]: reference[manifest.channel_names[k]].edges for k in self._binned}
+        self._edges = np.full((len(self._bins), max(map(len, self._bins.values()), default=0)), np.nan)
+        for row, edges in zip(self._edges, self._bins.values(), strict=True):
+            row[: len(edges)] = edges
         conditions = manifest.conditions
         self._usual = Usual.of(conditions.setting_scales, conditions.usual) if conditions else None
         self._batcher = Batcher(
@@ -103,11 +107,7 @@ class Predictor:
     def serve(self) -> None:
         """Say in the metrics that this one answers from now on."""
         manifest = self.model.manifest
-        bins = {
-            name: len(edges) + 1
-            for name, edges in zip(manifest.channel_names, self._edges, strict=True)
-            if edges is not None
-        }
+        bins = {name: len(edges) + 1 for name, edges in self._bins.items()}
         digest = self.model.digest
         self._metrics.serving(manifest.name, manifest.version, digest, manifest.classes, self.temperature, bins)
 
@@ -191,8 +191,8 @@ class Predictor:
         newest = np.concatenate([rows if rows.ndim == 2 else rows[:, -1] for rows, _ in answered])[finite]
         manifest = self.model.manifest
         self._metrics.answers(manifest.classes, logits.argmax(axis=1), p.max(axis=1), entropy)
-        if any(edges is not None for edges in self._edges):
-            self._metrics.inputs(manifest.channel_names, self._edges, newest)
+        if self._binned:
+            self._metrics.inputs(newest[:, self._binned].astype(np.float64), self._edges)
 
 
 def _labelled(answers: Answers, targets: Floats, t: float) -> Labelled:

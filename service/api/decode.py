@@ -22,6 +22,7 @@ from service.runtime import Batch, Model
 
 Loc = tuple[str | int, ...]
 PIECE = 1 << 20  # bytes parsed at a time; a millisecond or two
+FLOAT32_MOST = float(np.finfo(np.float32).max) + 2.0**102  # less than this is rounded to the largest float32
 MOST_FAULTS = 20  # a whole wrong file does not need a million lines to be understood
 JsonValue = Any
 
@@ -221,9 +222,9 @@ def _quick(raw: Raw, rows: JsonValue) -> Batch | None:
 
 def to_float32(values: npt.NDArray[Any]) -> Batch | None:
     """Values in float32, or None if one is not finite there: 1e39 passes every JSON parser and is infinite here."""
-    with np.errstate(over="ignore"):
-        narrow = values.astype(np.float32)
-    return narrow if np.isfinite(narrow).all() else None
+    if values.size and not -FLOAT32_MOST <= values.min() <= values.max() <= FLOAT32_MOST:  # also when one is NaN
+        return None
+    return values.astype(np.float32)
 
 
 def _problem(value: JsonValue, hold: bool | None) -> str | None:
