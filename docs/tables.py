@@ -35,7 +35,7 @@ def endpoints() -> Iterator[str]:
 
     yield "| call | what it answers |"
     yield "| --- | --- |"
-    for path, operations in create_app(read_settings(), print).openapi()["paths"].items():
+    for path, operations in create_app(read_settings(), print).api.openapi()["paths"].items():
         for method, operation in operations.items():
             yield f"| `{method.upper()} {path}` | {operation['description'].splitlines()[0]} |"
     yield "| `GET /docs` | This API, to try in the browser; loads nothing from another host. |"

@@ -41,7 +41,7 @@ def serve(settings: Settings) -> int:
             reasons.append(reason)
             server.should_exit = True
 
-        server = uvicorn.Server(configuration(settings, app=create_app(settings, stop)))
+        server = uvicorn.Server(configuration(settings, app=create_app(settings, stop).served))
         server.run()
     except KeyboardInterrupt:
         return 0

@@ -5,6 +5,7 @@ there by renaming. A worker that is started again opens that copy, whatever lies
 """
 
 import asyncio
+import gc
 import logging
 import os
 from collections.abc import Callable
@@ -112,6 +113,8 @@ class Lifecycle:
             self.predictor = after
             if self.draining:
                 self.metrics.ready.set(0)
+            gc.collect()
+            gc.freeze()  # what a model and the libraries are made of stays: no collection needs to look at it again
             log.info("ready: %s %s, %s", model.manifest.name, model.manifest.version, model.digest)
             if before is not None:  # those who hold it are answered by it
                 task = asyncio.create_task(before.close())

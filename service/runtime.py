@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +55,11 @@ class Model:
     input_shape: tuple[int, ...]
     run: Callable[[Batch], Outputs]
     batch_difference: float = 0.0  # the most that logits were seen to differ between batch sizes
+
+    @cached_property
+    def channels(self) -> tuple[str, ...]:
+        """Names of the input's columns, in order; kept, because every request asks."""
+        return self.manifest.channel_names
 
 
 def open_model(

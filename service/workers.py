@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
@@ -60,7 +60,7 @@ def serve_many(settings: Settings) -> int:
         shutil.rmtree(shared, ignore_errors=True)
 
 
-def worker_app(settings: Settings, shared: Path, supervisor: int) -> FastAPI:
+def worker_app(settings: Settings, shared: Path, supervisor: int) -> ASGIApp:
     """The application of one worker; called in the worker's own process."""
     logs.configure(settings)
     BoundedProtocol.seconds = settings.request_seconds
@@ -73,7 +73,7 @@ def worker_app(settings: Settings, shared: Path, supervisor: int) -> FastAPI:
         os._exit(STARTUP_FAILURE)  # the supervisor takes this for a reason to stop, not to try again
 
     _end_with(supervisor)
-    return create_app(settings, give_up, shared)
+    return create_app(settings, give_up, shared).served
 
 
 def take_slot(shared: Path, most: int) -> int:

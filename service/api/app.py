@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
@@ -19,6 +19,7 @@ from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from service import errors
 from service.api import oip, schemas
@@ -31,7 +32,14 @@ from service.metrics import Metrics
 from service.settings import Settings
 
 
-def create_app(settings: Settings, on_rejected: Callable[[str], None], shared: Path | None = None) -> FastAPI:
+class Application(NamedTuple):
+    """What is served, and within it FastAPI's part, which knows the routes and their documentation."""
+
+    served: ASGIApp
+    api: FastAPI
+
+
+def create_app(settings: Settings, on_rejected: Callable[[str], None], shared: Path | None = None) -> Application:
     """The application.
 
     Args:
@@ -69,11 +77,11 @@ def create_app(settings: Settings, on_rejected: Callable[[str], None], shared: P
 
     for kind in (errors.ServiceError, HTTPException):
         app.add_exception_handler(kind, answer_problem)
-    app.add_middleware(Edge, metrics=metrics, keys=Keys(settings), lane=_lanes(predict, infer))
+    served: ASGIApp = Edge(app, metrics, Keys(settings), _lanes(predict, infer))
     if settings.cors_origins:
         origins = [origin.strip() for origin in settings.cors_origins.split(",")]
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-    return app
+        served = CORSMiddleware(served, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    return Application(served, app)
 
 
 def _lanes(predict: Endpoint, infer: Endpoint) -> Callable[[str], Lane | None]:

@@ -10,18 +10,17 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import structlog
-from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.keys import Keys
+from service.api.keys import Keys, RawHeaders
 from service.api.problems import problem
 from service.api.routes import Endpoint
 from service.metrics import Metrics
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})  # other words are one label
-_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_TRACE = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}")  # W3C, level 1
+_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+_TRACE = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}")  # W3C, level 1
 log = structlog.get_logger("engine_health")
 
 
@@ -33,7 +32,7 @@ class Lane(NamedTuple):
 
 
 class Edge:
-    """ASGI middleware around the whole application."""
+    """The ASGI application around the whole application."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, keys: Keys, lane: Callable[[str], Lane | None]) -> None:
         self._app, self._metrics, self._keys, self._lane = app, metrics, keys, lane
@@ -44,7 +43,7 @@ class Edge:
             await self._app(scope, receive, send)
             return
         started, status, begun = time.perf_counter(), 500, False
-        method, path, headers = scope["method"], scope["path"], Headers(scope=scope)
+        method, path, headers = scope["method"], scope["path"], dict(scope["headers"])  # the last of a name counts
         request_id = _request_id(headers)
 
         async def watched(message: Message) -> None:
@@ -73,16 +72,16 @@ class Edge:
             _say(method, path, status, seconds, request_id, headers)
 
 
-def _request_id(headers: Headers) -> str:
-    given = headers.get("x-request-id")
-    return given if given and _ID.fullmatch(given) else os.urandom(8).hex()
+def _request_id(headers: RawHeaders) -> str:
+    given = headers.get(b"x-request-id")
+    return given.decode() if given and _ID.fullmatch(given) else os.urandom(8).hex()
 
 
-def _say(method: str, path: str, status: int, seconds: float, request_id: str, headers: Headers) -> None:
+def _say(method: str, path: str, status: int, seconds: float, request_id: str, headers: RawHeaders) -> None:
     """One line a request. No query, no header but the trace: keys never reach a log."""
     more = {}
-    trace = _TRACE.fullmatch(headers.get("traceparent", ""))
+    trace = _TRACE.fullmatch(headers.get(b"traceparent", b""))
     if trace:
-        more = {"trace_id": trace[1], "span_id": trace[2]}
+        more = {"trace_id": trace[1].decode(), "span_id": trace[2].decode()}
     ms = round(seconds * 1e3, 3)
     log.info("request", method=method[:20], path=path[:200], status=status, ms=ms, request_id=request_id, **more)

@@ -2,8 +2,7 @@
 
 import hashlib
 import hmac
-
-from starlette.datastructures import Headers
+from collections.abc import Mapping
 
 from service.errors import Forbidden, Unauthorized
 from service.settings import Settings
@@ -16,13 +15,16 @@ ADMIN_PREFIXES = ("/v2/repository/",)
 ADMIN = frozenset({("PUT", "/v1/calibration/temperature")})
 
 
+RawHeaders = Mapping[bytes, bytes]
+
+
 class Keys:
     """The keys of the settings, kept as hashes."""
 
     def __init__(self, settings: Settings) -> None:
         self._api, self._admin = _hashed(settings.api_keys), _hashed(settings.admin_keys)
 
-    def check(self, method: str, path: str, headers: Headers) -> None:
+    def check(self, method: str, path: str, headers: RawHeaders) -> None:
         """Let a call pass, or not.
 
         Raises:
@@ -45,10 +47,10 @@ class Keys:
             raise Forbidden("this key does not open admin calls")
 
 
-def _given(headers: Headers) -> bytes | None:
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    key = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key")
-    return hashlib.sha256(key.encode()).digest() if key else None
+def _given(headers: RawHeaders) -> bytes | None:
+    scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+    key = token.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key")
+    return hashlib.sha256(key).digest() if key else None
 
 
 def _hashed(keys: str) -> tuple[bytes, ...]:
