@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -68,7 +69,8 @@ def worker_app(settings: Settings, shared: Path, supervisor: int) -> ASGIApp:
     share_between_workers(shared, slot)
 
     def give_up(reason: str) -> None:
-        if slot == 0:  # one line, whoever else finds the same
+        with suppress(FileExistsError):  # one line, whoever else finds the same
+            (shared / "given-up").touch(exist_ok=False)
             print(f"engine-health: {reason}", file=sys.stderr, flush=True)
         os._exit(STARTUP_FAILURE)  # the supervisor takes this for a reason to stop, not to try again
 

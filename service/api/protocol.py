@@ -28,10 +28,11 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes came; if they are still headers, there must not be too many."""
-        if self._late is not None:
-            self._head += len(data)
         super().data_received(data)
-        if self._late is not None and self._head > HEADER_BYTES and not self.transport.is_closing():
+        if self._late is None:
+            return
+        self._head += len(data)
+        if self._head > HEADER_BYTES and not self.transport.is_closing():
             self.transport.write(TOO_LARGE)
             self.transport.close()
 

@@ -167,7 +167,7 @@ class Tensor(Struct):
     shape: list[int]
     datatype: str
     parameters: dict[str, Any] = {}
-    data: Annotated[Raw | None, Meta(extra_json_schema={"type": "array"})] = None
+    data: Annotated[Raw, Meta(extra_json_schema={"type": "array"})] = Raw(b"")
 
 
 class Wanted(Struct):

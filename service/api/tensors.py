@@ -75,7 +75,7 @@ def _array(tensor: Tensor, body: bytes, at: int) -> tuple[Array, int]:
         raise InvalidInput(
             f"{where}: binary_data_size {str(told)[:40]}, but shape {tensor.shape[:8]} needs another size"
         )
-    if tensor.data is not None:
+    if bytes(tensor.data):
         raise InvalidInput(f"{where}: both data and binary_data_size")
     if at + told > len(body):
         raise InvalidInput(f"{where}: {told} bytes announced, {len(body) - at} are there")
@@ -84,7 +84,7 @@ def _array(tensor: Tensor, body: bytes, at: int) -> tuple[Array, int]:
 
 
 def _from_json(tensor: Tensor, where: str, dtype: np.dtype[Any], count: int) -> Array:
-    if tensor.data is None:
+    if not bytes(tensor.data):
         raise InvalidInput(f"{where}: neither data nor binary_data_size")
     values = flat_numbers(tensor.data, dtype)
     if values is None:

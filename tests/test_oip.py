@@ -1,0 +1,224 @@
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from model import numerics
+from model.contract import Manifest
+from model.windows import Readings
+from tests.conftest import Service, running
+from tests.test_runtime import identity_classifier
+
+INFER = "/v2/models/engine-health/infer"
+
+
+def described(windows: Readings, **more: Any) -> dict[str, Any]:
+    shape = list(windows.shape)
+    return {"name": "telemetry", "shape": shape, "datatype": "FP32", "data": windows.tolist()} | more
+
+
+def asked(windows: Readings, **rest: Any) -> dict[str, Any]:
+    return {"inputs": [described(windows)], **rest}
+
+
+def binary(windows: Readings, **rest: Any) -> tuple[bytes, dict[str, str]]:
+    """A request with its tensor behind the JSON, and its headers."""
+    raw = windows.astype("<f4").tobytes()
+    tensor = described(windows, parameters={"binary_data_size": len(raw)})
+    del tensor["data"]
+    head = json.dumps({"inputs": [tensor], **rest}).encode()
+    return head + raw, {"Inference-Header-Content-Length": str(len(head))}
+
+
+def outputs(answer: httpx.Response) -> dict[str, Any]:
+    """Every output by name, whichever way it came."""
+    assert answer.status_code == 200, answer.text
+    size = int(answer.headers.get("inference-header-content-length", len(answer.content)))
+    head, at, found = json.loads(answer.content[:size]), size, {}
+    for tensor in head["outputs"]:
+        length = tensor.get("parameters", {}).get("binary_data_size")
+        if length is None:
+            values = tensor["data"]
+        else:
+            raw, at = answer.content[at : at + length], at + length
+            values = texts(raw) if tensor["datatype"] == "BYTES" else np.frombuffer(raw, "<f4")
+        found[tensor["name"]] = np.array(values).reshape(tensor["shape"])
+    assert at == len(answer.content)
+    return found | {"head": head}
+
+
+def texts(raw: bytes) -> list[str]:
+    found = []
+    while raw:
+        (length,) = struct.unpack_from("<I", raw)
+        found.append(raw[4 : 4 + length].decode())
+        raw = raw[4 + length :]
+    return found
+
+
+def test_all_four_ways_answer_as_predict(service: Service, manifest: Manifest, windows: Readings) -> None:
+    """JSON or bytes in, JSON or bytes out, nested or flat: the same numbers as /v1/predict, to the bit."""
+    rows = service.predict([{"telemetry": window.tolist()} for window in windows])["predictions"]
+    flat = {"inputs": [described(windows, data=windows.ravel().tolist())]}
+    body, headers = binary(windows)
+    every, every_headers = binary(windows, parameters={"binary_data_output": True})
+    answers = [
+        service.client.post(INFER, json=asked(windows)),
+        service.client.post(INFER, json=flat),
+        service.client.post(INFER, json=asked(windows, parameters={"binary_data_output": True})),
+        service.client.post(INFER, content=body, headers=headers),
+        service.client.post(INFER, content=every, headers=every_headers),
+        service.client.post("/v2/models/engine-health/versions/" + manifest.version + "/infer", json=asked(windows)),
+    ]
+    for answer in answers:
+        found = outputs(answer)
+        assert {"logits", "probabilities", "rul", "health", "head"} == set(found)
+        np.testing.assert_array_equal(
+            np.array([row["logits"] for row in rows], np.float32), np.float32(found["logits"])
+        )
+        np.testing.assert_array_equal(np.array([row["rul"] for row in rows], np.float32), np.float32(found["rul"]))
+        p = [[row["probabilities"][name] for name in manifest.classes] for row in rows]
+        np.testing.assert_array_equal(np.array(p, np.float32), np.float32(found["probabilities"]))
+        assert [row["health"] for row in rows] == found["health"].tolist()
+        assert (manifest.name, manifest.version) == (found["head"]["model_name"], found["head"]["model_version"])
+
+
+def test_outputs_leave_in_the_order_and_the_way_they_are_asked_for(service: Service, windows: Readings) -> None:
+    """Some outputs as bytes and some as JSON, none that was not asked for; the request's id comes back."""
+    wanted = [{"name": "health", "parameters": {"binary_data": True}}, {"name": "rul"}]
+    found = outputs(service.client.post(INFER, json=asked(windows, outputs=wanted, id="a-17")))
+    assert ["health", "rul"] == [tensor["name"] for tensor in found["head"]["outputs"]]
+    assert ["binary_data_size"] == list(found["head"]["outputs"][0]["parameters"])
+    assert "data" in found["head"]["outputs"][1]
+    assert "a-17" == found["head"]["id"]
+    assert "id" not in outputs(service.client.post(INFER, json=asked(windows)))["head"]
+
+
+def test_labels_bring_losses_and_temperature_flattens(service: Service, windows: Readings) -> None:
+    """With class indices each row has its cross-entropy; a temperature divides the logits of this call."""
+    labels = {"name": "label", "shape": [4], "datatype": "INT64", "data": [0, 1, 2, 1]}
+    request = {"inputs": [described(windows), labels], "parameters": {"temperature": 3.0}}
+    found = outputs(service.client.post(INFER, json=request))
+    expected = numerics.cross_entropy(found["logits"], [0, 1, 2, 1], 3.0, reduction="none")
+    np.testing.assert_allclose(expected, found["loss"], rtol=1e-5)
+    np.testing.assert_allclose(numerics.softmax(found["logits"], 3.0), found["probabilities"], atol=1e-6)
+    raw = windows.astype("<f4").tobytes() + np.array([0, 1, 2, 1], "<i8").tobytes()
+    inputs = [
+        {"name": "telemetry", "shape": [4, 100, 17], "datatype": "FP32", "parameters": {"binary_data_size": 27200}},
+        {"name": "label", "shape": [4, 1], "datatype": "INT64", "parameters": {"binary_data_size": 32}},
+    ]
+    head = json.dumps({"inputs": inputs, "parameters": {"temperature": 3.0}}).encode()
+    again = service.client.post(INFER, content=head + raw, headers={"Inference-Header-Content-Length": str(len(head))})
+    np.testing.assert_array_equal(np.float32(found["loss"]), np.float32(outputs(again)["loss"]))
+
+
+def test_the_server_and_its_model_say_what_they_are(service: Service, manifest: Manifest) -> None:
+    """Server and model metadata, live, ready; another model or version is a 404 with the protocol's error."""
+    get = service.client.get
+    assert "binary_tensor_data" in get("/v2").json()["extensions"]
+    assert {"live": True} == get("/v2/health/live").json()
+    assert {"ready": True} == get("/v2/health/ready").json()
+    found = get("/v2/models/engine-health").json()
+    assert found == get(f"/v2/models/engine-health/versions/{manifest.version}").json()
+    assert [-1, 100, 17] == found["inputs"][0]["shape"]
+    assert {"logits", "probabilities", "health", "rul", "loss"} == {tensor["name"] for tensor in found["outputs"]}
+    assert 200 == get("/v2/models/engine-health/ready").status_code
+    for path in ("/v2/models/other", "/v2/models/engine-health/versions/9", "/v2/models/other/ready"):
+        answer = get(path)
+        assert (404, ["error"]) == (answer.status_code, list(answer.json()))
+    assert 404 == service.client.post("/v2/models/other/infer", json={"inputs": []}).status_code
+
+
+def lies(windows: Readings) -> list[tuple[Any, dict[str, str]]]:
+    """Requests that do not fit themselves."""
+    good, headers = binary(windows)
+    head = int(headers["Inference-Header-Content-Length"])
+    label = {"name": "label", "shape": [4], "datatype": "INT64", "data": [0, 1, 2, 3]}
+    return [
+        ({"inputs": []}, {}),
+        ({"inputs": [described(windows, shape=[4, 100, 18])]}, {}),
+        ({"inputs": [described(windows, shape=[4, -100, -17])]}, {}),
+        ({"inputs": [described(windows, shape=[2**40, 2**40, 17])]}, {}),
+        ({"inputs": [described(windows, shape=[400, 17])]}, {}),
+        ({"inputs": [described(windows, shape=[0, 100, 17], data=[])]}, {}),
+        ({"inputs": [described(windows, datatype="FP64")]}, {}),
+        ({"inputs": [described(windows, name="telemetri")]}, {}),
+        ({"inputs": [described(windows), described(windows)]}, {}),
+        ({"inputs": [described(windows, data=["a"] * 6800)]}, {}),
+        ({"inputs": [described(windows, data=[1e39] * 6800)]}, {}),
+        ({"inputs": [described(windows, data=[None] * 6800)]}, {}),
+        ({"inputs": [described(windows, data=None)]}, {}),
+        ({"inputs": [described(windows, parameters={"binary_data_size": 27200})]}, {}),
+        ({"inputs": [described(windows), label]}, {}),
+        ({"inputs": [described(windows), label | {"data": [0, 1, 2, -1]}]}, {}),
+        ({"inputs": [described(windows), label | {"shape": [3], "data": [0, 1, 2]}]}, {}),
+        ({"inputs": [described(windows), label | {"data": [0, 1, 2, 0.5]}]}, {}),
+        (asked(windows, outputs=[{"name": "softmax"}]), {}),
+        (asked(windows, outputs=[{"name": "loss"}]), {}),
+        (asked(windows, outputs=[{"name": "rul"}, {"name": "rul"}]), {}),
+        (asked(windows, parameters={"temperature": 0}), {}),
+        (asked(windows, parameters={"binary_data_output": "yes"}), {}),
+        (asked(windows, id=7), {}),
+        (good[:-1], headers),
+        (good + b"x", headers),
+        (good[: head + 100], headers),
+        (good, {"Inference-Header-Content-Length": str(len(good) + 1)}),
+        (good, {"Inference-Header-Content-Length": "-1"}),
+        (good, {"Inference-Header-Content-Length": "9" * 40}),
+        (good, {"Inference-Header-Content-Length": "10"}),
+        (good, {}),
+        (b"", {}),
+        (b"[" * 200_000, {}),
+        (b'{"inputs": [{"name": "telemetry", "shape": ' + b"[" * 200_000, {}),
+        (good.replace(b"27200", b"27199"), headers),
+        (np.full((4, 100, 17), np.nan, "<f4"), {}),
+        (np.full((4, 100, 17), np.inf, "<f4"), {}),
+    ]
+
+
+def test_lies_about_shapes_types_and_bytes_are_refused(service: Service, windows: Readings) -> None:
+    """Every request that does not fit itself is a 400 with the protocol's error, and the next one is answered."""
+    before = outputs(service.client.post(INFER, json=asked(windows)))["logits"]
+    for number, (body, headers) in enumerate(lies(windows)):
+        if isinstance(body, np.ndarray):
+            body, headers = binary(body)
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        answer = service.client.post(INFER, content=content, headers=headers)
+        assert 400 == answer.status_code, (number, answer.text)
+        assert ["error"] == list(answer.json())
+        assert answer.json()["error"]
+    np.testing.assert_array_equal(before, outputs(service.client.post(INFER, json=asked(windows)))["logits"])
+
+
+def test_readings_too_large_to_add_up_are_still_readings(service: Service) -> None:
+    """The largest float32 everywhere is finite, and is answered or refused as such, not as infinity."""
+    body, headers = binary(np.full((4, 100, 17), 3.4e38, np.float32))
+    assert 200 == service.client.post(INFER, content=body, headers=headers).status_code
+
+
+def test_another_classifier_speaks_it_too(tmp_path: Path) -> None:
+    """A model without RUL and windows has its own shapes, and no output that it lacks."""
+    path = identity_classifier(
+        tmp_path / "four.onnx", {"name": "four", "version": "1", "classes": ["n", "e", "s", "w"]}
+    )
+    with running(ENGINE_HEALTH_MODEL=str(path)) as other:
+        tensor = {"name": "telemetry", "shape": [2, 4], "datatype": "FP32", "data": [0, 3, 0, 0, 0, 0, 0, 9]}
+        found = outputs(other.client.post("/v2/models/four/infer", json={"inputs": [tensor]}))
+        assert ["e", "w"] == found["health"].tolist()
+        assert "rul" not in found
+        missing = {"inputs": [tensor], "outputs": [{"name": "rul"}]}
+        assert 400 == other.client.post("/v2/models/four/infer", json=missing).status_code
+
+
+@pytest.mark.parametrize("rows", [1, 65, 300])
+def test_more_rows_than_a_batch_come_back_whole(service: Service, windows: Readings, rows: int) -> None:
+    """A request larger than a batch is cut and joined: every row answers as it does alone."""
+    many = windows[np.arange(rows) % 4]
+    body, headers = binary(many)
+    logits = outputs(service.client.post(INFER, content=body, headers=headers))["logits"]
+    alone = outputs(service.client.post(INFER, json=asked(windows)))["logits"]
+    np.testing.assert_allclose(alone[np.arange(rows) % 4], logits, atol=1e-5)

@@ -1,0 +1,349 @@
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from model.evaluate import ARTEFACT
+from model.windows import Readings
+from service.runtime import _paid_cores
+from tests.conftest import Service, running
+from tests.test_runtime import edited
+
+ADMIN = {"Authorization": "Bearer wheel"}
+LOAD = "/v2/repository/models/engine-health/load"
+
+
+def one(window: Readings, **rest: Any) -> dict[str, Any]:
+    return {"instances": [{"telemetry": window.tolist()}], **rest}
+
+
+def children(process: "subprocess.Popen[str]") -> list[int]:
+    """Worker processes of a supervisor."""
+    found = subprocess.run(
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
+    )
+    return [int(line.split()[0]) for line in found.stdout.splitlines() if "spawn_main" in line]
+
+
+def until(done: Any, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.05)
+
+
+def test_concurrent_callers_are_told_of_their_own_windows(service: Service, windows: Readings) -> None:
+    """Two hundred callers at once, each with a window of its own, get the answers that they get alone."""
+    scaled = [windows[k % 4] * np.float32(1 + k / 1e4) for k in range(200)]
+    alone = [service.predict([{"telemetry": w.tolist()}])["predictions"][0]["logits"] for w in scaled]
+    with ThreadPoolExecutor(32) as pool:
+        found = pool.map(lambda w: service.predict([{"telemetry": w.tolist()}])["predictions"][0]["logits"], scaled)
+    np.testing.assert_allclose(alone, list(found), atol=1e-5)
+    assert len({tuple(row) for row in alone}) > 190
+
+
+def test_keys_open_what_they_are_for(windows: Readings) -> None:
+    """No key 401, a wrong one 401, a reader's key on an admin call 403; probes are open; no log has one."""
+    with running(
+        ENGINE_HEALTH_API_KEYS="read, other", ENGINE_HEALTH_ADMIN_KEYS="wheel", ENGINE_HEALTH_LOG_LEVEL="info"
+    ) as guarded:
+        post = guarded.client.post
+        cases: tuple[tuple[dict[str, Any], int], ...] = (
+            ({}, 401),
+            ({"Authorization": "Bearer nobody"}, 401),
+            ({"Authorization": "Basic read"}, 401),
+            ({"X-API-Key": b"\xe9"}, 401),
+            ({"Authorization": "Bearer read"}, 200),
+            ({"X-API-Key": "other"}, 200),
+            (ADMIN, 200),
+        )
+        for headers, status in cases:
+            answer = post("/v1/predict", json=one(windows[0]), headers=headers)
+            assert status == answer.status_code, headers
+            assert ("www-authenticate" in answer.headers) == (status == 401)
+        assert 401 == guarded.client.get("/v1/model").status_code
+        assert 401 == guarded.client.get("/v2/models/engine-health").status_code
+        for path in ("/livez", "/readyz", "/metrics", "/v2/health/ready"):
+            assert 200 == guarded.client.get(path).status_code
+        assert [401, 403, 200] == [
+            post(LOAD, headers=headers).status_code for headers in ({}, {"X-API-Key": "read"}, ADMIN)
+        ]
+        guarded.process.terminate()
+        _, said = guarded.process.communicate(timeout=30)
+        assert '"path":"/v1/predict"' in said
+        assert "wheel" not in said
+        assert "Bearer" not in said
+    with running() as unguarded:
+        assert 403 == unguarded.client.post(LOAD, headers=ADMIN).status_code
+
+
+def test_every_request_leaves_one_line_with_its_id_and_trace(windows: Readings) -> None:
+    """Logs are one JSON object a request, with the id that the answer carries and the caller's trace."""
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    with running(ENGINE_HEALTH_LOG_LEVEL="info") as service:
+        given = service.client.get("/livez", headers={"X-Request-Id": "abc-1", "traceparent": trace})
+        made = service.client.post("/v1/predict", json=one(windows[0]))
+        wrong = service.client.post("/v1/predict", json={}, headers={"X-Request-Id": "new\tline", "traceparent": "x"})
+        service.process.terminate()
+        _, said = service.process.communicate(timeout=30)
+    lines = [json.loads(line) for line in said.splitlines()]
+    requests = {line["request_id"]: line for line in lines if line["event"] == "request"}
+    assert "abc-1" == given.headers["x-request-id"]
+    assert ("/livez", 200) == (requests["abc-1"]["path"], requests["abc-1"]["status"])
+    assert ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7") == (
+        requests["abc-1"]["trace_id"],
+        requests["abc-1"]["span_id"],
+    )
+    assert 200 == requests[made.headers["x-request-id"]]["status"]
+    assert 422 == requests[wrong.headers["x-request-id"]]["status"]
+    assert "trace_id" not in requests[wrong.headers["x-request-id"]]
+
+
+def test_origins_that_may_call_are_told_so(windows: Readings) -> None:
+    """A browser's page from a listed origin may read the answer, another may not."""
+    with running(ENGINE_HEALTH_CORS_ORIGINS="http://a.test") as service:
+        for origin, allowed in (("http://a.test", "http://a.test"), ("http://b.test", None)):
+            answer = service.client.post("/v1/predict", json=one(windows[0]), headers={"Origin": origin})
+            assert allowed == answer.headers.get("access-control-allow-origin")
+
+
+def test_a_reload_swaps_only_for_a_model_that_proves_itself(tmp_path: Path, windows: Readings) -> None:
+    """A new file answers from then on; a broken one is a 409 and changes nothing; so with SIGHUP."""
+    path = tmp_path / "model.onnx"
+    shutil.copy(ARTEFACT, path)
+    with running(ENGINE_HEALTH_MODEL=str(path), ENGINE_HEALTH_ADMIN_KEYS="wheel") as service:
+        first = service.predict(one(windows[0])["instances"])["model"]["digest"]
+        path.write_bytes(b"no model")
+        answer = service.client.post(LOAD, headers=ADMIN)
+        assert 409 == answer.status_code
+        assert "not a usable ONNX file" in answer.text
+        service.process.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        assert first == service.predict(one(windows[0])["instances"])["model"]["digest"]
+        edited(path, {"temperature": 3.0})
+        second = service.client.post(LOAD, headers=ADMIN).json()["digest"]
+        found = service.predict(one(windows[0])["instances"])
+        assert first != second == found["model"]["digest"]
+        assert 3.0 == found["temperature"]
+        assert second == service.client.get("/readyz").json()["digest"]
+        infos = [name for name in service.metrics() if "model_info" in name]
+        assert 1 == len(infos)
+        assert second in infos[0]
+        edited(path, {"temperature": 4.0})
+        service.process.send_signal(signal.SIGHUP)
+        until(lambda: service.predict(one(windows[0])["instances"])["temperature"] == 4.0)
+
+
+def test_reloads_under_load_fail_nobody(tmp_path: Path, windows: Readings) -> None:
+    """While models are swapped, every request is answered, with the temperature of the digest that it names."""
+    path = tmp_path / "model.onnx"
+    temperatures: dict[str, float] = {}
+    edited(path, {"temperature": 1.0})
+    with running(ENGINE_HEALTH_MODEL=str(path), ENGINE_HEALTH_ADMIN_KEYS="wheel") as service:
+        temperatures[service.client.get("/readyz").json()["digest"]] = 1.0
+        stop, seen = threading.Event(), []
+
+        def ask() -> None:
+            with httpx.Client(base_url=service.client.base_url, timeout=60, trust_env=False) as client:
+                while not stop.is_set():
+                    answer = client.post("/v1/predict", json=one(windows[0]))
+                    assert answer.status_code == 200, answer.text
+                    seen.append((answer.json()["model"]["digest"], answer.json()["temperature"]))
+
+        with ThreadPoolExecutor(4) as pool:
+            asking = [pool.submit(ask) for _ in range(4)]
+            for k in range(8):
+                edited(path, {"temperature": 1.0 + k % 3})
+                digest = service.client.post(LOAD, headers=ADMIN).json()["digest"]
+                temperatures[digest] = 1.0 + k % 3
+            stop.set()
+            for task in asking:
+                task.result()
+    assert {digest for digest, _ in seen} <= set(temperatures)
+    assert all(temperatures[digest] == t for digest, t in seen)
+    assert len({digest for digest, _ in seen}) > 1
+
+
+def test_told_to_stop_it_is_unready_first_and_answers_on(windows: Readings) -> None:
+    """After SIGTERM: unready at once, requests answered through the drain time, then exit 0."""
+    with running(ENGINE_HEALTH_DRAIN_SECONDS="1.5") as service:
+        service.process.terminate()
+        until(lambda: service.client.get("/readyz").status_code == 503)
+        with ThreadPoolExecutor(50) as pool:
+            answers = list(
+                pool.map(lambda _: service.client.post("/v1/predict", json=one(windows[0])).status_code, range(200))
+            )
+        assert [200] * 200 == answers
+        assert 200 == service.client.get("/livez").status_code
+        assert 0 == service.process.wait(timeout=20)
+
+
+def test_a_slow_client_is_sent_away(windows: Readings) -> None:
+    """Headers or a body that do not arrive in time end with 408 or a closed connection; others are answered."""
+    with running(ENGINE_HEALTH_REQUEST_SECONDS="1") as service:
+        address = (service.client.base_url.host, service.client.base_url.port or 80)
+        starts = (b"", b"POST /v1/predict HT", b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+        for said, answered in zip(starts, (b"", b"408", b"408"), strict=True):
+            with socket.create_connection(address, timeout=20) as slow:
+                slow.sendall(said)
+                service.predict(one(windows[0])["instances"])
+                heard = b""
+                while part := slow.recv(4096):
+                    heard += part
+                assert answered in heard.split(b"\r\n")[0]
+        with socket.create_connection(address, timeout=20) as wordy:
+            wordy.sendall(b"GET /livez HTTP/1.1\r\n" + b"X-A: b\r\n" * 20_000)
+            assert b"431" in wordy.recv(4096)
+
+
+def test_live_while_a_large_body_is_read(service: Service, windows: Readings) -> None:
+    """/livez goes on being answered while 30 MB are parsed and scored."""
+    rows = windows[0].tolist()
+    large = json.dumps({"instances": [{"telemetry": rows * 8}] * 130}).encode()
+    assert 25 * 2**20 < len(large) < 32 * 2**20
+    done, waits = threading.Event(), []
+
+    def ask() -> None:
+        answer = service.client.post("/v1/predict", content=large, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 200, answer.text
+        done.set()
+
+    with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=service.client.base_url, trust_env=False) as client:
+        task = pool.submit(ask)
+        while not done.is_set() and not task.done():
+            started = time.perf_counter()
+            assert 200 == client.get("/livez").status_code
+            waits.append(time.perf_counter() - started)
+        task.result()
+    assert len(waits) > 5  # had the loop been held for the whole time, there would be one or two
+
+
+def test_overload_is_said_and_nothing_else_is_lost(windows: Readings) -> None:
+    """Beyond the queue's bounds requests are 429 with Retry-After, all others 200; accepted and refused are all."""
+    with running(ENGINE_HEALTH_MAX_QUEUE_ROWS="64", ENGINE_HEALTH_THREADS="1") as service:
+        body = json.dumps({"instances": [{"telemetry": windows[0].tolist()}] * 60}).encode()
+        headers = {"Content-Type": "application/json"}
+        with ThreadPoolExecutor(24) as pool:
+            answers = list(
+                pool.map(lambda _: service.client.post("/v1/predict", content=body, headers=headers), range(300))
+            )
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert {200, 429} >= {answer.status_code for answer in answers}
+        assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+        metrics = service.metrics()
+        assert len(refused) == metrics['engine_health_rejected_total{reason="overloaded"}']
+        assert 60 * (300 - len(refused)) == metrics["engine_health_confidence_count"]
+        service.predict(one(windows[0])["instances"])
+
+
+def test_the_same_window_has_the_same_bits_in_any_company(windows: Readings) -> None:
+    """In deterministic mode a window answers bit for bit alike alone, beside others, at any place of any batch."""
+    with running(ENGINE_HEALTH_DETERMINISTIC="1") as service:
+        assert service.client.get("/v1/model").json()["deterministic"]
+        alone = service.predict([{"telemetry": windows[0].tolist()}])["predictions"][0]
+        for n, place in ((2, 1), (3, 0), (7, 5), (64, 63), (65, 64), (200, 131)):
+            rows = [{"telemetry": windows[1 + k % 3].tolist()} for k in range(n)]
+            rows[place] = {"telemetry": windows[0].tolist()}
+            found = service.predict(rows)["predictions"][place]
+            assert (alone["logits"], alone["rul"]) == (found["logits"], found["rul"])
+
+
+def test_workers_count_together_and_outlive_being_killed(windows: Readings) -> None:
+    """With two workers killed in turn under load every answered request is counted once, by as few files as workers."""
+    with running(ENGINE_HEALTH_WORKERS="2") as service:
+        until(lambda: len(children(service.process)) == 2)
+        answered = 0
+        for _ in range(4):
+            victim = children(service.process)[0]
+            with ThreadPoolExecutor(4) as pool:
+                tasks = [pool.submit(predicted, service, windows[0]) for _ in range(60)]
+                os.kill(victim, signal.SIGKILL)
+                answered += sum(task.result() for task in tasks)
+            until(lambda gone=victim: len(now := children(service.process)) == 2 and gone not in now)
+            until(lambda: all(predicted(service, windows[0]) for _ in range(4)))
+        assert answered > 150
+        counted = service.metrics()
+        folder = shared_folder(children(service.process)[0])
+        names = sorted(path.name for path in folder.glob("counter_*.db"))
+        assert names in (["counter_0.db", "counter_1.db"], ["counter_0.db"], ["counter_1.db"])
+        total = sum(v for k, v in counted.items() if "http_requests_total" in k and "predict" in k and '"200"' in k)
+        assert answered <= total
+        rows = counted["engine_health_confidence_count"]
+        assert total <= rows <= total + 4 * 4  # a worker may die between counting rows and having answered them
+        assert 1 == counted["engine_health_ready"]
+
+
+def predicted(service: Service, window: Readings) -> bool:
+    """Whether a prediction was answered; the connection of a killed worker breaks."""
+    try:
+        answer = httpx.post(f"{service.client.base_url}/v1/predict", json=one(window), timeout=30, trust_env=False)
+    except httpx.TransportError:
+        return False
+    return answer.status_code == 200
+
+
+def shared_folder(worker: int) -> Path:
+    """Where a worker keeps what it shares."""
+    links = (Path(f"/proc/{worker}/fd") / name for name in os.listdir(f"/proc/{worker}/fd"))
+    return next(Path(os.readlink(x)).parent for x in links if "slot-" in os.readlink(x))
+
+
+def test_workers_follow_a_new_model_and_stop_together(tmp_path: Path, windows: Readings) -> None:
+    """One load reaches every worker; a worker started later has it too, though the path is broken by then; exit 0."""
+    path = tmp_path / "model.onnx"
+    edited(path, {"temperature": 1.0})
+    with running(ENGINE_HEALTH_MODEL=str(path), ENGINE_HEALTH_ADMIN_KEYS="wheel", ENGINE_HEALTH_WORKERS="2") as service:
+        until(lambda: len(children(service.process)) == 2)
+        edited(path, {"temperature": 2.0})
+        assert 200 == service.client.post(LOAD, headers=ADMIN).status_code
+        path.write_bytes(b"broken")
+        for victim in (*children(service.process), None):
+            until(lambda: temperatures(service, windows[0]) == {2.0})
+            if victim is not None:
+                os.kill(victim, signal.SIGKILL)
+                until(lambda gone=victim: len(now := children(service.process)) == 2 and gone not in now)
+        service.process.terminate()
+        assert 0 == service.process.wait(timeout=30)
+
+
+def temperatures(service: Service, window: Readings) -> set[float]:
+    """The temperatures of several answers over new connections; empty while some fail."""
+    found = set()
+    for _ in range(8):
+        try:
+            answer = httpx.post(f"{service.client.base_url}/v1/predict", json=one(window), timeout=30, trust_env=False)
+        except httpx.TransportError:
+            return set()
+        found.add(answer.json().get("temperature"))
+    return found
+
+
+def test_workers_that_cannot_open_the_model_stop_with_one_line(tmp_path: Path) -> None:
+    """A broken artefact ends the whole service with its reason, whatever the number of workers."""
+    from tests.conftest import start
+
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"broken")
+    process = start("serve", "--port", "0", "--workers", "2", ENGINE_HEALTH_MODEL=str(path))
+    _, said = process.communicate(timeout=60)
+    assert 1 == process.returncode
+    assert 1 == said.count("not a usable ONNX file")
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(("text", "cores"), [("150000 100000", 2), ("max 100000", None), ("20000 100000", 1)])
+def test_cores_are_those_that_the_control_group_pays_for(tmp_path: Path, text: str, cores: int | None) -> None:
+    """A quota of one and a half cores is two threads, none is no limit."""
+    (tmp_path / "cpu.max").write_text(text)
+    assert cores == _paid_cores(tmp_path)
