@@ -74,7 +74,7 @@ lock: build/uv/ready             ## renew the locks; the production lock carries
 		--upgrade pyproject.toml -o requirements.lock
 	build/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --upgrade \
 		pyproject.toml --all-extras --group dev -c requirements.lock -o requirements-dev.lock --no-emit-package torch
-	sed -i '/^cuda-/d; /^nvidia-/d; /^triton/d' requirements-dev.lock  # a GPU's packages: the CPU build needs none
+	sed -i '/^cuda-/d; /^nvidia-/d; /^triton==/d' requirements-dev.lock  # a GPU's packages: the CPU build needs none
 
 clean:                           ## remove environments and build products
 	rm -rf $(SERVE) $(DEV) build *.egg-info

@@ -1,5 +1,7 @@
 import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +224,21 @@ def test_more_rows_than_a_batch_come_back_whole(service: Service, windows: Readi
     logits = outputs(service.client.post(INFER, content=body, headers=headers))["logits"]
     alone = outputs(service.client.post(INFER, json=asked(windows)))["logits"]
     np.testing.assert_allclose(alone[np.arange(rows) % 4], logits, atol=1e-5)
+
+
+def test_the_stock_client_works_unchanged(service: Service, windows: Readings, tmp_path: Path) -> None:
+    """Triton's own HTTP client asks in both encodings, plain and gzipped, and hears what /v1/predict says."""
+    np.save(tmp_path / "windows.npy", windows)
+    address = f"{service.client.base_url.host}:{service.client.base_url.port}"
+    script = Path(__file__).parent / "stock_client.py"
+    command = [sys.executable, str(script), address, str(tmp_path / "windows.npy")]
+    found = json.loads(subprocess.check_output(command, text=True))
+    rows = service.predict([{"telemetry": w.tolist(), "label": k % 3} for k, w in enumerate(windows)])["predictions"]
+    assert "unknown model 'other'" in found["error"]
+    ways = [found[f"{binary} {packed}"] for binary in (True, False) for packed in (None, "gzip")]
+    for said in (*ways, found["True plain"], found["False plain"]):
+        np.testing.assert_allclose([x for row in rows for x in row["logits"]], said["logits"], rtol=1e-6)
+    for said in ways:
+        assert [row["health"] for row in rows] == said["health"]
+        np.testing.assert_allclose([row["rul"] for row in rows], said["rul"], rtol=1e-6)
+        np.testing.assert_allclose([row["loss"] for row in rows], said["loss"], rtol=1e-6)

@@ -167,7 +167,7 @@ class Tensor(Struct):
     shape: list[int]
     datatype: str
     parameters: dict[str, Any] = {}
-    data: Annotated[Raw, Meta(extra_json_schema={"type": "array"})] = Raw(b"")
+    data: Annotated[Raw, Meta(extra_json_schema={"type": "array"})] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Wanted(Struct):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import orjson
+from msgspec import UnsetType
 
 from service.api import schemas
 from service.api.decode import flat_numbers
@@ -75,7 +76,7 @@ def _array(tensor: Tensor, body: bytes, at: int) -> tuple[Array, int]:
         raise InvalidInput(
             f"{where}: binary_data_size {str(told)[:40]}, but shape {tensor.shape[:8]} needs another size"
         )
-    if bytes(tensor.data):
+    if not isinstance(tensor.data, UnsetType):
         raise InvalidInput(f"{where}: both data and binary_data_size")
     if at + told > len(body):
         raise InvalidInput(f"{where}: {told} bytes announced, {len(body) - at} are there")
@@ -84,7 +85,7 @@ def _array(tensor: Tensor, body: bytes, at: int) -> tuple[Array, int]:
 
 
 def _from_json(tensor: Tensor, where: str, dtype: np.dtype[Any], count: int) -> Array:
-    if not bytes(tensor.data):
+    if isinstance(tensor.data, UnsetType):
         raise InvalidInput(f"{where}: neither data nor binary_data_size")
     values = flat_numbers(tensor.data, dtype)
     if values is None:
