@@ -1,0 +1,240 @@
+"""Load on a server: start it on one core, send it bodies from the other with wrk, take medians of alternating rounds.
+
+Knows how a request is measured and what a window looks like in each encoding; knows no server and prints no table.
+The machine is shared, so cases take turns (A B C A B C ...): a noisy neighbour meets all of them.
+"""
+
+import json
+import os
+import platform
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from model import contract
+from model.evaluate import ARTEFACT, open_artefact
+from model.windows import Readings
+
+SERVER_CORE, CLIENT_CORE = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
+JSON_HEADERS = {"Content-Type": "application/json"}
+MARK = "BENCHMARK_SERVER"  # in the environment of a server and all it starts, so that none of them is left behind
+START_SECONDS, STOP_SECONDS, REQUEST_SECONDS = 120, 10, 60
+LIBRARIES = ("onnxruntime", "numpy", "fastapi", "uvicorn", "httptools", "uvloop", "orjson", "msgspec")
+SCRIPT = """
+wrk.method = "POST"
+wrk.body = io.open({body}, "rb"):read("*a")
+{headers}
+function done(summary, latency)
+  local e = summary.errors
+  print(string.format("measured %d %d %d %d %d", summary.requests, summary.duration,
+    latency:percentile(50), latency:percentile(99), e.connect + e.read + e.write + e.timeout + e.status))
+end
+"""  # microseconds
+
+
+class ServerFailed(Exception):
+    """A server that did not become ready; the message ends with what it logged last."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What wrk measured. `errors` counts answers of status 400 and above, timeouts and broken connections."""
+
+    requests_per_second: float
+    p50_ms: float
+    p99_ms: float
+    errors: int
+
+
+class Figure(NamedTuple):
+    """A figure over rounds."""
+
+    median: float
+    lowest: float
+    highest: float
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def served(command: list[str], env: Mapping[str, str], core: int, ready_url: str, cwd: Path) -> Iterator[int]:
+    """A server on one core for as long as the block lasts; gives its process id.
+
+    Args:
+        command: what starts it, in the foreground.
+        env: added to this process's environment.
+        core: the one core that it and its children may use.
+        ready_url: answers 200 once it takes requests.
+        cwd: the folder that it starts in.
+
+    Raises:
+        ServerFailed: it ended, or was not ready in two minutes.
+    """
+    mark = uuid.uuid4().hex
+    with tempfile.NamedTemporaryFile(prefix="server-", suffix=".log") as log:
+        pinned = ["taskset", "-c", str(core), *command]
+        environment = {**os.environ, **env, MARK: mark}
+        server = subprocess.Popen(
+            pinned, env=environment, cwd=cwd, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            _wait_ready(server, ready_url, Path(log.name))
+            yield server.pid
+        finally:
+            _stop(server, mark)
+
+
+def _wait_ready(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            if get(url)[0] == 200:
+                return
+        except OSError:
+            pass  # not listening yet
+        time.sleep(0.1)
+    what = f"not ready in {START_SECONDS} s" if server.poll() is None else f"ended with {server.returncode}"
+    raise ServerFailed(f"{what}: {log.read_text(errors='replace')[-2000:].strip()}")
+
+
+def _stop(server: subprocess.Popen[bytes], mark: str) -> None:
+    """End the group politely, then whatever still carries the mark: daemons leave the group."""
+    if server.poll() is None:
+        os.killpg(server.pid, signal.SIGTERM)
+        try:
+            server.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+    needle = f"{MARK}={mark}".encode()
+    while left := [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if needle in _environment(pid)]:
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
+    server.wait()
+
+
+def _environment(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:  # gone, or another user's
+        return b""
+
+
+def get(url: str) -> tuple[int, bytes]:
+    """Status and body."""
+    return _answer(urllib.request.Request(url))
+
+
+def post(url: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, bytes]:
+    """Status and body of one request."""
+    return _answer(urllib.request.Request(url, body, dict(headers)))
+
+
+def _answer(request: urllib.request.Request) -> tuple[int, bytes]:
+    try:
+        with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as refusal:
+        return refusal.code, refusal.read()
+
+
+def wrk(url: str, body: bytes, headers: Mapping[str, str], connections: int, seconds: float, core: int) -> Load:
+    """One round of load from one thread on one core, each connection sending its next request when answered.
+
+    A large body (1,000 windows) is well measured with one or two connections and ten requests or more in the time.
+    """
+    if not shutil.which("wrk"):
+        raise FileNotFoundError("wrk is not installed (Debian: apt-get install wrk)")
+    with tempfile.TemporaryDirectory() as folder:
+        content, script = Path(folder, "body"), Path(folder, "post.lua")
+        content.write_bytes(body)
+        lines = (f"wrk.headers[{json.dumps(key)}] = {json.dumps(value)}" for key, value in headers.items())
+        script.write_text(SCRIPT.format(body=json.dumps(str(content)), headers="\n".join(lines)))
+        options = ["-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", f"--timeout={REQUEST_SECONDS}s"]
+        command = ["taskset", "-c", str(core), "wrk", *options, "-s", str(script), url]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    measured = next(line for line in printed.splitlines() if line.startswith("measured ")).split()[1:]
+    requests, duration, p50, p99, errors = map(int, measured)
+    return Load(requests / duration * 1e6, p50 / 1e3, p99 / 1e3, errors)
+
+
+def median_rounds(cases: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int) -> dict[str, dict[str, Figure]]:
+    """Run each case once a round, the cases in turn; median, lowest and highest of every figure that a case gives."""
+    taken: dict[str, dict[str, list[float]]] = {name: {} for name in cases}
+    for _ in range(rounds):
+        for name, case in cases.items():
+            for figure, value in case().items():
+                taken[name].setdefault(figure, []).append(value)
+    return {
+        name: {figure: Figure(statistics.median(v), min(v), max(v)) for figure, v in figures.items()}
+        for name, figures in taken.items()
+    }
+
+
+@cache
+def golden() -> tuple[Readings, Readings]:
+    """The artefact's golden windows (N, 100, 17) and their logits (N, C)."""
+    found = open_artefact(ARTEFACT)[1].golden
+    return np.array([g.telemetry for g in found]), np.array([g.logits for g in found])
+
+
+def windows(n: int) -> Readings:
+    """Windows (n, 100, 17) as sensors give them: golden ones, each reading moved by a thousandth, three decimals."""
+    random, telemetry = np.random.default_rng(0), golden()[0]
+    some = telemetry[np.arange(n) % len(telemetry)]
+    return np.round(some * (1 + 1e-3 * random.standard_normal(some.shape)), 3)
+
+
+def predict_json(some: Readings) -> bytes:
+    """The body of `POST /v1/predict`."""
+    return json.dumps({"instances": [{"telemetry": window} for window in some.tolist()]}).encode()
+
+
+def oip_json(some: Readings) -> bytes:
+    """An Open Inference Protocol request, values in JSON, asking for logits and RUL."""
+    return json.dumps(_oip(some, {"data": some.ravel().tolist()}, {})).encode()
+
+
+def oip_binary(some: Readings) -> tuple[bytes, dict[str, str]]:
+    """The same with the binary tensor extension both ways: body and headers."""
+    values = some.astype("<f4").tobytes()
+    head = json.dumps(_oip(some, {"parameters": {"binary_data_size": len(values)}}, {"binary_data": True})).encode()
+    headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(head))}
+    return head + values, headers
+
+
+def _oip(some: Readings, content: dict[str, object], parameters: dict[str, object]) -> dict[str, object]:
+    named = {"name": contract.INPUT, "shape": list(some.shape), "datatype": "FP32"}
+    wanted = [{"name": name, "parameters": parameters} for name in (contract.LOGITS, contract.RUL)]
+    return {"inputs": [named | content], "outputs": wanted}
+
+
+def machine() -> str:
+    """The machine, Python and the libraries, in one line."""
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    models = [line.partition(":")[2].strip() for line in cpu.splitlines() if line.startswith("model name")]
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES)
+    python = f"{platform.python_implementation()} {platform.python_version()}"
+    return f"{next(iter(models), platform.machine())}, {os.cpu_count()} cores; {python}; {versions}"

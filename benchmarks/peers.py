@@ -1,0 +1,319 @@
+"""The same artefact behind other servers, on the same core, asked the same things: one table.
+
+    python -m benchmarks.peers [--only NAME,...] [--rounds 5] [--seconds 5]      # = make bench-peers
+
+Each server is installed into a virtual environment of its own below build/peers, at the versions named here, and starts
+from a script in benchmarks/servers, written as its documentation shows, its batching on. Everything of a server, helper
+processes included, shares one core; wrk has the other. Before it is measured, a server must answer a golden window with
+the golden logits. Who cannot be installed, started or believed gets a line that says why.
+Medians over rounds, each round with servers started afresh, one after another. Figures also in build/peers.json.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import load
+from benchmarks.load import CLIENT_CORE, JSON_HEADERS, SERVER_CORE, Figure, ServerFailed
+from model.evaluate import ARTEFACT
+from model.windows import Readings
+
+ROOT = Path(__file__).parent.parent
+SERVERS, BUILD = ROOT / "benchmarks" / "servers", ROOT / "build"
+CONNECTIONS, ROWS = 64, 1000
+TOLERANCE = 1e-3  # of logits; a server that rounds its answers still passes
+ORT = "onnxruntime==1.32.0"
+DEBIAN_PYTHON = "/usr/bin/python3.11"  # Triton's interpreter is linked against Debian's library
+COLUMNS = {  # figure: heading
+    "rps": "requests/s",
+    "p50": "p50, ms",
+    "p99": "p99, ms",
+    "binary_rps": "requests/s, binary",
+    "rows": "rows/s, JSON",
+    "binary_rows": "rows/s, binary",
+}
+Make = Callable[[Readings], tuple[bytes, Mapping[str, str]]]
+Figures = dict[str, float]
+
+
+class Absent(Exception):
+    """A peer that cannot be measured; the message says why in one line."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How windows are sent and where the logits of the first row stand in the answer."""
+
+    make: Make
+    logits: Callable[[bytes], list[float]]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A server: how it is called in the table, what it needs and how it is asked."""
+
+    title: str
+    script: str = ""  # in benchmarks/servers; given the port
+    requirements: tuple[str, ...] = ()  # none: it runs in this environment
+    ready: str = "/ready"
+    path: str = "/predict"
+    json: Encoding | None = None
+    binary: Encoding | None = None
+    python: str = sys.executable  # that the environment is made with
+    env: dict[str, str] = field(default_factory=dict)
+    checked: bool = True  # its logits are the network's
+
+
+def plain_logits(answer: bytes) -> list[float]:
+    """Of `{"logits": [[...]]}`."""
+    return list(json.loads(answer)["logits"][0])
+
+
+def oip_logits(answer: bytes) -> list[float]:
+    """Of the Open Inference Protocol, in either encoding: the values follow the JSON where that gives their size."""
+    head, end = json.JSONDecoder().raw_decode(answer.decode("latin-1"))
+    for output in head["outputs"]:
+        size, classes = output.get("parameters", {}).get("binary_data_size"), output["shape"][-1]
+        if output["name"] == "logits":
+            values = output["data"] if size is None else np.frombuffer(answer[end : end + size], "<f4").tolist()
+            return list(values[:classes])
+        end += size or 0
+    raise Absent("wrong: no logits in the answer")
+
+
+def in_json(make: Callable[[Readings], bytes]) -> Make:
+    """With the headers of JSON."""
+    return lambda some: (make(some), JSON_HEADERS)
+
+
+PLAIN = Encoding(in_json(load.predict_json), plain_logits)
+OIP_JSON, OIP_BINARY = Encoding(in_json(load.oip_json), oip_logits), Encoding(load.oip_binary, oip_logits)
+OURS = Encoding(in_json(load.predict_json), lambda answer: list(json.loads(answer)["predictions"][0]["logits"]))
+BENTO = Encoding(
+    in_json(lambda some: json.dumps({"telemetry": some.tolist()}).encode()),
+    lambda answer: list(json.loads(answer)[0][:3]),
+)
+INFER = "/v2/models/engine-health/infer"
+PEERS = {
+    "bare": Peer("FastAPI, constant answer", "bare.py", json=PLAIN, checked=False),
+    "naive": Peer("FastAPI + orjson + ONNX Runtime", "naive.py", json=PLAIN),
+    "engine-health": Peer("engine-health, /v1/predict", ready="/readyz", path="/v1/predict", json=OURS),
+    "engine-health-v2": Peer("engine-health, /v2", ready="/readyz", path=INFER, json=OIP_JSON, binary=OIP_BINARY),
+    "triton": Peer(
+        "Triton 2.51, Python backend",
+        "on_triton.py",
+        ("nvidia-pytriton==0.7.0", "numpy==1.26.4", ORT),
+        "/v2/health/ready",
+        INFER,
+        OIP_JSON,
+        OIP_BINARY,
+        DEBIAN_PYTHON,
+    ),
+    "mlserver": Peer(
+        "MLServer 1.7.1",
+        "on_mlserver.py",
+        ("mlserver==1.7.1", ORT),
+        "/v2/models/engine-health/ready",
+        INFER,
+        OIP_JSON,
+    ),
+    "litserve": Peer("LitServe 0.2.19", "on_litserve.py", ("litserve==0.2.19", ORT), "/health", json=PLAIN),
+    "bentoml": Peer("BentoML 1.4.40", "on_bentoml.py", ("bentoml==1.4.40", ORT), "/readyz", json=BENTO),
+    "ray": Peer(
+        "Ray Serve 2.60",
+        "on_ray.py",
+        ("ray[serve]==2.60.0", ORT),
+        "/-/healthz",
+        json=PLAIN,
+        env={"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"},
+    ),
+}
+ALONE = "alone"
+TITLES = {ALONE: "ONNX Runtime alone"} | {name: peer.title for name, peer in PEERS.items()}
+
+
+def installed(name: str, peer: Peer) -> str:
+    """The interpreter of a peer, in an environment made now unless it is there.
+
+    Raises:
+        Absent: no such Python, or pip failed; the message is its last line.
+    """
+    if not peer.requirements:
+        return sys.executable
+    folder = BUILD / "peers" / name
+    python, stamp, wanted = folder / "bin" / "python", folder / "installed", "\n".join(peer.requirements)
+    if stamp.exists() and stamp.read_text() == wanted:
+        return str(python)
+    print(f"installing {', '.join(peer.requirements)}", file=sys.stderr, flush=True)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "--python", str(python), "install"]
+    for command in ([peer.python, "-m", "venv", "--clear", "--without-pip", str(folder)], [*pip, *peer.requirements]):
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        except FileNotFoundError:
+            raise Absent(f"needs {peer.python}") from None
+        except subprocess.CalledProcessError as error:
+            raise Absent(f"not installed: {last_line(error.stderr or error.stdout)}") from None
+    stamp.write_text(wanted)
+    return str(python)
+
+
+def last_line(text: str) -> str:
+    """The last line that says something, fit for a cell of a table."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return (lines or ["no reason given"])[-1][:160].replace("|", "/")
+
+
+def ask(url: str, encoding: Encoding, some: Readings, expected: Readings | None) -> float:
+    """Seconds of one request, answered rightly.
+
+    Raises:
+        Absent: not answered with 200, or with logits that are not the expected ones.
+    """
+    started = time.perf_counter()
+    status, answer = load.post(url, *encoding.make(some))
+    took = time.perf_counter() - started
+    if status != 200:
+        raise Absent("not there (404)" if status == 404 else f"answers {status}: {last_line(answer.decode('latin-1'))}")
+    if expected is not None and not np.allclose(encoding.logits(answer), expected, atol=TOLERANCE, rtol=0):
+        raise Absent(f"wrong: {encoding.logits(answer)} in place of {np.round(expected, 4).tolist()}")
+    return took
+
+
+def many(url: str, encoding: Encoding, seconds: float) -> float:
+    """Rows/s of requests of 1,000 rows, one at a time, for as long as three of them need at least."""
+    some = load.windows(ROWS)
+    slowest = max(ask(url, encoding, some, None) for _ in range(2))
+    measured = load.wrk(url, *encoding.make(some), 1, max(seconds, 3.5 * slowest + 1), CLIENT_CORE)
+    return ROWS / unfailing(measured).p50_ms * 1e3
+
+
+def one(url: str, encoding: Encoding, seconds: float) -> load.Load:
+    """What 64 connections see that send one window a request, after a warm-up."""
+    body, headers = encoding.make(load.windows(1))
+    load.wrk(url, body, headers, CONNECTIONS, 1, CLIENT_CORE)
+    return unfailing(load.wrk(url, body, headers, CONNECTIONS, seconds, CLIENT_CORE))
+
+
+def unfailing(measured: load.Load) -> load.Load:
+    """The measurement, if every request was answered.
+
+    Raises:
+        Absent: some were not.
+    """
+    if measured.errors or not measured.p50_ms:
+        raise Absent(f"{measured.errors} errors under load")
+    return measured
+
+
+def measure(name: str, peer: Peer, seconds: float) -> Figures:
+    """One round of one server.
+
+    Raises:
+        Absent: it cannot be measured.
+    """
+    python, port = installed(name, peer), load.free_port()
+    script = (
+        [str(SERVERS / peer.script), str(port)] if peer.script else ["-m", "service.cli", "serve", "--port", str(port)]
+    )
+    env = {"MODEL": str(ARTEFACT), "ENGINE_HEALTH_THREADS": "1", "OMP_NUM_THREADS": "1", **peer.env}
+    base = f"http://127.0.0.1:{port}"
+    figures: Figures = {}
+    golden, logits = load.golden()
+    with load.served([python, *script], env, SERVER_CORE, base + peer.ready, ROOT):
+        for kind, encoding in {"": peer.json, "binary_": peer.binary}.items():
+            if encoding is None:
+                continue
+            ask(base + peer.path, encoding, golden[:1], logits[0] if peer.checked else None)
+            found = one(base + peer.path, encoding, seconds)
+            figures |= {f"{kind}rps": found.requests_per_second, f"{kind}p50": found.p50_ms, f"{kind}p99": found.p99_ms}
+            figures[f"{kind}rows"] = many(base + peer.path, encoding, seconds)
+    return figures
+
+
+def alone() -> Figures:
+    """ONNX Runtime with nothing around it, on the server's core."""
+    command = ["taskset", "-c", str(SERVER_CORE), sys.executable, "-m", "benchmarks.servers.alone"]
+    env = {**os.environ, "MODEL": str(ARTEFACT)}
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=env).stdout
+    single, best, batch = map(float, printed.split())
+    return {"binary_rps": single, "binary_rows": best, "batch": batch}
+
+
+def cases(names: list[str], seconds: float, notes: dict[str, str]) -> Iterator[tuple[str, Callable[[], Figures]]]:
+    """What each name measures; what cannot be measured is noted, once, and left out of later rounds."""
+
+    def guarded(name: str) -> Callable[[], Figures]:
+        def case() -> Figures:
+            if name in notes:
+                return {}
+            print(f"measuring {TITLES[name]}", file=sys.stderr, flush=True)
+            try:
+                return alone() if name == ALONE else measure(name, PEERS[name], seconds)
+            except Absent as error:
+                notes[name] = str(error)
+            except ServerFailed as error:
+                notes[name] = f"did not start: {last_line(str(error))}"
+            except Exception as error:  # a peer may fail in ways of its own, and the others are still measured
+                notes[name] = f"{type(error).__name__}: {last_line(str(error))}"
+            print(f"  {notes[name]}", file=sys.stderr, flush=True)
+            return {}
+
+        return case
+
+    for name in names:
+        yield name, guarded(name)
+
+
+def table(found: Mapping[str, Mapping[str, Figure]], notes: Mapping[str, str]) -> Iterator[str]:
+    """Medians, with the range of the rates in brackets, as lines of Markdown."""
+    yield "| server | " + " | ".join(COLUMNS.values()) + " |"
+    yield "| --- |" + " ---: |" * len(COLUMNS)
+    for name, figures in found.items():
+        if name in notes:
+            yield f"| {TITLES[name]} | {notes[name]} |" + " |" * (len(COLUMNS) - 1)
+        else:
+            yield f"| {TITLES[name]} | " + " | ".join(cell(key, figures.get(key)) for key in COLUMNS) + " |"
+
+
+def cell(key: str, figure: Figure | None) -> str:
+    """A figure as the table shows it."""
+    if figure is None:
+        return "–"
+    if key in ("p50", "p99"):
+        return f"{figure.median:.1f}"
+    spread = f" ({figure.lowest:,.0f}–{figure.highest:,.0f})" if figure.lowest < figure.highest else ""
+    return f"{figure.median:,.0f}{spread}"
+
+
+def main() -> None:
+    """Measure, print the table and keep the figures."""
+    parser = argparse.ArgumentParser(description="The same artefact behind other servers.")
+    parser.add_argument("--only", default=",".join(TITLES), help=f"some of {', '.join(TITLES)}")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=5, help="of each measurement")
+    chosen = parser.parse_args()
+    names = chosen.only.split(",")
+    if unknown := set(names) - set(TITLES):
+        parser.error(f"no such server: {', '.join(sorted(unknown))}")
+    notes: dict[str, str] = {}
+    found = load.median_rounds(dict(cases(names, chosen.seconds, notes)), chosen.rounds)
+    print(f"{load.machine()}; {chosen.rounds} rounds of {chosen.seconds:g} s\n")
+    print("\n".join(table(found, notes)))
+    rows = {
+        name: {"title": TITLES[name], "note": notes.get(name), "figures": {k: f._asdict() for k, f in figures.items()}}
+        for name, figures in found.items()
+    }
+    kept = {"machine": load.machine(), "rounds": chosen.rounds, "seconds": chosen.seconds, "servers": rows}
+    (BUILD / "peers.json").write_text(json.dumps(kept, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""ONNX Runtime without a server, on windows that are floats already: prints rows/s, and where it is best."""
+
+import os
+import time
+
+import numpy as np
+import onnxruntime as ort
+
+from benchmarks.load import windows
+
+options = ort.SessionOptions()
+options.intra_op_num_threads = options.inter_op_num_threads = 1
+session = ort.InferenceSession(os.environ["MODEL"], options, providers=["CPUExecutionProvider"])
+telemetry, rates = windows(1024).astype(np.float32), {}
+for batch in (1, 16, 32, 64, 128, 256, 512, 1024):
+    some, times = np.ascontiguousarray(telemetry[:batch]), []
+    for _ in range(max(15, 200 // batch)):
+        started = time.perf_counter()
+        session.run(None, {"telemetry": some})
+        times.append(time.perf_counter() - started)
+    rates[batch] = batch / float(np.median(times))
+best = max(rates, key=rates.__getitem__)
+print(rates[1], rates[best], best)
