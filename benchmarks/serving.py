@@ -1,0 +1,133 @@
+"""The README's performance table: this service against a bare route and against ONNX Runtime alone, as ratios.
+
+    python -m benchmarks.serving [--rounds 5] [--seconds 4]      # = make bench
+
+The service and the bare FastAPI route, which reads the same body and answers a constant, run on one core, wrk on the
+other; they take turns, and so does ONNX Runtime alone. Medians over rounds. Figures also in build/serving.json.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from benchmarks import load
+from benchmarks.load import CLIENT_CORE, JSON_HEADERS, SERVER_CORE, Figure
+from benchmarks.peers import BUILD, CONNECTIONS, INFER, ROOT, ROWS, alone, unfailing
+
+REACH = (  # case, against, figure, reach, whether more is better
+    ("one window a request, JSON, 64 connections", "a bare FastAPI route, requests/s", "rate", 0.60, True),
+    ("the same, 1 connection, p50", "the same route", "p50", 3.0, False),
+    ("1,000 windows, OIP binary", "ONNX Runtime alone, one thread, best batch, rows/s", "binary", 0.85, True),
+    ("1,000 windows, `/v1/predict` JSON", "the same", "json", 0.40, True),
+    ("p99 at 64 connections", "p50 of the same run", "tail", 3.0, False),
+)
+LIMITS = (("start to ready, s", "start", 1.5), ("resident memory of one worker, MB", "memory", 180.0))
+Found = dict[str, dict[str, Figure]]
+
+
+def measured(rounds: int, seconds: float) -> Found:
+    """Every figure of every round: bare, ours, alone, start."""
+    port, bare = load.free_port(), load.free_port()
+    with (
+        load.served(
+            [sys.executable, "benchmarks/servers/bare.py", str(bare)], {}, SERVER_CORE, base(bare) + "/ready", ROOT
+        ),
+        load.served(command(port), {"ENGINE_HEALTH_THREADS": "1"}, SERVER_CORE, base(port) + "/readyz", ROOT) as pid,
+    ):
+        floor, own = base(bare) + "/predict", base(port) + "/v1/predict"
+        cases = {
+            "bare": lambda: singles(floor, seconds),
+            "ours": lambda: singles(own, seconds),
+            "many": lambda: rows(base(port), seconds),
+            "alone": lambda: {"rows": alone()["binary_rows"]},
+        }
+        for case in cases.values():
+            case()  # warm
+        found = load.median_rounds(cases, rounds)
+        memory = resident(pid)
+    found["start"] = load.median_rounds({"start": started}, rounds)["start"]
+    found["start"]["memory"] = Figure(memory, memory, memory)
+    return found
+
+
+def base(port: int) -> str:
+    """Where a server listens."""
+    return f"http://127.0.0.1:{port}"
+
+
+def command(port: int) -> list[str]:
+    """What starts the service."""
+    return [sys.executable, "-m", "service.cli", "serve", "--port", str(port), "--drain-seconds", "0"]
+
+
+def singles(url: str, seconds: float) -> Mapping[str, float]:
+    """One window a request: at 64 connections requests/s, p50 and p99, at one connection p50; ms."""
+    body = load.predict_json(load.windows(1))
+    many = unfailing(load.wrk(url, body, JSON_HEADERS, CONNECTIONS, seconds, CLIENT_CORE))
+    few = unfailing(load.wrk(url, body, JSON_HEADERS, 1, seconds, CLIENT_CORE))
+    return {"rate": many.requests_per_second, "p50": many.p50_ms, "p99": many.p99_ms, "alone_p50": few.p50_ms}
+
+
+def rows(url: str, seconds: float) -> Mapping[str, float]:
+    """Rows/s of requests of 1,000 windows, one at a time, in both encodings."""
+    some = load.windows(ROWS)
+    asked = {"json": ("/v1/predict", load.predict_json(some), JSON_HEADERS), "binary": (INFER, *load.oip_binary(some))}
+    found = {}
+    for name, (path, body, headers) in asked.items():
+        found[name] = ROWS / unfailing(load.wrk(url + path, body, headers, 1, seconds, CLIENT_CORE)).p50_ms * 1e3
+    return found
+
+
+def started() -> Mapping[str, float]:
+    """Seconds from the command to the first ready answer."""
+    port = load.free_port()
+    begun = time.perf_counter()
+    with load.served(command(port), {"ENGINE_HEALTH_THREADS": "1"}, SERVER_CORE, base(port) + "/readyz", ROOT):
+        return {"start": time.perf_counter() - begun}
+
+
+def resident(pid: int) -> float:
+    """Megabytes that a process holds in memory."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmRSS"))) * 1024 / 1e6
+
+
+def table(found: Found) -> Iterator[str]:
+    """Lines of Markdown: each case, its ratio, and what was to be reached."""
+    bare, ours, many, best = (found[name] for name in ("bare", "ours", "many", "alone"))
+    pairs = {
+        "rate": (ours["rate"], bare["rate"]),
+        "p50": (ours["alone_p50"], bare["alone_p50"]),
+        "binary": (many["binary"], best["rows"]),
+        "json": (many["json"], best["rows"]),
+        "tail": (ours["p99"], ours["p50"]),
+    }
+    yield "| case | against | here | there | ratio | reach |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: |"
+    for case, against, name, reach, more in REACH:
+        here, there = (figure.median for figure in pairs[name])
+        sign = "≥" if more else "≤"
+        yield f"| {case} | {against} | {here:,.4g} | {there:,.4g} | **{here / there:.2f}** | {sign} {reach:g} |"
+    for case, name, limit in LIMITS:
+        yield f"| {case} | | {found['start'][name].median:.3g} | | | ≤ {limit:g} |"
+
+
+def main() -> None:
+    """Measure, print the table and keep the figures."""
+    parser = argparse.ArgumentParser(description="This service against a bare route and ONNX Runtime alone.")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=4, help="of each measurement")
+    chosen = parser.parse_args()
+    found = measured(chosen.rounds, chosen.seconds)
+    print(f"{load.machine()}; medians of {chosen.rounds} rounds of {chosen.seconds:g} s\n")
+    print("\n".join(table(found)))
+    BUILD.mkdir(exist_ok=True)
+    kept = {name: {key: figure._asdict() for key, figure in figures.items()} for name, figures in found.items()}
+    (BUILD / "serving.json").write_text(json.dumps({"machine": load.machine(), "figures": kept}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
