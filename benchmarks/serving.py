@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from benchmarks import load
@@ -38,7 +38,7 @@ def measured(rounds: int, seconds: float) -> Found:
         load.served(command(port), {"ENGINE_HEALTH_THREADS": "1"}, SERVER_CORE, base(port) + "/readyz", ROOT) as pid,
     ):
         floor, own = base(bare) + "/predict", base(port) + "/v1/predict"
-        cases = {
+        cases: dict[str, Callable[[], Mapping[str, float]]] = {
             "bare": lambda: singles(floor, seconds),
             "ours": lambda: singles(own, seconds),
             "many": lambda: rows(base(port), seconds),

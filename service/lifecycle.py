@@ -17,6 +17,7 @@ from service.predictor import Predictor
 from service.runtime import open_model
 from service.settings import Settings
 
+GARBAGE = (20_000, 20, 20)  # objects of a few hundred requests; Python's own 700 are a few per request
 LOOK_SECONDS = 0.25  # how often a worker looks whether another one has a new model
 log = logging.getLogger("engine_health")
 
@@ -115,6 +116,7 @@ class Lifecycle:
                 self.metrics.ready.set(0)
             gc.collect()
             gc.freeze()  # what a model and the libraries are made of stays: no collection needs to look at it again
+            gc.set_threshold(*GARBAGE)
             log.info("ready: %s %s, %s", model.manifest.name, model.manifest.version, model.digest)
             if before is not None:  # those who hold it are answered by it
                 task = asyncio.create_task(before.close())

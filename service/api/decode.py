@@ -45,12 +45,17 @@ def decode_instances(instances: list[Instance], model: Model, hold: bool) -> Dec
     channels = model.channels
     batch = np.empty((len(instances), *model.input_shape), dtype=np.float32)
     imputed = np.zeros(len(channels), dtype=np.int64)
+    window = model.manifest.window
     for i, instance in enumerate(instances):
+        table = None if hold or window is None else _table(instance.telemetry, len(channels))
+        if table is not None and window is not None:
+            batch[i] = table if len(table) == window else windows.pad_left(table, window)
+            continue
         loc = ("instances", i, "telemetry")
-        if model.manifest.window is None:
+        if window is None:
             values = _tensor(instance.telemetry, model.input_shape, loc, faults)
         else:
-            values, held = _window(instance.telemetry, model.manifest.window, channels, hold, loc, faults)
+            values, held = _window(instance.telemetry, window, channels, hold, loc, faults)
             imputed += held
         if values is not None:
             batch[i] = values
@@ -73,9 +78,6 @@ def _window(
     raw: Raw, window: int, channels: tuple[str, ...], hold: bool, loc: Loc, faults: list[Fault]
 ) -> tuple[Batch | None, npt.NDArray[np.int64]]:
     none_held = np.zeros(len(channels), dtype=np.int64)
-    table = None if hold else _table(raw, len(channels))
-    if table is not None:
-        return windows.pad_left(table, window), none_held
     rows = _by_name(_loads(raw, loc), channels, loc, faults)
     if rows is None:
         return None, none_held

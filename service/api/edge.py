@@ -21,7 +21,6 @@ from service.metrics import Metrics
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})  # other words are one label
 _ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _TRACE = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}")  # W3C, level 1
-log = structlog.get_logger("engine_health")
 
 
 class Lane(NamedTuple):
@@ -36,6 +35,7 @@ class Edge:
 
     def __init__(self, app: ASGIApp, metrics: Metrics, keys: Keys, lane: Callable[[str], Lane | None]) -> None:
         self._app, self._metrics, self._keys, self._lane = app, metrics, keys, lane
+        self._log = structlog.get_logger().bind()  # bound once: logs are configured by now
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request; anything but HTTP passes unseen."""
@@ -69,19 +69,20 @@ class Edge:
             route = lane.route if lane else getattr(scope.get("route"), "path", "unmatched")
             seconds = time.perf_counter() - started
             self._metrics.request(method if method in METHODS else "other", route, status, seconds)
-            _say(method, path, status, seconds, request_id, headers)
+            self._say(method, path, status, seconds, request_id, headers)
+
+    def _say(self, method: str, path: str, status: int, seconds: float, request_id: str, headers: RawHeaders) -> None:
+        """One line a request. No query, no header but the trace: keys never reach a log."""
+        more = {}
+        trace = _TRACE.fullmatch(headers.get(b"traceparent", b""))
+        if trace:
+            more = {"trace_id": trace[1].decode(), "span_id": trace[2].decode()}
+        ms = round(seconds * 1e3, 3)
+        self._log.info(
+            "request", method=method[:20], path=path[:200], status=status, ms=ms, request_id=request_id, **more
+        )
 
 
 def _request_id(headers: RawHeaders) -> str:
     given = headers.get(b"x-request-id")
     return given.decode() if given and _ID.fullmatch(given) else os.urandom(8).hex()
-
-
-def _say(method: str, path: str, status: int, seconds: float, request_id: str, headers: RawHeaders) -> None:
-    """One line a request. No query, no header but the trace: keys never reach a log."""
-    more = {}
-    trace = _TRACE.fullmatch(headers.get(b"traceparent", b""))
-    if trace:
-        more = {"trace_id": trace[1].decode(), "span_id": trace[2].decode()}
-    ms = round(seconds * 1e3, 3)
-    log.info("request", method=method[:20], path=path[:200], status=status, ms=ms, request_id=request_id, **more)

@@ -147,12 +147,11 @@ def _telemetry(inference: Inference, model: Model, most: int) -> tensors.Array:
             f"input {contract.INPUT!r}: shape {list(found.shape[:8])}, expected [1..{most}, "
             f"{', '.join(map(str, model.input_shape))}]"
         )
-    # a sum of finite numbers is finite, or too large by far: only then is each of them looked at
+    # a sum shows what is not finite in one look; only a suspicious one is followed by a second
     with np.errstate(over="ignore", invalid="ignore"):
-        whole = np.isfinite(found.sum(dtype=np.float64))
-    if not whole:
-        row, *rest = (int(i) for i in np.argwhere(~np.isfinite(found))[0])
-        raise InvalidInput(f"input {contract.INPUT!r}: [{', '.join(map(str, (row, *rest)))}] is not finite")
+        whole = np.isfinite(found.sum())
+    if not whole and len(bad := np.argwhere(~np.isfinite(found))):
+        raise InvalidInput(f"input {contract.INPUT!r}: {bad[0].tolist()} is not finite")
     return found if found.flags.aligned else found.copy()
 
 
