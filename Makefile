@@ -7,7 +7,7 @@ PIP := -m pip --disable-pip-version-check --quiet
 CMAPSS_URL ?= https://phm-datasets.s3.amazonaws.com/NASA/6.+Turbofan+Engine+Degradation+Simulation+Data+Set.zip
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format train export evaluate study bench bench-peers data docs lock clean
+.PHONY: help serve test check format train export evaluate study fuzz bench bench-peers data docs lock clean
 
 help:                            ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -60,6 +60,9 @@ study: $(DEV)/ready              ## what the model card compares with: three see
 	for seed in 0 1 2; do $(BIN)/python -m model.fit --seed $$seed --output build/seed-$$seed.pt || exit 1; done
 	$(BIN)/python -m benchmarks.study seeds build/seed-0.pt build/seed-1.pt build/seed-2.pt
 	for name in boosting textbook-full textbook-64; do $(BIN)/python -m benchmarks.study anchor $$name || exit 1; done
+
+fuzz: $(DEV)/ready              ## five thousand requests and more, generated from the OpenAPI document
+	SCHEMA_EXAMPLES=1300 $(BIN)/python -m pytest -s tests/test_schema.py
 
 bench: $(DEV)/ready              ## the README's performance table: against a bare route and ONNX Runtime alone
 	$(BIN)/python -m benchmarks.serving

@@ -1,6 +1,8 @@
+import asyncio
 from pathlib import Path
 from typing import Any
 
+import httpx
 import jsonschema
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from model.evaluate import ARTEFACT, open_artefact
 from model.fit import load
 from model.occlusion import Usual
 from model.windows import Readings, every_window
+from service.api.app import create_app
+from service.settings import read_settings
 from tests.conftest import Service, running
 from tests.test_runtime import edited, identity_classifier
 
@@ -301,3 +305,23 @@ def test_the_artefacts_temperature_is_the_one_that_calibrates(tmp_path: Path, wi
         assert 2.5 == found["temperature"] == other.metrics()["engine_health_temperature"]
         row = found["predictions"][0]
         np.testing.assert_allclose(numerics.softmax(row["logits"], 2.5), list(row["probabilities"].values()), atol=1e-6)
+
+
+def test_a_fault_of_the_service_is_a_problem_document_too() -> None:
+    """What nobody foresaw is answered with a 500 of the usual shape, on the service's own paths and the protocol's."""
+    application = create_app(read_settings(), print)
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    for path in ("/v1/fails", "/v2/fails"):
+        application.api.add_api_route(path, fail)
+
+    async def ask(path: str) -> httpx.Response:
+        transport = httpx.ASGITransport(application.served)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.get(path)
+
+    own, protocol = asyncio.run(ask("/v1/fails")), asyncio.run(ask("/v2/fails"))
+    assert (500, "application/problem+json") == (own.status_code, own.headers["content-type"])
+    assert (500, ["error"]) == (protocol.status_code, list(protocol.json()))

@@ -75,7 +75,7 @@ def create_app(settings: Settings, on_rejected: Callable[[str], None], shared: P
     async def answer_problem(request: Request, error: Exception) -> Response:
         return problem(error, request.url.path, metrics)
 
-    for kind in (errors.ServiceError, HTTPException):
+    for kind in (errors.ServiceError, HTTPException, Exception):
         app.add_exception_handler(kind, answer_problem)
     served: ASGIApp = Edge(app, metrics, Keys(settings), _lanes(predict, infer))
     if settings.cors_origins:

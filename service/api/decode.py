@@ -226,7 +226,9 @@ def to_float32(values: npt.NDArray[Any]) -> Batch | None:
     """Values in float32, or None if one is not finite there: 1e39 passes every JSON parser and is infinite here."""
     flat = values.ravel()
     # the sum of squares is the cheapest look at all of them; only a suspicious one is followed by a second
-    if not flat.dot(flat) < FLOAT32_MOST and not (np.abs(flat) < FLOAT32_MOST).all():  # also when one is NaN
+    with np.errstate(over="ignore", invalid="ignore"):
+        small = flat.dot(flat) < FLOAT32_MOST
+    if not small and not (np.abs(flat) < FLOAT32_MOST).all():  # also when one is NaN
         return None
     return values.astype(np.float32)
 

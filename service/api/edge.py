@@ -42,15 +42,16 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, status, begun = time.perf_counter(), 500, False
+        started, status, begun, ended = time.perf_counter(), 500, False, False
         method, path, headers = scope["method"], scope["path"], dict(scope["headers"])  # the last of a name counts
         request_id = _request_id(headers)
 
         async def watched(message: Message) -> None:
-            nonlocal status, begun
+            nonlocal status, begun, ended
             if message["type"] == "http.response.start":
                 status, begun = message["status"], True
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            ended = message["type"] == "http.response.body" and not message.get("more_body")
             await send(message)
 
         lane = self._lane(path) if method == "POST" else None
@@ -62,9 +63,10 @@ class Edge:
                 response = await lane.endpoint(Request(scope, receive))
                 await response(scope, receive, watched)
         except Exception as error:  # the last room: nothing leaves it unanswered
-            if begun:
+            if not begun:
+                await problem(error, path, self._metrics)(scope, receive, watched)
+            elif not ended:  # Starlette raises again what it has answered; half an answer is another matter
                 raise
-            await problem(error, path, self._metrics)(scope, receive, watched)
         finally:
             route = lane.route if lane else getattr(scope.get("route"), "path", "unmatched")
             seconds = time.perf_counter() - started

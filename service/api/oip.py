@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from model import contract
 from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE, Floats
 from service.api import tensors
-from service.api.body import leaving, read_body
+from service.api.body import JSON, leaving, read_body
 from service.api.routes import LARGE_BODY, Aside, Endpoint, documented, json_response
 from service.api.tensors import Array, Inference
 from service.errors import InvalidInput, UnknownModel
@@ -26,6 +26,7 @@ INPUTS = {contract.INPUT: "FP32", LABEL: "INT64"}
 INFER = re.compile(r"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
 INFER_ROUTE = "/v2/models/{name}/infer"
 HEADER = "Inference-Header-Content-Length"
+BINARY = "application/octet-stream"
 
 
 def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
@@ -54,7 +55,8 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
 def build_router(lifecycle: Lifecycle, infer: Endpoint) -> APIRouter:
     """All routes of the protocol."""
     router = APIRouter(tags=["open inference protocol"])
-    shown = documented(None, None, "404")
+    problem = ("InferError", JSON)
+    shown = documented(None, None, "404", problem=problem)
 
     @router.get("/v2")
     async def server() -> dict[str, Any]:
@@ -85,9 +87,11 @@ def build_router(lifecycle: Lifecycle, infer: Endpoint) -> APIRouter:
         """The model answers."""
         return {"name": named(lifecycle.accepting().model, name, version).manifest.name, "ready": True}
 
-    asked = documented("InferRequest", None, "404")
-    router.add_api_route("/v2/models/{name}/versions/{version}/infer", infer, methods=["POST"], openapi_extra=asked)
-    router.add_api_route(INFER_ROUTE, infer, methods=["POST"], openapi_extra=asked)
+    asked = documented("InferRequest", None, "404", problem=problem)
+    asked["responses"]["200"]["content"] = {JSON: {}, BINARY: {}}
+    for route, names in ((INFER_ROUTE, ("name",)), ("/v2/models/{name}/versions/{version}/infer", ("name", "version"))):
+        places = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+        router.add_api_route(route, infer, methods=["POST"], openapi_extra=asked | {"parameters": places})
 
     @router.post("/v2/repository/index", openapi_extra=shown)
     async def index() -> list[dict[str, str]]:
@@ -95,7 +99,9 @@ def build_router(lifecycle: Lifecycle, infer: Endpoint) -> APIRouter:
         manifest = lifecycle.ready_predictor().model.manifest
         return [{"name": manifest.name, "version": manifest.version, "state": "READY", "reason": ""}]
 
-    @router.post("/v2/repository/models/{name}/load", openapi_extra=documented(None, None, "404", "409"))
+    @router.post(
+        "/v2/repository/models/{name}/load", openapi_extra=documented(None, None, "404", "409", problem=problem)
+    )
     async def load(name: str) -> Response:
         """Open the configured artefact again beside the one that answers, prove it, swap (admin)."""
         named(lifecycle.ready_predictor().model, name, None)
@@ -219,5 +225,5 @@ def _answer(inference: Inference, predictor: Predictor, found: Prediction, wante
     outputs = [(name, *values(name)) for name, _ in wanted]
     body, length = tensors.write(head, outputs, {name for name, binary in wanted if binary})
     if length is None:
-        return Response(body, media_type="application/json")
-    return Response(body, headers={HEADER: str(length)}, media_type="application/octet-stream")
+        return Response(body, media_type=JSON)
+    return Response(body, headers={HEADER: str(length)}, media_type=BINARY)

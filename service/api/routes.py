@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import orjson
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
 
 from service.api.body import JSON, leaving, media_type, read_body
 from service.api.calls import evaluate_json, model_json, predict_json, read_predict
@@ -29,16 +30,21 @@ class Aside:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work) if long else work()
 
 
-def documented(request: str | None, response: str | None, *codes: str) -> dict[str, Any]:
+def documented(
+    request: str | None,
+    response: str | None,
+    *codes: str,
+    problem: tuple[str, str] = ("Problem", "application/problem+json"),
+) -> dict[str, Any]:
     """What the OpenAPI document says of a route: schema names, and the problems that it may answer with."""
 
     def content(name: str, kind: str = JSON) -> dict[str, Any]:
         return {"content": {kind: {"schema": {"$ref": f"#/components/schemas/{name}"}}}}
 
-    problem = {"description": "Problem", **content("Problem", "application/problem+json")}
+    refusal = {"description": "Problem", **content(*problem)}
     extra: dict[str, Any] = {"responses": {"200": {"description": "Answer", **(content(response) if response else {})}}}
     always = ("400", "401", "403", "408", "413", "415", "422", "429", "503") if request else ("401", "403", "503")
-    extra["responses"] |= dict.fromkeys((*always, *codes), problem)
+    extra["responses"] |= dict.fromkeys((*always, *codes), refusal)
     return extra | ({"requestBody": {"required": True, **content(request)}} if request else {})
 
 
@@ -104,10 +110,10 @@ def build_router(lifecycle: Lifecycle, aside: Aside, predict: Endpoint) -> APIRo
         return json_response({"status": "ready", "digest": lifecycle.accepting().model.digest})
 
     @router.head("/metrics", include_in_schema=False)
-    @router.get("/metrics", tags=["operations"])
+    @router.get("/metrics", response_class=PlainTextResponse, tags=["operations"])
     async def metrics() -> Response:
         """Prometheus metrics, text format, of all workers."""
         text = await asyncio.to_thread(lifecycle.metrics.text)
-        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router

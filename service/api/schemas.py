@@ -203,6 +203,12 @@ class Problem(Struct):
     errors: list[FaultBody] | msgspec.UnsetType = msgspec.UNSET
 
 
+class InferError(Struct):
+    """The Open Inference Protocol's shape of an error."""
+
+    error: str
+
+
 Body = TypeVar("Body", bound=Struct)
 _PLACE = re.compile(r"^(.*?)(?: - at `\$(.*)`)?$", re.DOTALL)
 _STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
@@ -251,5 +257,5 @@ def describe(loc: tuple[str | int, ...]) -> str:
 
 def components() -> dict[str, Any]:
     """JSON schemas of all bodies, for the OpenAPI document."""
-    types = (PredictRequest, PredictResponse, EvaluateRequest, EvaluateResponse, InferRequest, Problem)
+    types = (PredictRequest, PredictResponse, EvaluateRequest, EvaluateResponse, InferRequest, InferError, Problem)
     return msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")[1]
