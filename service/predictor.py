@@ -143,12 +143,18 @@ class Predictor:
         if imputed is not None:
             self._metrics.imputed(self.model.manifest.channel_names, imputed)
         # A what-if temperature is answered and not counted: the counters describe what the service says by itself.
-        if targets is not None:
-            self._metrics.labelled_answers(_labelled(answers, targets, self.temperature))
+        labelled = None if targets is None else _labelled(answers, targets, self.temperature)
+        if labelled is not None:
+            self._metrics.labelled_answers(labelled)
         t = self.temperature if temperature is None else temperature
         if t != self.temperature:
             answers = calibrated(self.model, answers.logits, answers.rul, answers.finite, t)
-        return _evaluated(answers, targets, t)
+            labelled = None if targets is None else _labelled(answers, targets, t)
+        if targets is None or labelled is None:
+            return Prediction(t, answers, None, None)
+        loss = np.full(len(targets), np.nan)
+        loss[~np.isnan(targets[:, 0])] = labelled.loss
+        return Prediction(t, answers, loss, _means(labelled))
 
     async def explain(self, telemetry: Batch, prediction: Prediction) -> list[list[Shift]]:
         """What each channel did to each answer, the strongest first: one batch of a row per channel for each instance.
@@ -209,21 +215,14 @@ def _labelled(answers: Answers, targets: Floats, t: float) -> Labelled:
     )
 
 
-def _evaluated(answers: Answers, targets: Floats | None, t: float) -> Prediction:
-    if targets is None:
-        return Prediction(t, answers, None, None)
-    known = ~np.isnan(targets[:, 0])
-    logits, q = answers.logits[known], targets[known]
-    loss = np.full(len(known), np.nan)
-    loss[known] = numerics.cross_entropy(logits, q, t, reduction="none")
-    evaluation = Evaluation(
-        int(known.sum()),
-        float(loss[known].mean()),
-        float(answers.expected_loss[known].mean()),
-        float(numerics.correct(logits, q).mean()),
-        float(numerics.brier(logits, q, t).mean()),
+def _means(labelled: Labelled) -> Evaluation:
+    return Evaluation(
+        len(labelled.loss),
+        float(labelled.loss.mean()),
+        float(labelled.expected_loss.mean()),
+        float(labelled.correct.mean()),
+        float(labelled.brier.mean()),
     )
-    return Prediction(t, answers, loss, evaluation)
 
 
 def _unanswerable(i: int) -> InvalidInput:
