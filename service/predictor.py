@@ -86,9 +86,11 @@ def calibrated(model: Model, logits: Batch, rul: Batch | None, finite: Mask, tem
 class Predictor:
     """One model at one temperature, its queue, and the metrics that it feeds."""
 
-    def __init__(self, model: Model, metrics: Metrics, settings: Settings) -> None:
+    def __init__(
+        self, model: Model, metrics: Metrics, settings: Settings, tempered: tuple[float, str] | None = None
+    ) -> None:
         self.model = model
-        self.temperature = model.manifest.temperature
+        self.temperature, self.temperature_source = tempered or (model.manifest.temperature, "artefact")
         self._metrics = metrics
         manifest = model.manifest
         a_value_each = model.input_shape[-1:] == (len(manifest.channels),) and len(model.input_shape) <= 2
@@ -201,18 +203,22 @@ class Predictor:
             self._metrics.inputs(newest[:, self._binned].astype(np.float64), self._edges)
 
 
+def measured(logits: npt.ArrayLike, truths: Floats, t: float, sets: Mask | None) -> Labelled:
+    """What N labelled predictions cost: logits and truths (N, C) at one temperature, and their prediction sets."""
+    return Labelled(
+        loss=numerics.cross_entropy(logits, truths, t, reduction="none"),
+        expected_loss=numerics.entropy(logits, t),
+        variance=numerics.loss_variance(logits, t),
+        correct=numerics.correct(logits, truths),
+        brier=numerics.brier(logits, truths, t),
+        covered=None if sets is None else (truths * sets).sum(axis=1),
+        bins=numerics.reliability(logits, truths, t),
+    )
+
+
 def _labelled(answers: Answers, targets: Floats, t: float) -> Labelled:
     known = ~np.isnan(targets[:, 0])
-    logits, q = answers.logits[known], targets[known]
-    return Labelled(
-        loss=numerics.cross_entropy(logits, q, t, reduction="none"),
-        expected_loss=answers.expected_loss[known],
-        variance=numerics.loss_variance(logits, t),
-        correct=numerics.correct(logits, q),
-        brier=numerics.brier(logits, q, t),
-        covered=None if answers.sets is None else (q * answers.sets[known]).sum(axis=1),
-        bins=numerics.reliability(logits, q, t),
-    )
+    return measured(answers.logits[known], targets[known], t, None if answers.sets is None else answers.sets[known])
 
 
 def _means(labelled: Labelled) -> Evaluation:

@@ -22,7 +22,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from service import errors
-from service.api import oip, schemas
+from service.api import memory_routes, oip, schemas
 from service.api.edge import Edge, Lane
 from service.api.keys import Keys
 from service.api.problems import problem
@@ -68,6 +68,8 @@ def create_app(settings: Settings, on_rejected: Callable[[str], None], shared: P
     aside = Aside()
     predict, infer = build_endpoint(lifecycle, aside), oip.build_endpoint(lifecycle, aside)
     app.include_router(build_router(lifecycle, aside, predict))
+    cycles = memory_routes.build_cycles(lifecycle, aside)
+    app.include_router(memory_routes.build_router(lifecycle, aside, cycles))
     app.include_router(oip.build_router(lifecycle, infer))
     app.add_api_route("/", lambda: RedirectResponse("/docs"), include_in_schema=False)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend the schema
@@ -77,18 +79,19 @@ def create_app(settings: Settings, on_rejected: Callable[[str], None], shared: P
 
     for kind in (errors.ServiceError, HTTPException, Exception):
         app.add_exception_handler(kind, answer_problem)
-    served: ASGIApp = Edge(app, metrics, Keys(settings), _lanes(predict, infer))
+    served: ASGIApp = Edge(app, metrics, Keys(settings), _lanes(predict, cycles, infer))
     if settings.cors_origins:
         origins = [origin.strip() for origin in settings.cors_origins.split(",")]
         served = CORSMiddleware(served, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     return Application(served, app)
 
 
-def _lanes(predict: Endpoint, infer: Endpoint) -> Callable[[str], Lane | None]:
-    own, protocol = Lane("/v1/predict", predict), Lane(oip.INFER_ROUTE, infer)
+def _lanes(predict: Endpoint, cycles: Endpoint, infer: Endpoint) -> Callable[[str], Lane | None]:
+    own = {lane.route: lane for lane in (Lane("/v1/predict", predict), Lane("/v1/cycles", cycles))}
+    protocol = Lane(oip.INFER_ROUTE, infer)
 
     def lane(path: str) -> Lane | None:
-        return own if path == "/v1/predict" else protocol if oip.INFER.fullmatch(path) else None
+        return own.get(path) or (protocol if oip.INFER.fullmatch(path) else None)
 
     return lane
 

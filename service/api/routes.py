@@ -1,7 +1,8 @@
 """The routes: bytes in, one call of the use case, bytes out. Decides nothing."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from fastapi.responses import PlainTextResponse
 from service.api.body import JSON, leaving, media_type, read_body
 from service.api.calls import evaluate_json, model_json, predict_json, read_predict
 from service.lifecycle import Lifecycle
+from service.memory import prediction_ids
 
 LARGE_BODY = 64 * 1024  # bytes; beyond it the event loop is left free while they are parsed
 MANY_ROWS = 64  # beyond it the event loop is left free while they are written
@@ -69,8 +71,14 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
             decoded.telemetry, decoded.targets, asked.temperature, decoded.imputed, leaving(request.receive)
         )
         moved = await predictor.explain(decoded.telemetry, found) if asked.explain else None
-        many = len(asked.instances) > MANY_ROWS
-        return await aside.run(many, lambda: json_response(predict_json(asked, found, model, moved)))
+        named, what_if = asked.instances, asked.temperature is not None
+        ids: Sequence[str | None] = prediction_ids(len(named), time.time())
+        if lifecycle.remembers:
+            ids = await lifecycle.memory().remember(predictor, named, found, decoded.targets)
+        return await aside.run(
+            len(named) > MANY_ROWS,
+            lambda: json_response(predict_json(predictor, named, found, ids, what_if, moved)),
+        )
 
     return predict
 

@@ -53,12 +53,16 @@ Label = str | int | list[float]
 Temperature = Annotated[float, Meta(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, description="Divides the logits.")]
 
 
+EngineId = Annotated[str, Meta(min_length=1, max_length=200, pattern="^[^\\x00]*$")]
+Cycle = Annotated[int, Meta(ge=0, le=2**53)]
+
+
 class Instance(Struct, forbid_unknown_fields=True):
     """One engine at one moment."""
 
     telemetry: Telemetry
-    engine_id: Annotated[str, Meta(min_length=1, max_length=200)] | None = None
-    cycle: Annotated[int, Meta(ge=0, le=2**53)] | None = None
+    engine_id: EngineId | None = None
+    cycle: Cycle | None = None
     label: Annotated[Label | None, Meta(description="Class name, class index, or a probability for each class.")] = None
 
 
@@ -86,6 +90,65 @@ class EvaluateRequest(Struct, forbid_unknown_fields=True):
     class_weights: Annotated[list[float] | None, Meta(description="As torch's cross_entropy(weight=...).")] = None
 
 
+class Flight(Struct, forbid_unknown_fields=True):
+    """What one engine's sensors said at one cycle."""
+
+    engine_id: EngineId
+    cycle: Cycle
+    telemetry: Annotated[
+        Raw,
+        Meta(
+            description="One value a channel in the manifest's order; or an object of channel name to value.",
+            extra_json_schema={"anyOf": [_READINGS, {"type": "object", "additionalProperties": {"type": "number"}}]},
+        ),
+    ]
+
+
+class CyclesRequest(Struct, forbid_unknown_fields=True):
+    """Flights as a data collector has them, one row each."""
+
+    cycles: Annotated[list[Flight], Meta(min_length=1)]
+
+
+class LabelRow(Struct, forbid_unknown_fields=True):
+    """The truth of one prediction, named by its id or by engine and cycle."""
+
+    label: Annotated[Label, Meta(description="Class name, class index, or a probability for each class.")]
+    prediction_id: Annotated[str, Meta(min_length=1, max_length=200, pattern="^[^\\x00]*$")] | None = None
+    engine_id: EngineId | None = None
+    cycle: Cycle | None = None
+    revise: Annotated[bool, Meta(description="Replace another label that was given before; it is kept aside.")] = False
+
+
+class LabelsRequest(Struct, forbid_unknown_fields=True):
+    """Truths that arrive late."""
+
+    labels: Annotated[list[LabelRow], Meta(min_length=1)]
+    revise: Annotated[bool, Meta(description="As if every row said so.")] = False
+
+
+class OutcomeRequest(Struct, forbid_unknown_fields=True):
+    """The end of an engine: its last cycle, which labels all that was predicted of it."""
+
+    engine_id: EngineId
+    failed_at_cycle: Cycle
+    revise: Annotated[bool, Meta(description="Replace another end that was given before; it is kept aside.")] = False
+
+
+class FitRequest(Struct, forbid_unknown_fields=True):
+    """A fit of the temperature on truths that have joined."""
+
+    window: Annotated[str | None, Meta(description="Only predictions made in that time, as 30d; all if absent.")] = None
+
+
+class TemperatureRequest(Struct, forbid_unknown_fields=True):
+    """A temperature to put in force: that of a fit, another one, or the one before."""
+
+    fit_id: Annotated[str, Meta(min_length=1, max_length=200, pattern="^[^\\x00]*$")] | None = None
+    temperature: Temperature | None = None
+    rollback: bool = False
+
+
 class ModelName(Struct):
     """Which model answered."""
 
@@ -106,7 +169,7 @@ class MovedBody(Struct):
 class PredictionBody(Struct):
     """The answer for one instance. Losses are in nats, RUL in cycles."""
 
-    prediction_id: str
+    prediction_id: Annotated[str | None, Meta(description="None if it should be remembered and could not be.")]
     engine_id: str | None
     cycle: int | None
     health: str
@@ -117,6 +180,89 @@ class PredictionBody(Struct):
     rul: float | msgspec.UnsetType = msgspec.UNSET
     prediction_set: list[str] | msgspec.UnsetType = msgspec.UNSET
     explanation: list[MovedBody] | msgspec.UnsetType = msgspec.UNSET
+
+
+class Told(Struct):
+    """What became of one row."""
+
+    result: Literal["joined", "pending", "unchanged", "revised", "conflict", "unknown"]
+    given: Any = msgspec.UNSET
+    known: Any = msgspec.UNSET
+
+
+class CyclesResponse(Struct):
+    """One prediction for each flight, in their order; none for one that contradicts what is known of its cycle."""
+
+    model: ModelName
+    temperature: float
+    temperature_source: Literal["artefact", "fit", "request"]
+    predictions: list[PredictionBody | None]
+    evaluation: None
+    results: list[Told]
+
+
+class LabelsResponse(Struct):
+    """What became of each label, in their order."""
+
+    results: list[Told]
+
+
+class OutcomeResponse(Struct):
+    """What became of an end, and how many predictions have a truth by it that had none."""
+
+    engine_id: str
+    failed_at_cycle: int
+    result: Literal["joined", "pending", "unchanged", "revised"]
+    labelled: int
+
+
+class EngineBody(Struct):
+    """The latest health of an engine."""
+
+    engine_id: str
+    cycle: int | None
+    health: str
+    probabilities: dict[str, float]
+    rul: float | None
+    prediction_set: list[str] | None
+    updated_at: str
+
+
+class EnginesResponse(Struct):
+    """A page of engines, the worst first; `next` asks for the page after, null on the last."""
+
+    engines: list[EngineBody]
+    total: int
+    next: str | None
+
+
+class PastBody(Struct):
+    """A prediction as it was answered, and its truth if that is known."""
+
+    prediction_id: str
+    cycle: int | None
+    made_at: str
+    model: str
+    temperature: float
+    temperature_source: str
+    counts: bool
+    health: str
+    probabilities: dict[str, float]
+    logits: list[float]
+    rul: float | None
+    prediction_set: list[str] | None
+    expected_loss: float
+    label: dict[str, float] | None
+    source: Literal["inspection", "outcome", "survival"] | None
+    labelled_at: str | None
+    loss: float | None
+
+
+class HistoryResponse(Struct):
+    """Everything predicted of an engine, oldest cycle first."""
+
+    engine_id: str
+    history: list[PastBody]
 
 
 class EvaluationBody(Struct):
@@ -257,5 +403,9 @@ def describe(loc: tuple[str | int, ...]) -> str:
 
 def components() -> dict[str, Any]:
     """JSON schemas of all bodies, for the OpenAPI document."""
-    types = (PredictRequest, PredictResponse, EvaluateRequest, EvaluateResponse, InferRequest, InferError, Problem)
+    types = (
+        *(PredictRequest, PredictResponse, EvaluateRequest, EvaluateResponse, InferRequest, InferError, Problem),
+        *(CyclesRequest, CyclesResponse, LabelsRequest, LabelsResponse, OutcomeRequest, OutcomeResponse),
+        *(EnginesResponse, HistoryResponse, FitRequest, TemperatureRequest),
+    )
     return msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")[1]

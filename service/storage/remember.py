@@ -1,0 +1,133 @@
+"""Predictions that are kept, and what is already known of them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from sqlalchemy import Connection, bindparam, insert, update
+
+from model.contract import Manifest
+from model.numerics import Floats
+from service.storage.book import Book, EngineRow, Joined, Kind, inspections
+from service.storage.tables import predictions, truths
+from service.truth import Source, truth
+
+
+class Made(NamedTuple):
+    """One prediction of an engine. `label` is what came with the request."""
+
+    id: str
+    engine_id: str
+    cycle: int | None
+    logits: bytes
+    rul: float | None
+    health: int
+    risk: float
+    label: Floats | None
+
+
+class Batch(NamedTuple):
+    """Predictions of one request. `made` is in seconds since 1970."""
+
+    digest: str
+    manifest: Manifest
+    temperature: float
+    source: str
+    made: float
+    rows: Sequence[Made]
+
+
+_SUPERSEDE = (
+    update(predictions)
+    .where(
+        predictions.c.engine == bindparam("of"), predictions.c.cycle == bindparam("at"), predictions.c.counts.is_(True)
+    )
+    .values(counts=False)
+)
+
+
+def remember(book: Book, connection: Connection, items: Sequence[Batch]) -> list[list[Joined]]:
+    """Keep predictions; of each engine and cycle the latest counts. Tells whose truth was known before."""
+    every = [(item, book.kind(connection, item.digest, item.manifest), row) for item in items for row in item.rows]
+    by_name = book.engines(connection, (row.engine_id for _, _, row in every))
+    before = {engine.id: engine.newest_cycle for engine in by_name.values()}
+    last = {(row.engine_id, row.cycle): row.id for _, _, row in every}  # the latest of those that come together
+    again = _met_before(every, by_name)
+    if again:
+        connection.execute(_SUPERSEDE, again)
+    for _, _, row in every:
+        if row.cycle is not None:
+            by_name[row.engine_id].seen(row.cycle)
+    _keep_labels(connection, every, by_name)
+    said = inspections(
+        connection,
+        [(engine.id, row.cycle, row.id) for _, _, row in every if (engine := by_name[row.engine_id]).truths],
+    )
+    rows, joined = [], []
+    for item, kind, row in every:
+        engine = by_name[row.engine_id]
+        key = (engine.id, row.cycle) if row.cycle is not None else row.id
+        known = truth(
+            said.get(key), row.cycle, engine.failed_at, engine.newest_cycle, kind.thresholds, len(kind.classes)
+        )
+        counts = row.cycle is None or last[row.engine_id, row.cycle] == row.id
+        rows.append(_stored(item, kind, row, engine.id, counts, known))
+        if known is not None and row.label is None:
+            joined.append(Joined(kind, row.logits, item.temperature, known[0].tobytes(), item.made, item.made))
+        if row.cycle is None or engine.latest_cycle is None or row.cycle >= engine.latest_cycle:
+            engine.latest, engine.health, engine.risk = row.id, row.health, row.risk
+            engine.latest_cycle = engine.latest_cycle if row.cycle is None else row.cycle
+    connection.execute(insert(predictions), rows)
+    now = max(item.made for item in items)
+    joined += book.survivors(connection, before, by_name.values(), now)
+    book.keep(connection, by_name.values())
+    return [joined, *([] for _ in items[1:])]
+
+
+def _met_before(every: Sequence[tuple[Batch, Kind, Made]], by_name: dict[str, EngineRow]) -> list[dict[str, int]]:
+    """Engines and cycles that may have been predicted before: only those not newer than the engine's latest."""
+    found = set()
+    for _, _, row in every:
+        latest = by_name[row.engine_id].latest_cycle
+        if row.cycle is not None and latest is not None and row.cycle <= latest:
+            found.add((by_name[row.engine_id].id, row.cycle))
+    return [{"of": engine, "at": cycle} for engine, cycle in sorted(found)]
+
+
+def _keep_labels(
+    connection: Connection, every: Sequence[tuple[Batch, Kind, Made]], by_name: dict[str, EngineRow]
+) -> None:
+    """Labels that came with predictions are truths like any other; what was said before stands."""
+    given = [(item, row, by_name[row.engine_id]) for item, _, row in every if row.label is not None]
+    known = set(inspections(connection, [(engine.id, row.cycle, row.id) for _, row, engine in given if engine.truths]))
+    new = []
+    for item, row, engine in given:
+        key = (engine.id, row.cycle) if row.cycle is not None else row.id
+        if key not in known and row.label is not None:
+            known.add(key)
+            engine.truths += 1
+            name = row.id if row.cycle is None else None
+            told = {"label": row.label.tobytes(), "told": item.made}
+            new.append({"engine": engine.id, "cycle": row.cycle, "prediction": name} | told)
+    if new:
+        connection.execute(insert(truths), new)
+
+
+def _stored(
+    item: Batch, kind: Kind, row: Made, engine: int, counts: bool, known: tuple[Floats, Source] | None
+) -> dict[str, object]:
+    return {
+        "id": row.id,
+        "engine": engine,
+        "cycle": row.cycle,
+        "made": item.made,
+        "model": kind.id,
+        "temperature": item.temperature,
+        "temperature_source": item.source,
+        "logits": row.logits,
+        "rul": row.rul,
+        "counts": counts,
+        "label": None if known is None else np.asarray(known[0]).tobytes(),
+        "source": None if known is None else int(known[1]),
+        "labelled": None if known is None else item.made,
+    }
