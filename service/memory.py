@@ -13,7 +13,7 @@ import numpy as np
 
 from model import conformal
 from model.numerics import Floats
-from service.errors import Fault, InvalidInput, MemoryUnavailable
+from service.errors import MemoryUnavailable
 from service.metrics import Metrics, observe_all
 from service.predictor import Answers, Prediction, Predictor, calibrated, measured
 from service.runtime import Model
@@ -111,14 +111,11 @@ class Memory:
         """Keep flights, and predict each engine's health from what is known up to that cycle.
 
         Raises:
-            InvalidInput: the model takes no windows of readings.
             MemoryUnavailable: nothing was kept.
             Overloaded: kept, and not predicted; to be told again.
         """
         manifest = predictor.model.manifest
-        if manifest.window is None:
-            message = "this model takes no windows of readings, so there is nothing to collect them for"
-            raise InvalidInput(message, (Fault(("cycles",), message),))
+        assert manifest.window is not None  # flights of another model are refused at the door
         told = Flights(
             flights, manifest.channel_names, manifest.window, predictor.model.digest, predictor.temperature, time.time()
         )

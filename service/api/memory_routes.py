@@ -21,8 +21,8 @@ def build_cycles(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
         media_type(request, (JSON,))
         body = await read_body(request, limits.max_body_bytes, limits.request_seconds)
         memory, predictor = lifecycle.memory(), lifecycle.ready_predictor()
-        channels, large = predictor.model.channels, len(body) > LARGE_BODY
-        flights = await aside.run(large, lambda: recall.read_flights(body, channels, limits.max_instances))
+        model, large = predictor.model, len(body) > LARGE_BODY
+        flights = await aside.run(large, lambda: recall.read_flights(body, model, limits.max_instances))
         answer = await memory.fly(predictor, flights)
         many = len(flights) > MANY_ROWS
         return await aside.run(many, lambda: json_response(recall.cycles_json(predictor, flights, answer)))

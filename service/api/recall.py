@@ -18,6 +18,7 @@ from service.api.decode import MOST_FAULTS, Loc, fits_float32, label_distributio
 from service.errors import Conflict, Fault, InvalidInput, NotJson
 from service.memory import Answer
 from service.predictor import Predictor
+from service.runtime import Model
 from service.storage.book import Kind
 from service.storage.labels import Said
 from service.storage.queries import Page
@@ -28,14 +29,16 @@ CURSOR_BYTES = 1024
 Stored = Any  # a row of the table of predictions
 
 
-def read_flights(body: bytes, channels: tuple[str, ...], most: int) -> list[Flight]:
+def read_flights(body: bytes, model: Model, most: int) -> list[Flight]:
     """A body of `/v1/cycles`, decoded.
 
     Raises:
         NotJson: what its bytes are not.
         InvalidInput: what is wrong with it, by row and channel.
     """
-    asked = schemas.parse(body, schemas.CyclesRequest)
+    asked, channels = schemas.parse(body, schemas.CyclesRequest), model.channels
+    if model.manifest.window is None:
+        refuse([Fault(("cycles",), "this model takes no windows of readings: there is nothing to collect flights for")])
     _not_too_many("cycles", len(asked.cycles), most)
     faults: list[Fault] = []
     found = []

@@ -80,12 +80,14 @@ class Book:
 
     def __init__(self) -> None:
         self.histories: dict[int, Any] = {}  # of `readings`
+        self.layouts: dict[tuple[str, ...], int] = {}  # of `readings` too
         self._kinds: dict[str, Kind] = {}
         self._by_id: dict[int, Kind] = {}
 
     def forget(self) -> None:
         """A transaction failed: what was learned in it may not be so."""
         self.histories.clear()
+        self.layouts.clear()
         self._kinds.clear()
         self._by_id.clear()
 
@@ -126,7 +128,8 @@ class Book:
         """Give predictions of some engines the truth that is known now; tells of those that had none before."""
         by_id = {row.id: row for row in rows}
         columns = [
-            predictions.c[n] for n in ("id", "engine", "cycle", "made", "model", "temperature", "logits", "label")
+            predictions.c[n]
+            for n in ("id", "engine", "cycle", "made", "model", "temperature", "logits", "label", "source", "labelled")
         ]
         found = connection.execute(select(*columns).where(where, predictions.c.counts)).all()
         inspected = inspections(connection, [(p.engine, p.cycle, p.id) for p in found if by_id[p.engine].truths])
@@ -137,9 +140,10 @@ class Book:
             said = inspected.get((p.engine, p.cycle) if p.cycle is not None else p.id)
             known = truth(said, p.cycle, engine.failed_at, engine.newest_cycle, kind.thresholds, len(kind.classes))
             label = None if known is None else known[0].tobytes()
-            if label == p.label:
+            source = None if known is None else int(known[1])
+            if (label, source) == (p.label, p.source):
                 continue
-            source, when = (None, None) if known is None else (int(known[1]), max(now, p.made))
+            when = p.labelled if label == p.label else None if label is None else max(now, p.made)
             changed.append({"key": p.id, "label": label, "source": source, "labelled": when})
             if p.label is None and label is not None:
                 joined.append(Joined(kind, p.logits, p.temperature, label, p.made, max(now, p.made)))

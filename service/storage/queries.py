@@ -53,7 +53,7 @@ def history(connection: Connection, engine_id: str, superseded: bool) -> tuple[l
     if engine is None:
         return None
     which = [predictions.c.engine == engine] + ([] if superseded else [predictions.c.counts])
-    asked = select(predictions).where(*which).order_by(predictions.c.cycle, predictions.c.id)
+    asked = select(predictions).where(*which).order_by(predictions.c.cycle.nulls_last(), predictions.c.id)
     return list(connection.execute(asked)), all_kinds(connection)
 
 
@@ -79,7 +79,7 @@ def counted(connection: Connection, digest: str, classes: int, since: float | No
     c = predictions.c
     columns = (c.logits, c.temperature, c.label, c.engine, c.made, c.labelled, c.source)
     which = [c.counts, models.c.digest == digest] + ([c.made >= since] if since is not None else [])
-    asked = select(*columns).join(models, models.c.id == c.model).where(*which).order_by(c.labelled, c.id)
+    asked = select(*columns).join(models, models.c.id == c.model).where(*which).order_by(c.labelled.nulls_last(), c.id)
     rows = connection.execute(asked).all()
     columns_ = list(zip(*rows, strict=True)) or [()] * len(columns)
     logits, temperature, label, engine, made, labelled, source = columns_

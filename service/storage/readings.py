@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import Connection, and_, insert, or_, select
+from sqlalchemy import Connection, bindparam, insert, select, tuple_
 
 from model.windows import Readings, pad_left
 from service.errors import Conflict
@@ -19,6 +19,11 @@ from service.storage.tables import layouts, models, predictions, readings
 
 MOST_HISTORIES = 20_000  # in mind; a hundred flights of each are 140 MB
 Integers = npt.NDArray[np.int64]
+Result = Literal["joined", "unchanged", "conflict"]
+
+_FLIGHT = select(readings.c.cycle, readings.c.telemetry, readings.c.layout).where(readings.c.engine == bindparam("of"))
+_BEFORE = _FLIGHT.where(readings.c.cycle < bindparam("at")).order_by(readings.c.cycle.desc()).limit(bindparam("most"))
+_FROM = _FLIGHT.where(readings.c.cycle >= bindparam("at")).order_by(readings.c.cycle)
 
 
 class Flight(NamedTuple):
@@ -51,7 +56,7 @@ class Kept(NamedTuple):
 class Landed(NamedTuple):
     """What became of one flight."""
 
-    result: Literal["joined", "unchanged", "conflict"]
+    result: Result
     window: Readings | None  # (window, channels); None for a conflict
     known: Readings | None  # the readings that stand, where these were refused
     kept: Kept | None  # for a flight told twice: what was answered
@@ -70,56 +75,72 @@ def store(book: Book, connection: Connection, items: Sequence[Flights]) -> list[
     """Keep flights, each at its cycle; a window for each, of what is known up to that cycle."""
     by_name = book.engines(connection, (row.engine_id for item in items for row in item.rows))
     before = {engine.id: engine.newest_cycle for engine in by_name.values()}
-    answered = [_store(book, connection, item, by_name) for item in items]
-    now = max(item.told for item in items)
-    joined = book.survivors(connection, before, by_name.values(), now)
+    new: list[dict[str, object]] = []
+    landed = [_place(book, connection, item, by_name, new) for item in items]
+    if new:
+        connection.execute(insert(readings), new)
+    _recall(connection, items, landed, by_name)
+    joined = book.survivors(connection, before, by_name.values(), max(item.told for item in items))
     book.keep(connection, by_name.values())
-    return [(landed, joined if k == 0 else []) for k, landed in enumerate(answered)]
+    return [(one, joined if k == 0 else []) for k, one in enumerate(landed)]
 
 
-def _store(book: Book, connection: Connection, item: Flights, by_name: dict[str, EngineRow]) -> list[Landed]:
-    layout = _layout(connection, item.channels)
+def _place(
+    book: Book, connection: Connection, item: Flights, by_name: dict[str, EngineRow], new: list[dict[str, object]]
+) -> list[Landed]:
+    """Find the place of each flight of a request, and its window; what is to be stored is added to `new`."""
+    layout = _layout(book, connection, item.channels)
     flights: dict[str, list[int]] = {}
     for i, row in enumerate(item.rows):
         flights.setdefault(row.engine_id, []).append(i)
     landed: dict[int, Landed] = {}
-    new: list[dict[str, object]] = []
     for name, places in flights.items():
-        engine = by_name[name]
-        history = _history(book, connection, engine, min(item.rows[i].cycle for i in places), item.window, layout)
-        merged, results = _merged(history, [item.rows[i] for i in places])
-        for i, result in zip(places, results, strict=True):
-            row = item.rows[i]
-            if result == "joined":
-                told = {"layout": layout, "told": item.told, "telemetry": row.telemetry.tobytes()}
-                new.append({"engine": engine.id, "cycle": row.cycle} | told)
-                engine.seen(row.cycle)
+        engine, rows = by_name[name], [item.rows[i] for i in places]
+        history = _history(book, connection, engine, min(row.cycle for row in rows), item.window, layout)
+        merged, results = _merged(history, rows)
+        for i, row, result in zip(places, rows, results, strict=True):
             at = int(np.searchsorted(merged.cycles, row.cycle))
             if result == "conflict":
                 landed[i] = Landed(result, None, merged.telemetry[at], None)
-            else:
-                landed[i] = Landed(result, pad_left(merged.telemetry[: at + 1], item.window), None, None)
-        if "joined" in results:
-            engine.revision += 1
+                continue
+            landed[i] = Landed(result, pad_left(merged.telemetry[: at + 1], item.window), None, None)
+            if result == "joined":
+                stored = {"layout": layout, "told": item.told, "telemetry": row.telemetry.tobytes()}
+                new.append({"engine": engine.id, "cycle": row.cycle} | stored)
+                engine.seen(row.cycle)
+        engine.revision += "joined" in results
         _keep(book, engine, merged, item.window)
-    if new:
-        connection.execute(insert(readings), new)
-    again = [i for i, one in landed.items() if one.result == "unchanged"]
-    kept = _kept(connection, item, [(by_name[item.rows[i].engine_id].id, item.rows[i].cycle) for i in again])
-    for i in again:
-        found = kept.get((by_name[item.rows[i].engine_id].id, item.rows[i].cycle))
-        landed[i] = landed[i]._replace(kept=found)
     return [landed[i] for i in range(len(item.rows))]
 
 
-def _layout(connection: Connection, channels: tuple[str, ...]) -> int:
+def _recall(
+    connection: Connection, items: Sequence[Flights], landed: list[list[Landed]], by_name: dict[str, EngineRow]
+) -> None:
+    """Put beside flights that were told twice what was answered the first time, if it would be answered today."""
+    again = [
+        (k, i, by_name[item.rows[i].engine_id].id, item.rows[i].cycle)
+        for k, item in enumerate(items)
+        for i, one in enumerate(landed[k])
+        if one.result == "unchanged"
+    ]
+    kept = _kept(connection, {(engine, cycle) for _, _, engine, cycle in again})
+    for k, i, engine, cycle in again:
+        found = kept.get((engine, cycle))
+        if found and found[:2] == (items[k].digest, items[k].temperature):
+            landed[k][i] = landed[k][i]._replace(kept=found[2])
+
+
+def _layout(book: Book, connection: Connection, channels: tuple[str, ...]) -> int:
+    if channels in book.layouts:
+        return book.layouts[channels]
     names = json.dumps(channels)
     asked = select(layouts.c.id).where(layouts.c.channels == names)
     found = connection.execute(asked).scalar()
     if found is None:
         connection.execute(insert_missing(connection, layouts), {"channels": names})
         found = connection.execute(asked).scalar_one()
-    return int(found)
+    book.layouts[channels] = int(found)
+    return book.layouts[channels]
 
 
 def _history(book: Book, connection: Connection, engine: EngineRow, lowest: int, window: int, layout: int) -> _History:
@@ -129,13 +150,12 @@ def _history(book: Book, connection: Connection, engine: EngineRow, lowest: int,
         older = int(np.searchsorted(kept.cycles, lowest))
         if kept.whole or older >= window - 1:
             return kept
-    of = readings.c.engine == engine.id
-    asked = select(readings.c.cycle, readings.c.telemetry, readings.c.layout).where(of)
-    found = list(
-        connection.execute(asked.where(readings.c.cycle < lowest).order_by(readings.c.cycle.desc()).limit(window))
-    )[::-1]
+    if engine.revision == 0:
+        return _History(0, np.empty(0, dtype=np.int64), _NONE, True)
+    where = {"of": engine.id, "at": lowest}
+    found = list(connection.execute(_BEFORE, where | {"most": window}))[::-1]
     whole = len(found) < window
-    found += connection.execute(asked.where(readings.c.cycle >= lowest).order_by(readings.c.cycle)).all()
+    found += connection.execute(_FROM, where).all()
     if any(row.layout != layout for row in found):
         raise Conflict(f"engine {engine.engine_id!r} has readings of other channels than this model's")
     cycles = np.array([row.cycle for row in found], dtype=np.int64)
@@ -146,38 +166,31 @@ def _history(book: Book, connection: Connection, engine: EngineRow, lowest: int,
 _NONE = np.empty((0, 0), dtype=np.float32)
 
 
-def _merged(
-    history: _History, rows: Sequence[Flight]
-) -> tuple[_History, list[Literal["joined", "unchanged", "conflict"]]]:
+def _merged(history: _History, rows: Sequence[Flight]) -> tuple[_History, list[Result]]:
     """The history with some flights in their places, and what became of each."""
-    known = (
-        {int(cycle): history.telemetry[k] for k, cycle in enumerate(history.cycles)}
-        if len(rows) > 1 or not _after(history, rows[0])
-        else {}
-    )
+    at = np.searchsorted(history.cycles, [row.cycle for row in rows]).tolist()
+    standing = {
+        row.cycle: history.telemetry[k]
+        for row, k in zip(rows, at, strict=True)
+        if k < len(history.cycles) and history.cycles[k] == row.cycle
+    }
     fresh: dict[int, Readings] = {}
-    results: list[Literal["joined", "unchanged", "conflict"]] = []
+    results: list[Result] = []
     for row in rows:
-        standing = known.get(row.cycle, fresh.get(row.cycle))
-        if standing is None:
+        known = standing.setdefault(row.cycle, row.telemetry)
+        if known is row.telemetry:
             fresh[row.cycle] = row.telemetry
             results.append("joined")
         else:
-            results.append("unchanged" if np.array_equal(standing, row.telemetry) else "conflict")
+            results.append("unchanged" if np.array_equal(known, row.telemetry) else "conflict")
     if not fresh:
         return history, results
-    added = np.array(sorted(fresh), dtype=np.int64)
-    cycles = np.concatenate([history.cycles, added])
-    parts_ = [fresh[int(cycle)] for cycle in added]
-    telemetry = np.concatenate([history.telemetry.reshape(-1, len(parts_[0])), parts_])
-    order = np.argsort(cycles, kind="stable")
-    if (order[1:] > order[:-1]).all():
-        return history._replace(cycles=cycles, telemetry=telemetry), results
-    return history._replace(cycles=cycles[order], telemetry=telemetry[order]), results
-
-
-def _after(history: _History, row: Flight) -> bool:
-    return len(history.cycles) == 0 or row.cycle > history.cycles[-1]
+    added = sorted(fresh)
+    places = np.searchsorted(history.cycles, added)
+    values = np.stack([fresh[cycle] for cycle in added])
+    cycles = np.insert(history.cycles, places, added)
+    telemetry = np.insert(history.telemetry.reshape(-1, values.shape[1]), places, values, axis=0)
+    return history._replace(cycles=cycles, telemetry=telemetry), results
 
 
 def _keep(book: Book, engine: EngineRow, history: _History, window: int) -> None:
@@ -190,14 +203,12 @@ def _keep(book: Book, engine: EngineRow, history: _History, window: int) -> None
         del book.histories[next(iter(book.histories))]  # the one not asked for longest
 
 
-def _kept(connection: Connection, item: Flights, keys: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Kept]:
-    """What this model answered before, at this temperature, for engines and cycles."""
+def _kept(connection: Connection, keys: set[tuple[int, int]]) -> dict[tuple[int, int], tuple[str, float, Kept]]:
+    """The predictions that count of engines and cycles, with their model's digest and their temperature."""
     c, found = predictions.c, {}
-    columns = (c.engine, c.cycle, c.id, c.logits, c.rul)
-    same = and_(models.c.digest == item.digest, c.temperature == item.temperature, c.counts)
-    for part in parts(keys, 100):
-        of = or_(*(and_(c.engine == engine, c.cycle == cycle) for engine, cycle in part))
-        asked = select(*columns).join(models, models.c.id == c.model).where(of, same)
-        for row in connection.execute(asked):
-            found[row.engine, row.cycle] = Kept(row.id, row.logits, row.rul)
+    columns = (c.engine, c.cycle, c.id, c.logits, c.rul, c.temperature, models.c.digest)
+    for part in parts(sorted(keys)):
+        asked = select(*columns).join(models, models.c.id == c.model)
+        for row in connection.execute(asked.where(tuple_(c.engine, c.cycle).in_(part), c.counts)):
+            found[row.engine, row.cycle] = (row.digest, row.temperature, Kept(row.id, row.logits, row.rul))
     return found
