@@ -13,9 +13,10 @@ import numpy as np
 
 from model import conformal
 from model.numerics import Floats
+from model.windows import Readings
 from service.errors import MemoryUnavailable
 from service.metrics import Metrics, observe_all
-from service.predictor import Answers, Prediction, Predictor, calibrated, measured
+from service.predictor import Answers, Prediction, Predictor, calibrated, joined, measured, rows_of
 from service.runtime import Model
 from service.settings import Settings
 from service.storage import labels, queries, readings, remember, tempering
@@ -38,10 +39,10 @@ class Named(Protocol):
 
 
 class Answer(NamedTuple):
-    """Predictions of flights that were not refused, and what became of every flight."""
+    """What became of every flight, and the predictions of those that were not refused, in their order."""
 
     landed: list[Landed]
-    prediction: Prediction | None  # of those that were not refused, in their order
+    prediction: Prediction | None
     ids: list[str]
 
 
@@ -98,8 +99,7 @@ class Memory:
         if found.temperature != predictor.temperature or all(row.engine_id is None for row in rows):
             return list(ids)
         made = _made(rows, found.answers, targets, ids)
-        model, source = predictor.model, predictor.temperature_source
-        batch = remember.Batch(model.digest, model.manifest, found.temperature, source, now, made)
+        batch = remember.Batch(_by(predictor), now, made)
         try:
             self._count(await self.database.write(self._remember, batch))
         except MemoryUnavailable:
@@ -108,31 +108,27 @@ class Memory:
         return list(ids)
 
     async def fly(self, predictor: Predictor, flights: Sequence[Flight]) -> Answer:
-        """Keep flights, and predict each engine's health from what is known up to that cycle.
+        """Keep flights, and predict each engine's health from what is known up to that cycle, both or neither.
 
         Raises:
+            InvalidInput: the network has no finite answer for some readings.
             MemoryUnavailable: nothing was kept.
-            Overloaded: kept, and not predicted; to be told again.
+            Overloaded: nothing was kept.
         """
-        manifest = predictor.model.manifest
-        assert manifest.window is not None  # flights of another model are refused at the door
-        told = Flights(
-            flights, manifest.channel_names, manifest.window, predictor.model.digest, predictor.temperature, time.time()
-        )
-        landed, joined = await self.database.write(self._store, told)
-        self._count(joined)
-        accepted = [(flight, one) for flight, one in zip(flights, landed, strict=True) if one.result != "conflict"]
-        if not accepted:
-            return Answer(landed, None, [])
-        fresh = [(flight, one) for flight, one in accepted if one.kept is None]
-        ids: list[str | None] = []
-        found = None
-        if fresh:
-            found = await predictor.predict(np.stack([one.window for _, one in fresh if one.window is not None]))
-            ids = await self.remember(predictor, [flight for flight, _ in fresh], found)
-            if None in ids:
-                raise MemoryUnavailable("the database went away before the predictions were kept; tell them again")
-        return Answer(landed, *_with_kept(predictor, [one for _, one in accepted], found, [i for i in ids if i]))
+        answered: list[tuple[Readings, Answers, float]] = []
+
+        def answer(rows: Sequence[Flight], windows: Readings) -> Sequence[remember.Made]:
+            started = time.perf_counter()
+            found = predictor.answer(windows)
+            answered.append((windows, found, time.perf_counter() - started))
+            return _made(rows, found, None, prediction_ids(len(rows), time.time()))
+
+        told = Flights(flights, _by(predictor), answer, time.time())
+        landed, truths = await self.database.write(self._store, told)
+        for windows, found, seconds in answered:  # one caller's answers every flight of a transaction
+            predictor.count(windows, found, seconds)
+        self._count(truths)
+        return Answer(landed, *_together(predictor, landed))
 
     async def label(self, rows: Sequence[Said]) -> Answered:
         """Keep labels, each with its own result."""
@@ -181,35 +177,34 @@ def _made(rows: Sequence[Named], answers: Answers, targets: Floats | None, ids: 
             top[i],
             risk[i],
             targets[i] if targets is not None and labelled[i] else None,
+            (answers, i),
         )
         for i, row in enumerate(rows)
         if row.engine_id is not None
     ]
 
 
-def _with_kept(
-    predictor: Predictor, accepted: Sequence[Landed], found: Prediction | None, ids: Sequence[str]
-) -> tuple[Prediction, list[str]]:
-    """Answers of flights in their order: those just made, and of flights told twice those that were given before."""
-    if found is not None and len(ids) == len(accepted):
-        return found, list(ids)
-    fresh = iter(range(len(ids)))
-    logits, rul, names = [], [], []
-    for one in accepted:
-        if one.kept is not None:
-            logits.append(np.frombuffer(one.kept.logits, np.float32))
-            rul.append(one.kept.rul)
-            names.append(one.kept.id)
-        else:
-            assert found is not None  # somebody was fresh
-            k = next(fresh)
-            logits.append(found.answers.logits[k])
-            rul.append(None if found.answers.rul is None else found.answers.rul[k])
-            names.append(ids[k])
-    cycles = None if None in rul else np.array(rul, dtype=np.float32)
-    finite = np.ones(len(names), dtype=np.bool_)
-    answers = calibrated(predictor.model, np.stack(logits), cycles, finite, predictor.temperature)
-    return Prediction(predictor.temperature, answers, None, None), names
+def _together(predictor: Predictor, landed: Sequence[Landed]) -> tuple[Prediction | None, list[str]]:
+    """The answers of flights in their order, and their ids; those of flights told twice are what they were."""
+    ids, parts = [], []
+    for one in landed:
+        if one.made is not None:
+            ids.append(one.made.id)
+            answers, k = one.made.answers
+            parts.append(rows_of(answers, k, k + 1))
+        elif one.kept is not None:
+            ids.append(one.kept.id)
+            rul = None if one.kept.rul is None else np.array([one.kept.rul], dtype=np.float32)
+            logits, finite = np.frombuffer(one.kept.logits, np.float32)[None], np.ones(1, dtype=np.bool_)
+            parts.append(calibrated(predictor.model, logits, rul, finite, predictor.temperature))
+    if not parts:
+        return None, []
+    return Prediction(predictor.temperature, joined(parts), None, None), ids
+
+
+def _by(predictor: Predictor) -> remember.By:
+    model = predictor.model
+    return remember.By(model.digest, model.manifest, predictor.temperature, predictor.temperature_source)
 
 
 def _nothing(_: Any, items: Sequence[None]) -> list[None]:

@@ -5,7 +5,7 @@ that whoever holds one is answered by one model.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -83,6 +83,19 @@ def calibrated(model: Model, logits: Batch, rul: Batch | None, finite: Mask, tem
     return Answers(logits, rul, p, 0.0 - (p * log_p).sum(axis=1), sets, finite)
 
 
+def rows_of(answers: Answers, begin: int, end: int) -> Answers:
+    """Some rows of some answers."""
+    return Answers(*(None if column is None else column[begin:end] for column in answers))  # type: ignore[arg-type]  # column by column
+
+
+def joined(parts: Sequence[Answers]) -> Answers:
+    """Answers of some rows after those of others."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = zip(*parts, strict=True)
+    return Answers(*(None if column[0] is None else np.concatenate(column) for column in columns))  # type: ignore[arg-type]  # column by column
+
+
 class Predictor:
     """One model at one temperature, its queue, and the metrics that it feeds."""
 
@@ -102,6 +115,7 @@ class Predictor:
             row[: len(edges)] = edges
         conditions = manifest.conditions
         self._usual = Usual.of(conditions.setting_scales, conditions.usual) if conditions else None
+        self._cap = settings.max_batch_rows
         self._batcher = Batcher(
             self._run, self, settings.max_batch_rows, settings.max_queue_rows, settings.max_queue_seconds
         )
@@ -157,6 +171,23 @@ class Predictor:
         loss = np.full(len(targets), np.nan)
         loss[~np.isnan(targets[:, 0])] = labelled.loss
         return Prediction(t, answers, loss, _means(labelled))
+
+    def answer(self, telemetry: Batch) -> Answers:
+        """As `predict`, at once and in this thread, for who keeps a queue of its own; `count` is the caller's to call.
+
+        Raises:
+            InvalidInput: an instance for which the network's answer is not finite.
+        """
+        cut = range(0, len(telemetry), self._cap)
+        answers = joined([answer(self.model, telemetry[i : i + self._cap], self.temperature) for i in cut])
+        if not answers.finite.all():
+            raise _unanswerable(int(np.flatnonzero(~answers.finite)[0]))
+        return answers
+
+    def count(self, telemetry: Batch, answers: Answers, seconds: float) -> None:
+        """Count in the metrics what `answer` answered, and how long it took."""
+        self.batch(len(telemetry), seconds)
+        self.answered([(telemetry, answers)])
 
     async def explain(self, telemetry: Batch, prediction: Prediction) -> list[list[Shift]]:
         """What each channel did to each answer, the strongest first: one batch of a row per channel for each instance.

@@ -23,7 +23,7 @@ from service.storage.book import Book
 from service.storage.database import Database, address
 from service.storage.labels import End, Labels, Said
 from service.storage.migrate import migrate
-from service.storage.remember import Batch, Made
+from service.storage.remember import Batch, By, Made
 from service.storage.tables import metadata
 from tests.postgres import Postgres, postgres
 
@@ -76,7 +76,7 @@ async def told(url: str, steps: list[Step]) -> queries.Found:
         elif kind == "predict":
             engine, cycle = rest
             made = Made(f"{k:032x}", engine, cycle, logits_of(engine, cycle), 1.0, 0, 0.5, None)
-            batch = Batch(DIGEST, MANIFEST, 1.0, "artefact", float(k), [made])
+            batch = Batch(By(DIGEST, MANIFEST, 1.0, "artefact"), float(k), [made])
             await database.write(partial(remember.remember, book), batch)
         elif kind == "label":
             engine, cycle, truth, revise = rest

@@ -5,7 +5,7 @@ in the locked row reads the database again, so that what is kept in mind proves 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -15,12 +15,14 @@ from sqlalchemy import Connection, bindparam, insert, select, tuple_
 from model.windows import Readings, pad_left
 from service.errors import Conflict
 from service.storage.book import Book, EngineRow, Joined, insert_missing, parts
+from service.storage.remember import Batch, By, Made, add
 from service.storage.tables import layouts, models, predictions, readings
 
 MOST_HISTORIES = 20_000  # in mind; a hundred flights of each are 140 MB
 Integers = npt.NDArray[np.int64]
 Result = Literal["joined", "unchanged", "conflict"]
 
+_ADD = insert(readings)
 _FLIGHT = select(readings.c.cycle, readings.c.telemetry, readings.c.layout).where(readings.c.engine == bindparam("of"))
 _BEFORE = _FLIGHT.where(readings.c.cycle < bindparam("at")).order_by(readings.c.cycle.desc()).limit(bindparam("most"))
 _FROM = _FLIGHT.where(readings.c.cycle >= bindparam("at")).order_by(readings.c.cycle)
@@ -34,14 +36,19 @@ class Flight(NamedTuple):
     telemetry: Readings
 
 
+Answer = Callable[[Sequence[Flight], Readings], Sequence[Made]]  # flights and their windows (N, window, channels)
+
+
 class Flights(NamedTuple):
-    """Flights of one request, for a model with a window of so many cycles; told in seconds since 1970."""
+    """Flights of one request; told in seconds since 1970.
+
+    `answer` is asked for predictions within the transaction, so that flights and predictions are kept together or not
+    at all; flights of all requests whose `by` is the same are answered together, by the first one's.
+    """
 
     rows: Sequence[Flight]
-    channels: tuple[str, ...]
-    window: int
-    digest: str
-    temperature: float
+    by: By
+    answer: Answer
     told: float
 
 
@@ -57,9 +64,9 @@ class Landed(NamedTuple):
     """What became of one flight."""
 
     result: Result
-    window: Readings | None  # (window, channels); None for a conflict
-    known: Readings | None  # the readings that stand, where these were refused
-    kept: Kept | None  # for a flight told twice: what was answered
+    known: Readings | None = None  # the readings that stand, where these were refused
+    made: Made | None = None  # the prediction that was made now
+    kept: Kept | None = None  # for a flight told twice: the prediction that was made then
 
 
 class _History(NamedTuple):
@@ -72,45 +79,79 @@ class _History(NamedTuple):
 
 
 def store(book: Book, connection: Connection, items: Sequence[Flights]) -> list[tuple[list[Landed], list[Joined]]]:
-    """Keep flights, each at its cycle; a window for each, of what is known up to that cycle."""
+    """Keep flights, each at its cycle, and a prediction for each, from what is known up to that cycle."""
     by_name = book.engines(connection, (row.engine_id for item in items for row in item.rows))
     before = {engine.id: engine.newest_cycle for engine in by_name.values()}
     new: list[dict[str, object]] = []
-    landed = [_place(book, connection, item, by_name, new) for item in items]
+    windows: dict[tuple[int, int], Readings] = {}
+    landed = [_place(book, connection, k, item, by_name, new, windows) for k, item in enumerate(items)]
     if new:
-        connection.execute(insert(readings), new)
+        connection.execute(_ADD, new)
     _recall(connection, items, landed, by_name)
-    joined = book.survivors(connection, before, by_name.values(), max(item.told for item in items))
+    joined = _answer(book, connection, items, landed, windows, by_name)
+    joined += book.survivors(connection, before, by_name.values(), max(item.told for item in items))
     book.keep(connection, by_name.values())
     return [(one, joined if k == 0 else []) for k, one in enumerate(landed)]
 
 
 def _place(
-    book: Book, connection: Connection, item: Flights, by_name: dict[str, EngineRow], new: list[dict[str, object]]
+    book: Book,
+    connection: Connection,
+    k: int,
+    item: Flights,
+    by_name: dict[str, EngineRow],
+    new: list[dict[str, object]],
+    windows: dict[tuple[int, int], Readings],
 ) -> list[Landed]:
-    """Find the place of each flight of a request, and its window; what is to be stored is added to `new`."""
-    layout = _layout(book, connection, item.channels)
+    """Find the place of each flight of request k; what is to be stored is added to `new`, each window to `windows`."""
+    manifest = item.by.manifest
+    window, layout = manifest.window or 1, _layout(book, connection, manifest.channel_names)
     flights: dict[str, list[int]] = {}
     for i, row in enumerate(item.rows):
         flights.setdefault(row.engine_id, []).append(i)
     landed: dict[int, Landed] = {}
     for name, places in flights.items():
         engine, rows = by_name[name], [item.rows[i] for i in places]
-        history = _history(book, connection, engine, min(row.cycle for row in rows), item.window, layout)
+        history = _history(book, connection, engine, min(row.cycle for row in rows), window, layout)
         merged, results = _merged(history, rows)
         for i, row, result in zip(places, rows, results, strict=True):
             at = int(np.searchsorted(merged.cycles, row.cycle))
             if result == "conflict":
-                landed[i] = Landed(result, None, merged.telemetry[at], None)
+                landed[i] = Landed(result, known=merged.telemetry[at])
                 continue
-            landed[i] = Landed(result, pad_left(merged.telemetry[: at + 1], item.window), None, None)
+            landed[i] = Landed(result)
+            windows[k, i] = pad_left(merged.telemetry[: at + 1], window)
             if result == "joined":
                 stored = {"layout": layout, "told": item.told, "telemetry": row.telemetry.tobytes()}
                 new.append({"engine": engine.id, "cycle": row.cycle} | stored)
                 engine.seen(row.cycle)
         engine.revision += "joined" in results
-        _keep(book, engine, merged, item.window)
+        _keep(book, engine, merged, window)
     return [landed[i] for i in range(len(item.rows))]
+
+
+def _answer(
+    book: Book,
+    connection: Connection,
+    items: Sequence[Flights],
+    landed: list[list[Landed]],
+    windows: dict[tuple[int, int], Readings],
+    by_name: dict[str, EngineRow],
+) -> list[Joined]:
+    """Predict what was not predicted before, all that one model answers together, and keep it."""
+    groups: dict[tuple[str, float], list[tuple[int, int]]] = {}
+    for k, i in windows:
+        if landed[k][i].kept is None:
+            groups.setdefault((items[k].by.digest, items[k].by.temperature), []).append((k, i))
+    batches = []
+    for places in groups.values():
+        first = items[places[0][0]]
+        flights = [items[k].rows[i] for k, i in places]
+        made = first.answer(flights, np.stack([windows[place] for place in places]))
+        for (k, i), one in zip(places, made, strict=True):
+            landed[k][i] = landed[k][i]._replace(made=one)
+        batches.append(Batch(first.by, max(items[k].told for k, _ in places), made))
+    return add(book, connection, batches, by_name) if batches else []
 
 
 def _recall(
@@ -126,7 +167,7 @@ def _recall(
     kept = _kept(connection, {(engine, cycle) for _, _, engine, cycle in again})
     for k, i, engine, cycle in again:
         found = kept.get((engine, cycle))
-        if found and found[:2] == (items[k].digest, items[k].temperature):
+        if found and found[:2] == (items[k].by.digest, items[k].by.temperature):
             landed[k][i] = landed[k][i]._replace(kept=found[2])
 
 

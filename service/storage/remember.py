@@ -1,7 +1,7 @@
 """Predictions that are kept, and what is already known of them."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from sqlalchemy import Connection, bindparam, insert, update
@@ -24,19 +24,27 @@ class Made(NamedTuple):
     health: int
     risk: float
     label: Floats | None
+    answers: Any = None  # of the caller; not kept
 
 
-class Batch(NamedTuple):
-    """Predictions of one request. `made` is in seconds since 1970."""
+class By(NamedTuple):
+    """Who answered: a model, at a temperature that came from somewhere."""
 
     digest: str
     manifest: Manifest
     temperature: float
     source: str
+
+
+class Batch(NamedTuple):
+    """Predictions of one request. `made` is in seconds since 1970."""
+
+    by: By
     made: float
     rows: Sequence[Made]
 
 
+_ADD = insert(predictions)
 _SUPERSEDE = (
     update(predictions)
     .where(
@@ -48,9 +56,19 @@ _SUPERSEDE = (
 
 def remember(book: Book, connection: Connection, items: Sequence[Batch]) -> list[list[Joined]]:
     """Keep predictions; of each engine and cycle the latest counts. Tells whose truth was known before."""
-    every = [(item, book.kind(connection, item.digest, item.manifest), row) for item in items for row in item.rows]
-    by_name = book.engines(connection, (row.engine_id for _, _, row in every))
+    by_name = book.engines(connection, (row.engine_id for item in items for row in item.rows))
     before = {engine.id: engine.newest_cycle for engine in by_name.values()}
+    joined = add(book, connection, items, by_name)
+    joined += book.survivors(connection, before, by_name.values(), max(item.made for item in items))
+    book.keep(connection, by_name.values())
+    return [joined, *([] for _ in items[1:])]
+
+
+def add(book: Book, connection: Connection, items: Sequence[Batch], by_name: dict[str, EngineRow]) -> list[Joined]:
+    """As `remember`, of engines that are locked already and are kept by the caller."""
+    every = [
+        (item, book.kind(connection, item.by.digest, item.by.manifest), row) for item in items for row in item.rows
+    ]
     last = {(row.engine_id, row.cycle): row.id for _, _, row in every}  # the latest of those that come together
     again = _met_before(every, by_name)
     if again:
@@ -59,29 +77,22 @@ def remember(book: Book, connection: Connection, items: Sequence[Batch]) -> list
         if row.cycle is not None:
             by_name[row.engine_id].seen(row.cycle)
     _keep_labels(connection, every, by_name)
-    said = inspections(
-        connection,
-        [(engine.id, row.cycle, row.id) for _, _, row in every if (engine := by_name[row.engine_id]).truths],
-    )
+    asked = [(engine.id, row.cycle, row.id) for _, _, row in every if (engine := by_name[row.engine_id]).truths]
+    said = inspections(connection, asked) if asked else {}
     rows, joined = [], []
     for item, kind, row in every:
         engine = by_name[row.engine_id]
-        key = (engine.id, row.cycle) if row.cycle is not None else row.id
-        known = truth(
-            said.get(key), row.cycle, engine.failed_at, engine.newest_cycle, kind.thresholds, len(kind.classes)
-        )
+        inspected = said.get((engine.id, row.cycle) if row.cycle is not None else row.id) if said else None
+        known = truth(inspected, row.cycle, engine.failed_at, engine.newest_cycle, kind.thresholds, len(kind.classes))
         counts = row.cycle is None or last[row.engine_id, row.cycle] == row.id
         rows.append(_stored(item, kind, row, engine.id, counts, known))
         if known is not None and row.label is None:
-            joined.append(Joined(kind, row.logits, item.temperature, known[0].tobytes(), item.made, item.made))
+            joined.append(Joined(kind, row.logits, item.by.temperature, known[0].tobytes(), item.made, item.made))
         if row.cycle is None or engine.latest_cycle is None or row.cycle >= engine.latest_cycle:
             engine.latest, engine.health, engine.risk = row.id, row.health, row.risk
             engine.latest_cycle = engine.latest_cycle if row.cycle is None else row.cycle
-    connection.execute(insert(predictions), rows)
-    now = max(item.made for item in items)
-    joined += book.survivors(connection, before, by_name.values(), now)
-    book.keep(connection, by_name.values())
-    return [joined, *([] for _ in items[1:])]
+    connection.execute(_ADD, rows)
+    return joined
 
 
 def _met_before(every: Sequence[tuple[Batch, Kind, Made]], by_name: dict[str, EngineRow]) -> list[dict[str, int]]:
@@ -122,8 +133,8 @@ def _stored(
         "cycle": row.cycle,
         "made": item.made,
         "model": kind.id,
-        "temperature": item.temperature,
-        "temperature_source": item.source,
+        "temperature": item.by.temperature,
+        "temperature_source": item.by.source,
         "logits": row.logits,
         "rul": row.rul,
         "counts": counts,
