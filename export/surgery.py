@@ -56,7 +56,7 @@ def read(path: Path) -> ModelProto:
         onnx.load_external_data_for_model(proto, str(path.parent))
     except OSError as error:
         raise AttachError(f"{path}: weights beside it, {error.filename}: {error.strerror}") from None
-    except onnx.checker.ValidationError as error:
+    except (ValueError, onnx.checker.ValidationError) as error:
         raise AttachError(f"{path}: weights beside it: {first_line(error)}") from None
     return proto
 
