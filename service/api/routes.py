@@ -14,7 +14,7 @@ from service.api.calls import evaluate_json, model_json, predict_json, read_pred
 from service.lifecycle import Lifecycle
 
 LARGE_BODY = 64 * 1024  # bytes; beyond it the event loop is left free while they are parsed
-MANY_ROWS = 64  # beyond it the event loop is left free while they are written
+MANY_NUMBERS = 192  # probabilities of an answer; beyond it the event loop is left free while they are written
 Endpoint = Callable[[Request], Awaitable[Response]]
 Result = TypeVar("Result")
 
@@ -69,7 +69,7 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
             decoded.telemetry, decoded.targets, asked.temperature, decoded.imputed, leaving(request.receive)
         )
         moved = await predictor.explain(decoded.telemetry, found) if asked.explain else None
-        many = len(asked.instances) > MANY_ROWS
+        many = found.answers.logits.size > MANY_NUMBERS
         return await aside.run(many, lambda: json_response(predict_json(asked, found, model, moved)))
 
     return predict
