@@ -22,6 +22,7 @@ from service.runtime import Batch, Model
 from service.settings import Settings
 
 Mask = npt.NDArray[np.bool_]
+MANY_NUMBERS = 2**14  # probabilities of one call; beyond it the event loop is left free while they are worked on
 
 
 class Answers(NamedTuple):
@@ -158,19 +159,32 @@ class Predictor:
             raise _unanswerable(int(np.flatnonzero(~answers.finite)[0]))
         if imputed is not None:
             self._metrics.imputed(self.model.manifest.channel_names, imputed)
-        # A what-if temperature is answered and not counted: the counters describe what the service says by itself.
-        labelled = None if targets is None else _labelled(answers, targets, self.temperature)
+        t = self.temperature if temperature is None else temperature
+        many = answers.logits.size > MANY_NUMBERS
+        scored = (
+            await asyncio.to_thread(self._scored, answers, targets, t) if many else self._scored(answers, targets, t)
+        )
+        labelled, prediction = scored
         if labelled is not None:
             self._metrics.labelled_answers(labelled)
-        t = self.temperature if temperature is None else temperature
+        return prediction
+
+    def _scored(self, answers: Answers, targets: Floats | None, t: float) -> tuple[Labelled | None, Prediction]:
+        """What the counters are told, and what the caller is.
+
+        A what-if temperature is answered and not counted: the counters describe what the service says by itself.
+        """
+        labelled = None if targets is None else _labelled(answers, targets, self.temperature)
         if t != self.temperature:
             answers = calibrated(self.model, answers.logits, answers.rul, answers.finite, t)
-            labelled = None if targets is None else _labelled(answers, targets, t)
-        if targets is None or labelled is None:
-            return Prediction(t, answers, None, None)
+            answered = None if targets is None else _labelled(answers, targets, t)
+        else:
+            answered = labelled
+        if targets is None or answered is None:
+            return None, Prediction(t, answers, None, None)
         loss = np.full(len(targets), np.nan)
-        loss[~np.isnan(targets[:, 0])] = labelled.loss
-        return Prediction(t, answers, loss, _means(labelled))
+        loss[~np.isnan(targets[:, 0])] = answered.loss
+        return labelled, Prediction(t, answers, loss, _means(answered))
 
     def answer(self, telemetry: Batch) -> Answers:
         """As `predict`, at once and in this thread, for who keeps a queue of its own; `count` is the caller's to call.
@@ -192,12 +206,9 @@ class Predictor:
     async def explain(self, telemetry: Batch, prediction: Prediction) -> list[list[Shift]]:
         """What each channel did to each answer, the strongest first: one batch of a row per channel for each instance.
 
-        Raises:
-            InvalidInput: the model does not say what is usual, so that no channel can be left out.
+        Only for a model that says what is usual (`conditions`): without that no channel can be left out.
         """
-        if self._usual is None:
-            message = "this model does not say what is usual (`conditions`), so its answers cannot be explained"
-            raise InvalidInput(message, (Fault(("explain",), message),))
+        assert self._usual is not None  # refused at the door
         return await asyncio.to_thread(self._explained, self._usual, telemetry, prediction)
 
     def _explained(self, usual: Usual, telemetry: Batch, prediction: Prediction) -> list[list[Shift]]:
@@ -227,10 +238,10 @@ class Predictor:
         logits = np.concatenate([a.logits for a in answers])[finite]
         p = np.concatenate([a.probabilities for a in answers])[finite]
         entropy = np.concatenate([a.expected_loss for a in answers])[finite]
-        newest = np.concatenate([rows if rows.ndim == 2 else rows[:, -1] for rows, _ in answered])[finite]
         manifest = self.model.manifest
         self._metrics.answers(manifest.classes, logits.argmax(axis=1), p.max(axis=1), entropy)
         if self._binned:
+            newest = np.concatenate([rows if rows.ndim == 2 else rows[:, -1] for rows, _ in answered])[finite]
             self._metrics.inputs(newest[:, self._binned].astype(np.float64), self._edges)
 
 

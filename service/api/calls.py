@@ -39,6 +39,9 @@ def read_predict(body: bytes, model: Model, most: int) -> Asked:
     asked = schemas.parse(body, schemas.PredictRequest)
     if len(asked.instances) > most:
         refuse([Fault(("instances",), f"{len(asked.instances)} instances, at most {most} are taken in one call")])
+    if asked.explain and model.manifest.conditions is None:
+        message = "this model does not say what is usual (`conditions`), so its answers cannot be explained"
+        raise InvalidInput(message, (Fault(("explain",), message),))
     explained = most // max(1, len(model.manifest.channels))
     if asked.explain and len(asked.instances) > explained:
         refuse(

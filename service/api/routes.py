@@ -16,7 +16,7 @@ from service.lifecycle import Lifecycle
 from service.memory import prediction_ids
 
 LARGE_BODY = 64 * 1024  # bytes; beyond it the event loop is left free while they are parsed
-MANY_ROWS = 64  # beyond it the event loop is left free while they are written
+MANY_NUMBERS = 192  # probabilities of an answer; beyond it the event loop is left free while they are written
 Endpoint = Callable[[Request], Awaitable[Response]]
 Result = TypeVar("Result")
 
@@ -76,7 +76,7 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
         if lifecycle.remembers:
             ids = await lifecycle.memory().remember(predictor, named, found, decoded.targets)
         return await aside.run(
-            len(named) > MANY_ROWS,
+            found.answers.logits.size > MANY_NUMBERS,
             lambda: json_response(predict_json(predictor, named, found, ids, what_if, moved)),
         )
 
