@@ -14,9 +14,11 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from model.contract import Conformal, Manifest
 from model.numerics import Floats
+from service.storage.history import History
 from service.storage.tables import engines, models, predictions, truths
 from service.truth import truth
 
+MOST_HISTORIES = 10_000  # in mind; two hundred flights of each are 140 MB
 MOST_VALUES = 500  # in one statement; every database takes so many
 Part = TypeVar("Part")
 Key = tuple[int, int] | str  # engine and cycle, or the id of a prediction without a cycle
@@ -79,8 +81,8 @@ class Book:
     """The caches of the writing thread, and the steps that several kinds of work share."""
 
     def __init__(self) -> None:
-        self.histories: dict[int, Any] = {}  # of `readings`
-        self.layouts: dict[tuple[str, ...], int] = {}  # of `readings` too
+        self.histories: dict[int, History] = {}  # by engine, the one asked for longest ago first
+        self.layouts: dict[str, int] = {}  # by model
         self._kinds: dict[str, Kind] = {}
         self._by_id: dict[int, Kind] = {}
 
@@ -90,6 +92,13 @@ class Book:
         self.layouts.clear()
         self._kinds.clear()
         self._by_id.clear()
+
+    def remember(self, engine: int, history: History, window: int) -> None:
+        """Keep the newest flights of an engine in mind."""
+        history.trim(window)
+        self.histories[engine] = history
+        if len(self.histories) > MOST_HISTORIES:
+            del self.histories[next(iter(self.histories))]
 
     def kind(self, connection: Connection, digest: str, manifest: Manifest) -> Kind:
         """The stored row of a model, made if it is not there."""

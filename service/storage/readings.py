@@ -6,21 +6,19 @@ in the locked row reads the database again, so that what is kept in mind proves 
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from sqlalchemy import Connection, bindparam, insert, select, tuple_
 
-from model.windows import Readings, pad_left
+from model.windows import Readings
 from service.errors import Conflict
 from service.storage.book import Book, EngineRow, Joined, insert_missing, parts
+from service.storage.history import History, Result
 from service.storage.remember import Batch, By, Made, add
 from service.storage.tables import layouts, models, predictions, readings
 
-MOST_HISTORIES = 20_000  # in mind; a hundred flights of each are 140 MB
-Integers = npt.NDArray[np.int64]
-Result = Literal["joined", "unchanged", "conflict"]
+_NONE = np.empty((0, 0), dtype=np.float32)
 
 _ADD = insert(readings)
 _FLIGHT = select(readings.c.cycle, readings.c.telemetry, readings.c.layout).where(readings.c.engine == bindparam("of"))
@@ -69,15 +67,6 @@ class Landed(NamedTuple):
     kept: Kept | None = None  # for a flight told twice: the prediction that was made then
 
 
-class _History(NamedTuple):
-    """The newest flights of an engine, oldest first. `whole`: there are none before."""
-
-    revision: int
-    cycles: Integers
-    telemetry: Readings  # (flights, channels)
-    whole: bool
-
-
 def store(book: Book, connection: Connection, items: Sequence[Flights]) -> list[tuple[list[Landed], list[Joined]]]:
     """Keep flights, each at its cycle, and a prediction for each, from what is known up to that cycle."""
     by_name = book.engines(connection, (row.engine_id for item in items for row in item.rows))
@@ -104,29 +93,30 @@ def _place(
     windows: dict[tuple[int, int], Readings],
 ) -> list[Landed]:
     """Find the place of each flight of request k; what is to be stored is added to `new`, each window to `windows`."""
-    manifest = item.by.manifest
-    window, layout = manifest.window or 1, _layout(book, connection, manifest.channel_names)
+    window, layout = item.by.manifest.window or 1, _layout(book, connection, item.by)
     flights: dict[str, list[int]] = {}
     for i, row in enumerate(item.rows):
         flights.setdefault(row.engine_id, []).append(i)
     landed: dict[int, Landed] = {}
     for name, places in flights.items():
-        engine, rows = by_name[name], [item.rows[i] for i in places]
-        history = _history(book, connection, engine, min(row.cycle for row in rows), window, layout)
-        merged, results = _merged(history, rows)
-        for i, row, result in zip(places, rows, results, strict=True):
-            at = int(np.searchsorted(merged.cycles, row.cycle))
+        engine = by_name[name]
+        places.sort(key=lambda i: item.rows[i].cycle)
+        history = _history(book, connection, engine, item.rows[places[0]].cycle, window, layout)
+        results = [history.add(item.rows[i].cycle, item.rows[i].telemetry) for i in places]
+        for i, result in zip(places, results, strict=True):
+            row = item.rows[i]
             if result == "conflict":
-                landed[i] = Landed(result, known=merged.telemetry[at])
+                landed[i] = Landed(result, known=history.row(row.cycle))
                 continue
             landed[i] = Landed(result)
-            windows[k, i] = pad_left(merged.telemetry[: at + 1], window)
+            windows[k, i] = history.window(row.cycle, window)
             if result == "joined":
                 stored = {"layout": layout, "told": item.told, "telemetry": row.telemetry.tobytes()}
                 new.append({"engine": engine.id, "cycle": row.cycle} | stored)
                 engine.seen(row.cycle)
         engine.revision += "joined" in results
-        _keep(book, engine, merged, window)
+        history.revision = engine.revision
+        book.remember(engine.id, history, window)
     return [landed[i] for i in range(len(item.rows))]
 
 
@@ -171,77 +161,42 @@ def _recall(
             landed[k][i] = landed[k][i]._replace(kept=found[2])
 
 
-def _layout(book: Book, connection: Connection, channels: tuple[str, ...]) -> int:
-    if channels in book.layouts:
-        return book.layouts[channels]
-    names = json.dumps(channels)
-    asked = select(layouts.c.id).where(layouts.c.channels == names)
-    found = connection.execute(asked).scalar()
-    if found is None:
+def _layout(book: Book, connection: Connection, by: By) -> int:
+    """The number of a model's channels, by their names and order."""
+    if by.digest not in book.layouts:
+        names = json.dumps(by.manifest.channel_names)
         connection.execute(insert_missing(connection, layouts), {"channels": names})
-        found = connection.execute(asked).scalar_one()
-    book.layouts[channels] = int(found)
-    return book.layouts[channels]
+        found = connection.execute(select(layouts.c.id).where(layouts.c.channels == names)).scalar_one()
+        book.layouts[by.digest] = int(found)
+    return book.layouts[by.digest]
 
 
-def _history(book: Book, connection: Connection, engine: EngineRow, lowest: int, window: int, layout: int) -> _History:
-    """At least the window before the lowest of some cycles, and everything after."""
-    kept: _History | None = book.histories.pop(engine.id, None)  # put back as the newest
-    if kept is not None and kept.revision == engine.revision:
-        older = int(np.searchsorted(kept.cycles, lowest))
-        if kept.whole or older >= window - 1:
-            return kept
+def _history(book: Book, connection: Connection, engine: EngineRow, lowest: int, window: int, layout: int) -> History:
+    """At least the window before the lowest of some cycles, and everything after.
+
+    Raises:
+        Conflict: flights of other channels.
+    """
+    kept = book.histories.pop(engine.id, None)  # put back as the newest
+    if kept is None or kept.revision != engine.revision or not kept.reaches(lowest, window):
+        kept = _read(connection, engine, lowest, window, layout)
+    if kept.layout != layout:
+        raise Conflict(f"engine {engine.engine_id!r} has flights with other channels than this model's")
+    return kept
+
+
+def _read(connection: Connection, engine: EngineRow, lowest: int, window: int, layout: int) -> History:
     if engine.revision == 0:
-        return _History(0, np.empty(0, dtype=np.int64), _NONE, True)
+        return History(0, layout, [], _NONE, True)
     where = {"of": engine.id, "at": lowest}
     found = list(connection.execute(_BEFORE, where | {"most": window}))[::-1]
     whole = len(found) < window
     found += connection.execute(_FROM, where).all()
-    if any(row.layout != layout for row in found):
-        raise Conflict(f"engine {engine.engine_id!r} has readings of other channels than this model's")
-    cycles = np.array([row.cycle for row in found], dtype=np.int64)
-    values = np.frombuffer(b"".join(row.telemetry for row in found), dtype=np.float32)
-    return _History(engine.revision, cycles, values.reshape(len(found), -1) if len(found) else _NONE, whole)
-
-
-_NONE = np.empty((0, 0), dtype=np.float32)
-
-
-def _merged(history: _History, rows: Sequence[Flight]) -> tuple[_History, list[Result]]:
-    """The history with some flights in their places, and what became of each."""
-    at = np.searchsorted(history.cycles, [row.cycle for row in rows]).tolist()
-    standing = {
-        row.cycle: history.telemetry[k]
-        for row, k in zip(rows, at, strict=True)
-        if k < len(history.cycles) and history.cycles[k] == row.cycle
-    }
-    fresh: dict[int, Readings] = {}
-    results: list[Result] = []
-    for row in rows:
-        known = standing.setdefault(row.cycle, row.telemetry)
-        if known is row.telemetry:
-            fresh[row.cycle] = row.telemetry
-            results.append("joined")
-        else:
-            results.append("unchanged" if np.array_equal(known, row.telemetry) else "conflict")
-    if not fresh:
-        return history, results
-    added = sorted(fresh)
-    places = np.searchsorted(history.cycles, added)
-    values = np.stack([fresh[cycle] for cycle in added])
-    cycles = np.insert(history.cycles, places, added)
-    telemetry = np.insert(history.telemetry.reshape(-1, values.shape[1]), places, values, axis=0)
-    return history._replace(cycles=cycles, telemetry=telemetry), results
-
-
-def _keep(book: Book, engine: EngineRow, history: _History, window: int) -> None:
-    """Keep the newest flights in mind, twice a window at most, so that they are cut seldom."""
-    if len(history.cycles) > 2 * window:
-        cycles, telemetry = history.cycles[-window:], history.telemetry[-window:].copy()
-        history = _History(engine.revision, cycles, telemetry, False)
-    book.histories[engine.id] = history._replace(revision=engine.revision)
-    if len(book.histories) > MOST_HISTORIES:
-        del book.histories[next(iter(book.histories))]  # the one not asked for longest
+    others = {row.layout for row in found} - {layout}
+    if others or not found:
+        return History(engine.revision, min(others, default=layout), [], _NONE, whole)
+    values = np.frombuffer(b"".join(row.telemetry for row in found), dtype=np.float32).reshape(len(found), -1)
+    return History(engine.revision, layout, [row.cycle for row in found], values, whole)
 
 
 def _kept(connection: Connection, keys: set[tuple[int, int]]) -> dict[tuple[int, int], tuple[str, float, Kept]]:
