@@ -87,7 +87,12 @@ class Memory:
             pass
 
     async def remember(
-        self, predictor: Predictor, rows: Sequence[Named], found: Prediction, targets: Floats | None = None
+        self,
+        predictor: Predictor,
+        rows: Sequence[Named],
+        telemetry: Readings,
+        found: Prediction,
+        targets: Floats | None = None,
     ) -> list[str | None]:
         """Ids of predictions; those of an engine are kept. None for one that should have been kept and could not be.
 
@@ -98,7 +103,7 @@ class Memory:
         ids = prediction_ids(len(rows), now)
         if found.temperature != predictor.temperature or all(row.engine_id is None for row in rows):
             return list(ids)
-        made = _made(rows, found.answers, targets, ids)
+        made = _made(rows, telemetry, found.answers, targets, ids)
         batch = remember.Batch(_by(predictor), now, made)
         try:
             self._count(await self.database.write(self._remember, batch))
@@ -121,7 +126,7 @@ class Memory:
             started = time.perf_counter()
             found = predictor.answer(windows)
             answered.append((windows, found, time.perf_counter() - started))
-            return _made(rows, found, None, prediction_ids(len(rows), time.time()))
+            return _made(rows, windows, found, None, prediction_ids(len(rows), time.time()))
 
         told = Flights(flights, _by(predictor), answer, time.time())
         landed, truths = await self.database.write(self._store, told)
@@ -163,7 +168,9 @@ def prediction_ids(n: int, now: float) -> list[str]:
     return [begin + rest[20 * i : 20 * i + 20] for i in range(n)]
 
 
-def _made(rows: Sequence[Named], answers: Answers, targets: Floats | None, ids: Sequence[str]) -> list[remember.Made]:
+def _made(
+    rows: Sequence[Named], telemetry: Readings, answers: Answers, targets: Floats | None, ids: Sequence[str]
+) -> list[remember.Made]:
     top, risk = answers.logits.argmax(axis=1).tolist(), answers.probabilities[:, -1].tolist()
     rul = None if answers.rul is None else answers.rul.tolist()
     labelled = np.zeros(len(rows), bool) if targets is None else ~np.isnan(targets[:, 0])
@@ -177,6 +184,7 @@ def _made(rows: Sequence[Named], answers: Answers, targets: Floats | None, ids: 
             top[i],
             risk[i],
             targets[i] if targets is not None and labelled[i] else None,
+            telemetry[i, -1] if telemetry.ndim > 2 else telemetry[i],
             (answers, i),
         )
         for i, row in enumerate(rows)
@@ -204,7 +212,9 @@ def _together(predictor: Predictor, landed: Sequence[Landed]) -> tuple[Predictio
 
 def _by(predictor: Predictor) -> remember.By:
     model = predictor.model
-    return remember.By(model.digest, model.manifest, predictor.temperature, predictor.temperature_source)
+    return remember.By(
+        model.digest, model.manifest, predictor.temperature, predictor.temperature_source, predictor.bins
+    )
 
 
 def _nothing(_: Any, items: Sequence[None]) -> list[None]:

@@ -161,11 +161,9 @@ class Metrics:
         observe_all(self.confidence, confidence)
         observe_all(self.entropy, entropy)
 
-    def inputs(self, newest: Values, edges: Floats) -> None:
-        """The newest readings (N, channels) by the reference bins; edges (channels, most edges), filled with NaN."""
-        width = edges.shape[1] + 1
-        bins = (edges < newest[:, :, None]).sum(axis=2) + width * np.arange(len(edges))  # no edge of NaN is below
-        counts = np.bincount(bins.ravel()).tolist()
+    def inputs(self, bins: npt.NDArray[np.uint8], width: int) -> None:
+        """The reference bins (N, channels) of the newest readings, each from 0 to `width` - 1."""
+        counts = np.bincount((bins + width * np.arange(bins.shape[1])).ravel()).tolist()
         for k, n in enumerate(counts):
             if n:
                 self._inputs[k].inc(n)

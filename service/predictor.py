@@ -242,7 +242,21 @@ class Predictor:
         self._metrics.answers(manifest.classes, logits.argmax(axis=1), p.max(axis=1), entropy)
         if self._binned:
             newest = np.concatenate([rows if rows.ndim == 2 else rows[:, -1] for rows, _ in answered])[finite]
-            self._metrics.inputs(newest[:, self._binned].astype(np.float64), self._edges)
+            self._metrics.inputs(self._bins_of(newest), self._edges.shape[1] + 1)
+
+    @property
+    def bins(self) -> Callable[[Batch], npt.NDArray[np.uint8]] | None:
+        """The reference bin of each channel that has a reference, for newest readings (N, channels); None without."""
+        return self._bins_of if self._binned and self._edges.shape[1] < np.iinfo(np.uint8).max else None
+
+    @property
+    def binned(self) -> tuple[str, ...]:
+        """The channels that `bins` tells of, in order."""
+        return tuple(self._bins)
+
+    def _bins_of(self, newest: Batch) -> npt.NDArray[np.uint8]:
+        readings = newest[:, self._binned].astype(np.float64)
+        return np.asarray((self._edges < readings[:, :, None]).sum(axis=2, dtype=np.uint8))  # no edge of NaN is below
 
 
 def measured(logits: npt.ArrayLike, truths: Floats, t: float, sets: Mask | None) -> Labelled:

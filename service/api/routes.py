@@ -74,7 +74,7 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
         named, what_if = asked.instances, asked.temperature is not None
         ids: Sequence[str | None] = prediction_ids(len(named), time.time())
         if lifecycle.remembers:
-            ids = await lifecycle.memory().remember(predictor, named, found, decoded.targets)
+            ids = await lifecycle.memory().remember(predictor, named, decoded.telemetry, found, decoded.targets)
         return await aside.run(
             found.answers.logits.size > MANY_NUMBERS,
             lambda: json_response(predict_json(predictor, named, found, ids, what_if, moved)),

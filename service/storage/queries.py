@@ -72,17 +72,18 @@ class Found(NamedTuple):
     made: Floats
     labelled: Floats
     source: Any
+    inputs: list[bytes]  # the reference bins of each prediction that has them
 
 
 def counted(connection: Connection, digest: str, classes: int, since: float | None) -> Found:
     """Every prediction of one model that counts, made since some time in seconds since 1970."""
     c = predictions.c
-    columns = (c.logits, c.temperature, c.label, c.engine, c.made, c.labelled, c.source)
+    columns = (c.logits, c.temperature, c.label, c.engine, c.made, c.labelled, c.source, c.inputs)
     which = [c.counts, models.c.digest == digest] + ([c.made >= since] if since is not None else [])
     asked = select(*columns).join(models, models.c.id == c.model).where(*which).order_by(c.labelled.nulls_last(), c.id)
     rows = connection.execute(asked).all()
     columns_ = list(zip(*rows, strict=True)) or [()] * len(columns)
-    logits, temperature, label, engine, made, labelled, source = columns_
+    logits, temperature, label, engine, made, labelled, source, inputs = columns_
     unknown = np.full(classes, np.nan).tobytes()
     nan = float("nan")
     return Found(
@@ -93,6 +94,7 @@ def counted(connection: Connection, digest: str, classes: int, since: float | No
         np.array(made, dtype=np.float64),
         np.array([nan if one is None else one for one in labelled], dtype=np.float64),
         np.array([-1 if one is None else one for one in source], dtype=np.int64),
+        [one for one in inputs if one is not None],
     )
 
 

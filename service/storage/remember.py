@@ -1,13 +1,15 @@
 """Predictions that are kept, and what is already known of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from sqlalchemy import Connection, bindparam, insert, update
 
 from model.contract import Manifest
 from model.numerics import Floats
+from model.windows import Readings
 from service.storage.book import Book, EngineRow, Joined, Kind, inspections
 from service.storage.tables import predictions, truths
 from service.truth import Source, truth
@@ -24,6 +26,7 @@ class Made(NamedTuple):
     health: int
     risk: float
     label: Floats | None
+    newest: Readings | None = None  # (channels,) the newest readings
     answers: Any = None  # of the caller; not kept
 
 
@@ -34,6 +37,7 @@ class By(NamedTuple):
     manifest: Manifest
     temperature: float
     source: str
+    bins: Callable[[Readings], npt.NDArray[np.uint8]] | None = None  # (N, channels) to their reference bins
 
 
 class Batch(NamedTuple):
@@ -79,13 +83,13 @@ def add(book: Book, connection: Connection, items: Sequence[Batch], by_name: dic
     _keep_labels(connection, every, by_name)
     asked = [(engine.id, row.cycle, row.id) for _, _, row in every if (engine := by_name[row.engine_id]).truths]
     said = inspections(connection, asked) if asked else {}
-    rows, joined = [], []
-    for item, kind, row in every:
+    rows, joined, inputs = [], [], [one for item in items for one in _inputs(item)]
+    for (item, kind, row), bins in zip(every, inputs, strict=True):
         engine = by_name[row.engine_id]
         inspected = said.get((engine.id, row.cycle) if row.cycle is not None else row.id) if said else None
         known = truth(inspected, row.cycle, engine.failed_at, engine.newest_cycle, kind.thresholds, len(kind.classes))
         counts = row.cycle is None or last[row.engine_id, row.cycle] == row.id
-        rows.append(_stored(item, kind, row, engine.id, counts, known))
+        rows.append(_stored(item, kind, row, engine.id, counts, known, bins))
         if known is not None and row.label is None:
             joined.append(Joined(kind, row.logits, item.by.temperature, known[0].tobytes(), item.made, item.made))
         if row.cycle is None or engine.latest_cycle is None or row.cycle >= engine.latest_cycle:
@@ -124,8 +128,22 @@ def _keep_labels(
         connection.execute(insert(truths), new)
 
 
+def _inputs(item: Batch) -> list[bytes | None]:
+    """The reference bins of the newest readings of some predictions."""
+    newest = [row.newest for row in item.rows if row.newest is not None]
+    if item.by.bins is None or len(newest) != len(item.rows):
+        return [None] * len(item.rows)
+    return [row.tobytes() for row in item.by.bins(np.stack(newest))]
+
+
 def _stored(
-    item: Batch, kind: Kind, row: Made, engine: int, counts: bool, known: tuple[Floats, Source] | None
+    item: Batch,
+    kind: Kind,
+    row: Made,
+    engine: int,
+    counts: bool,
+    known: tuple[Floats, Source] | None,
+    inputs: bytes | None,
 ) -> dict[str, object]:
     return {
         "id": row.id,
@@ -137,6 +155,7 @@ def _stored(
         "temperature_source": item.by.source,
         "logits": row.logits,
         "rul": row.rul,
+        "inputs": inputs,
         "counts": counts,
         "label": None if known is None else np.asarray(known[0]).tobytes(),
         "source": None if known is None else int(known[1]),

@@ -68,6 +68,7 @@ predictions = _table(
     Column("temperature_source", String(10), nullable=False),
     Column("logits", LargeBinary, nullable=False),
     Column("rul", Real),
+    Column("inputs", LargeBinary),  # the reference bin of each channel's newest reading, a byte each
     Column("counts", Boolean, nullable=False),  # the latest of its engine and cycle
     Column("label", LargeBinary),  # the truth that joined it
     Column("source", Integer),  # of that truth, see `truth.Source`

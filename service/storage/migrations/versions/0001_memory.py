@@ -60,6 +60,7 @@ def upgrade() -> None:
         sa.Column("temperature_source", sa.String(length=10), nullable=False),
         sa.Column("logits", sa.LargeBinary(), nullable=False),
         sa.Column("rul", sa.Double()),
+        sa.Column("inputs", sa.LargeBinary()),
         sa.Column("counts", sa.Boolean(), nullable=False),
         sa.Column("label", sa.LargeBinary()),
         sa.Column("source", sa.Integer()),
