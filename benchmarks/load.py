@@ -212,6 +212,20 @@ def predict_json(some: Readings) -> bytes:
     return json.dumps({"instances": [{"telemetry": window} for window in some.tolist()]}).encode()
 
 
+def predict_arrow(some: Readings) -> tuple[bytes, dict[str, str]]:
+    """The same as an Arrow stream, a window an engine: body and headers."""
+    import pyarrow as pa
+
+    rows = some.reshape(-1, some.shape[-1]).astype(np.float32)
+    table = pa.table({name: pa.array(rows[:, k]) for k, name in enumerate(contract.CHANNELS)})
+    engine, cycle = np.divmod(np.arange(len(rows)), some.shape[1])
+    table = table.append_column("engine_id", pa.array([f"FD001-{k}" for k in engine]))
+    table, sink = table.append_column("cycle", pa.array(cycle)), pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return sink.getvalue().to_pybytes(), {"Content-Type": "application/vnd.apache.arrow.stream"}
+
+
 def oip_json(some: Readings) -> bytes:
     """An Open Inference Protocol request, values in JSON, asking for logits and RUL."""
     return json.dumps(_oip(some, {"data": some.ravel().tolist()}, {})).encode()

@@ -22,6 +22,7 @@ REACH = (  # case, against, figure, reach, whether more is better
     ("the same, 1 connection, p50", "the same route", "p50", 3.0, False),
     ("1,000 windows, OIP binary", "ONNX Runtime alone, one thread, best batch, rows/s", "binary", 0.85, True),
     ("1,000 windows, `/v1/predict` JSON", "the same", "json", 0.40, True),
+    ("1,000 windows, `/v1/predict` Arrow stream", "the same", "arrow", 0.40, True),
     ("p99 at 64 connections", "p50 of the same run", "tail", 3.0, False),
 )
 LIMITS = (("start to ready, s", "start", 1.5), ("resident memory of one worker, MB", "memory", 180.0))
@@ -72,9 +73,13 @@ def singles(url: str, seconds: float) -> Mapping[str, float]:
 
 
 def rows(url: str, seconds: float) -> Mapping[str, float]:
-    """Rows/s of requests of 1,000 windows, one at a time, in both encodings."""
+    """Rows/s of requests of 1,000 windows, one at a time, in each encoding."""
     some = load.windows(ROWS)
-    asked = {"json": ("/v1/predict", load.predict_json(some), JSON_HEADERS), "binary": (INFER, *load.oip_binary(some))}
+    asked: dict[str, tuple[str, bytes, Mapping[str, str]]] = {
+        "json": ("/v1/predict", load.predict_json(some), JSON_HEADERS),
+        "arrow": ("/v1/predict", *load.predict_arrow(some)),
+        "binary": (INFER, *load.oip_binary(some)),
+    }
     found = {}
     for name, (path, body, headers) in asked.items():
         found[name] = ROWS / unfailing(load.wrk(url + path, body, headers, 1, seconds, CLIENT_CORE)).p50_ms * 1e3
@@ -103,6 +108,7 @@ def table(found: Found) -> Iterator[str]:
         "p50": (ours["alone_p50"], bare["alone_p50"]),
         "binary": (many["binary"], best["rows"]),
         "json": (many["json"], best["rows"]),
+        "arrow": (many["arrow"], best["rows"]),
         "tail": (ours["p99"], ours["p50"]),
     }
     yield "| case | against | here | there | ratio | reach |"

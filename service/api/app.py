@@ -30,6 +30,7 @@ from service.api.routes import Aside, Endpoint, build_endpoint, build_router
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
 from service.settings import Settings
+from service.tracing import open_tracing
 
 
 class Application(NamedTuple):
@@ -48,7 +49,7 @@ def create_app(settings: Settings, on_rejected: Callable[[str], None], shared: P
         shared: the folder in which several workers keep what is theirs together.
     """
     metrics = Metrics(CollectorRegistry(), shared)
-    lifecycle = Lifecycle(settings, metrics, shared)
+    lifecycle, tracing = Lifecycle(settings, metrics, shared), open_tracing()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -57,6 +58,8 @@ def create_app(settings: Settings, on_rejected: Callable[[str], None], shared: P
         yield
         opening.cancel()
         await lifecycle.close()
+        if tracing:
+            await asyncio.to_thread(tracing.close)
 
     app = FastAPIOffline(
         title="engine-health",
@@ -83,11 +86,11 @@ def create_app(settings: Settings, on_rejected: Callable[[str], None], shared: P
     if settings.cors_origins:
         origins = [origin.strip() for origin in settings.cors_origins.split(",")]
         served = CORSMiddleware(served, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-    return Application(served, app)
+    return Application(tracing.around(served) if tracing else served, app)
 
 
 def _lanes(predict: Endpoint, cycles: Endpoint, infer: Endpoint) -> Callable[[str], Lane | None]:
-    own = {lane.route: lane for lane in (Lane("/v1/predict", predict), Lane("/v1/cycles", cycles))}
+    own = {lane.path: lane for lane in (Lane("/v1/predict", predict), Lane("/v1/cycles", cycles))}
     protocol = Lane(oip.INFER_ROUTE, infer)
 
     def lane(path: str) -> Lane | None:

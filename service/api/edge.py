@@ -24,9 +24,9 @@ _TRACE = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a
 
 
 class Lane(NamedTuple):
-    """An endpoint that is reached without routing, and the route's template."""
+    """An endpoint that is reached without routing, and the template of its path."""
 
-    route: str
+    path: str
     endpoint: Endpoint
 
 
@@ -55,6 +55,8 @@ class Edge:
             await send(message)
 
         lane = self._lane(path) if method == "POST" else None
+        if lane:
+            scope["route"] = lane  # as a router would
         try:
             self._keys.check(method, path, headers)
             if lane is None:
@@ -68,7 +70,7 @@ class Edge:
             elif not ended:  # Starlette raises again what it has answered; half an answer is another matter
                 raise
         finally:
-            route = lane.route if lane else getattr(scope.get("route"), "path", "unmatched")
+            route = getattr(scope.get("route"), "path", "unmatched")
             seconds = time.perf_counter() - started
             self._metrics.request(method if method in METHODS else "other", route, status, seconds)
             self._say(method, path, status, seconds, request_id, headers)
