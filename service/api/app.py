@@ -22,7 +22,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from service import errors
-from service.api import memory_routes, oip, schemas
+from service.api import calibration_routes, memory_routes, oip, schemas
 from service.api.edge import Edge, Lane
 from service.api.keys import Keys
 from service.api.problems import problem
@@ -73,6 +73,7 @@ def create_app(settings: Settings, on_rejected: Callable[[str], None], shared: P
     app.include_router(build_router(lifecycle, aside, predict))
     cycles = memory_routes.build_cycles(lifecycle, aside)
     app.include_router(memory_routes.build_router(lifecycle, aside, cycles))
+    app.include_router(calibration_routes.build_router(lifecycle))
     app.include_router(oip.build_router(lifecycle, infer))
     app.add_api_route("/", lambda: RedirectResponse("/docs"), include_in_schema=False)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend the schema

@@ -100,7 +100,7 @@ def build_router(lifecycle: Lifecycle, aside: Aside, cycles: Endpoint) -> APIRou
     return router
 
 
-def looked_up(response: str, query: type[Struct]) -> dict[str, Any]:
+def looked_up(response: str | None, query: type[Struct]) -> dict[str, Any]:
     """What the OpenAPI document says of a route that reads the memory."""
     found = documented(None, response, "404", "422", "501")
     return found | {"parameters": schemas.query_parameters(query, "")}

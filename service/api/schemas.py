@@ -140,6 +140,16 @@ class HistoryQuery(Struct, forbid_unknown_fields=True):
     )
 
 
+class CalibrationQuery(Struct, forbid_unknown_fields=True):
+    """Of which time."""
+
+    window: Annotated[str | None, Meta(description="Only predictions made in that time, as 30d; all if absent.")] = None
+
+
+class NoQuery(Struct, forbid_unknown_fields=True):
+    """Nothing can be asked for."""
+
+
 class LabelRow(Struct, forbid_unknown_fields=True):
     """The truth of one prediction, named by its id or by engine and cycle."""
 
