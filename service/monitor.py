@@ -82,7 +82,8 @@ def calibration(
     found = report.labelled(z[known], rows.label[known], rows.engine[known])
     gap, frequencies = evidences(found)
     body: Json = {"window": window, "n": len(found.z), "engines": found.engines.count}
-    body["state"] = state(found.engines.count, gap, frequencies)
+    told = known & (rows.source != SOURCES.index("survival"))  # survivors alone tell of one class
+    body["state"] = state(len(np.unique(rows.engine[told])), gap, frequencies)
     body["evidence"] = _evidence(gap, frequencies)
     body |= report.sections(found, classes)
     for section, one in zip(body["classes"], frequencies, strict=True):

@@ -21,7 +21,7 @@ from tests.test_serving import until
 
 ADMIN = {"X-API-Key": "wheel"}
 FITS, TEMPERATURE = "/v1/calibration/fits", "/v1/calibration/temperature"
-SHIFTED = ("sensor_11", "sensor_15")
+SHIFTED = ("sensor_20", "sensor_21")
 
 
 def fleet(folder: Path, *subsets: str) -> list[History]:
@@ -78,6 +78,7 @@ def test_the_live_figures_are_those_of_the_evaluation(replayed: Service, cmapss_
     assert expected["Brier"] == pytest.approx(found["brier"], abs=1e-6)
     assert expected["accuracy"] == pytest.approx(found["accuracy"], abs=1e-6)
     assert expected["ECE"] == pytest.approx(found["ece"]["value"], abs=1e-6)
+    assert "calibrated" == found["state"]
     assert 1.0 == found["labels"]["share"]
     assert 29692 == found["labels"]["sources"]["outcome"]
 
@@ -100,26 +101,24 @@ def test_the_counters_say_the_same(replayed: Service) -> None:
     assert found["ece"]["value"] == pytest.approx(sum(bins) / n, abs=1e-9)
 
 
-def test_drift_shows_before_labels_and_a_refit_mends_what_it_can(cmapss_dir: Path, windows: Readings) -> None:
+def test_drift_shows_before_labels_and_a_refit_mends_what_it_can(
+    replayed: Service, cmapss_dir: Path, windows: Readings
+) -> None:
     """Two sensors off by two deviations: inputs drift with no label, labels alarm, a refit helps, rollback restores."""
-    engines = fleet(cmapss_dir, "FD001")
+    engines = fleet(cmapss_dir, "FD001", "FD003")
+    usual = calibration(replayed)["drift"]["channels"]
     names = [channel.name for channel in open_artefact(ARTEFACT)[1].channels]
     every = np.concatenate([engine.telemetry for engine in engines])
     shift = np.array([2 * every[:, k].std() * (name in SHIFTED) for k, name in enumerate(names)], dtype=np.float32)
     asked = [{"telemetry": window.tolist()} for window in windows]
     with running(ENGINE_HEALTH_ADMIN_KEYS="wheel") as service:
-        replay(service, engines, "before-")
-        ends(service, engines, "before-")
-        usual = calibration(service)["drift"]["channels"]
-        with running() as other:
-            replay(other, engines, "after-", shift)
-            unlabelled = calibration(other)
-            assert "insufficient_data" == unlabelled["state"]  # survivors alone tell of one class
-            assert unlabelled["n"] == unlabelled["labels"]["sources"]["survival"]
-            risen = {name: found["psi"] - usual[name]["psi"] for name, found in unlabelled["drift"]["channels"].items()}
-            assert set(SHIFTED) == set(sorted(risen, key=lambda name: risen[name])[-2:])
-        replay(service, engines, "after-", shift)
-        ends(service, engines, "after-")
+        replay(service, engines, shift=shift)
+        unlabelled = calibration(service)
+        assert "insufficient_data" == unlabelled["state"]  # survivors alone tell of one class
+        assert unlabelled["n"] == unlabelled["labels"]["sources"]["survival"]
+        risen = {name: found["psi"] - usual[name]["psi"] for name, found in unlabelled["drift"]["channels"].items()}
+        assert set(SHIFTED) == set(sorted(risen, key=lambda name: risen[name])[-2:])
+        ends(service, engines)
         found = calibration(service)
         assert "overconfident" == found["state"], found["evidence"]
         before = service.predict(asked)
