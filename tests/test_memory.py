@@ -1,9 +1,6 @@
-import os
-import signal
 import sqlite3
 import subprocess
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +8,7 @@ import httpx
 import numpy as np
 import pytest
 
+from benchmarks.kills import survive_in
 from model import numerics
 from model.contract import Manifest
 from model.windows import Readings, pad_left
@@ -340,36 +338,11 @@ def test_workers_read_each_others_flights(
             assert asked["logits"] == found["logits"], cycle
 
 
-def test_what_was_acknowledged_survives_being_killed(windows: Readings, tmp_path: Path) -> None:
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_what_was_acknowledged_survives_being_killed(database: str) -> None:
     """After kill -9 in the middle of ingestion every acknowledged flight and label is there, none of them twice."""
-    url = f"sqlite:///{tmp_path}/memory.db"
-    acknowledged: set[int] = set()
-    for k in range(4):
-        with running(ENGINE_HEALTH_DATABASE_URL=url) as service:
-
-            def tell(cycle: int, service: Service = service) -> int | None:
-                flight = {"engine_id": "killed", "cycle": cycle, "telemetry": windows[0][cycle % 100].tolist()}
-                label = {"engine_id": "killed", "cycle": cycle, "label": cycle % 3}
-                try:
-                    flown = httpx.post(f"{service.client.base_url}/v1/cycles", json={"cycles": [flight]}, timeout=20)
-                    said = httpx.post(f"{service.client.base_url}/v1/labels", json={"labels": [label]}, timeout=20)
-                except httpx.TransportError:
-                    return None
-                return cycle if flown.status_code == said.status_code == 200 else None
-
-            with ThreadPoolExecutor(8) as pool:
-                tasks = [pool.submit(tell, cycle) for cycle in range(100 * k, 100 * k + 100)]
-                until(lambda most=10 + 20 * k, of=tasks: sum(task.done() for task in of) > most)
-                os.kill(service.process.pid, signal.SIGKILL)
-                acknowledged |= {found for task in tasks if (found := task.result()) is not None}
-    assert acknowledged
-    with running(ENGINE_HEALTH_DATABASE_URL=url) as service:
-        rows = history(service, "killed")
-        cycles = [row["cycle"] for row in rows]
-        assert len(set(cycles)) == len(cycles)
-        labels = {row["cycle"]: row["label"] for row in rows}
-        names = ["normal", "degrading", "critical"]
-        assert {cycle: names[cycle % 3] for cycle in acknowledged} == {c: labels.get(c) for c in acknowledged}
+    found = survive_in(database, kills=3, seed=1)  # `make kills` does a hundred
+    assert found.kept(), found
 
 
 def test_predictions_go_on_without_the_database(windows: Readings, tmp_path: Path) -> None:
