@@ -9,7 +9,7 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
-from service.api.body import JSON, leaving, media_type, read_body
+from service.api.body import JSON, announced, leaving, media_type, read_body
 from service.api.calls import evaluate_json, model_json, predict_json, read_predict
 from service.lifecycle import Lifecycle
 
@@ -60,13 +60,15 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
     async def predict(request: Request) -> Response:
         """Calibrated health of engines, and the loss where a label is given."""
         media_type(request, (JSON,))
+        size = announced(request)
+        lifecycle.ready_predictor().check_room(size)
         body = await read_body(request, limits.max_body_bytes, limits.request_seconds)
         predictor = lifecycle.ready_predictor()
         model, large = predictor.model, len(body) > LARGE_BODY
         asked = await aside.run(large, lambda: read_predict(body, model, limits.max_instances))
         decoded = asked.decoded
         found = await predictor.predict(
-            decoded.telemetry, decoded.targets, asked.temperature, decoded.imputed, leaving(request.receive)
+            decoded.telemetry, decoded.targets, asked.temperature, decoded.imputed, leaving(request), size
         )
         moved = await predictor.explain(decoded.telemetry, found) if asked.explain else None
         many = len(asked.instances) > MANY_ROWS
