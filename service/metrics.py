@@ -73,7 +73,7 @@ class Metrics:
 
         self.http_requests = counter("http_requests_total", "Requests answered.", "method", "route", "status")
         self.http_duration = histogram(
-            "http_request_duration_seconds", "From the first byte read to the last sent.", SECONDS, "route"
+            "http_request_duration_seconds", "From the headers read to the answer written.", SECONDS, "route"
         )
         self.queue_duration = histogram("queue_duration_seconds", "Waiting before inference.", SECONDS)
         self.inference_duration = histogram("inference_duration_seconds", "Inside ONNX Runtime, a call.", SECONDS)

@@ -20,6 +20,7 @@ from service.errors import Fault, InvalidInput
 from service.metrics import Labelled, Metrics
 from service.runtime import Batch, Model
 from service.settings import Settings
+from service.turns import Turns
 
 Mask = npt.NDArray[np.bool_]
 MANY_NUMBERS = 2**14  # probabilities of one call; beyond it the event loop is left free while they are worked on
@@ -120,6 +121,8 @@ class Predictor:
         self._batcher = Batcher(
             self._run, self, settings.max_batch_rows, settings.max_queue_rows, settings.max_queue_seconds
         )
+        self._turns = Turns(settings.max_queue_seconds)
+        self._row_bytes = float("inf")  # of the last request that said how long it was
 
     def serve(self) -> None:
         """Say in the metrics that this one answers from now on."""
@@ -132,6 +135,15 @@ class Predictor:
         """Answer everybody who was let in, and end."""
         await self._batcher.close()
 
+    def check_room(self, size: int) -> None:
+        """Let a request of so many bytes in, or not, before it is read: its rows are guessed from those of the last.
+
+        Raises:
+            Overloaded: rows like these would have no room, or wait too long.
+        """
+        self._turns.check()
+        self._batcher.check_room(max(1, int(size / self._row_bytes)), self._turns.besides())
+
     async def predict(
         self,
         telemetry: Batch,
@@ -139,6 +151,7 @@ class Predictor:
         temperature: float | None = None,
         imputed: npt.NDArray[np.int64] | None = None,
         gone: Callable[[], bool] = lambda: False,
+        size: int = 0,
     ) -> Prediction:
         """Calibrated health of N instances.
 
@@ -148,13 +161,16 @@ class Predictor:
             temperature: in place of the active one, for this call only.
             imputed: (channels,) how many missing values were held, for the metrics.
             gone: whether the caller has left; such rows do not reach the model.
+            size: bytes of the request, if it said so.
 
         Raises:
             InvalidInput: an instance for which the network's answer is not finite.
             Overloaded: too many rows wait, or these waited too long.
             ClientGone: the caller left before its rows were taken.
         """
-        answers = Answers(*await self._batcher.submit(telemetry, gone))  # type: ignore[arg-type]  # as _run lays them out
+        if size:
+            self._row_bytes = size / len(telemetry)
+        answers = Answers(*await self._batcher.submit(telemetry, gone, self._turns.besides()))  # type: ignore[arg-type]  # as _run lays them out
         if not answers.finite.all():
             raise _unanswerable(int(np.flatnonzero(~answers.finite)[0]))
         if imputed is not None:

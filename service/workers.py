@@ -4,6 +4,7 @@ Each worker takes a slot, the lowest number whose lock is free, for as long as i
 one that was killed. What it counts is kept in files named by its slot: whoever comes next goes on counting there.
 """
 
+import ctypes
 import fcntl
 import os
 import shutil
@@ -12,6 +13,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import uvicorn
@@ -28,15 +30,29 @@ from service.settings import Settings
 HUNG_SECONDS = 60  # a worker silent for so long is hung and not busy; uvicorn's own five seconds kill busy ones
 GRACE_SECONDS = 10  # after draining, for those who are still being answered
 KEEP_ALIVE_SECONDS = 30
+MALLOC = {-3: 2**20, -1: 2**23}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD; bytes
+
+
+def give_back_memory() -> None:
+    """Have the C library return large buffers to the system when they are freed, whatever was freed before.
+
+    glibc keeps freed memory after the first large buffer, up to twice its size and more in holes; others have no such
+    habit, and no such function.
+    """
+    with suppress(AttributeError, OSError):
+        for parameter, size in MALLOC.items():
+            ctypes.CDLL(None).mallopt(parameter, size)
 
 
 def configuration(settings: Settings, **more: object) -> uvicorn.Config:
     """How uvicorn serves, one worker or many."""
+    give_back_memory()
     BoundedProtocol.seconds = settings.request_seconds
     return uvicorn.Config(
         host=settings.host,
         port=settings.port,
         http=BoundedProtocol,
+        loop="service.loop:Loop" if find_spec("uvloop") else "auto",
         log_config=None,
         log_level=settings.log_level,
         access_log=False,
@@ -64,6 +80,7 @@ def serve_many(settings: Settings) -> int:
 def worker_app(settings: Settings, shared: Path, supervisor: int) -> ASGIApp:
     """The application of one worker; called in the worker's own process."""
     logs.configure(settings)
+    give_back_memory()
     BoundedProtocol.seconds = settings.request_seconds
     slot = take_slot(shared, settings.workers * 2)
     share_between_workers(shared, slot)
@@ -98,8 +115,6 @@ def take_slot(shared: Path, most: int) -> int:
 def _end_with(supervisor: int) -> None:
     """Be told to stop when the supervisor is killed: nobody else would ever stop this worker."""
     if sys.platform == "linux":
-        import ctypes
-
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     if os.getppid() != supervisor:
         os._exit(0)
@@ -107,6 +122,12 @@ def _end_with(supervisor: int) -> None:
 
 class Supervisor(Multiprocess):
     """uvicorn's, but that SIGHUP is the workers' to hear: they open the model again, nobody is started anew."""
+
+    def keep_subprocess_alive(self) -> None:
+        """Look after the workers. A worker's end of its pipe is its own: else one killed while it starts seems busy."""
+        for process in self.processes:
+            process.child_conn.close()
+        super().keep_subprocess_alive()
 
     def handle_hup(self) -> None:
         """Pass it on."""

@@ -193,7 +193,7 @@ def test_a_failing_batch_fails_exactly_its_callers() -> None:
 
     async def scene(stage: Stage) -> None:
         first = await busy(stage)
-        poisoned = asyncio.create_task(stage.batcher.submit(rows_of(*range(8), np.nan)))
+        poisoned = asyncio.create_task(stage.batcher.submit(rows_of(np.nan, *range(8))))
         beside = asyncio.create_task(stage.batcher.submit(rows_of(1)))
         await asyncio.sleep(0.01)
         stage.gate.open.set()

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp
 
 from service import errors
 from service.api import calibration_routes, memory_routes, oip, schemas
+from service.api.body import Buffer
 from service.api.edge import Edge, Lane
 from service.api.keys import Keys
 from service.api.problems import problem
@@ -55,6 +56,8 @@ def create_app(settings: Settings, on_rejected: Callable[[str], None], shared: P
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         opening = asyncio.create_task(lifecycle.open(on_rejected))
         _on_signals(lifecycle)
+        if lifecycle.relieved:
+            await lifecycle.proven.wait()  # taking no connections yet: the other workers have a model for them
         yield
         opening.cancel()
         await lifecycle.close()
@@ -83,7 +86,8 @@ def create_app(settings: Settings, on_rejected: Callable[[str], None], shared: P
 
     for kind in (errors.ServiceError, HTTPException, Exception):
         app.add_exception_handler(kind, answer_problem)
-    served: ASGIApp = Edge(app, metrics, Keys(settings), _lanes(predict, cycles, infer))
+    lanes, buffer = _lanes(predict, cycles, infer), Buffer(settings.max_buffered_bytes)
+    served: ASGIApp = Edge(app, metrics, Keys(settings), lanes, buffer)
     if settings.cors_origins:
         origins = [origin.strip() for origin in settings.cors_origins.split(",")]
         served = CORSMiddleware(served, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])

@@ -182,6 +182,7 @@ def model_json(predictor: Predictor, limits: Settings) -> dict[str, Any]:
         "batch_difference": predictor.model.batch_difference,
         "limits": {
             "max_body_bytes": limits.max_body_bytes,
+            "max_buffered_bytes": limits.max_buffered_bytes,
             "max_instances": limits.max_instances,
             "max_queue_rows": limits.max_queue_rows,
             "max_queue_seconds": limits.max_queue_seconds,

@@ -12,7 +12,7 @@ from fastapi.responses import PlainTextResponse
 
 from service.api import schemas
 from service.api.arrow import ARROW
-from service.api.body import JSON, leaving, media_type, read_body
+from service.api.body import JSON, announced, leaving, media_type, read_body
 from service.api.calls import evaluate_json, model_json, predict_json, read_predict, read_predict_table
 from service.lifecycle import Lifecycle
 from service.memory import prediction_ids
@@ -64,6 +64,8 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
     async def predict(request: Request) -> Response:
         """Calibrated health of engines, and the loss where a label is given."""
         table = media_type(request, (JSON, ARROW)) == ARROW
+        size = announced(request)
+        lifecycle.ready_predictor().check_room(size)
         body = await read_body(request, limits.max_body_bytes, limits.request_seconds)
         predictor = lifecycle.ready_predictor()
         model = predictor.model
@@ -75,7 +77,7 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
             asked = await aside.run(large, lambda: read_predict(body, model, limits.max_instances))
         decoded = asked.decoded
         found = await predictor.predict(
-            decoded.telemetry, decoded.targets, asked.temperature, decoded.imputed, leaving(request.receive)
+            decoded.telemetry, decoded.targets, asked.temperature, decoded.imputed, leaving(request), size
         )
         moved = await predictor.explain(decoded.telemetry, found) if asked.explain else None
         named, what_if = asked.instances, asked.temperature is not None
