@@ -44,7 +44,10 @@ def test_moments_are_those_of_the_truth_as_the_model_says(z: np.ndarray) -> None
     """Over all truths, weighed as the probabilities say, the mean is zero and variance and tails are as stated."""
     p = numerics.softmax(z)
     for k in range(z.shape[1]):
-        brought = [(losses_of(z, np.full(len(z), y)), of_class(p[:, k], np.full(len(z), float(y == k)))) for y in range(z.shape[1])]
+        brought = [
+            (losses_of(z, np.full(len(z), y)), of_class(p[:, k], np.full(len(z), float(y == k))))
+            for y in range(z.shape[1])
+        ]
         for kind in (0, 1):
             x = np.stack([pair[kind].x for pair in brought], axis=1)
             said = brought[0][kind]
@@ -64,7 +67,7 @@ def test_the_order_of_rows_does_not_matter() -> None:
 
 
 def test_a_fleet_twice_is_twice_the_total_and_the_same_surprise() -> None:
-    """As many engines again with the same rows double totals and variances, but not what one unseen engine may bring."""
+    """As many engines again with the same rows double totals and squares, but not what one unseen engine may bring."""
     found, engine = some(300)
     twice = Deviations(*(np.tile(column, 2) for column in vars(found).values()))
     engines, both = engines_of(engine), engines_of(np.concatenate([engine, engine + 1000]))
@@ -84,7 +87,7 @@ def test_rows_of_one_engine_are_weaker_than_rows_of_many() -> None:
 
 
 def test_engines_without_a_surprise_prove_little() -> None:
-    """Forty engines that were said to be fine with 0.99, and are, alarm nobody, though each was seen a hundred times."""
+    """Forty engines that were said to be fine with 0.99, and are, alarm nobody, though each is seen a hundred times."""
     z = np.tile(np.log([0.99, 0.007, 0.003]), (4000, 1))
     found = losses_of(z, np.zeros(4000, dtype=int))
     assert evidence(found, engines_of(np.arange(4000))).log_e > np.log(1e6)
@@ -92,7 +95,9 @@ def test_engines_without_a_surprise_prove_little() -> None:
 
 
 @given(st.floats(-1e3, 1e3), st.floats(0, 1e5), st.floats(0, 1e5), st.sampled_from([0.04, 0.01, 0.3]))
-def test_the_sequence_leaves_zero_out_exactly_when_it_alarms(t: float, above: float, below: float, alpha: float) -> None:
+def test_the_sequence_leaves_zero_out_exactly_when_it_alarms(
+    t: float, above: float, below: float, alpha: float
+) -> None:
     """Interval and e-value are one test: the mean lies off zero if and only if E reaches 1/alpha."""
     found = sequential.Evidence(10, t, above, below)
     low, high = found.mean_within(alpha)
