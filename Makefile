@@ -70,7 +70,7 @@ bench: $(DEV)/ready              ## the README's performance table: against a ba
 bench-peers: $(DEV)/ready        ## the same model behind other servers, side by side; installs them below build, needs wrk; half an hour
 	$(BIN)/python -m benchmarks.peers
 
-bench-monitor: $(DEV)/ready      ## false and true alarms of the calibration state, simulated; half an hour
+bench-monitor: $(DEV)/ready      ## false and true alarms of the calibration state, simulated; a quarter of an hour
 	$(BIN)/python -m benchmarks.monitor
 
 docs: $(DEV)/ready               ## write the README's tables anew from code, and the results from the test engines
