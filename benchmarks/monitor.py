@@ -132,7 +132,7 @@ def others_table(streams: int, labels: int) -> Iterator[str]:
     for sharpness in (1.0, SHARP, FLAT):
         left = [strays(independent(np.random.default_rng(s), labels, sharpness), sharpness) for s in range(streams)]
         yield f"| the 96 % sequence of the gap ever leaves out the truth, T = {sharpness:.2f} | {np.mean(left):.1%} |"
-    parts = [moving(independent(np.random.default_rng(s), MOVING_LABELS)) for s in range(streams // 5)]
+    parts = [moving(independent(np.random.default_rng(s), MOVING_LABELS)) for s in range(max(streams // 5, 1))]
     yield f"| the newest {MOVING:,} of {MOVING_LABELS:,} labels, a moving window, ever alarm | {np.mean(parts):.1%} |"
     ever, late = np.mean([selected(seed) for seed in range(streams)], axis=0)
     yield f"| engines start together, outcomes come as they fail: ever alarms | {ever:.1%} |"
