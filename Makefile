@@ -73,7 +73,7 @@ kills: $(DEV)/ready             ## kill -9 a hundred times while truths are told
 bench-peers: $(DEV)/ready        ## the same model behind other servers, side by side; installs them below build, needs wrk; half an hour
 	$(BIN)/python -m benchmarks.peers
 
-bench-monitor: $(DEV)/ready      ## false and true alarms of the calibration state, simulated; half an hour
+bench-monitor: $(DEV)/ready      ## false and true alarms of the calibration state, simulated; a quarter of an hour
 	$(BIN)/python -m benchmarks.monitor
 
 docs: $(DEV)/ready               ## write the README's tables anew from code, and the results from the test engines

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from model.numerics import Floats
 
 Integers = npt.NDArray[np.int64]
-ENOUGH_ENGINES = 20  # below, a spread between engines is known to worse than a third, and intervals mean little
+ENOUGH_ENGINES = 20  # below, the variance between engines is known to worse than a third, and intervals mean little
 RESAMPLES = 500
 GROUPS = 4096  # more engines than these are drawn in groups of a few: the same spread, at a bounded cost
 TAIL = 0.05  # of the resampled values, outside each end of an interval: 90 % lie within

@@ -83,9 +83,10 @@ def ece(found: Labelled, bins: Reliability) -> Json:
     """ECE of equal-width bins, the band in which a calibrated model's would lie, of equal masses, and an interval."""
     if len(found.top) == 0:
         return {"value": None, "noise_band": None, "equal_mass": None, "interval": None}
+    ordered = found.z[np.argsort(found.top)] if len(found.z) <= COINS else found.z  # each its coin, whatever the order
     return {
         "value": bins.ece(),
-        "noise_band": numerics.ece_noise_band(found.z, coins=COINS),
+        "noise_band": numerics.ece_noise_band(ordered, coins=COINS),
         "equal_mass": reliability.equal_mass_ece(found.top, found.correct),
         "interval": reliability.ece_interval(found.top, found.correct, found.engines),
     }

@@ -1,8 +1,9 @@
 """What labelled predictions say of calibration, and unlabelled ones of drift: pure arithmetic, the clock passed in.
 
-`calibration` is the answer of `GET /v1/calibration`. Its state may be looked at as often as one likes: the probability
-that a calibrated model ever alarms, while its labels accumulate from a fixed beginning, is 5 % at most
-(`model.sequential` says how). A moving window begins anew all the time, and is promised 5 % for each beginning only.
+`calibration` is the answer of `GET /v1/calibration`. Its state may be looked at as often as one likes: a calibrated
+model, its labels accumulating from a fixed beginning, ever alarms with probability 5 % at most. That is a theorem for
+independent rows and simulated for engines (`model.sequential`, `benchmarks.monitor`). A moving window begins anew all
+the time.
 Knows no database, no HTTP, no metrics.
 """
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.streams import fleet, independent
+from benchmarks.streams import Stream, fleet, independent
 from model import numerics
 from model.engines import engines_of
 from model.reliability import brier_parts, class_ece, ece_interval, equal_mass_ece
@@ -39,7 +39,7 @@ def test_class_ece_by_hand() -> None:
 
 
 def test_brier_parts_by_hand() -> None:
-    """Two kinds of forecast of two classes: reliability, resolution and uncertainty as paper gives them, no residual."""
+    """Two kinds of forecast of two classes: the parts are what paper gives, and there is no residual."""
     p = np.array([[0.8, 0.2]] * 4 + [[0.3, 0.7]] * 2)
     q = np.eye(2)[[0, 0, 0, 1, 1, 1]]
     found = brier_parts(p, q)
@@ -75,7 +75,7 @@ def test_the_interval_of_ece_holds_the_truth(sharpness: float, kind: str) -> Non
     assert covered >= 48  # 54 expected at 90 %; 48 or fewer of 60 come once in 50 at that
 
 
-def _stream(kind: str, seed: int, sharpness: float):  # type: ignore[no-untyped-def]  # a helper of one test
+def _stream(kind: str, seed: int, sharpness: float) -> Stream:
     random = np.random.default_rng(seed)
     return independent(random, 1000, sharpness) if kind == "rows" else fleet(random, 40, "outcome", sharpness)
 

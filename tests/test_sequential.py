@@ -67,7 +67,7 @@ def test_the_order_of_rows_does_not_matter() -> None:
 
 
 def test_a_fleet_twice_is_twice_the_total_and_the_same_surprise() -> None:
-    """As many engines again with the same rows double totals and variances, but not what one unseen engine may bring."""
+    """As many engines again with the same rows double totals and squares, but not what one unseen engine may bring."""
     found, engine = some(300)
     twice = Deviations(*(np.tile(column, 2) for column in vars(found).values()))
     engines, both = engines_of(engine), engines_of(np.concatenate([engine, engine + 1000]))
@@ -87,7 +87,7 @@ def test_rows_of_one_engine_are_weaker_than_rows_of_many() -> None:
 
 
 def test_engines_without_a_surprise_prove_little() -> None:
-    """Forty engines that were said to be fine with 0.99, and are, alarm nobody, though each was seen a hundred times."""
+    """Forty engines that were said to be fine with 0.99, and are, alarm nobody, though each is seen a hundred times."""
     z = np.tile(np.log([0.99, 0.007, 0.003]), (4000, 1))
     found = losses_of(z, np.zeros(4000, dtype=int))
     assert evidence(found, engines_of(np.arange(4000))).log_e > np.log(1e6)
