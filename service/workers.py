@@ -13,7 +13,6 @@ import sys
 import tempfile
 from contextlib import suppress
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import uvicorn
@@ -52,7 +51,6 @@ def configuration(settings: Settings, **more: object) -> uvicorn.Config:
         host=settings.host,
         port=settings.port,
         http=BoundedProtocol,
-        loop="service.loop:Loop" if find_spec("uvloop") else "auto",
         log_config=None,
         log_level=settings.log_level,
         access_log=False,
