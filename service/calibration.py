@@ -74,6 +74,7 @@ async def fit(memory: Memory, predictor: Predictor, window: str | None) -> dict[
         "active_temperature": predictor.temperature,
         "n": fitted.rows,
         "engines": fitted.engines,
+        "sure": fitted.sure,  # whether all of the held-out interval is a gain
         "held_out": {
             "temperatures": fitted.held_out_temperatures,
             "cross_entropy": _change(fitted.cross_entropy),
