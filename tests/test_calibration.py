@@ -17,7 +17,7 @@ from model.windows import Readings
 from service.calibration import seconds_of
 from service.errors import InvalidInput
 from tests.conftest import Service, running
-from tests.test_serving import until
+from tests.test_serving import until, until_all_are_ready
 
 ADMIN = {"X-API-Key": "wheel"}
 FITS, TEMPERATURE = "/v1/calibration/fits", "/v1/calibration/temperature"
@@ -149,6 +149,7 @@ def test_every_worker_follows_a_new_temperature(windows: Readings, tmp_path: Pat
     """A temperature that is put in force in one worker answers in all of them, and after a restart; so its rollback."""
     kept = {"ENGINE_HEALTH_ADMIN_KEYS": "wheel", "ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{tmp_path}/memory.db"}
     with running(ENGINE_HEALTH_WORKERS="2", **kept) as service:
+        until_all_are_ready(service, 2)
         for change, expected in (
             ({"temperature": 2.5}, {2.5}),
             ({"temperature": 3.5}, {3.5}),

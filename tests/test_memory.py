@@ -15,7 +15,7 @@ from model.windows import Readings, pad_left
 from tests.conftest import Service, running
 from tests.postgres import Postgres, postgres
 from tests.test_runtime import identity_classifier
-from tests.test_serving import children, until
+from tests.test_serving import until, until_all_are_ready
 
 FOUR: dict[str, object] = {"name": "four", "version": "1", "classes": ["a", "b", "c", "d"]}
 
@@ -329,7 +329,7 @@ def test_workers_read_each_others_flights(
     url = f"sqlite:///{tmp_path}/memory.db" if kind == "sqlite" else request.getfixturevalue("cluster").url("workers")
     flights = windows[0]
     with running(ENGINE_HEALTH_WORKERS="2", ENGINE_HEALTH_DATABASE_URL=url) as service:
-        until(lambda: len(children(service.process)) == 2)
+        until_all_are_ready(service, 2)
         for cycle, row in enumerate(flights[:40]):
             with httpx.Client(base_url=service.client.base_url, timeout=60, trust_env=False) as client:
                 flight = {"engine_id": "shared", "cycle": cycle, "telemetry": row.tolist()}

@@ -51,7 +51,7 @@ def test_a_file_gives_the_temperature_that_mends_it(tmp_path: Path, capsys: pyte
 
 def test_a_file_without_a_better_temperature_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Logits that are right already, or too few engines: exit code 1 and one line that says why."""
-    for rows, why in ((sharpened(1), "not surely a gain"), (sharpened(2, engines=5), "engines are too few")):
+    for rows, why in ((sharpened(1), "raises cross-entropy"), (sharpened(2, engines=5), "engines are too few")):
         path = as_lines(rows, tmp_path / "rows.jsonl")
         assert 1 == cli.main(["calibrate", str(path), "--temperature", "1"])
         said = capsys.readouterr()

@@ -43,6 +43,17 @@ def until(done: Any, seconds: float = 30) -> None:
         time.sleep(0.05)
 
 
+def until_all_are_ready(service: Service, workers: int) -> None:
+    """Until every worker answers: one that is still starting says 503 to whoever reaches it."""
+
+    def ready() -> bool:
+        slots = [link for child in children(service.process) if (link := shared_folder(child))]
+        kept = len(list(slots[0].glob("gauge_livemin_*.db"))) if slots else 0
+        return kept == workers and service.metrics()["engine_health_ready"] == 1
+
+    until(ready)
+
+
 def test_concurrent_callers_are_told_of_their_own_windows(service: Service, windows: Readings) -> None:
     """Two hundred callers at once, each with a window of its own, get the answers that they get alone."""
     scaled = [windows[k % 4] * np.float32(1 + k / 1e4) for k in range(200)]
@@ -276,6 +287,7 @@ def test_workers_count_together_and_outlive_being_killed(windows: Readings) -> N
         until(lambda: service.metrics()["engine_health_ready"] == 1)
         counted = service.metrics()
         folder = shared_folder(children(service.process)[0])
+        assert folder
         names = sorted(path.name for path in folder.glob("counter_*.db"))
         assert names in (["counter_0.db", "counter_1.db"], ["counter_0.db"], ["counter_1.db"])
         total = sum(v for k, v in counted.items() if "http_requests_total" in k and "predict" in k and '"200"' in k)
@@ -293,10 +305,13 @@ def predicted(service: Service, window: Readings) -> bool:
     return answer.status_code == 200
 
 
-def shared_folder(worker: int) -> Path:
-    """Where a worker keeps what it shares."""
-    links = (Path(f"/proc/{worker}/fd") / name for name in os.listdir(f"/proc/{worker}/fd"))
-    return next(Path(os.readlink(x)).parent for x in links if "slot-" in os.readlink(x))
+def shared_folder(worker: int) -> Path | None:
+    """Where a worker keeps what it shares; None while it has nothing yet."""
+    try:
+        links = [os.readlink(f"/proc/{worker}/fd/{name}") for name in os.listdir(f"/proc/{worker}/fd")]
+    except FileNotFoundError:  # a file was closed, or the worker ended, between two looks
+        return None
+    return next((Path(link).parent for link in links if "slot-" in link), None)
 
 
 def test_workers_follow_a_new_model_and_stop_together(tmp_path: Path, windows: Readings) -> None:
