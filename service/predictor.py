@@ -129,7 +129,8 @@ class Predictor:
         manifest = self.model.manifest
         bins = {name: len(edges) + 1 for name, edges in self._bins.items()}
         digest = self.model.digest
-        self._metrics.serving(manifest.name, manifest.version, digest, manifest.classes, self.temperature, bins)
+        of = (manifest.name, manifest.version, digest, manifest.classes, self.temperature, bins)
+        self._series = self._metrics.serving(*of)
 
     async def close(self) -> None:
         """Answer everybody who was let in, and end."""
@@ -254,11 +255,10 @@ class Predictor:
         logits = np.concatenate([a.logits for a in answers])[finite]
         p = np.concatenate([a.probabilities for a in answers])[finite]
         entropy = np.concatenate([a.expected_loss for a in answers])[finite]
-        manifest = self.model.manifest
-        self._metrics.answers(manifest.classes, logits.argmax(axis=1), p.max(axis=1), entropy)
+        self._metrics.answers(self._series, logits.argmax(axis=1), p.max(axis=1), entropy)
         if self._binned:
             newest = np.concatenate([rows if rows.ndim == 2 else rows[:, -1] for rows, _ in answered])[finite]
-            self._metrics.inputs(self._bins_of(newest), self._edges.shape[1] + 1)
+            self._metrics.inputs(self._series, self._bins_of(newest))
 
     @property
     def bins(self) -> Callable[[Batch], npt.NDArray[np.uint8]] | None:

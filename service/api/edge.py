@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import structlog
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -20,6 +21,7 @@ from service.api.routes import Endpoint
 from service.metrics import Metrics
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})  # other words are one label
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _TRACE = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}")  # W3C, level 1
 
@@ -49,7 +51,7 @@ class Edge:
         method, path, headers = scope["method"], scope["path"], dict(scope["headers"])  # the last of a name counts
         request_id = _request_id(headers)
         held = scope[HELD] = Held(self._buffer)
-        lane = self._lane(path) if method == "POST" else None
+        lane = self._lane(path) if method == "POST" and not _CONTROL.search(path) else None
 
         def count() -> None:
             route = getattr(scope.get("route"), "path", "unmatched")
@@ -69,6 +71,8 @@ class Edge:
         if lane:
             scope["route"] = lane  # as a router would
         try:
+            if _CONTROL.search(path):  # some patterns match before a last newline, and others do not
+                raise HTTPException(404, "no path has control characters")
             self._keys.check(method, path, headers)
             if lane is None:
                 await self._app(scope, receive, watched)
