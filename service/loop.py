@@ -19,19 +19,34 @@ Factory = Callable[[], asyncio.BaseProtocol]
 class Loop(uvloop.Loop):
     """uvloop's loop."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._listening: set[socket.socket] = set()
+
     async def create_server(self, factory: Factory, *args: Any, **more: Any) -> asyncio.Server:  # type: ignore[override]  # all forms of it
         """As uvloop's; its sockets are looked at once more each turn."""
         server: Any = await super().create_server(factory, *args, **more)
         for listening in server.sockets:
             also = socket.socket(fileno=os.dup(listening.fileno()))
             also.setblocking(False)
+            self._listening.add(also)
             self.add_reader(also, self._accept, also, server, factory)
         return server  # type: ignore[no-any-return]  # uvloop's own class, which has all that asyncio's has
 
+    def close(self) -> None:
+        """As uvloop's."""
+        for listening in list(self._listening):
+            self._forget(listening)
+        super().close()
+
+    def _forget(self, listening: socket.socket) -> None:
+        self.remove_reader(listening)
+        self._listening.discard(listening)
+        listening.close()
+
     def _accept(self, listening: socket.socket, server: Any, factory: Factory) -> None:
         if not server.is_serving():
-            self.remove_reader(listening)
-            listening.close()
+            self._forget(listening)
             return
         for _ in range(MOST_AT_ONCE):
             try:
