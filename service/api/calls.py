@@ -55,11 +55,11 @@ def read_predict(body: bytes, model: Model, most: int) -> Asked:
     return Asked(asked.instances, decoded, asked.temperature, asked.explain)
 
 
-def predict_json(asked: Asked, found: Prediction, model: Model, moved: list[list[Shift]] | None) -> dict[str, Any]:
+def predict_json(asked: Asked, found: Prediction, model: Model) -> dict[str, Any]:
     """What `/v1/predict` answers."""
     manifest = model.manifest
     rows = _rows(asked.instances, found, manifest.classes)
-    for row, shifts in zip(rows, moved or (), strict=moved is not None):
+    for row, shifts in zip(rows, found.moved or (), strict=found.moved is not None):
         row["explanation"] = [_moved(shift, manifest.channel_names, manifest.classes) for shift in shifts]
     return {
         "model": {"name": manifest.name, "version": manifest.version, "digest": model.digest},

@@ -68,11 +68,16 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
         asked = await aside.run(large, lambda: read_predict(body, model, limits.max_instances))
         decoded = asked.decoded
         found = await predictor.predict(
-            decoded.telemetry, decoded.targets, asked.temperature, decoded.imputed, leaving(request), size
+            decoded.telemetry,
+            decoded.targets,
+            asked.temperature,
+            decoded.imputed,
+            leaving(request),
+            size,
+            asked.explain,
         )
-        moved = await predictor.explain(decoded.telemetry, found) if asked.explain else None
         many = len(asked.instances) > MANY_ROWS
-        return await aside.run(many, lambda: json_response(predict_json(asked, found, model, moved)))
+        return await aside.run(many, lambda: json_response(predict_json(asked, found, model)))
 
     return predict
 
