@@ -128,6 +128,22 @@ def test_memory_is_what_it_was_after_bodies_that_are_refused(service: Service) -
     assert resident(service) - before < 20
 
 
+def test_explanations_wait_in_the_same_queue(windows: Readings) -> None:
+    """What an explanation costs is bounded as predictions are: too many at once are 429; only answers are counted."""
+    body = json.dumps({"instances": [{"telemetry": windows[0][-1:].tolist()}] * 10, "explain": True}).encode()
+    with running(ENGINE_HEALTH_MAX_QUEUE_ROWS="100") as service:
+
+        def ask(_: int) -> httpx.Response:
+            return service.client.post("/v1/predict", content=body, headers=JSON)
+
+        with ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(ask, range(100)))
+        answered = [answer for answer in answers if answer.status_code == 200]
+        assert {200, 429} == {answer.status_code for answer in answers}
+        assert all(17 == len(row["explanation"]) for answer in answered for row in answer.json()["predictions"])
+        assert 10 * len(answered) == service.metrics()["engine_health_confidence_count"]
+
+
 def as_sent(windows: Readings) -> bytes:
     """A request of the Open Inference Protocol as it goes over the wire."""
     body, headers = binary(windows)

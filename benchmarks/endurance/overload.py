@@ -2,11 +2,13 @@
 
 import asyncio
 import itertools
+import json
 import os
 import signal
 import time
 from collections.abc import Iterator
 
+from benchmarks import load
 from benchmarks.endurance.client import Connection, Offered, in_turn, offer, request
 from benchmarks.endurance.stage import PREDICT, Line, Running, say, service, windows_binary, windows_json
 from benchmarks.peers import INFER
@@ -15,8 +17,10 @@ SECONDS = 20.0  # of each offer
 CAPACITY_SECONDS, CAPACITY_CONNECTIONS = 6.0, 8
 QUEUE_SECONDS = 2.0  # the default of ENGINE_HEALTH_MAX_QUEUE_SECONDS
 TURN_SECONDS = 0.5  # in the hands of the event loop: a turn to be read and one to be told, an eighth of that each
+EXPLAINED = json.dumps(json.loads(load.predict_json(load.windows(8))) | {"explain": True}).encode()
 CASES = (  # what is refused has to be read all the same: no client on the other core offers ten times the last two
     ("64 engines, one flight each, JSON", PREDICT, windows_json(64, 1), (2, 5, 10)),
+    ("8 windows, explained, JSON", PREDICT, request(PREDICT, EXPLAINED, load.JSON_HEADERS), (2,)),
     ("64 windows, binary (0.4 MiB)", INFER, windows_binary(64), (2,)),
     ("1,000 windows, binary (6.5 MiB)", INFER, windows_binary(1000), (2,)),
 )
