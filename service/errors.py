@@ -1,6 +1,6 @@
 """What can go wrong, as one small tree without HTTP; `service.api.app` maps it to status codes in one table."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Fault(NamedTuple):
@@ -41,6 +41,12 @@ class NotJson(InputRejected):
     """A body that no JSON parser accepts."""
 
     reason = "not_json"
+
+
+class NotArrow(InputRejected):
+    """A body that is no Arrow stream, or one with a trap in it."""
+
+    reason = "not_arrow"
 
 
 class UnsupportedMediaType(InputRejected):
@@ -93,6 +99,34 @@ class UnknownModel(InputRejected):
     """A model or version that is not the one served."""
 
     reason = "unknown_model"
+
+
+class MemoryUnavailable(ServiceError):
+    """The database cannot be reached, is locked or is full; nothing of what was asked is kept."""
+
+
+class NoMemory(ServiceError):
+    """The service is stateless: no database is configured."""
+
+
+class SchemaRejected(ServiceError):
+    """A database that this code does not understand; the service does not start."""
+
+
+class Conflict(InputRejected):
+    """What was said contradicts what is known; `results` shows both, row by row."""
+
+    reason = "conflict"
+
+    def __init__(self, detail: str, results: Any = None) -> None:
+        super().__init__(detail)
+        self.results = results
+
+
+class Unknown(InputRejected):
+    """Something that was never remembered."""
+
+    reason = "unknown"
 
 
 class NotReady(ServiceError):

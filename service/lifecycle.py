@@ -8,17 +8,21 @@ import asyncio
 import gc
 import logging
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from service.errors import ArtefactRejected, NotReady
+from service.errors import ArtefactRejected, NoMemory, NotReady, SchemaRejected, ServiceError
+from service.memory import Memory
 from service.metrics import Metrics
 from service.predictor import Predictor
-from service.runtime import open_model
+from service.runtime import Model, open_model
 from service.settings import Settings
 
 GARBAGE = (20_000, 20, 20)  # objects of a few hundred requests; Python's own 700 are a few per request
 LOOK_SECONDS = 0.25  # how often a worker looks whether another one has a new model
+ASK_SECONDS = 1.0  # how often a worker asks the database whether the temperature is another one
+PRUNE_SECONDS = 600.0  # how often what is too old is forgotten
 log = logging.getLogger("engine_health")
 
 
@@ -29,6 +33,7 @@ class Lifecycle:
         self.settings, self.metrics = settings, metrics
         self.predictor: Predictor | None = None
         self.draining = False
+        self._memory = Memory(settings, metrics) if settings.database_url else None
         self._copy = shared / "model.onnx" if shared else None
         self._served = shared / "served" if shared else None  # there once any worker has answered
         self.proven = asyncio.Event()
@@ -58,21 +63,37 @@ class Lifecycle:
             raise NotReady("draining: this process is about to close")
         return self.ready_predictor()
 
+    def memory(self) -> Memory:
+        """What is remembered.
+
+        Raises:
+            NoMemory: no database is configured.
+        """
+        if self._memory is None:
+            raise NoMemory("this service is stateless: set ENGINE_HEALTH_DATABASE_URL to remember anything")
+        return self._memory
+
+    @property
+    def remembers(self) -> bool:
+        """Whether there is a memory."""
+        return self._memory is not None
+
     async def open(self, on_rejected: Callable[[str], None]) -> None:
         """Open the first model, then follow the other workers; `on_rejected` is told why if it proves nothing."""
         try:
+            await self._open_memory()
             copied = self._copy is not None and self._copy.exists()
             await self._load(self._copy if copied and self._copy else self.settings.model)
-        except ArtefactRejected as error:
+        except (ArtefactRejected, SchemaRejected) as error:
             on_rejected(error.detail)
             return
         except Exception as error:  # never unready for ever without a word
             log.exception("the model could not be opened")
             on_rejected(f"{type(error).__name__}: {error}")
             return
-        while self._copy is not None:
-            await asyncio.sleep(LOOK_SECONDS)
-            await self._follow(self._copy)
+        watching = [self._follow_workers(self._copy)] if self._copy else []
+        watching += [self._follow_memory(self._memory)] if self._memory else []
+        await asyncio.gather(*watching)
 
     async def reload(self) -> str:
         """Open the configured path again beside the model that answers, prove it, swap. Returns the digest.
@@ -103,6 +124,69 @@ class Lifecycle:
         if self.predictor is not None:
             await self.predictor.close()
         await asyncio.gather(*self._closing)
+        if self._memory is not None:
+            await self._memory.close()
+
+    async def temper(self) -> None:
+        """Take the temperature that the database has for the model that answers, if it is another one."""
+        async with self._change:
+            before = self.predictor
+            if before is None:
+                return
+            tempered = await self._tempered(before.model)
+            if tempered != (before.temperature, before.temperature_source):
+                self._swap(Predictor(before.model, self.metrics, self.settings, tempered))
+                log.info("temperature %g, from %s", *tempered)
+
+    async def _open_memory(self) -> None:
+        if self._memory is None:
+            return
+        try:
+            await self._memory.open()
+        except SchemaRejected:
+            raise
+        except ServiceError as error:  # predictions are answered without it, and it is asked again
+            log.error("nothing is remembered: %s", error.detail)
+
+    async def _follow_memory(self, memory: Memory) -> None:
+        """Ask again and again: for another temperature, for a database that was away, for what is too old."""
+        was_up, next_prune = True, 0.0
+        while True:
+            try:
+                await memory.open()
+                await self.temper()
+                if time.monotonic() > next_prune:
+                    await memory.prune()
+                    next_prune = time.monotonic() + PRUNE_SECONDS
+                up = True
+            except ServiceError as error:
+                up = False
+                if was_up:
+                    log.error("nothing is remembered: %s", error.detail)
+            except Exception:  # whatever it is, the next second is another try
+                up = False
+                log.exception("the memory could not be looked after")
+            if up and not was_up:
+                log.info("the database answers again")
+            was_up = up
+            self.metrics.memory_up.set(up)
+            await asyncio.sleep(ASK_SECONDS)
+
+    async def _follow_workers(self, copy: Path) -> None:
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            await self._follow(copy)
+
+    async def _tempered(self, model: Model) -> tuple[float, str]:
+        own = (model.manifest.temperature, "artefact")
+        if self._memory is None:
+            return own
+        try:
+            return await self._memory.temperature(model) or own
+        except ServiceError:  # it is asked again; until then what was in force goes on
+            before = self.predictor
+            same = before is not None and before.model.digest == model.digest
+            return (before.temperature, before.temperature_source) if before is not None and same else own
 
     async def _load(self, path: Path) -> str:
         async with self._change:
@@ -116,20 +200,23 @@ class Lifecycle:
             before = self.predictor
             if before is not None and before.model.digest == model.digest:
                 return model.digest
-            after = Predictor(model, self.metrics, s)
-            after.serve()
-            self.predictor = after
-            if self.draining:
-                self.metrics.ready.set(0)
+            self._swap(Predictor(model, self.metrics, s, await self._tempered(model)))
             self.proven.set()
             if self._served is not None:
                 self._served.touch()
             log.info("ready: %s %s, %s", model.manifest.name, model.manifest.version, model.digest)
-            if before is not None:
-                task = asyncio.create_task(_retire(before))
-                self._closing.add(task)
-                task.add_done_callback(self._closing.discard)
             return model.digest
+
+    def _swap(self, after: Predictor) -> None:
+        """Let another predictor answer from now on; those who hold the one before are answered by it."""
+        before, self.predictor = self.predictor, after
+        after.serve()
+        if self.draining:
+            self.metrics.ready.set(0)
+        if before is not None:
+            task = asyncio.create_task(_retire(before))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
 
     def _publish(self, copy: Path) -> None:
         """Put a copy of what was just proven where the other workers look, whole or not at all."""

@@ -21,6 +21,7 @@ from service.errors import InputRejected
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 NATS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.1, 1.6, 2.3, 3.0, 4.6, 6.9, 10.0)
+LAGS = (1, 10, 60, 600, 3600, 6 * 3600, 86400, 3 * 86400, 7 * 86400, 30 * 86400, 90 * 86400, 365 * 86400)
 CONFIDENCE = tuple(round(k / 20, 2) for k in range(1, 21))
 ENTROPY = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.5, 2.3, 4.6, 6.9)
 
@@ -95,6 +96,9 @@ class Metrics:
         self.reliability_predictions = counter("reliability_predictions_total", "Labelled predictions.", "bin")
         self.reliability_confidence = counter("reliability_confidence_total", "Sum of top probabilities.", "bin")
         self.reliability_correct = counter("reliability_correct_total", "Sum of hits.", "bin")
+        self.label_lag = histogram("label_lag_seconds", "From a prediction to its truth.", LAGS)
+        self.memory_up = gauge("memory_up", "1 while the database answers, in every worker.", "livemin")
+        self.unremembered = counter("unremembered_total", "Predictions answered while the database did not.")
         self.confidence = histogram("confidence", "Top probability of every prediction.", CONFIDENCE)
         self.entropy = histogram("entropy_nats", "Entropy of every prediction.", ENTROPY)
         self.input_values = counter("input_values_total", "Newest readings, by reference bin.", "channel", "bin")
@@ -157,11 +161,9 @@ class Metrics:
         observe_all(self.confidence, confidence)
         observe_all(self.entropy, entropy)
 
-    def inputs(self, newest: Values, edges: Floats) -> None:
-        """The newest readings (N, channels) by the reference bins; edges (channels, most edges), filled with NaN."""
-        width = edges.shape[1] + 1
-        bins = (edges < newest[:, :, None]).sum(axis=2) + width * np.arange(len(edges))  # no edge of NaN is below
-        counts = np.bincount(bins.ravel()).tolist()
+    def inputs(self, bins: npt.NDArray[np.uint8], width: int) -> None:
+        """The reference bins (N, channels) of the newest readings, each from 0 to `width` - 1."""
+        counts = np.bincount((bins + width * np.arange(bins.shape[1])).ravel()).tolist()
         for k, n in enumerate(counts):
             if n:
                 self._inputs[k].inc(n)

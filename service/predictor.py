@@ -5,7 +5,7 @@ that whoever holds one is answered by one model.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from service.settings import Settings
 from service.turns import Turns
 
 Mask = npt.NDArray[np.bool_]
+MANY_NUMBERS = 2**14  # probabilities of one call; beyond it the event loop is left free while they are worked on
 
 
 class Answers(NamedTuple):
@@ -88,12 +89,27 @@ def calibrated(model: Model, logits: Batch, rul: Batch | None, finite: Mask, tem
     return Answers(logits, rul, p, 0.0 - (p * log_p).sum(axis=1), sets, finite)
 
 
+def rows_of(answers: Answers, begin: int, end: int) -> Answers:
+    """Some rows of some answers."""
+    return Answers(*(None if column is None else column[begin:end] for column in answers))  # type: ignore[arg-type]  # column by column
+
+
+def joined(parts: Sequence[Answers]) -> Answers:
+    """Answers of some rows after those of others."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = zip(*parts, strict=True)
+    return Answers(*(None if column[0] is None else np.concatenate(column) for column in columns))  # type: ignore[arg-type]  # column by column
+
+
 class Predictor:
     """One model at one temperature, its queue, and the metrics that it feeds."""
 
-    def __init__(self, model: Model, metrics: Metrics, settings: Settings) -> None:
+    def __init__(
+        self, model: Model, metrics: Metrics, settings: Settings, tempered: tuple[float, str] | None = None
+    ) -> None:
         self.model = model
-        self.temperature = model.manifest.temperature
+        self.temperature, self.temperature_source = tempered or (model.manifest.temperature, "artefact")
         self._metrics = metrics
         manifest = model.manifest
         a_value_each = model.input_shape[-1:] == (len(manifest.channels),) and len(model.input_shape) <= 2
@@ -105,6 +121,7 @@ class Predictor:
             row[: len(edges)] = edges
         conditions = manifest.conditions
         self._usual = Usual.of(conditions.setting_scales, conditions.usual) if conditions else None
+        self._cap = settings.max_batch_rows
         self._batcher = Batcher(
             self._run, self, settings.max_batch_rows, settings.max_queue_rows, settings.max_queue_seconds
         )
@@ -150,10 +167,11 @@ class Predictor:
             imputed: (channels,) how many missing values were held, for the metrics.
             gone: whether the caller has left; such rows do not reach the model.
             size: bytes of the request, if it said so.
-            explain: also say what each channel did, which costs a row of inference a channel for each instance.
+            explain: also say what each channel did, which costs a row of inference a channel for each instance; only
+                for a model that says what is usual (`conditions`).
 
         Raises:
-            InvalidInput: an instance for which the network's answer is not finite; a model that explains nothing.
+            InvalidInput: an instance for which the network's answer is not finite.
             Overloaded: too many rows wait, or these waited too long.
             ClientGone: the caller left before its rows were taken.
         """
@@ -167,21 +185,54 @@ class Predictor:
         answers = Answers(*(None if column is None else column[:n] for column in found))  # type: ignore[arg-type]  # as above
         if imputed is not None:
             self._metrics.imputed(self.model.manifest.channel_names, imputed)
-        # A what-if temperature is answered and not counted: the counters describe what the service says by itself.
-        if targets is not None:
-            self._metrics.labelled_answers(_labelled(answers, targets, self.temperature))
         t = self.temperature if temperature is None else temperature
+        many = answers.logits.size > MANY_NUMBERS
+        scored = (
+            await asyncio.to_thread(self._scored, answers, targets, t) if many else self._scored(answers, targets, t)
+        )
+        labelled, prediction = scored
+        if labelled is not None:
+            self._metrics.labelled_answers(labelled)
+        return await asyncio.to_thread(_explained, found, prediction) if explain else prediction
+
+    def _scored(self, answers: Answers, targets: Floats | None, t: float) -> tuple[Labelled | None, Prediction]:
+        """What the counters are told, and what the caller is.
+
+        A what-if temperature is answered and not counted: the counters describe what the service says by itself.
+        """
+        labelled = None if targets is None else _labelled(answers, targets, self.temperature)
         if t != self.temperature:
             answers = calibrated(self.model, answers.logits, answers.rul, answers.finite, t)
-        prediction = _evaluated(answers, targets, t)
-        return await asyncio.to_thread(_explained, found, prediction) if explain else prediction
+            answered = None if targets is None else _labelled(answers, targets, t)
+        else:
+            answered = labelled
+        if targets is None or answered is None:
+            return None, Prediction(t, answers, None, None)
+        loss = np.full(len(targets), np.nan)
+        loss[~np.isnan(targets[:, 0])] = answered.loss
+        return labelled, Prediction(t, answers, loss, _means(answered))
+
+    def answer(self, telemetry: Batch) -> Answers:
+        """As `predict`, at once and in this thread, for who keeps a queue of its own; `count` is the caller's to call.
+
+        Raises:
+            InvalidInput: an instance for which the network's answer is not finite.
+        """
+        cut = range(0, len(telemetry), self._cap)
+        answers = joined([answer(self.model, telemetry[i : i + self._cap], self.temperature) for i in cut])
+        if not answers.finite.all():
+            raise _unanswerable(int(np.flatnonzero(~answers.finite)[0]))
+        return answers
+
+    def count(self, telemetry: Batch, answers: Answers, seconds: float) -> None:
+        """Count in the metrics what `answer` answered, and how long it took."""
+        self.batch(len(telemetry), seconds)
+        self.answered([(telemetry, answers)])
 
     async def _with_occluded(self, telemetry: Batch) -> Batch:
         """The instances, and behind them each of them once a channel, without it."""
         usual = self._usual
-        if usual is None:
-            message = "this model does not say what is usual (`conditions`), so its answers cannot be explained"
-            raise InvalidInput(message, (Fault(("explain",), message),))
+        assert usual is not None  # a model that does not say what is usual is refused at the door
         self._batcher.check_room(len(telemetry) * (1 + telemetry.shape[-1]), self._turns.besides())
         return await asyncio.to_thread(
             lambda: np.concatenate([telemetry, *(occluded(window, usual) for window in telemetry)])
@@ -205,42 +256,53 @@ class Predictor:
         logits = np.concatenate([a.logits for a in answers])[finite]
         p = np.concatenate([a.probabilities for a in answers])[finite]
         entropy = np.concatenate([a.expected_loss for a in answers])[finite]
-        newest = np.concatenate([rows if rows.ndim == 2 else rows[:, -1] for rows, _ in answered])[finite]
         manifest = self.model.manifest
         self._metrics.answers(manifest.classes, logits.argmax(axis=1), p.max(axis=1), entropy)
         if self._binned:
-            self._metrics.inputs(newest[:, self._binned].astype(np.float64), self._edges)
+            newest = np.concatenate([rows if rows.ndim == 2 else rows[:, -1] for rows, _ in answered])[finite]
+            self._metrics.inputs(self._bins_of(newest), self._edges.shape[1] + 1)
+
+    @property
+    def bins(self) -> Callable[[Batch], npt.NDArray[np.uint8]] | None:
+        """The reference bin of each channel that has a reference, for newest readings (N, channels); None without."""
+        return self._bins_of if self._binned and self._edges.shape[1] < np.iinfo(np.uint8).max else None
+
+    @property
+    def binned(self) -> tuple[str, ...]:
+        """The channels that `bins` tells of, in order."""
+        return tuple(self._bins)
+
+    def _bins_of(self, newest: Batch) -> npt.NDArray[np.uint8]:
+        readings = newest[:, self._binned].astype(np.float64)
+        return np.asarray((self._edges < readings[:, :, None]).sum(axis=2, dtype=np.uint8))  # no edge of NaN is below
+
+
+def measured(logits: npt.ArrayLike, truths: Floats, t: float, sets: Mask | None) -> Labelled:
+    """What N labelled predictions cost: logits and truths (N, C) at one temperature, and their prediction sets."""
+    return Labelled(
+        loss=numerics.cross_entropy(logits, truths, t, reduction="none"),
+        expected_loss=numerics.entropy(logits, t),
+        variance=numerics.loss_variance(logits, t),
+        correct=numerics.correct(logits, truths),
+        brier=numerics.brier(logits, truths, t),
+        covered=None if sets is None else (truths * sets).sum(axis=1),
+        bins=numerics.reliability(logits, truths, t),
+    )
 
 
 def _labelled(answers: Answers, targets: Floats, t: float) -> Labelled:
     known = ~np.isnan(targets[:, 0])
-    logits, q = answers.logits[known], targets[known]
-    return Labelled(
-        loss=numerics.cross_entropy(logits, q, t, reduction="none"),
-        expected_loss=answers.expected_loss[known],
-        variance=numerics.loss_variance(logits, t),
-        correct=numerics.correct(logits, q),
-        brier=numerics.brier(logits, q, t),
-        covered=None if answers.sets is None else (q * answers.sets[known]).sum(axis=1),
-        bins=numerics.reliability(logits, q, t),
-    )
+    return measured(answers.logits[known], targets[known], t, None if answers.sets is None else answers.sets[known])
 
 
-def _evaluated(answers: Answers, targets: Floats | None, t: float) -> Prediction:
-    if targets is None:
-        return Prediction(t, answers, None, None)
-    known = ~np.isnan(targets[:, 0])
-    logits, q = answers.logits[known], targets[known]
-    loss = np.full(len(known), np.nan)
-    loss[known] = numerics.cross_entropy(logits, q, t, reduction="none")
-    evaluation = Evaluation(
-        int(known.sum()),
-        float(loss[known].mean()),
-        float(answers.expected_loss[known].mean()),
-        float(numerics.correct(logits, q).mean()),
-        float(numerics.brier(logits, q, t).mean()),
+def _means(labelled: Labelled) -> Evaluation:
+    return Evaluation(
+        len(labelled.loss),
+        float(labelled.loss.mean()),
+        float(labelled.expected_loss.mean()),
+        float(labelled.correct.mean()),
+        float(labelled.brier.mean()),
     )
-    return Prediction(t, answers, loss, evaluation)
 
 
 def _explained(found: Answers, prediction: Prediction) -> Prediction:

@@ -3,6 +3,7 @@
 The table in the README is generated from the fields below.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,6 +28,13 @@ class Settings(BaseSettings):
     model: Path = Field(BUNDLED, description="path of the artefact; the bundled one if not set")
     model_digest: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = Field(
         "", description="sha256 that the artefact must have; empty accepts any"
+    )
+    database_url: str = Field(
+        "sqlite:///engine-health.db",
+        description="where predictions and truths are remembered, SQLite or PostgreSQL; empty remembers nothing",
+    )
+    retention_days: float = Field(
+        0.0, ge=0, description="days after which predictions and flights are forgotten; 0 keeps them"
     )
     max_body_bytes: int = Field(
         32 * 2**20, ge=1, description="bytes of a request body; beyond it 413 before it is read"
@@ -69,6 +77,8 @@ def read_settings(**flags: object) -> Settings:
     Raises:
         SettingsRejected: a value that cannot be used; names the variable and the value.
     """
+    if os.environ.get(PREFIX + "DATABASE_URL") == "":  # any other empty variable is none; this one means something
+        flags = {"database_url": "", **{key: value for key, value in flags.items() if value is not None}}
     try:
         return Settings(**{key: value for key, value in flags.items() if value is not None})  # type: ignore[arg-type]  # validated there
     except ValidationError as error:

@@ -13,7 +13,6 @@ import sys
 import tempfile
 from contextlib import suppress
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import uvicorn
@@ -30,29 +29,15 @@ from service.settings import Settings
 HUNG_SECONDS = 60  # a worker silent for so long is hung and not busy; uvicorn's own five seconds kill busy ones
 GRACE_SECONDS = 10  # after draining, for those who are still being answered
 KEEP_ALIVE_SECONDS = 30
-MALLOC = {-3: 2**20, -1: 2**23}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD; bytes
-
-
-def give_back_memory() -> None:
-    """Have the C library return large buffers to the system when they are freed, whatever was freed before.
-
-    glibc keeps freed memory after the first large buffer, up to twice its size and more in holes; others have no such
-    habit, and no such function.
-    """
-    with suppress(AttributeError, OSError):
-        for parameter, size in MALLOC.items():
-            ctypes.CDLL(None).mallopt(parameter, size)
 
 
 def configuration(settings: Settings, **more: object) -> uvicorn.Config:
     """How uvicorn serves, one worker or many."""
-    give_back_memory()
     BoundedProtocol.seconds = settings.request_seconds
     return uvicorn.Config(
         host=settings.host,
         port=settings.port,
         http=BoundedProtocol,
-        loop="service.loop:Loop" if find_spec("uvloop") else "auto",
         log_config=None,
         log_level=settings.log_level,
         access_log=False,
@@ -80,7 +65,6 @@ def serve_many(settings: Settings) -> int:
 def worker_app(settings: Settings, shared: Path, supervisor: int) -> ASGIApp:
     """The application of one worker; called in the worker's own process."""
     logs.configure(settings)
-    give_back_memory()
     BoundedProtocol.seconds = settings.request_seconds
     slot = take_slot(shared, settings.workers * 2)
     share_between_workers(shared, slot)

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,6 +78,8 @@ def running(**environment: str) -> Iterator[Service]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    folder = tempfile.TemporaryDirectory(prefix="engine-health-test-")  # a memory of its own
+    environment = {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{folder.name}/memory.db"} | environment
     process = start("serve", "--port", str(port), **environment)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
@@ -89,6 +92,7 @@ def running(**environment: str) -> Iterator[Service]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
+        folder.cleanup()
 
 
 def start(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
@@ -99,6 +103,20 @@ def start(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
     kept |= {"ENGINE_HEALTH_LOG_LEVEL": "warning", "ENGINE_HEALTH_DRAIN_SECONDS": "0"}  # pipes are not read meanwhile
     strict = {"PYTHONWARNINGS": "error::RuntimeWarning"}  # an overflow in serving is a failure, as it is in the tests
     return subprocess.Popen(command, env=kept | strict | environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def absent(folder: Path, *packages: str) -> dict[str, str]:
+    """An environment in which some packages are not installed."""
+    blocked = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name in {packages!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+    (folder / "sitecustomize.py").write_text(blocked)
+    return {"PYTHONPATH": str(folder)}
 
 
 def _wait(client: httpx.Client, process: "subprocess.Popen[str]") -> None:

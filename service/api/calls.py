@@ -1,16 +1,18 @@
 """What each call does between its bytes: parse, decode, ask the use case, shape the answer. Knows no HTTP."""
 
-import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from model import numerics
 from model.occlusion import Shift
 from service.api import schemas
+from service.api.arrow import read_table
 from service.api.decode import Decoded, decode_instances, decode_labels, decode_logits, refuse
+from service.api.flights import decode_histories, histories
 from service.errors import Fault, InvalidInput
+from service.memory import Named
 from service.predictor import Evaluation, Prediction, Predictor
 from service.runtime import Model
 from service.settings import Settings
@@ -18,13 +20,6 @@ from service.settings import Settings
 HEADER_BYTES = 64 * 1024  # of one request's line and headers
 JSON_DEPTH = 512  # brackets within brackets; no call needs ten
 PROBABILITY_TOLERANCE = 1e-3  # how near to 1 a row of "logits" in 0..1 must sum to look like probabilities
-
-
-class Named(Protocol):
-    """What an instance may be called by."""
-
-    engine_id: str | None
-    cycle: int | None
 
 
 class Asked(NamedTuple):
@@ -44,27 +39,54 @@ def read_predict(body: bytes, model: Model, most: int) -> Asked:
         InvalidInput: what is wrong with it, and where.
     """
     asked = schemas.parse(body, schemas.PredictRequest)
-    if len(asked.instances) > most:
-        refuse([Fault(("instances",), f"{len(asked.instances)} instances, at most {most} are taken in one call")])
-    explained = most // max(1, len(model.manifest.channels))
-    if asked.explain and len(asked.instances) > explained:
-        refuse(
-            [Fault(("instances",), f"{len(asked.instances)} instances, at most {explained} are explained in one call")]
-        )
+    _admit(len(asked.instances), asked.explain, model, most)
     decoded = decode_instances(asked.instances, model, asked.missing == "hold")
     return Asked(asked.instances, decoded, asked.temperature, asked.explain)
 
 
-def predict_json(asked: Asked, found: Prediction, model: Model) -> dict[str, Any]:
-    """What `/v1/predict` answers."""
-    manifest = model.manifest
-    rows = _rows(asked.instances, found, manifest.classes)
+def read_predict_table(body: bytes, query: list[tuple[str, str]], model: Model, limits: Settings) -> Asked:
+    """The same as an Arrow stream of flights, and options in the query.
+
+    Raises:
+        UnsupportedMediaType: without pyarrow, or for a model whose input is no row of channels.
+        NotArrow: what its bytes are not.
+        BodyTooLarge: more than the limit when inflated.
+        InvalidInput: what is wrong with it, and where.
+    """
+    asked = schemas.parse_query(query, schemas.PredictOptions)
+    found = histories(read_table(body, limits.max_body_bytes), model)
+    _admit(len(found.flights), asked.explain, model, limits.max_instances)
+    decoded = decode_histories(found, model, asked.missing == "hold")
+    return Asked(found.flights, decoded, asked.temperature, asked.explain)
+
+
+def _admit(instances: int, explain: bool, model: Model, most: int) -> None:
+    """Refuse more instances than one call may have; an explanation costs as many as there are channels."""
+    if explain and model.manifest.conditions is None:
+        message = "this model does not say what is usual (`conditions`), so its answers cannot be explained"
+        raise InvalidInput(message, (Fault(("explain",), message),))
+    verb = "explained" if explain else "taken"
+    most = most // max(1, len(model.channels)) if explain else most
+    if instances > most:
+        refuse([Fault(("instances",), f"{instances} instances, at most {most} are {verb} in one call")])
+
+
+def predict_json(
+    predictor: Predictor,
+    instances: Sequence[Named],
+    found: Prediction,
+    ids: Sequence[str | None],
+    what_if: bool = False,
+) -> dict[str, Any]:
+    """What `/v1/predict` answers; `what_if` where the caller gave the temperature."""
+    model, manifest = predictor.model, predictor.model.manifest
+    rows = _rows(instances, found, manifest.classes, ids)
     for row, shifts in zip(rows, found.moved or (), strict=found.moved is not None):
         row["explanation"] = [_moved(shift, manifest.channel_names, manifest.classes) for shift in shifts]
     return {
         "model": {"name": manifest.name, "version": manifest.version, "digest": model.digest},
         "temperature": found.temperature,
-        "temperature_source": "artefact" if asked.temperature is None else "request",
+        "temperature_source": "request" if what_if else predictor.temperature_source,
         "predictions": rows,
         "evaluation": _means(found.evaluation) if found.evaluation else None,
     }
@@ -74,17 +96,18 @@ def _means(evaluation: Evaluation) -> dict[str, Any]:
     return {name: value if name == "count" else np.float32(value) for name, value in vars(evaluation).items()}
 
 
-def _rows(instances: Sequence[Named], found: Prediction, classes: tuple[str, ...]) -> list[dict[str, Any]]:
+def _rows(
+    instances: Sequence[Named], found: Prediction, classes: tuple[str, ...], ids: Sequence[str | None]
+) -> list[dict[str, Any]]:
     """One object an instance; numbers as float32, which leave in their shortest form."""
     answers = found.answers
     probabilities, top = answers.probabilities.astype(np.float32), answers.logits.argmax(axis=1).tolist()
     expected = answers.expected_loss.astype(np.float32)
     loss = None if found.loss is None else found.loss.astype(np.float32)
-    ids = os.urandom(16 * len(instances)).hex()
     rows: list[dict[str, Any]] = []
     for i, instance in enumerate(instances):
         row = {
-            "prediction_id": ids[32 * i : 32 * i + 32],
+            "prediction_id": ids[i],
             "engine_id": instance.engine_id,
             "cycle": instance.cycle,
             "health": classes[top[i]],
@@ -152,7 +175,7 @@ def model_json(predictor: Predictor, limits: Settings) -> dict[str, Any]:
     return predictor.model.manifest.model_dump(mode="json", exclude={"golden"}) | {
         "digest": predictor.model.digest,
         "temperature": predictor.temperature,
-        "temperature_source": "artefact",
+        "temperature_source": predictor.temperature_source,
         "input_shape": predictor.model.input_shape,
         "deterministic": limits.deterministic,
         "batch_difference": predictor.model.batch_difference,

@@ -25,9 +25,9 @@ _TRACE = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a
 
 
 class Lane(NamedTuple):
-    """An endpoint that is reached without routing, and the route's template."""
+    """An endpoint that is reached without routing, and the template of its path."""
 
-    route: str
+    path: str
     endpoint: Endpoint
 
 
@@ -52,7 +52,7 @@ class Edge:
         lane = self._lane(path) if method == "POST" else None
 
         def count() -> None:
-            route = lane.route if lane else getattr(scope.get("route"), "path", "unmatched")
+            route = getattr(scope.get("route"), "path", "unmatched")
             known = method if method in METHODS else "other"
             self._metrics.request(known, route, status, time.perf_counter() - started)
 
@@ -66,6 +66,8 @@ class Edge:
                 count()  # before it leaves: a process that is killed has counted whatever it answered
             await send(message)
 
+        if lane:
+            scope["route"] = lane  # as a router would
         try:
             self._keys.check(method, path, headers)
             if lane is None:

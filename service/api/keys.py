@@ -47,6 +47,12 @@ class Keys:
             raise Forbidden("this key does not open admin calls")
 
 
+def fingerprint(headers: RawHeaders) -> str:
+    """Which key was shown, in a word that does not give it away."""
+    given = _given(headers)
+    return "none" if given is None else f"key {given.hex()[:8]}"
+
+
 def _given(headers: RawHeaders) -> bytes | None:
     scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
     key = token.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
-from model import contract
+from model import contract, numerics
 from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE, Floats
 from service.api import tensors
 from service.api.body import JSON, announced, leaving, read_body
@@ -18,7 +18,7 @@ from service.api.routes import LARGE_BODY, Aside, Endpoint, documented, json_res
 from service.api.tensors import Array, Inference
 from service.errors import InvalidInput, UnknownModel
 from service.lifecycle import Lifecycle
-from service.predictor import Prediction, Predictor
+from service.predictor import MANY_NUMBERS, Prediction, Predictor
 from service.runtime import Model
 
 LABEL = "label"
@@ -49,7 +49,8 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
         wanted = _wanted(inference, predictor.model)
         gone = leaving(request)
         found = await predictor.predict(telemetry, targets, temperature, gone=gone, size=size)
-        return _answer(inference, predictor, found, wanted)
+        many = found.answers.logits.size > MANY_NUMBERS
+        return await aside.run(many, lambda: _answer(inference, predictor, found, wanted))
 
     return infer
 
@@ -172,7 +173,7 @@ def _targets(inference: Inference, model: Model, rows: int) -> Floats | None:
     labels = labels.ravel()
     if not ((labels >= 0) & (labels < classes)).all():
         raise InvalidInput(f"input {LABEL!r}: class indices must be from 0 to {classes - 1}")
-    return np.asarray(np.eye(classes)[labels])
+    return numerics.as_distributions(labels, classes)
 
 
 def _temperature(inference: Inference) -> float | None:

@@ -12,16 +12,21 @@ from service.metrics import Metrics
 
 STATUS: tuple[tuple[type[errors.ServiceError], int], ...] = (
     (errors.NotJson, 400),
+    (errors.NotArrow, 400),
     (errors.ClientGone, 400),
     (errors.Unauthorized, 401),
     (errors.Forbidden, 403),
     (errors.UnknownModel, 404),
+    (errors.Unknown, 404),
     (errors.TooSlow, 408),
     (errors.BodyTooLarge, 413),
     (errors.UnsupportedMediaType, 415),
     (errors.InvalidInput, 422),
     (errors.ArtefactRejected, 409),
+    (errors.Conflict, 409),
     (errors.Overloaded, 429),
+    (errors.NoMemory, 501),
+    (errors.MemoryUnavailable, 503),
     (errors.NotReady, 503),
 )
 TITLES = {
@@ -37,7 +42,8 @@ TITLES = {
     422: "Invalid value",
     429: "Overloaded",
     500: "Internal error",
-    503: "Not ready",
+    501: "No memory",
+    503: "Not available",
 }
 log = logging.getLogger("engine_health")
 
@@ -65,8 +71,10 @@ def problem(error: Exception, path: str, metrics: Metrics) -> Response:
         document = {"error": detail}
     elif faults:
         document["errors"] = [{"loc": fault.loc, "msg": fault.msg} for fault in faults]
+    elif isinstance(error, errors.Conflict) and error.results is not None:
+        document["results"] = error.results
     kind = "application/json" if path.startswith("/v2") else "application/problem+json"
-    return Response(orjson.dumps(document), status, headers, kind)
+    return Response(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), status, headers, kind)
 
 
 def _hints(error: Exception, status: int) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """The routes: bytes in, one call of the use case, bytes out. Decides nothing."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -9,12 +10,15 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
+from service.api import schemas
+from service.api.arrow import ARROW
 from service.api.body import JSON, announced, leaving, media_type, read_body
-from service.api.calls import evaluate_json, model_json, predict_json, read_predict
+from service.api.calls import evaluate_json, model_json, predict_json, read_predict, read_predict_table
 from service.lifecycle import Lifecycle
+from service.memory import prediction_ids
 
 LARGE_BODY = 64 * 1024  # bytes; beyond it the event loop is left free while they are parsed
-MANY_ROWS = 64  # beyond it the event loop is left free while they are written
+MANY_NUMBERS = 192  # probabilities of an answer; beyond it the event loop is left free while they are written
 Endpoint = Callable[[Request], Awaitable[Response]]
 Result = TypeVar("Result")
 
@@ -59,13 +63,18 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
 
     async def predict(request: Request) -> Response:
         """Calibrated health of engines, and the loss where a label is given."""
-        media_type(request, (JSON,))
+        table = media_type(request, (JSON, ARROW)) == ARROW
         size = announced(request)
         lifecycle.ready_predictor().check_room(size)
         body = await read_body(request, limits.max_body_bytes, limits.request_seconds)
         predictor = lifecycle.ready_predictor()
-        model, large = predictor.model, len(body) > LARGE_BODY
-        asked = await aside.run(large, lambda: read_predict(body, model, limits.max_instances))
+        model = predictor.model
+        if table:  # always aside: the first one imports pyarrow
+            query = request.query_params.multi_items()
+            asked = await aside.run(True, lambda: read_predict_table(body, query, model, limits))
+        else:
+            large = len(body) > LARGE_BODY
+            asked = await aside.run(large, lambda: read_predict(body, model, limits.max_instances))
         decoded = asked.decoded
         found = await predictor.predict(
             decoded.telemetry,
@@ -76,8 +85,14 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
             size,
             asked.explain,
         )
-        many = len(asked.instances) > MANY_ROWS
-        return await aside.run(many, lambda: json_response(predict_json(asked, found, model)))
+        named, what_if = asked.instances, asked.temperature is not None
+        ids: Sequence[str | None] = prediction_ids(len(named), time.time())
+        if lifecycle.remembers:
+            ids = await lifecycle.memory().remember(predictor, named, decoded.telemetry, found, decoded.targets)
+        return await aside.run(
+            found.answers.logits.size > MANY_NUMBERS,
+            lambda: json_response(predict_json(predictor, named, found, ids, what_if)),
+        )
 
     return predict
 
@@ -87,6 +102,8 @@ def build_router(lifecycle: Lifecycle, aside: Aside, predict: Endpoint) -> APIRo
     router = APIRouter()
     limits = lifecycle.settings
     asked = documented("PredictRequest", "PredictResponse")
+    asked["requestBody"]["content"][ARROW] = {"schema": schemas.TABLE}
+    asked["parameters"] = schemas.query_parameters(schemas.PredictOptions, f"Beside {ARROW}; JSON has it in its body.")
     router.add_api_route("/v1/predict", predict, methods=["POST"], openapi_extra=asked, tags=["health"])
 
     @router.post("/v1/evaluate", openapi_extra=documented("EvaluateRequest", "EvaluateResponse"), tags=["health"])

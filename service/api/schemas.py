@@ -4,6 +4,7 @@ Numbers of telemetry and logits stay raw JSON here (`msgspec.Raw`) and go straig
 """
 
 import re
+from collections import Counter
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -49,23 +50,35 @@ Telemetry = Annotated[
         },
     ),
 ]
+MOST_NAME = 200  # characters of an engine's id
+MOST_CYCLE = 2**53  # beyond it JSON numbers are not exact
 Label = str | int | list[float]
 Temperature = Annotated[float, Meta(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, description="Divides the logits.")]
+
+
+EngineId = Annotated[str, Meta(min_length=1, max_length=MOST_NAME, pattern="^[^\\x00]*$")]
+Cycle = Annotated[int, Meta(ge=0, le=MOST_CYCLE)]
+TABLE = {
+    "type": "string",
+    "format": "binary",
+    "description": "An Arrow stream of flights: a column of numbers for each channel, by name, and where known "
+    "`engine_id` (strings), `cycle` (integers) and `label` (class names or indices). The rows of one engine, by cycle, "
+    "are one instance, labelled as its newest row is; without `engine_id` the whole table is one.",
+}
 
 
 class Instance(Struct, forbid_unknown_fields=True):
     """One engine at one moment."""
 
     telemetry: Telemetry
-    engine_id: Annotated[str, Meta(min_length=1, max_length=200)] | None = None
-    cycle: Annotated[int, Meta(ge=0, le=2**53)] | None = None
+    engine_id: EngineId | None = None
+    cycle: Cycle | None = None
     label: Annotated[Label | None, Meta(description="Class name, class index, or a probability for each class.")] = None
 
 
-class PredictRequest(Struct, forbid_unknown_fields=True):
-    """Telemetry in, calibrated health out; with labels also the loss."""
+class PredictOptions(Struct, forbid_unknown_fields=True):
+    """What may be said of all instances of a prediction; in the query where the body is a table."""
 
-    instances: Annotated[list[Instance], Meta(min_length=1)]
     temperature: Annotated[Temperature | None, Meta(description="In place of the active one, for this call.")] = None
     missing: Annotated[
         Literal["reject", "hold"], Meta(description="What to do with null: refuse, or hold the last seen value.")
@@ -73,6 +86,12 @@ class PredictRequest(Struct, forbid_unknown_fields=True):
     explain: Annotated[
         bool, Meta(description="Also say which channels moved each answer most; costs a batch more.")
     ] = False
+
+
+class PredictRequest(PredictOptions, kw_only=True, forbid_unknown_fields=True):
+    """Telemetry in, calibrated health out; with labels also the loss."""
+
+    instances: Annotated[list[Instance], Meta(min_length=1)]
 
 
 class EvaluateRequest(Struct, forbid_unknown_fields=True):
@@ -84,6 +103,90 @@ class EvaluateRequest(Struct, forbid_unknown_fields=True):
     labels: Annotated[list[Label], Meta(min_length=1)]
     temperature: Annotated[Temperature | None, Meta(description="1.0 if not given.")] = None
     class_weights: Annotated[list[float] | None, Meta(description="As torch's cross_entropy(weight=...).")] = None
+
+
+class Flight(Struct, forbid_unknown_fields=True):
+    """What one engine's sensors said at one cycle."""
+
+    engine_id: EngineId
+    cycle: Cycle
+    telemetry: Annotated[
+        Raw,
+        Meta(
+            description="One value a channel in the manifest's order; or an object of channel name to value.",
+            extra_json_schema={"anyOf": [_READINGS, {"type": "object", "additionalProperties": {"type": "number"}}]},
+        ),
+    ]
+
+
+class CyclesRequest(Struct, forbid_unknown_fields=True):
+    """Flights as a data collector has them, one row each."""
+
+    cycles: Annotated[list[Flight], Meta(min_length=1)]
+
+
+class EnginesQuery(Struct, forbid_unknown_fields=True):
+    """Which engines, from where."""
+
+    health: Annotated[str | None, Meta(description="Only engines of this class.")] = None
+    next: Annotated[str | None, Meta(description="As the page before said.")] = None
+
+
+class HistoryQuery(Struct, forbid_unknown_fields=True):
+    """What of a history."""
+
+    superseded: Annotated[bool, Meta(description="Also predictions that a later one of the same cycle replaced.")] = (
+        False
+    )
+
+
+class CalibrationQuery(Struct, forbid_unknown_fields=True):
+    """Of which time."""
+
+    window: Annotated[str | None, Meta(description="Only predictions made in that time, as 30d; all if absent.")] = None
+
+
+class NoQuery(Struct, forbid_unknown_fields=True):
+    """Nothing can be asked for."""
+
+
+class LabelRow(Struct, forbid_unknown_fields=True):
+    """The truth of one prediction, named by its id or by engine and cycle."""
+
+    label: Annotated[Label, Meta(description="Class name, class index, or a probability for each class.")]
+    prediction_id: Annotated[str, Meta(min_length=1, max_length=MOST_NAME, pattern="^[^\\x00]*$")] | None = None
+    engine_id: EngineId | None = None
+    cycle: Cycle | None = None
+    revise: Annotated[bool, Meta(description="Replace another label that was given before; it is kept aside.")] = False
+
+
+class LabelsRequest(Struct, forbid_unknown_fields=True):
+    """Truths that arrive late."""
+
+    labels: Annotated[list[LabelRow], Meta(min_length=1)]
+    revise: Annotated[bool, Meta(description="As if every row said so.")] = False
+
+
+class OutcomeRequest(Struct, forbid_unknown_fields=True):
+    """The end of an engine: its last cycle, which labels all that was predicted of it."""
+
+    engine_id: EngineId
+    failed_at_cycle: Cycle
+    revise: Annotated[bool, Meta(description="Replace another end that was given before; it is kept aside.")] = False
+
+
+class FitRequest(Struct, forbid_unknown_fields=True):
+    """A fit of the temperature on truths that have joined."""
+
+    window: Annotated[str | None, Meta(description="Only predictions made in that time, as 30d; all if absent.")] = None
+
+
+class TemperatureRequest(Struct, forbid_unknown_fields=True):
+    """A temperature to put in force: that of a fit, another one, or the one before."""
+
+    fit_id: Annotated[str, Meta(min_length=1, max_length=MOST_NAME, pattern="^[^\\x00]*$")] | None = None
+    temperature: Temperature | None = None
+    rollback: bool = False
 
 
 class ModelName(Struct):
@@ -106,7 +209,7 @@ class MovedBody(Struct):
 class PredictionBody(Struct):
     """The answer for one instance. Losses are in nats, RUL in cycles."""
 
-    prediction_id: str
+    prediction_id: Annotated[str | None, Meta(description="None if it should be remembered and could not be.")]
     engine_id: str | None
     cycle: int | None
     health: str
@@ -117,6 +220,89 @@ class PredictionBody(Struct):
     rul: float | msgspec.UnsetType = msgspec.UNSET
     prediction_set: list[str] | msgspec.UnsetType = msgspec.UNSET
     explanation: list[MovedBody] | msgspec.UnsetType = msgspec.UNSET
+
+
+class Told(Struct):
+    """What became of one row."""
+
+    result: Literal["joined", "pending", "unchanged", "revised", "conflict", "unknown"]
+    given: Any = msgspec.UNSET
+    known: Any = msgspec.UNSET
+
+
+class CyclesResponse(Struct):
+    """One prediction for each flight, in their order; none for one that contradicts what is known of its cycle."""
+
+    model: ModelName
+    temperature: float
+    temperature_source: Literal["artefact", "fit", "request"]
+    predictions: list[PredictionBody | None]
+    evaluation: None
+    results: list[Told]
+
+
+class LabelsResponse(Struct):
+    """What became of each label, in their order."""
+
+    results: list[Told]
+
+
+class OutcomeResponse(Struct):
+    """What became of an end, and how many predictions have a truth by it that had none."""
+
+    engine_id: str
+    failed_at_cycle: int
+    result: Literal["joined", "pending", "unchanged", "revised"]
+    labelled: int
+
+
+class EngineBody(Struct):
+    """The latest health of an engine."""
+
+    engine_id: str
+    cycle: int | None
+    health: str
+    probabilities: dict[str, float]
+    rul: float | None
+    prediction_set: list[str] | None
+    updated_at: str
+
+
+class EnginesResponse(Struct):
+    """A page of engines, the worst first; `next` asks for the page after, null on the last."""
+
+    engines: list[EngineBody]
+    total: int
+    next: str | None
+
+
+class PastBody(Struct):
+    """A prediction as it was answered, and its truth if that is known."""
+
+    prediction_id: str
+    cycle: int | None
+    made_at: str
+    model: str
+    temperature: float
+    temperature_source: str
+    counts: bool
+    health: str
+    probabilities: dict[str, float]
+    logits: list[float]
+    rul: float | None
+    prediction_set: list[str] | None
+    expected_loss: float
+    label: dict[str, float] | None
+    source: Literal["inspection", "outcome", "survival"] | None
+    labelled_at: str | None
+    loss: float | None
+
+
+class HistoryResponse(Struct):
+    """Everything predicted of an engine, oldest cycle first."""
+
+    engine_id: str
+    history: list[PastBody]
 
 
 class EvaluationBody(Struct):
@@ -225,14 +411,33 @@ def parse(body: bytes, kind: type[Body]) -> Body:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         _check_json(body)  # the decoder stops at the first value of a wrong type, whatever follows
-        found = _PLACE.match(str(error))
-        message, path = found.groups() if found else (str(error), None)
-        loc = tuple(name or int(index) for name, index in _STEP.findall(path or ""))
-        raise InvalidInput(f"{describe(loc)}: {message}", (Fault(loc, message),)) from None
+        raise _invalid(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise NotJson(f"the body is not JSON: {error}" if body else "the body is empty") from None
     except RecursionError:
         raise NotJson("the body is nested too deeply") from None
+
+
+def parse_query(query: list[tuple[str, str]], kind: type[Body]) -> Body:
+    """The parameters of a query as a type.
+
+    Raises:
+        InvalidInput: one that is unknown, told twice, or has a value of another type; names it.
+    """
+    twice = [name for name, n in Counter(name for name, _ in query).items() if n > 1]
+    if twice:
+        raise InvalidInput(f"{twice[0][:80]}: told twice", (Fault((twice[0][:80],), "told twice"),))
+    try:
+        return msgspec.convert(dict(query), kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise _invalid(error) from None
+
+
+def _invalid(error: msgspec.ValidationError) -> InvalidInput:
+    found = _PLACE.match(str(error))
+    message, path = found.groups() if found else (str(error), None)
+    loc = tuple(name or int(index) for name, index in _STEP.findall(path or ""))
+    return InvalidInput(f"{describe(loc)}: {message}", (Fault(loc, message),))
 
 
 def _check_json(body: bytes) -> None:
@@ -255,7 +460,20 @@ def describe(loc: tuple[str | int, ...]) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".") or "body"
 
 
+def query_parameters(kind: type[Struct], note: str) -> list[dict[str, Any]]:
+    """The fields of a type as parameters of a query, for the OpenAPI document; `note` ends each description."""
+    properties = msgspec.json.schema_components((kind,))[1][kind.__name__]["properties"]
+    return [
+        {"name": name, "in": "query", "description": f"{field.get('description', '')} {note}", "schema": field}
+        for name, field in properties.items()
+    ]
+
+
 def components() -> dict[str, Any]:
     """JSON schemas of all bodies, for the OpenAPI document."""
-    types = (PredictRequest, PredictResponse, EvaluateRequest, EvaluateResponse, InferRequest, InferError, Problem)
+    types = (
+        *(PredictRequest, PredictResponse, EvaluateRequest, EvaluateResponse, InferRequest, InferError, Problem),
+        *(CyclesRequest, CyclesResponse, LabelsRequest, LabelsResponse, OutcomeRequest, OutcomeResponse),
+        *(EnginesResponse, HistoryResponse, FitRequest, TemperatureRequest),
+    )
     return msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")[1]

@@ -1,0 +1,106 @@
+"""The routes of what is remembered: flights, labels, ends, engines. Bytes in, one call of the memory, bytes out."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from msgspec import Struct
+
+from service.api import recall, schemas
+from service.api.body import JSON, media_type, read_body
+from service.api.routes import LARGE_BODY, MANY_NUMBERS, Aside, Endpoint, documented, json_response
+from service.errors import Conflict, Fault, InvalidInput, Unknown
+from service.lifecycle import Lifecycle
+from service.storage import queries
+
+
+def build_cycles(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
+    """The call of a data collector."""
+    limits = lifecycle.settings
+
+    async def cycles(request: Request) -> Response:
+        """Keep flights, one row each, and answer each engine's health from all that is known up to that cycle."""
+        media_type(request, (JSON,))
+        body = await read_body(request, limits.max_body_bytes, limits.request_seconds)
+        memory, predictor = lifecycle.memory(), lifecycle.ready_predictor()
+        model, large = predictor.model, len(body) > LARGE_BODY
+        flights = await aside.run(large, lambda: recall.read_flights(body, model, limits.max_instances))
+        answer = await memory.fly(predictor, flights)
+        many = len(flights) * len(model.manifest.classes) > MANY_NUMBERS
+        return await aside.run(many, lambda: json_response(recall.cycles_json(predictor, flights, answer)))
+
+    return cycles
+
+
+def build_router(lifecycle: Lifecycle, aside: Aside, cycles: Endpoint) -> APIRouter:
+    """All routes of what is remembered but calibration."""
+    router = APIRouter(tags=["memory"])
+    limits = lifecycle.settings
+
+    def told(request: str, response: str | None, *codes: str) -> dict[str, Any]:
+        return documented(request, response, "409", "501", *codes)
+
+    asked = told("CyclesRequest", "CyclesResponse")
+    router.add_api_route("/v1/cycles", cycles, methods=["POST"], openapi_extra=asked)
+
+    @router.post("/v1/labels", openapi_extra=told("LabelsRequest", "LabelsResponse"))
+    async def labels(request: Request) -> Response:
+        """Truths that arrive late, by prediction or by engine and cycle, before or after the prediction."""
+        media_type(request, (JSON,))
+        body = await read_body(request, limits.max_body_bytes, limits.request_seconds)
+        memory, classes = lifecycle.memory(), lifecycle.ready_predictor().model.manifest.classes
+        rows = await aside.run(len(body) > LARGE_BODY, lambda: recall.read_labels(body, classes, limits.max_instances))
+        answered = await memory.label(rows)
+        return json_response(recall.labels_json(rows, answered.results, classes))
+
+    @router.post("/v1/outcomes", openapi_extra=told("OutcomeRequest", "OutcomeResponse"))
+    async def outcomes(request: Request) -> Response:
+        """The end of an engine, which labels its whole remembered history and what arrives for it later."""
+        media_type(request, (JSON,))
+        body = await read_body(request, limits.max_body_bytes, limits.request_seconds)
+        memory, asked = lifecycle.memory(), schemas.parse(body, schemas.OutcomeRequest)
+        ended = await memory.end(asked.engine_id, asked.failed_at_cycle, asked.revise)
+        if ended.result == "conflict":
+            both = [{"result": "conflict", "given": asked.failed_at_cycle, "known": ended.known}]
+            message = f"engine {asked.engine_id!r} is known to have failed at cycle {ended.known}, not "
+            raise Conflict(f'{message}{asked.failed_at_cycle}; "revise": true would replace it', results=both)
+        return json_response(
+            {
+                "engine_id": asked.engine_id,
+                "failed_at_cycle": asked.failed_at_cycle,
+                "result": ended.result,
+                "labelled": ended.labelled,
+            }
+        )
+
+    @router.get("/v1/engines", openapi_extra=looked_up("EnginesResponse", schemas.EnginesQuery))
+    async def engines(request: Request) -> Response:
+        """The latest health of every remembered engine, worst first, a hundred a page."""
+        asked = schemas.parse_query(request.query_params.multi_items(), schemas.EnginesQuery)
+        memory, classes = lifecycle.memory(), lifecycle.ready_predictor().model.manifest.classes
+        if asked.health is not None and asked.health not in classes:
+            message = f"unknown class {asked.health[:50]!r}; classes are {', '.join(classes[:20])}"
+            raise InvalidInput(f"health: {message}", (Fault(("health",), message),))
+        which = None if asked.health is None else classes.index(asked.health)
+        after = None if asked.next is None else recall.read_cursor(asked.next)
+        page = await memory.database.read(lambda connection: queries.page(connection, which, after))
+        return await aside.run(True, lambda: json_response(recall.engines_json(page)))
+
+    @router.get("/v1/engines/{engine_id:path}", openapi_extra=looked_up("HistoryResponse", schemas.HistoryQuery))
+    async def history(engine_id: str, request: Request) -> Response:
+        """Everything that was predicted of an engine, oldest first; with `superseded=true` also what counts no more."""
+        asked = schemas.parse_query(request.query_params.multi_items(), schemas.HistoryQuery)
+        database = lifecycle.memory().database
+        known = "\0" not in engine_id
+        found = await database.read(lambda c: queries.history(c, engine_id, asked.superseded)) if known else None
+        if found is None:
+            raise Unknown(f"nothing is remembered of an engine {engine_id[:200]!r}")
+        rows, kinds = found
+        return await aside.run(True, lambda: json_response(recall.history_json(engine_id, rows, kinds)))
+
+    return router
+
+
+def looked_up(response: str | None, query: type[Struct]) -> dict[str, Any]:
+    """What the OpenAPI document says of a route that reads the memory."""
+    found = documented(None, response, "404", "422", "501")
+    return found | {"parameters": schemas.query_parameters(query, "")}

@@ -1,0 +1,262 @@
+"""The shapes of what is remembered: flights, labels, ends, engines and their histories. Knows no HTTP."""
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from model import conformal, numerics
+from model.numerics import Floats
+from model.windows import Readings
+from service.api import schemas
+from service.api.calls import predict_json
+from service.api.decode import MOST_FAULTS, Loc, fits_float32, label_distribution, refuse, to_float32
+from service.errors import Conflict, Fault, InvalidInput, NotJson
+from service.memory import Answer
+from service.predictor import Predictor
+from service.runtime import Model
+from service.storage.book import Kind
+from service.storage.labels import Said
+from service.storage.queries import Page
+from service.storage.readings import Flight
+from service.truth import Source
+
+CURSOR_BYTES = 1024
+Stored = Any  # a row of the table of predictions
+
+
+def read_flights(body: bytes, model: Model, most: int) -> list[Flight]:
+    """A body of `/v1/cycles`, decoded.
+
+    Raises:
+        NotJson: what its bytes are not.
+        InvalidInput: what is wrong with it, by row and channel.
+    """
+    asked, channels = schemas.parse(body, schemas.CyclesRequest), model.channels
+    if model.manifest.window is None:
+        refuse([Fault(("cycles",), "this model takes no windows of readings: there is nothing to collect flights for")])
+    _not_too_many("cycles", len(asked.cycles), most)
+    faults: list[Fault] = []
+    found = []
+    for i, flight in enumerate(asked.cycles):
+        values = _quick(flight.telemetry, len(channels))
+        if values is None:
+            values = _reading(flight.telemetry, channels, ("cycles", i, "telemetry"), faults)
+        if values is not None:
+            found.append(Flight(flight.engine_id, flight.cycle, values))
+        if len(faults) >= MOST_FAULTS:
+            break
+    refuse(faults)
+    return found
+
+
+def _quick(raw: msgspec.Raw, width: int) -> Readings | None:
+    """The values if they are surely as many finite numbers as there are channels."""
+    try:
+        values = msgspec.json.decode(raw, type=list[float])
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+    return to_float32(np.array(values)) if len(values) == width else None
+
+
+def _reading(raw: msgspec.Raw, channels: tuple[str, ...], loc: Loc, faults: list[Fault]) -> Readings | None:
+    """The values of one flight by position or by name; None after naming what is wrong."""
+    try:
+        values = msgspec.json.decode(raw)
+    except msgspec.DecodeError as error:
+        raise NotJson(f"{schemas.describe(loc)} is not JSON: {error}") from None
+    before = len(faults)
+    if isinstance(values, dict):
+        faults += [Fault((*loc, name), "unknown channel") for name in values if name not in channels]
+        faults += [Fault((*loc, name), "channel is missing") for name in channels if name not in values]
+        values = [values.get(name) for name in channels]
+    if not isinstance(values, list) or len(values) != len(channels):
+        got = f"{len(values)} values" if isinstance(values, list) else "something else"
+        faults.append(Fault(loc, f"expected {len(channels)} numbers, got {got}"))
+    elif len(faults) == before:
+        for name, value in zip(channels, values, strict=True):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                faults.append(Fault((*loc, name), "missing" if value is None else "expected a number"))
+            elif not fits_float32(value):
+                faults.append(Fault((*loc, name), "too large for a 32-bit float"))
+    return np.array(values, dtype=np.float32) if len(faults) == before else None
+
+
+def cycles_json(predictor: Predictor, flights: Sequence[Flight], answer: Answer) -> dict[str, Any]:
+    """What `/v1/cycles` answers.
+
+    Raises:
+        Conflict: every flight contradicts what is known of its cycle.
+    """
+    channels = predictor.model.channels
+    told: list[dict[str, Any]] = []
+    for flight, landed in zip(flights, answer.landed, strict=True):
+        told.append({"result": landed.result})
+        if landed.known is not None:
+            told[-1] |= {"given": _named(channels, flight.telemetry), "known": _named(channels, landed.known)}
+    if answer.prediction is None:
+        raise Conflict("every flight contradicts what is known of its cycle", results=told)
+    accepted = [flight for flight, landed in zip(flights, answer.landed, strict=True) if landed.known is None]
+    found = predict_json(predictor, accepted, answer.prediction, answer.ids)
+    rows = iter(found["predictions"])
+    found["predictions"] = [next(rows) if landed.known is None else None for landed in answer.landed]
+    return found | {"results": told}
+
+
+def _named(channels: tuple[str, ...], values: Readings) -> dict[str, np.float32]:
+    return dict(zip(channels, values, strict=True))
+
+
+def read_labels(body: bytes, classes: tuple[str, ...], most: int) -> list[Said]:
+    """A body of `/v1/labels`, decoded.
+
+    Raises:
+        NotJson: what its bytes are not.
+        InvalidInput: what is wrong with it, by row.
+    """
+    asked = schemas.parse(body, schemas.LabelsRequest)
+    _not_too_many("labels", len(asked.labels), most)
+    faults: list[Fault] = []
+    found = []
+    for i, row in enumerate(asked.labels):
+        by_cycle = row.engine_id is not None and row.cycle is not None
+        if (row.prediction_id is None) != by_cycle or (row.prediction_id and (row.engine_id or row.cycle is not None)):
+            faults.append(Fault(("labels", i), "name it by prediction_id, or by engine_id and cycle"))
+            continue
+        try:
+            label = label_distribution(row.label, classes)
+        except ValueError as error:
+            faults.append(Fault(("labels", i, "label"), str(error)))
+            continue
+        found.append(Said(row.prediction_id, row.engine_id, row.cycle, label, row.revise or asked.revise))
+    refuse(faults)
+    return found
+
+
+def labels_json(rows: Sequence[Said], results: Sequence[tuple[str, Floats | None]], classes: tuple[str, ...]) -> Any:
+    """What `/v1/labels` answers.
+
+    Raises:
+        Conflict: every label contradicts another one that was given before.
+    """
+    told: list[dict[str, Any]] = []
+    for row, (result, known) in zip(rows, results, strict=True):
+        both: dict[str, Any] = (
+            {} if known is None else {"given": label_json(row.label, classes), "known": label_json(known, classes)}
+        )
+        told.append({"result": result} | both)
+    if all(result == "conflict" for result, _ in results):
+        message = 'every label contradicts one that was given before; "revise": true would replace it'
+        raise Conflict(message, results=told)
+    return {"results": told}
+
+
+def label_json(label: Floats, classes: Sequence[str]) -> str | dict[str, float]:
+    """A label as people say it: the class if it is one, else the probability of each."""
+    if len(label) != len(classes):
+        return {str(k): p for k, p in enumerate(label.tolist())}
+    top = int(label.argmax())
+    return classes[top] if label[top] == 1.0 else dict(zip(classes, label.tolist(), strict=True))
+
+
+def engines_json(found: Page) -> dict[str, Any]:
+    """What `/v1/engines` answers."""
+    rows = [
+        {"engine_id": row.engine_id, "cycle": row.cycle}
+        | answer_json(row, found.kinds[row.model])
+        | {"updated_at": moment(row.made)}
+        for row in found.rows
+    ]
+    for row in rows:
+        row.pop("logits")
+        row.pop("expected_loss")
+    last = found.rows[-1] if found.more else None
+    return {
+        "engines": rows,
+        "total": found.total,
+        "next": None if last is None else write_cursor(last.risk, last.engine_id),
+    }
+
+
+def history_json(engine_id: str, rows: Sequence[Stored], kinds: Mapping[int, Kind]) -> dict[str, Any]:
+    """What `/v1/engines/{id}` answers."""
+    return {"engine_id": engine_id, "history": [_past(row, kinds[row.model]) for row in rows]}
+
+
+def _past(row: Stored, kind: Kind) -> dict[str, Any]:
+    answered = answer_json(row, kind)
+    truth = None if row.label is None else np.frombuffer(row.label)
+    loss = None
+    if truth is not None:
+        logits = np.frombuffer(row.logits, np.float32)
+        loss = np.float32(numerics.cross_entropy(logits, truth[None], row.temperature))
+    return {
+        "prediction_id": row.id,
+        "cycle": row.cycle,
+        "made_at": moment(row.made),
+        "model": kind.digest,
+        "temperature": row.temperature,
+        "temperature_source": row.temperature_source,
+        "counts": row.counts,
+        **answered,
+        "label": None if truth is None else label_json(truth, kind.classes),
+        "source": None if row.source is None else Source(row.source).name.lower(),
+        "labelled_at": None if row.labelled is None else moment(row.labelled),
+        "loss": loss,
+    }
+
+
+def answer_json(row: Stored, kind: Kind) -> dict[str, Any]:
+    """A stored prediction as it was answered."""
+    logits = np.frombuffer(row.logits, np.float32)
+    p = numerics.softmax(logits, row.temperature).astype(np.float32)
+    rule, sets = kind.conformal, None
+    if rule is not None:
+        inside = conformal.sets(logits, kind.temperature, rule.threshold, rule.method)[0]
+        sets = [name for name, held in zip(kind.classes, inside, strict=True) if held]
+    return {
+        "health": kind.classes[int(logits.argmax())],
+        "probabilities": dict(zip(kind.classes, p, strict=True)),
+        "logits": logits,
+        "rul": None if row.rul is None else np.float32(row.rul),
+        "prediction_set": sets,
+        "expected_loss": np.float32(numerics.entropy(logits, row.temperature)),
+    }
+
+
+def moment(seconds: float) -> str:
+    """A time as RFC 3339 has it, in UTC."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def write_cursor(risk: float, engine_id: str) -> str:
+    """Where the next page begins."""
+    return base64.urlsafe_b64encode(msgspec.json.encode((risk, engine_id))).decode().rstrip("=")
+
+
+def read_cursor(text: str) -> tuple[float, str]:
+    """As `write_cursor` wrote it.
+
+    Raises:
+        InvalidInput: somebody else did.
+    """
+    try:
+        if len(text) > CURSOR_BYTES:
+            raise ValueError
+        raw = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+        risk, name = msgspec.json.decode(raw, type=tuple[float, str])
+        if not math.isfinite(risk) or "\0" in name:
+            raise ValueError
+    except (ValueError, msgspec.MsgspecError):
+        message = "not a `next` of this service"
+        raise InvalidInput(f"next: {message}", (Fault(("next",), message),)) from None
+    return risk, name
+
+
+def _not_too_many(what: str, n: int, most: int) -> None:
+    if n > most:
+        refuse([Fault((what,), f"{n} rows, at most {most} are taken in one call")])

@@ -1,0 +1,221 @@
+"""What the service remembers, and what it makes of it: predictions, flights, truths that arrive late, calibration.
+
+The use case above the database; knows the predictor, no HTTP and no SQL. Whatever is answered here is committed.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from model import conformal
+from model.numerics import Floats
+from model.windows import Readings
+from service.errors import MemoryUnavailable
+from service.metrics import Metrics, observe_all
+from service.predictor import Answers, Prediction, Predictor, calibrated, joined, measured, rows_of
+from service.runtime import Model
+from service.settings import Settings
+from service.storage import labels, queries, readings, remember, tempering
+from service.storage.book import Book, Joined
+from service.storage.database import Database
+from service.storage.labels import Answered, End, Ended, Labels, Said
+from service.storage.readings import Flight, Flights, Landed
+
+
+class Named(Protocol):
+    """Which engine, at which cycle, a row is of."""
+
+    @property
+    def engine_id(self) -> str | None:
+        """As its users call it."""
+
+    @property
+    def cycle(self) -> int | None:
+        """Flights since it was new."""
+
+
+class Answer(NamedTuple):
+    """What became of every flight, and the predictions of those that were not refused, in their order."""
+
+    landed: list[Landed]
+    prediction: Prediction | None
+    ids: list[str]
+
+
+class Memory:
+    """One database's worth of memory, in one process."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._metrics = metrics
+        book = Book()
+        self.database = Database(
+            settings.database_url, book.forget, settings.max_queue_rows, settings.max_queue_seconds
+        )
+        self._retention = settings.retention_days * 86400
+        self._remember = partial(remember.remember, book)
+        self._label, self._end = partial(labels.label, book), partial(labels.end, book)
+        self._store = partial(readings.store, book)
+        self.keep_fits, self.change = partial(tempering.keep_fits, book), partial(tempering.change, book)
+
+    async def open(self) -> None:
+        """Make or migrate the database.
+
+        Raises:
+            SchemaRejected: newer code made it.
+            MemoryUnavailable: it cannot be reached now.
+        """
+        await self.database.write(_nothing, None)
+
+    async def close(self) -> None:
+        """Commit what was accepted."""
+        await self.database.close()
+
+    async def temperature(self, model: Model) -> tuple[float, str] | None:
+        """The temperature in force for a model and its source; None while it has its artefact's."""
+        found = await self.database.read(lambda connection: tempering.in_force(connection, model.digest))
+        return None if found is None else (found.temperature, found.source)
+
+    async def prune(self) -> None:
+        """Forget what is older than the settings say, a little at a time."""
+        if not self._retention:
+            return
+        while await self.database.write(queries.prune, time.time() - self._retention):
+            pass
+
+    async def remember(
+        self,
+        predictor: Predictor,
+        rows: Sequence[Named],
+        telemetry: Readings,
+        found: Prediction,
+        targets: Floats | None = None,
+    ) -> list[str | None]:
+        """Ids of predictions; those of an engine are kept. None for one that should have been kept and could not be.
+
+        A prediction is an answer before it is a memory: without the database it is still given, and says so. One at a
+        temperature of the caller's own is what if: the service did not say it by itself, so nothing is kept of it.
+        """
+        now = time.time()
+        ids = prediction_ids(len(rows), now)
+        if found.temperature != predictor.temperature or all(row.engine_id is None for row in rows):
+            return list(ids)
+        made = _made(rows, telemetry, found.answers, targets, ids)
+        batch = remember.Batch(_by(predictor), now, made)
+        try:
+            self._count(await self.database.write(self._remember, batch))
+        except MemoryUnavailable:
+            self._metrics.unremembered.inc(len(made))
+            return [name if row.engine_id is None else None for name, row in zip(ids, rows, strict=True)]
+        return list(ids)
+
+    async def fly(self, predictor: Predictor, flights: Sequence[Flight]) -> Answer:
+        """Keep flights, and predict each engine's health from what is known up to that cycle, both or neither.
+
+        Raises:
+            InvalidInput: the network has no finite answer for some readings.
+            MemoryUnavailable: nothing was kept.
+            Overloaded: nothing was kept.
+        """
+        answered: list[tuple[Readings, Answers, float]] = []
+
+        def answer(rows: Sequence[Flight], windows: Readings) -> Sequence[remember.Made]:
+            started = time.perf_counter()
+            found = predictor.answer(windows)
+            answered.append((windows, found, time.perf_counter() - started))
+            return _made(rows, windows, found, None, prediction_ids(len(rows), time.time()))
+
+        told = Flights(flights, _by(predictor), answer, time.time())
+        landed, truths = await self.database.write(self._store, told)
+        for windows, found, seconds in answered:  # one caller's answers every flight of a transaction
+            predictor.count(windows, found, seconds)
+        self._count(truths)
+        return Answer(landed, *_together(predictor, landed))
+
+    async def label(self, rows: Sequence[Said]) -> Answered:
+        """Keep labels, each with its own result."""
+        answered = await self.database.write(self._label, Labels(rows, time.time()))
+        self._count(answered.joined)
+        return answered
+
+    async def end(self, engine_id: str, failed_at: int, revise: bool) -> Ended:
+        """Keep an engine's end, which labels its history."""
+        ended = await self.database.write(self._end, End(engine_id, failed_at, revise, time.time()))
+        self._count(ended.joined)
+        return ended
+
+    def _count(self, joined: Sequence[Joined]) -> None:
+        """Count truths that have just joined, in the metrics; the predictions of one model and temperature together."""
+        groups: dict[tuple[int, float], list[Joined]] = {}
+        for one in joined:
+            groups.setdefault((one.kind.id, one.temperature), []).append(one)
+        for (_, temperature), group in groups.items():
+            kind = group[0].kind
+            logits = np.frombuffer(b"".join(one.logits for one in group), np.float32).reshape(len(group), -1)
+            truths = np.frombuffer(b"".join(one.label for one in group)).reshape(len(group), -1)
+            rule = kind.conformal
+            sets = conformal.sets(logits, kind.temperature, rule.threshold, rule.method) if rule else None
+            self._metrics.labelled_answers(measured(logits, truths, temperature, sets))
+            observe_all(self._metrics.label_lag, np.array([one.labelled - one.made for one in group]))
+
+
+def prediction_ids(n: int, now: float) -> list[str]:
+    """Names that nobody else gives, rising with time: 48 bits of milliseconds, 80 of chance."""
+    begin, rest = f"{int(now * 1e3):012x}", os.urandom(10 * n).hex()
+    return [begin + rest[20 * i : 20 * i + 20] for i in range(n)]
+
+
+def _made(
+    rows: Sequence[Named], telemetry: Readings, answers: Answers, targets: Floats | None, ids: Sequence[str]
+) -> list[remember.Made]:
+    top, risk = answers.logits.argmax(axis=1).tolist(), answers.probabilities[:, -1].tolist()
+    rul = None if answers.rul is None else answers.rul.tolist()
+    labelled = np.zeros(len(rows), bool) if targets is None else ~np.isnan(targets[:, 0])
+    return [
+        remember.Made(
+            ids[i],
+            row.engine_id,
+            row.cycle,
+            answers.logits[i].tobytes(),
+            None if rul is None else rul[i],
+            top[i],
+            risk[i],
+            targets[i] if targets is not None and labelled[i] else None,
+            telemetry[i, -1] if telemetry.ndim > 2 else telemetry[i],
+            (answers, i),
+        )
+        for i, row in enumerate(rows)
+        if row.engine_id is not None
+    ]
+
+
+def _together(predictor: Predictor, landed: Sequence[Landed]) -> tuple[Prediction | None, list[str]]:
+    """The answers of flights in their order, and their ids; those of flights told twice are what they were."""
+    ids, parts = [], []
+    for one in landed:
+        if one.made is not None:
+            ids.append(one.made.id)
+            answers, k = one.made.answers
+            parts.append(rows_of(answers, k, k + 1))
+        elif one.kept is not None:
+            ids.append(one.kept.id)
+            rul = None if one.kept.rul is None else np.array([one.kept.rul], dtype=np.float32)
+            logits, finite = np.frombuffer(one.kept.logits, np.float32)[None], np.ones(1, dtype=np.bool_)
+            parts.append(calibrated(predictor.model, logits, rul, finite, predictor.temperature))
+    if not parts:
+        return None, []
+    return Prediction(predictor.temperature, joined(parts), None, None), ids
+
+
+def _by(predictor: Predictor) -> remember.By:
+    model = predictor.model
+    return remember.By(
+        model.digest, model.manifest, predictor.temperature, predictor.temperature_source, predictor.bins
+    )
+
+
+def _nothing(_: Any, items: Sequence[None]) -> list[None]:
+    return [None for _ in items]

@@ -1,0 +1,217 @@
+"""Connections: SQLite or PostgreSQL, migrated at start, one writing thread that commits for many at once, readers.
+
+Work that arrives while a commit is under way forms the next transaction; whoever asked hears of it after the commit.
+Knows transactions and no table.
+"""
+
+import asyncio
+import os
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+
+from service.errors import MemoryUnavailable, Overloaded, SettingsRejected
+from service.storage.migrate import migrate
+
+LOCK_SECONDS = 5.0  # how long another process's transaction is waited for
+SLOW_SECONDS = 10  # how long PostgreSQL may take to connect, or for one statement
+TRIES = 4  # of a transaction that PostgreSQL gave up in favour of another one
+MOST_WORK = 256  # requests of one transaction
+PASSING = ("40001", "40P01")  # SQLSTATE of serialization failure and deadlock: the same again may succeed
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Work = Callable[[Connection, Sequence[Any]], Sequence[Any]]  # of many items of one kind, a result for each
+
+
+class _Asked(NamedTuple):
+    work: Work
+    item: Any
+    done: "asyncio.Future[Any]"
+    since: float
+
+
+def address(text: str) -> URL:
+    """A database's URL.
+
+    Raises:
+        SettingsRejected: none that this service can use.
+    """
+    try:
+        url = make_url(text)
+        kind = url.get_backend_name()
+    except (ArgumentError, ValueError):
+        raise SettingsRejected("ENGINE_HEALTH_DATABASE_URL is no URL like sqlite:///engine-health.db") from None
+    if kind == "postgresql":
+        return url.set(drivername="postgresql+psycopg")
+    if kind != "sqlite":
+        raise SettingsRejected(f"ENGINE_HEALTH_DATABASE_URL: {kind[:40]} is not sqlite or postgresql")
+    if url.database in (None, "", ":memory:"):
+        raise SettingsRejected("ENGINE_HEALTH_DATABASE_URL: SQLite needs a file; leave it empty for no memory at all")
+    return url.set(drivername="sqlite")
+
+
+class Database:
+    """One database, seen from one process. `up` says whether the last transaction succeeded."""
+
+    def __init__(self, url: str, failed: Callable[[], None], max_queue: int, max_seconds: float) -> None:
+        self._url = address(url)
+        self._file = str(self._url.database) if self._url.get_backend_name() == "sqlite" else None
+        self._writing, self._reading = _engine(self._url, "BEGIN IMMEDIATE", 1), _engine(self._url, "BEGIN", 4)
+        self._failed = failed  # told of a transaction that was not committed
+        self._inode: int | None = None  # of the file that was migrated
+        self.up = False
+        self._queue: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
+        self._most, self._seconds = max_queue, max_seconds
+        self._thread = threading.Thread(target=self._write, name="memory", daemon=True)
+        self._thread.start()
+
+    async def write(self, work: Callable[[Connection, Sequence[Item]], Sequence[Result]], item: Item) -> Result:
+        """Do work in a transaction shared with whatever else waits; answered once that is committed.
+
+        Raises:
+            MemoryUnavailable: the database cannot be reached, is locked, or is full.
+            Overloaded: too many wait already, or this waited too long.
+        """
+        if self._queue.qsize() >= self._most:
+            raise Overloaded(f"{self._most} requests wait for the database, no more may", self._seconds)
+        done: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._queue.put(_Asked(work, item, done, time.monotonic()))
+        return await done
+
+    async def read(self, work: Callable[[Connection], Result]) -> Result:
+        """Look something up in one consistent view.
+
+        Raises:
+            MemoryUnavailable: as in `write`.
+        """
+        return await asyncio.to_thread(self._read, work)
+
+    async def close(self) -> None:
+        """Commit what was accepted, and end."""
+        self._queue.put(None)
+        await asyncio.to_thread(self._thread.join)
+        self._writing.dispose()
+        self._reading.dispose()
+
+    def _read(self, work: Callable[[Connection], Result]) -> Result:
+        try:
+            if not self.up:
+                raise MemoryUnavailable("the database does not answer")
+            with self._reading.begin() as connection:
+                return work(connection)
+        except (SQLAlchemyError, sqlite3.Error) as error:
+            raise self._unavailable(error) from error
+
+    def _write(self) -> None:
+        """The thread's work: whatever waits, in one transaction; then again."""
+        while (first := self._queue.get()) is not None:
+            asked, last = [first], False
+            while len(asked) < MOST_WORK and not last and not self._queue.empty():
+                found = self._queue.get()
+                last = found is None
+                asked += [found] if found else []
+            late = time.monotonic() - self._seconds
+            told = self._committed([one for one in asked if one.since >= late])
+            waited = f"waited {self._seconds:g} s for the database, no longer is waited"
+            told += [(one, Overloaded(waited, self._seconds)) for one in asked if one.since < late]
+            for loop in {one.done.get_loop() for one in asked}:
+                loop.call_soon_threadsafe(_tell, [pair for pair in told if pair[0].done.get_loop() is loop])
+            if last:
+                return
+
+    def _committed(self, asked: list[_Asked]) -> list[tuple[_Asked, Any]]:
+        """The results, committed. What cannot be done together is done one by one, so that one fails nobody else."""
+        if not asked:
+            return []
+        kinds: dict[Work, list[_Asked]] = {}
+        for one in asked:
+            kinds.setdefault(one.work, []).append(one)
+        try:
+            return self._transaction(kinds, TRIES)
+        except (SQLAlchemyError, sqlite3.Error, OSError) as error:
+            failure = self._unavailable(error)
+        except Exception as error:  # of one item, it may be; the others are not to suffer
+            failure = error
+        self._failed()
+        if isinstance(failure, MemoryUnavailable) or len(asked) == 1:
+            return [(one, failure) for one in asked]
+        return [pair for one in asked for pair in self._committed([one])]
+
+    def _transaction(self, kinds: dict[Work, list[_Asked]], tries: int) -> list[tuple[_Asked, Any]]:
+        try:
+            self._find()
+            done: list[tuple[_Asked, Any]] = []
+            with self._writing.begin() as connection:
+                for work, asked in kinds.items():
+                    done += zip(asked, work(connection, [one.item for one in asked]), strict=True)
+        except DBAPIError as error:
+            if tries > 1 and getattr(error.orig, "sqlstate", None) in PASSING:
+                self._failed()
+                return self._transaction(kinds, tries - 1)
+            raise
+        self.up = True
+        return done
+
+    def _find(self) -> None:
+        """Migrate the database when it is met for the first time, and a file that took the place of another.
+
+        An open SQLite file that was deleted goes on taking what nobody will ever read: it is looked for each time.
+        """
+        if self._file is None:
+            if not self.up:
+                migrate(self._writing)
+            return
+        try:
+            inode = os.stat(self._file).st_ino
+        except FileNotFoundError:
+            if self._inode is not None:
+                raise MemoryUnavailable(f"the database file {self._file} is gone") from None
+            inode = None  # it is created
+        if inode is None or inode != self._inode:
+            self._writing.dispose()
+            self._reading.dispose()
+            migrate(self._writing)
+            self._inode = os.stat(self._file).st_ino
+
+    def _unavailable(self, error: Exception) -> Exception:
+        """What is wrong with the database as an error of this service; a fault of ours stays what it is."""
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        if isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError):
+            return error
+        self.up = False
+        reason = str(cause).strip().partition("\n")[0]
+        return MemoryUnavailable(f"the database does not answer: {reason}")
+
+
+def _tell(told: Sequence[tuple[_Asked, Any]]) -> None:
+    for one, result in told:
+        if one.done.done():  # whoever asked has left
+            continue
+        if isinstance(result, Exception):
+            one.done.set_exception(result)
+        else:
+            one.done.set_result(result)
+
+
+def _engine(url: URL, begin: str, connections: int) -> Engine:
+    if url.get_backend_name() == "sqlite":
+        engine = create_engine(url, connect_args={"timeout": LOCK_SECONDS, "check_same_thread": False})
+        event.listen(engine, "connect", _configure)
+        event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(begin))
+        return engine
+    slow = {"connect_timeout": SLOW_SECONDS, "options": f"-c statement_timeout={SLOW_SECONDS}s"}
+    return create_engine(url, pool_size=connections, max_overflow=0, pool_pre_ping=True, connect_args=slow)
+
+
+def _configure(connection: sqlite3.Connection, _: object) -> None:
+    connection.isolation_level = None  # transactions begin where they are said to, and not by guessing
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")  # committed means on the disk

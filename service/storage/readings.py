@@ -1,0 +1,210 @@
+"""Readings of engines, one a flight: kept, put in order, and read back as windows.
+
+The tail of a history is kept in mind by the engine's revision, which every writer raises: who finds another revision
+in the locked row reads the database again, so that what is kept in mind proves itself fresh each time.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from sqlalchemy import Connection, bindparam, insert, select, tuple_
+
+from model.windows import Readings
+from service.errors import Conflict
+from service.storage.book import Book, EngineRow, Joined, insert_missing, parts
+from service.storage.history import History, Result
+from service.storage.remember import Batch, By, Made, add
+from service.storage.tables import layouts, models, predictions, readings
+
+_NONE = np.empty((0, 0), dtype=np.float32)
+
+_ADD = insert(readings)
+_FLIGHT = select(readings.c.cycle, readings.c.telemetry, readings.c.layout).where(readings.c.engine == bindparam("of"))
+_BEFORE = _FLIGHT.where(readings.c.cycle < bindparam("at")).order_by(readings.c.cycle.desc()).limit(bindparam("most"))
+_FROM = _FLIGHT.where(readings.c.cycle >= bindparam("at")).order_by(readings.c.cycle)
+
+
+class Flight(NamedTuple):
+    """One engine's readings (channels,) float32 of one cycle."""
+
+    engine_id: str
+    cycle: int
+    telemetry: Readings
+
+
+Answer = Callable[[Sequence[Flight], Readings], Sequence[Made]]  # flights and their windows (N, window, channels)
+
+
+class Flights(NamedTuple):
+    """Flights of one request; told in seconds since 1970.
+
+    `answer` is asked for predictions within the transaction, so that flights and predictions are kept together or not
+    at all; flights of all requests whose `by` is the same are answered together, by the first one's.
+    """
+
+    rows: Sequence[Flight]
+    by: By
+    answer: Answer
+    told: float
+
+
+class Kept(NamedTuple):
+    """A prediction that is remembered from before."""
+
+    id: str
+    logits: bytes
+    rul: float | None
+
+
+class Landed(NamedTuple):
+    """What became of one flight."""
+
+    result: Result
+    known: Readings | None = None  # the readings that stand, where these were refused
+    made: Made | None = None  # the prediction that was made now
+    kept: Kept | None = None  # for a flight told twice: the prediction that was made then
+
+
+def store(book: Book, connection: Connection, items: Sequence[Flights]) -> list[tuple[list[Landed], list[Joined]]]:
+    """Keep flights, each at its cycle, and a prediction for each, from what is known up to that cycle."""
+    by_name = book.engines(connection, (row.engine_id for item in items for row in item.rows))
+    before = {engine.id: engine.newest_cycle for engine in by_name.values()}
+    new: list[dict[str, object]] = []
+    windows: dict[tuple[int, int], Readings] = {}
+    landed = [_place(book, connection, k, item, by_name, new, windows) for k, item in enumerate(items)]
+    if new:
+        connection.execute(_ADD, new)
+    _recall(connection, items, landed, by_name)
+    joined = _answer(book, connection, items, landed, windows, by_name)
+    joined += book.survivors(connection, before, by_name.values(), max(item.told for item in items))
+    book.keep(connection, by_name.values())
+    return [(one, joined if k == 0 else []) for k, one in enumerate(landed)]
+
+
+def _place(
+    book: Book,
+    connection: Connection,
+    k: int,
+    item: Flights,
+    by_name: dict[str, EngineRow],
+    new: list[dict[str, object]],
+    windows: dict[tuple[int, int], Readings],
+) -> list[Landed]:
+    """Find the place of each flight of request k; what is to be stored is added to `new`, each window to `windows`."""
+    window, layout = item.by.manifest.window or 1, _layout(book, connection, item.by)
+    flights: dict[str, list[int]] = {}
+    for i, row in enumerate(item.rows):
+        flights.setdefault(row.engine_id, []).append(i)
+    landed: dict[int, Landed] = {}
+    for name, places in flights.items():
+        engine = by_name[name]
+        places.sort(key=lambda i: item.rows[i].cycle)
+        history = _history(book, connection, engine, item.rows[places[0]].cycle, window, layout)
+        results = [history.add(item.rows[i].cycle, item.rows[i].telemetry) for i in places]
+        for i, result in zip(places, results, strict=True):
+            row = item.rows[i]
+            if result == "conflict":
+                landed[i] = Landed(result, known=history.row(row.cycle))
+                continue
+            landed[i] = Landed(result)
+            windows[k, i] = history.window(row.cycle, window)
+            if result == "joined":
+                stored = {"layout": layout, "told": item.told, "telemetry": row.telemetry.tobytes()}
+                new.append({"engine": engine.id, "cycle": row.cycle} | stored)
+                engine.seen(row.cycle)
+        engine.revision += "joined" in results
+        history.revision = engine.revision
+        book.remember(engine.id, history, window)
+    return [landed[i] for i in range(len(item.rows))]
+
+
+def _answer(
+    book: Book,
+    connection: Connection,
+    items: Sequence[Flights],
+    landed: list[list[Landed]],
+    windows: dict[tuple[int, int], Readings],
+    by_name: dict[str, EngineRow],
+) -> list[Joined]:
+    """Predict what was not predicted before, all that one model answers together, and keep it."""
+    groups: dict[tuple[str, float], list[tuple[int, int]]] = {}
+    for k, i in windows:
+        if landed[k][i].kept is None:
+            groups.setdefault((items[k].by.digest, items[k].by.temperature), []).append((k, i))
+    batches = []
+    for places in groups.values():
+        first = items[places[0][0]]
+        flights = [items[k].rows[i] for k, i in places]
+        made = first.answer(flights, np.stack([windows[place] for place in places]))
+        for (k, i), one in zip(places, made, strict=True):
+            landed[k][i] = landed[k][i]._replace(made=one)
+        batches.append(Batch(first.by, max(items[k].told for k, _ in places), made))
+    return add(book, connection, batches, by_name) if batches else []
+
+
+def _recall(
+    connection: Connection, items: Sequence[Flights], landed: list[list[Landed]], by_name: dict[str, EngineRow]
+) -> None:
+    """Put beside flights that were told twice what was answered the first time, if it would be answered today."""
+    again = [
+        (k, i, by_name[item.rows[i].engine_id].id, item.rows[i].cycle)
+        for k, item in enumerate(items)
+        for i, one in enumerate(landed[k])
+        if one.result == "unchanged"
+    ]
+    kept = _kept(connection, {(engine, cycle) for _, _, engine, cycle in again})
+    for k, i, engine, cycle in again:
+        found = kept.get((engine, cycle))
+        if found and found[:2] == (items[k].by.digest, items[k].by.temperature):
+            landed[k][i] = landed[k][i]._replace(kept=found[2])
+
+
+def _layout(book: Book, connection: Connection, by: By) -> int:
+    """The number of a model's channels, by their names and order."""
+    if by.digest not in book.layouts:
+        names = json.dumps(by.manifest.channel_names)
+        connection.execute(insert_missing(connection, layouts), {"channels": names})
+        found = connection.execute(select(layouts.c.id).where(layouts.c.channels == names)).scalar_one()
+        book.layouts[by.digest] = int(found)
+    return book.layouts[by.digest]
+
+
+def _history(book: Book, connection: Connection, engine: EngineRow, lowest: int, window: int, layout: int) -> History:
+    """At least the window before the lowest of some cycles, and everything after.
+
+    Raises:
+        Conflict: flights of other channels.
+    """
+    kept = book.histories.pop(engine.id, None)  # put back as the newest
+    if kept is None or kept.revision != engine.revision or not kept.reaches(lowest, window):
+        kept = _read(connection, engine, lowest, window, layout)
+    if kept.layout != layout:
+        raise Conflict(f"engine {engine.engine_id!r} has flights with other channels than this model's")
+    return kept
+
+
+def _read(connection: Connection, engine: EngineRow, lowest: int, window: int, layout: int) -> History:
+    if engine.revision == 0:
+        return History(0, layout, [], _NONE, True)
+    where = {"of": engine.id, "at": lowest}
+    found = list(connection.execute(_BEFORE, where | {"most": window}))[::-1]
+    whole = len(found) < window
+    found += connection.execute(_FROM, where).all()
+    others = {row.layout for row in found} - {layout}
+    if others or not found:
+        return History(engine.revision, min(others, default=layout), [], _NONE, whole)
+    values = np.frombuffer(b"".join(row.telemetry for row in found), dtype=np.float32).reshape(len(found), -1)
+    return History(engine.revision, layout, [row.cycle for row in found], values, whole)
+
+
+def _kept(connection: Connection, keys: set[tuple[int, int]]) -> dict[tuple[int, int], tuple[str, float, Kept]]:
+    """The predictions that count of engines and cycles, with their model's digest and their temperature."""
+    c, found = predictions.c, {}
+    columns = (c.engine, c.cycle, c.id, c.logits, c.rul, c.temperature, models.c.digest)
+    for part in parts(sorted(keys)):
+        asked = select(*columns).join(models, models.c.id == c.model)
+        for row in connection.execute(asked.where(tuple_(c.engine, c.cycle).in_(part), c.counts)):
+            found[row.engine, row.cycle] = (row.digest, row.temperature, Kept(row.id, row.logits, row.rul))
+    return found

@@ -1,0 +1,163 @@
+"""Predictions that are kept, and what is already known of them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from sqlalchemy import Connection, bindparam, insert, update
+
+from model.contract import Manifest
+from model.numerics import Floats
+from model.windows import Readings
+from service.storage.book import Book, EngineRow, Joined, Kind, inspections
+from service.storage.tables import predictions, truths
+from service.truth import Source, truth
+
+
+class Made(NamedTuple):
+    """One prediction of an engine. `label` is what came with the request."""
+
+    id: str
+    engine_id: str
+    cycle: int | None
+    logits: bytes
+    rul: float | None
+    health: int
+    risk: float
+    label: Floats | None
+    newest: Readings | None = None  # (channels,) the newest readings
+    answers: Any = None  # of the caller; not kept
+
+
+class By(NamedTuple):
+    """Who answered: a model, at a temperature that came from somewhere."""
+
+    digest: str
+    manifest: Manifest
+    temperature: float
+    source: str
+    bins: Callable[[Readings], npt.NDArray[np.uint8]] | None = None  # (N, channels) to their reference bins
+
+
+class Batch(NamedTuple):
+    """Predictions of one request. `made` is in seconds since 1970."""
+
+    by: By
+    made: float
+    rows: Sequence[Made]
+
+
+_ADD = insert(predictions)
+_SUPERSEDE = (
+    update(predictions)
+    .where(
+        predictions.c.engine == bindparam("of"), predictions.c.cycle == bindparam("at"), predictions.c.counts.is_(True)
+    )
+    .values(counts=False)
+)
+
+
+def remember(book: Book, connection: Connection, items: Sequence[Batch]) -> list[list[Joined]]:
+    """Keep predictions; of each engine and cycle the latest counts. Tells whose truth was known before."""
+    by_name = book.engines(connection, (row.engine_id for item in items for row in item.rows))
+    before = {engine.id: engine.newest_cycle for engine in by_name.values()}
+    joined = add(book, connection, items, by_name)
+    joined += book.survivors(connection, before, by_name.values(), max(item.made for item in items))
+    book.keep(connection, by_name.values())
+    return [joined, *([] for _ in items[1:])]
+
+
+def add(book: Book, connection: Connection, items: Sequence[Batch], by_name: dict[str, EngineRow]) -> list[Joined]:
+    """As `remember`, of engines that are locked already and are kept by the caller."""
+    every = [
+        (item, book.kind(connection, item.by.digest, item.by.manifest), row) for item in items for row in item.rows
+    ]
+    last = {(row.engine_id, row.cycle): row.id for _, _, row in every}  # the latest of those that come together
+    again = _met_before(every, by_name)
+    if again:
+        connection.execute(_SUPERSEDE, again)
+    for _, _, row in every:
+        if row.cycle is not None:
+            by_name[row.engine_id].seen(row.cycle)
+    _keep_labels(connection, every, by_name)
+    asked = [(engine.id, row.cycle, row.id) for _, _, row in every if (engine := by_name[row.engine_id]).truths]
+    said = inspections(connection, asked) if asked else {}
+    rows, joined, inputs = [], [], [one for item in items for one in _inputs(item)]
+    for (item, kind, row), bins in zip(every, inputs, strict=True):
+        engine = by_name[row.engine_id]
+        inspected = said.get((engine.id, row.cycle) if row.cycle is not None else row.id) if said else None
+        known = truth(inspected, row.cycle, engine.failed_at, engine.newest_cycle, kind.thresholds, len(kind.classes))
+        counts = row.cycle is None or last[row.engine_id, row.cycle] == row.id
+        rows.append(_stored(item, kind, row, engine.id, counts, known, bins))
+        if known is not None and row.label is None:
+            joined.append(Joined(kind, row.logits, item.by.temperature, known[0].tobytes(), item.made, item.made))
+        if row.cycle is None or engine.latest_cycle is None or row.cycle >= engine.latest_cycle:
+            engine.latest, engine.health, engine.risk = row.id, row.health, row.risk
+            engine.latest_cycle = engine.latest_cycle if row.cycle is None else row.cycle
+    connection.execute(_ADD, rows)
+    return joined
+
+
+def _met_before(every: Sequence[tuple[Batch, Kind, Made]], by_name: dict[str, EngineRow]) -> list[dict[str, int]]:
+    """Engines and cycles that may have been predicted before: only those not newer than the engine's latest."""
+    found = set()
+    for _, _, row in every:
+        latest = by_name[row.engine_id].latest_cycle
+        if row.cycle is not None and latest is not None and row.cycle <= latest:
+            found.add((by_name[row.engine_id].id, row.cycle))
+    return [{"of": engine, "at": cycle} for engine, cycle in sorted(found)]
+
+
+def _keep_labels(
+    connection: Connection, every: Sequence[tuple[Batch, Kind, Made]], by_name: dict[str, EngineRow]
+) -> None:
+    """Labels that came with predictions are truths like any other; what was said before stands."""
+    given = [(item, row, by_name[row.engine_id]) for item, _, row in every if row.label is not None]
+    known = set(inspections(connection, [(engine.id, row.cycle, row.id) for _, row, engine in given if engine.truths]))
+    new = []
+    for item, row, engine in given:
+        key = (engine.id, row.cycle) if row.cycle is not None else row.id
+        if key not in known and row.label is not None:
+            known.add(key)
+            engine.truths += 1
+            name = row.id if row.cycle is None else None
+            told = {"label": row.label.tobytes(), "told": item.made}
+            new.append({"engine": engine.id, "cycle": row.cycle, "prediction": name} | told)
+    if new:
+        connection.execute(insert(truths), new)
+
+
+def _inputs(item: Batch) -> list[bytes | None]:
+    """The reference bins of the newest readings of some predictions."""
+    newest = [row.newest for row in item.rows if row.newest is not None]
+    if item.by.bins is None or len(newest) != len(item.rows):
+        return [None] * len(item.rows)
+    return [row.tobytes() for row in item.by.bins(np.stack(newest))]
+
+
+def _stored(
+    item: Batch,
+    kind: Kind,
+    row: Made,
+    engine: int,
+    counts: bool,
+    known: tuple[Floats, Source] | None,
+    inputs: bytes | None,
+) -> dict[str, object]:
+    return {
+        "id": row.id,
+        "engine": engine,
+        "cycle": row.cycle,
+        "made": item.made,
+        "model": kind.id,
+        "temperature": item.by.temperature,
+        "temperature_source": item.by.source,
+        "logits": row.logits,
+        "rul": row.rul,
+        "inputs": inputs,
+        "counts": counts,
+        "label": None if known is None else np.asarray(known[0]).tobytes(),
+        "source": None if known is None else int(known[1]),
+        "labelled": None if known is None else item.made,
+    }

@@ -1,0 +1,72 @@
+"""A PostgreSQL of the tests' own, on loopback, thrown away at the end; it refuses to run as root."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from benchmarks.load import free_port
+
+
+@dataclass
+class Postgres:
+    """A running cluster, and how to stop and start it."""
+
+    folder: Path
+    port: int
+    programs: Path
+
+    def url(self, name: str) -> str:
+        """The address of a new, empty database."""
+        with psycopg.connect(host="127.0.0.1", port=self.port, user="postgres", autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name}")
+        return f"postgresql://postgres@127.0.0.1:{self.port}/{name}"
+
+    def start(self) -> None:
+        """Start, and wait until it answers."""
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self.folder}"
+        self._run(
+            "pg_ctl", "-w", "-D", str(self.folder / "data"), "-o", options, "-l", str(self.folder / "log"), "start"
+        )
+
+    def stop(self) -> None:
+        """Stop at once, as a crash would."""
+        self._run("pg_ctl", "-w", "-D", str(self.folder / "data"), "-m", "immediate", "stop")
+
+    def make(self) -> None:
+        """Make the cluster."""
+        self._run("initdb", "-D", str(self.folder / "data"), "-U", "postgres", "--auth=trust", "--no-sync")
+
+    def _run(self, program: str, *arguments: str) -> None:
+        other = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+        command = [*other, str(self.programs / program), *arguments]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/")
+
+
+@contextmanager
+def postgres() -> Iterator[Postgres]:
+    """A cluster for as long as the block lasts; without the server's programs a test skips, but in CI it fails."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not found:
+        message = "no PostgreSQL server programs (Debian: apt-get install postgresql)"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    folder = Path(tempfile.mkdtemp(prefix="engine-health-postgres-"))
+    if os.geteuid() == 0:
+        shutil.chown(folder, "postgres")
+    cluster = Postgres(folder, free_port(), found[-1].parent)
+    try:
+        cluster.make()
+        cluster.start()
+        yield cluster
+    finally:
+        subprocess.run(["pkill", "-9", "-f", str(folder)], check=False)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,400 @@
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from benchmarks.kills import survive_in
+from model import numerics
+from model.contract import Manifest
+from model.windows import Readings, pad_left
+from tests.conftest import Service, running
+from tests.postgres import Postgres, postgres
+from tests.test_runtime import identity_classifier
+from tests.test_serving import children, until
+
+FOUR: dict[str, object] = {"name": "four", "version": "1", "classes": ["a", "b", "c", "d"]}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Postgres]:
+    with postgres() as found:
+        yield found
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service with a memory, on either database."""
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path_factory.mktemp('memory')}/memory.db"
+    else:
+        url = request.getfixturevalue("cluster").url("service")
+    with running(ENGINE_HEALTH_DATABASE_URL=url) as service:
+        yield service
+
+
+def fly(service: Service, engine_id: str, cycle: int, row: Readings, status: int = 200) -> dict[str, Any]:
+    """One flight told, and its answer."""
+    flight = {"engine_id": engine_id, "cycle": cycle, "telemetry": row.tolist()}
+    answer = service.client.post("/v1/cycles", json={"cycles": [flight]})
+    assert status == answer.status_code, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def say(service: Service, *rows: dict[str, Any], status: int = 200, **rest: Any) -> list[str]:
+    """What became of some labels."""
+    answer = service.client.post("/v1/labels", json={"labels": list(rows), **rest})
+    assert status == answer.status_code, answer.text
+    return [row["result"] for row in answer.json()["results"]]
+
+
+def history(service: Service, engine_id: str) -> list[dict[str, Any]]:
+    """An engine's history, oldest first."""
+    found: list[dict[str, Any]] = service.client.get(f"/v1/engines/{engine_id}").json()["history"]
+    return found
+
+
+def test_a_flight_is_answered_as_its_window(kept: Service, windows: Readings, manifest: Manifest) -> None:
+    """Flights told one by one are answered bit for bit as the window of all flights up to that cycle."""
+    window = manifest.window or 0
+    flights = np.concatenate([windows[2], windows[0]])[: window + 20]
+    for cycle, row in enumerate(flights):
+        found = fly(kept, "bits", cycle, row)["predictions"][0]
+        if cycle % 17 and cycle < window + 15:
+            continue
+        asked = kept.predict([{"telemetry": pad_left(flights[: cycle + 1], window).tolist()}])["predictions"][0]
+        assert ("bits", cycle) == (found["engine_id"], found["cycle"])
+        assert (asked["logits"], asked["rul"], asked["probabilities"]) == (
+            found["logits"],
+            found["rul"],
+            found["probabilities"],
+        )
+
+
+def test_late_flights_find_their_place(kept: Service, windows: Readings) -> None:
+    """Flights in any order, alone and together, give in the end the window of their cycles in order."""
+    rows = windows[1][:12]
+    order = [3, 0, 7, 11, 1]
+    for cycle in order:
+        fly(kept, "late", cycle, rows[cycle])
+    rest = [
+        {"engine_id": "late", "cycle": c, "telemetry": rows[c].tolist()} for c in range(11, -1, -1) if c not in order
+    ]
+    found = kept.client.post("/v1/cycles", json={"cycles": rest}).json()["predictions"]
+    for row in found:
+        known = list(range(row["cycle"] + 1))
+        asked = kept.predict([{"telemetry": rows[known].tolist()}])["predictions"][0]
+        assert asked["logits"] == row["logits"]
+
+
+def test_a_flight_told_twice_is_one(kept: Service, windows: Readings) -> None:
+    """The same flight again is a no-op with the first answer; another one for its cycle is a conflict, and is shown."""
+    first = fly(kept, "twice", 4, windows[0][0])
+    again = fly(kept, "twice", 4, windows[0][0])
+    assert ["joined", "unchanged"] == [one["results"][0]["result"] for one in (first, again)]
+    assert first["predictions"] == again["predictions"]
+    other = fly(kept, "twice", 4, windows[0][1], status=409)
+    both = other["results"][0]
+    assert "conflict" == both["result"]
+    assert pytest.approx(float(windows[0][0][5])) == both["known"]["sensor_4"]
+    assert pytest.approx(float(windows[0][1][5])) == both["given"]["sensor_4"]
+    mixed = kept.client.post(
+        "/v1/cycles",
+        json={
+            "cycles": [
+                {"engine_id": "twice", "cycle": 4, "telemetry": windows[0][1].tolist()},
+                {"engine_id": "twice", "cycle": 5, "telemetry": windows[0][1].tolist()},
+            ]
+        },
+    ).json()
+    assert ["conflict", "joined"] == [row["result"] for row in mixed["results"]]
+    assert mixed["predictions"][0] is None
+    assert 5 == mixed["predictions"][1]["cycle"]
+    assert [4, 5] == [row["cycle"] for row in history(kept, "twice")]
+
+
+def test_flights_may_name_their_channels(kept: Service, windows: Readings, manifest: Manifest) -> None:
+    """A flight by channel name is the flight in the manifest's order."""
+    row = windows[3][0]
+    named = dict(zip(manifest.channel_names, row.tolist(), strict=True))
+    flight = {"engine_id": "named", "cycle": 1, "telemetry": named}
+    found = kept.client.post("/v1/cycles", json={"cycles": [flight]}).json()
+    assert fly(kept, "by-position", 1, row)["predictions"][0]["logits"] == found["predictions"][0]["logits"]
+
+
+@pytest.mark.parametrize(
+    ("flight", "loc"),
+    [
+        ({"engine_id": "x", "cycle": 1, "telemetry": [1.0] * 16}, ["cycles", 0, "telemetry"]),
+        ({"engine_id": "x", "cycle": 1, "telemetry": [1.0] * 16 + [None]}, ["cycles", 0, "telemetry", "sensor_21"]),
+        ({"engine_id": "x", "cycle": 1, "telemetry": [1.0] * 16 + [1e39]}, ["cycles", 0, "telemetry", "sensor_21"]),
+        ({"engine_id": "x", "cycle": 1, "telemetry": [True] * 17}, ["cycles", 0, "telemetry", "op_setting_1"]),
+        ({"engine_id": "x", "cycle": 1, "telemetry": {"sensor_99": 1}}, ["cycles", 0, "telemetry", "sensor_99"]),
+        ({"engine_id": "x", "cycle": 1, "telemetry": None}, ["cycles", 0, "telemetry"]),
+        ({"engine_id": "x", "cycle": -1, "telemetry": [1.0] * 17}, ["cycles", 0, "cycle"]),
+        ({"engine_id": "", "cycle": 1, "telemetry": [1.0] * 17}, ["cycles", 0, "engine_id"]),
+        ({"engine_id": "a\0b", "cycle": 1, "telemetry": [1.0] * 17}, ["cycles", 0, "engine_id"]),
+        ({"engine_id": "x" * 201, "cycle": 1, "telemetry": [1.0] * 17}, ["cycles", 0, "engine_id"]),
+        ({"cycle": 1, "telemetry": [1.0] * 17}, ["cycles", 0]),
+    ],
+)
+def test_a_wrong_flight_is_refused_by_its_place(kept: Service, flight: dict[str, Any], loc: list[Any]) -> None:
+    """Every wrong value of a flight is a 422 that names row and channel, and nothing of the request is kept."""
+    good = {"engine_id": "not kept", "cycle": 1, "telemetry": [1.0] * 17}
+    answer = kept.client.post("/v1/cycles", json={"cycles": [flight, good]})
+    assert 422 == answer.status_code, answer.text
+    assert loc == answer.json()["errors"][0]["loc"]
+    assert 404 == kept.client.get("/v1/engines/not kept").status_code
+
+
+def test_labels_have_each_a_result(kept: Service, windows: Readings) -> None:
+    """Joined, pending, unchanged, conflict, revised and unknown; what was told stands until it is revised."""
+    made = fly(kept, "labels", 1, windows[0][0])["predictions"][0]["prediction_id"]
+    at = {"engine_id": "labels"}
+    assert ["joined", "pending", "unknown"] == say(
+        kept,
+        {"prediction_id": made, "label": "normal"},
+        at | {"cycle": 2, "label": 1},
+        {"prediction_id": "0" * 32, "label": 0},
+    )
+    assert ["unchanged", "conflict"] == say(kept, at | {"cycle": 1, "label": 0}, at | {"cycle": 2, "label": [0, 0, 1]})
+    assert ["conflict"] == say(kept, {"prediction_id": made, "label": "critical"}, status=409)
+    assert ["normal"] == [row["label"] for row in history(kept, "labels")]
+    assert ["revised", "unchanged"] == say(
+        kept, *[{"prediction_id": made, "label": "critical", "revise": True}, at | {"cycle": 1, "label": 2}]
+    )
+    fly(kept, "labels", 2, windows[0][1])
+    found = history(kept, "labels")
+    assert ["critical", "degrading"] == [row["label"] for row in found]
+    assert ["inspection", "inspection"] == [row["source"] for row in found]
+    for row in found:
+        expected = numerics.cross_entropy(
+            row["logits"], [["normal", "degrading", "critical"].index(row["label"])][0], row["temperature"]
+        )
+        assert pytest.approx(float(expected), rel=1e-6) == row["loss"]
+
+
+@pytest.mark.parametrize(
+    ("row", "loc"),
+    [
+        ({"label": 0}, ["labels", 0]),
+        ({"label": 0, "engine_id": "x"}, ["labels", 0]),
+        ({"label": 0, "engine_id": "x", "cycle": 1, "prediction_id": "y"}, ["labels", 0]),
+        ({"label": 3, "engine_id": "x", "cycle": 1}, ["labels", 0, "label"]),
+        ({"label": "worn", "engine_id": "x", "cycle": 1}, ["labels", 0, "label"]),
+        ({"label": [0.5, 0.5], "engine_id": "x", "cycle": 1}, ["labels", 0, "label"]),
+        ({"label": None, "engine_id": "x", "cycle": 1}, ["labels", 0, "label"]),
+        ({"engine_id": "x", "cycle": 1}, ["labels", 0]),
+    ],
+)
+def test_a_wrong_label_is_refused_by_its_place(kept: Service, row: dict[str, Any], loc: list[Any]) -> None:
+    """A label that is none, or of nothing, is a 422 that names it."""
+    answer = kept.client.post("/v1/labels", json={"labels": [row]})
+    assert 422 == answer.status_code, answer.text
+    assert loc == answer.json()["errors"][0]["loc"]
+
+
+def test_an_end_labels_the_whole_history(kept: Service, windows: Readings) -> None:
+    """RUL = end - cycle gives every prediction its class, and what arrives later too; another end conflicts."""
+    for cycle in (10, 80, 140, 200):
+        fly(kept, "ends", cycle, windows[0][cycle % 50])
+    post = kept.client.post
+    end = {"engine_id": "ends", "failed_at_cycle": 206}
+    first, again = post("/v1/outcomes", json=end).json(), post("/v1/outcomes", json=end).json()
+    assert ("joined", "unchanged") == (first["result"], again["result"])
+    other = post("/v1/outcomes", json=end | {"failed_at_cycle": 190})
+    assert 409 == other.status_code
+    assert [{"result": "conflict", "given": 190, "known": 206}] == other.json()["results"]
+    fly(kept, "ends", 190, windows[0][0])
+    labels = {row["cycle"]: (row["label"], row["source"]) for row in history(kept, "ends")}
+    assert {
+        10: ("normal", "outcome"),
+        80: ("normal", "outcome"),
+        140: ("degrading", "outcome"),
+        190: ("critical", "outcome"),
+        200: ("critical", "outcome"),
+    } == labels
+    revised = post("/v1/outcomes", json=end | {"failed_at_cycle": 196, "revise": True}).json()
+    assert "revised" == revised["result"]
+    labels_now = {row["cycle"]: row["label"] for row in history(kept, "ends")}
+    assert ("degrading", None) == (labels_now[140], labels_now[200])  # after its end there is no engine
+    assert "pending" == post("/v1/outcomes", json={"engine_id": "never seen", "failed_at_cycle": 3}).json()["result"]
+
+
+def test_survivors_testify(kept: Service, windows: Readings) -> None:
+    """An engine that still runs more than 125 cycles later was normal; an inspection that said otherwise stands."""
+    for cycle in (1, 2, 3):
+        fly(kept, "survivor", cycle, windows[0][cycle])
+    say(kept, {"engine_id": "survivor", "cycle": 2, "label": "degrading"})
+    fly(kept, "survivor", 128, windows[0][9])
+    labels = [(row["label"], row["source"]) for row in history(kept, "survivor")]
+    assert [("normal", "survival"), ("degrading", "inspection"), (None, None), (None, None)] == labels
+    fly(kept, "survivor", 129, windows[0][9])
+    assert ("normal", "survival") == tuple(history(kept, "survivor")[2][key] for key in ("label", "source"))
+
+
+def test_a_label_that_comes_with_a_prediction_is_kept(kept: Service, windows: Readings) -> None:
+    """Telemetry and truth in one request: counted once, kept as an inspection, and never again from elsewhere."""
+    before = kept.metrics()["engine_health_labelled_total"]
+    asked = {"telemetry": windows[0].tolist(), "engine_id": "at once", "cycle": 7, "label": "critical"}
+    kept.predict([asked])
+    assert ["unchanged"] == say(kept, {"engine_id": "at once", "cycle": 7, "label": 2})
+    assert 1 == kept.metrics()["engine_health_labelled_total"] - before
+    kept.predict([asked | {"label": None}])
+    assert [("critical", "inspection")] == [(row["label"], row["source"]) for row in history(kept, "at once")]
+
+
+def test_predicted_again_the_latest_counts(kept: Service, windows: Readings) -> None:
+    """Of one engine and cycle the latest prediction counts; the older is kept and shown when asked for."""
+    asked = [{"telemetry": w.tolist(), "engine_id": "again", "cycle": 3} for w in windows[:3]]
+    ids = [kept.predict([one])["predictions"][0]["prediction_id"] for one in asked]
+    ids += [row["prediction_id"] for row in kept.predict(asked[:2])["predictions"]]
+    assert ids[-1:] == [row["prediction_id"] for row in history(kept, "again")]
+    every = kept.client.get("/v1/engines/again?superseded=true").json()["history"]
+    assert sorted(ids) == sorted(row["prediction_id"] for row in every)
+    assert [ids[-1]] == [row["prediction_id"] for row in every if row["counts"]]
+
+
+def test_what_if_is_not_remembered(kept: Service, windows: Readings) -> None:
+    """A prediction at a temperature of the caller's own is answered, and the service's own record stays as it was."""
+    found = kept.predict([{"telemetry": windows[0].tolist(), "engine_id": "what if", "cycle": 3}], temperature=5.0)
+    assert "request" == found["temperature_source"]
+    assert 404 == kept.client.get("/v1/engines/what if").status_code
+
+
+def test_engines_come_worst_first_by_pages(windows: Readings) -> None:
+    """Every engine once, by falling probability of the last class, a hundred a page, `total` after the filter."""
+    with running() as service:
+        rows = [
+            {"engine_id": f"e{k}", "cycle": k, "telemetry": (windows[k % 4][k % 50] * (1 + k / 1e4)).tolist()}
+            for k in range(230)
+        ]
+        assert 200 == service.client.post("/v1/cycles", json={"cycles": rows}).status_code
+        pages, asked = [], "/v1/engines"
+        while asked:
+            page = service.client.get(asked).json()
+            assert 230 == page["total"]
+            pages.append(page["engines"])
+            asked = f"/v1/engines?next={page['next']}" if page["next"] else ""
+        assert [100, 100, 30] == list(map(len, pages))
+        every = [row for page in pages for row in page]
+        assert {row["engine_id"] for row in every} == {f"e{k}" for k in range(230)}
+        risks = [row["probabilities"]["critical"] for row in every]
+        assert sorted(risks, reverse=True) == risks
+        for health in ("normal", "degrading", "critical"):
+            page = service.client.get("/v1/engines", params={"health": health}).json()
+            assert sum(row["health"] == health for row in every) == page["total"]
+            assert {health} >= {row["health"] for row in page["engines"]}
+        for query in ("health=worn", "next=nonsense", "next=%00", "page=2", "health=normal&health=critical"):
+            assert 422 == service.client.get(f"/v1/engines?{query}").status_code
+
+
+def test_without_a_database_it_is_said(windows: Readings) -> None:
+    """Stateless: predictions are answered as ever, and every call that needs memory is a 501 that says why."""
+    with running(ENGINE_HEALTH_DATABASE_URL="") as service:
+        assert service.predict([{"telemetry": windows[0].tolist(), "engine_id": "a", "cycle": 1}])
+        flight = {"engine_id": "a", "cycle": 1, "telemetry": windows[0][0].tolist()}
+        asked = [
+            service.client.post("/v1/cycles", json={"cycles": [flight]}),
+            service.client.post("/v1/labels", json={"labels": [{"engine_id": "a", "cycle": 1, "label": 0}]}),
+            service.client.post("/v1/outcomes", json={"engine_id": "a", "failed_at_cycle": 1}),
+            service.client.get("/v1/engines"),
+            service.client.get("/v1/engines/a"),
+        ]
+        for answer in asked:
+            assert 501 == answer.status_code
+            assert "ENGINE_HEALTH_DATABASE_URL" in answer.json()["detail"]
+
+
+def test_a_model_without_windows_collects_no_flights(tmp_path: Path) -> None:
+    """Where an instance is no window of readings there is nothing to collect flights for: 422, with the reason."""
+    with running(ENGINE_HEALTH_MODEL=str(identity_classifier(tmp_path / "m.onnx", FOUR))) as service:
+        answer = service.client.post(
+            "/v1/cycles", json={"cycles": [{"engine_id": "a", "cycle": 1, "telemetry": [1, 2, 3]}]}
+        )
+        assert 422 == answer.status_code
+        assert "window" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_workers_read_each_others_flights(
+    kind: str, windows: Readings, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """With two workers, flights over changing connections are answered as one window; caches prove themselves fresh."""
+    url = f"sqlite:///{tmp_path}/memory.db" if kind == "sqlite" else request.getfixturevalue("cluster").url("workers")
+    flights = windows[0]
+    with running(ENGINE_HEALTH_WORKERS="2", ENGINE_HEALTH_DATABASE_URL=url) as service:
+        until(lambda: len(children(service.process)) == 2)
+        for cycle, row in enumerate(flights[:40]):
+            with httpx.Client(base_url=service.client.base_url, timeout=60, trust_env=False) as client:
+                flight = {"engine_id": "shared", "cycle": cycle, "telemetry": row.tolist()}
+                found = client.post("/v1/cycles", json={"cycles": [flight]}).json()["predictions"][0]
+            asked = service.predict([{"telemetry": flights[: cycle + 1].tolist()}])["predictions"][0]
+            assert asked["logits"] == found["logits"], cycle
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_what_was_acknowledged_survives_being_killed(database: str) -> None:
+    """After kill -9 in the middle of ingestion every acknowledged flight and label is there, none of them twice."""
+    found = survive_in(database, kills=3, seed=1)  # `make kills` does a hundred
+    assert found.kept(), found
+
+
+def test_predictions_go_on_without_the_database(windows: Readings, tmp_path: Path) -> None:
+    """While the database is locked, predictions are answered and say that they are not kept; the rest is 503."""
+    path = tmp_path / "memory.db"
+    asked = {"telemetry": windows[0].tolist(), "engine_id": "a", "cycle": 1}
+    with running(ENGINE_HEALTH_DATABASE_URL=f"sqlite:///{path}") as service:
+        assert service.predict([asked])["predictions"][0]["prediction_id"]
+        with sqlite3.connect(path, isolation_level=None) as other:
+            other.execute("BEGIN IMMEDIATE")
+            found = service.predict([asked | {"cycle": 2}, {"telemetry": windows[1].tolist()}])["predictions"]
+            assert found[0]["prediction_id"] is None
+            assert found[1]["prediction_id"]
+            answer = service.client.post("/v1/outcomes", json={"engine_id": "a", "failed_at_cycle": 9})
+            assert 503 == answer.status_code
+            assert "locked" in answer.json()["detail"]
+            assert int(answer.headers["retry-after"]) >= 1
+            until(lambda: service.metrics()["engine_health_memory_up"] == 0)
+            assert 1 == service.metrics()["engine_health_unremembered_total"]
+            other.execute("ROLLBACK")
+        until(lambda: service.metrics()["engine_health_memory_up"] == 1)
+        assert service.predict([asked | {"cycle": 3}])["predictions"][0]["prediction_id"]
+        assert [1, 3] == [row["cycle"] for row in history(service, "a")]
+
+
+def test_a_full_disk_is_said_and_nothing_is_lost(windows: Readings, tmp_path: Path) -> None:
+    """Where nothing more can be written, flights are 503 and predictions unremembered; with room again all goes on."""
+    with running(ENGINE_HEALTH_DATABASE_URL=f"sqlite:///{tmp_path}/memory.db") as service:
+        fly(service, "full", 1, windows[0][0])
+        size = (tmp_path / "memory.db-wal").stat().st_size
+        limit = ["prlimit", "--pid", str(service.process.pid)]
+        subprocess.run([*limit, f"--fsize={size}:unlimited"], check=True)
+        flight = {"engine_id": "full", "cycle": 2, "telemetry": windows[0][1].tolist()}
+        until(lambda: service.client.post("/v1/cycles", json={"cycles": [flight]}).status_code == 503)
+        found = service.predict([{"telemetry": windows[0].tolist(), "engine_id": "full", "cycle": 3}])
+        assert found["predictions"][0]["prediction_id"] is None
+        subprocess.run([*limit, "--fsize=unlimited:unlimited"], check=True)
+        until(lambda: service.client.post("/v1/cycles", json={"cycles": [flight]}).status_code == 200)
+        cycles = [row["cycle"] for row in history(service, "full")]
+        assert [1, 2] == cycles
+
+
+def test_postgresql_may_go_and_come_back(windows: Readings, cluster: Postgres) -> None:
+    """The database server dies: clear errors, predictions go on; it comes back: what was acknowledged is there."""
+    with running(ENGINE_HEALTH_DATABASE_URL=cluster.url("gone")) as service:
+        fly(service, "a", 1, windows[0][0])
+        cluster.stop()
+        flight = {"engine_id": "a", "cycle": 2, "telemetry": windows[0][1].tolist()}
+        assert 503 == service.client.post("/v1/cycles", json={"cycles": [flight]}).status_code
+        found = service.predict([{"telemetry": windows[0].tolist(), "engine_id": "a", "cycle": 5}])
+        assert found["predictions"][0]["prediction_id"] is None
+        assert 503 == service.client.get("/v1/engines").status_code
+        cluster.start()
+        until(lambda: service.client.post("/v1/cycles", json={"cycles": [flight]}).status_code == 200)
+        assert [1, 2] == [row["cycle"] for row in history(service, "a")]
