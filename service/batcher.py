@@ -42,12 +42,13 @@ class Observer(Protocol):
 
 
 class _Job:
-    """One caller: its rows, how many were taken and answered, and whom to tell."""
+    """One caller: its rows, how many are to be counted, were taken and answered, and whom to tell."""
 
-    __slots__ = ("answered", "done", "gone", "parts", "patience", "rows", "settled", "since", "taken")
+    __slots__ = ("answered", "counted", "done", "gone", "parts", "patience", "rows", "settled", "since", "taken")
 
-    def __init__(self, rows: Rows, done: "asyncio.Future[Columns]", gone: Callable[[], bool], patience: float) -> None:
-        self.rows, self.done, self.gone, self.patience = rows, done, gone, patience
+    def __init__(self, rows: Rows, counted: int, gone: Callable[[], bool], patience: float) -> None:
+        self.rows, self.counted, self.gone, self.patience = rows, counted, gone, patience
+        self.done: asyncio.Future[Columns] = asyncio.get_running_loop().create_future()
         self.since = time.perf_counter()
         self.taken = self.answered = 0
         self.settled = False
@@ -108,21 +109,28 @@ class Batcher:
             detail = f"{before} rows are before these: {seconds:.1f} s, at most {self._most_seconds:g} are waited"
             raise Overloaded(detail, self._most_seconds)
 
-    async def submit(self, rows: Rows, gone: Callable[[], bool] = lambda: False, besides: float = 0.0) -> Columns:
+    async def submit(
+        self,
+        rows: Rows,
+        gone: Callable[[], bool] = lambda: False,
+        besides: float = 0.0,
+        counted: int | None = None,
+    ) -> Columns:
         """The answers for some rows, in their order.
 
         Args:
             rows: (N, ...) of which N may be more than a batch holds.
             gone: asked before each inference, in another thread: whether the caller has left.
             besides: seconds that these rows wait elsewhere.
+            counted: of how many of them, the first, the observer hears; of all if not given.
 
         Raises:
             Overloaded: the queue is full, or these rows grew too old in it.
             ClientGone: the caller left before its rows were taken.
         """
         self.check_room(len(rows), besides)
-        done, line = asyncio.get_running_loop().create_future(), len(rows) > self._cap
-        job = _Job(rows, done, gone, self._most_seconds - besides)
+        job = _Job(rows, len(rows) if counted is None else counted, gone, self._most_seconds - besides)
+        line = len(rows) > self._cap
         self._callers += 1
         self._nobody.clear()
         with self._lock:
@@ -244,7 +252,7 @@ class Batcher:
             self._paces.append(seconds / at)
             self._row_seconds = statistics.median(self._paces)
         self._observer.batch(at, seconds)
-        heard = [(job.rows, columns) for job, columns in finished if not job.done.done()]
+        heard = [_counted(job, columns) for job, columns in finished if not job.done.done()]
         if heard:
             self._observer.answered(heard)
         for job, columns in finished:
@@ -270,3 +278,9 @@ class Batcher:
 def _joined(parts: list[Columns]) -> Columns:
     columns = zip(*parts, strict=True)
     return tuple(None if column[0] is None else np.concatenate(column) for column in columns)
+
+
+def _counted(job: _Job, columns: Columns) -> tuple[Rows, Columns]:
+    if job.counted == len(job.rows):
+        return job.rows, columns
+    return job.rows[: job.counted], tuple(None if column is None else column[: job.counted] for column in columns)

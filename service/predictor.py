@@ -6,7 +6,7 @@ that whoever holds one is answered by one model.
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -50,12 +50,16 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Answers for N rows. `loss` (N,) is NaN where no label was given, None where there is none at all."""
+    """Answers for N rows. `loss` (N,) is NaN where no label was given, None where there is none at all.
+
+    `moved` says of each row what each channel did to the answer, the strongest first; None if that was not asked.
+    """
 
     temperature: float
     answers: Answers
     loss: Floats | None
     evaluation: Evaluation | None
+    moved: list[list[Shift]] | None = None
 
 
 def answer(model: Model, telemetry: Batch, temperature: float) -> Answers:
@@ -142,7 +146,7 @@ class Predictor:
         Raises:
             Overloaded: rows like these would have no room, or wait too long.
         """
-        self._turns.check()
+        self._turns.check(size)
         self._batcher.check_room(max(1, int(size / self._row_bytes)), self._turns.besides())
 
     async def predict(
@@ -153,6 +157,7 @@ class Predictor:
         imputed: npt.NDArray[np.int64] | None = None,
         gone: Callable[[], bool] = lambda: False,
         size: int = 0,
+        explain: bool = False,
     ) -> Prediction:
         """Calibrated health of N instances.
 
@@ -163,6 +168,8 @@ class Predictor:
             imputed: (channels,) how many missing values were held, for the metrics.
             gone: whether the caller has left; such rows do not reach the model.
             size: bytes of the request, if it said so.
+            explain: also say what each channel did, which costs a row of inference a channel for each instance; only
+                for a model that says what is usual (`conditions`).
 
         Raises:
             InvalidInput: an instance for which the network's answer is not finite.
@@ -171,9 +178,12 @@ class Predictor:
         """
         if size:
             self._row_bytes = size / len(telemetry)
-        answers = Answers(*await self._batcher.submit(telemetry, gone, self._turns.besides()))  # type: ignore[arg-type]  # as _run lays them out
-        if not answers.finite.all():
-            raise _unanswerable(int(np.flatnonzero(~answers.finite)[0]))
+        n, rows = len(telemetry), await self._with_occluded(telemetry) if explain else telemetry
+        found = Answers(*await self._batcher.submit(rows, gone, self._turns.besides(), n))  # type: ignore[arg-type]  # as _run lays them out
+        if not found.finite.all():
+            bad = int(np.flatnonzero(~found.finite)[0])
+            raise _unanswerable(bad if bad < n else (bad - n) * n // (len(rows) - n))
+        answers = Answers(*(None if column is None else column[:n] for column in found))  # type: ignore[arg-type]  # as above
         if imputed is not None:
             self._metrics.imputed(self.model.manifest.channel_names, imputed)
         t = self.temperature if temperature is None else temperature
@@ -184,7 +194,7 @@ class Predictor:
         labelled, prediction = scored
         if labelled is not None:
             self._metrics.labelled_answers(labelled)
-        return prediction
+        return await asyncio.to_thread(_explained, found, prediction) if explain else prediction
 
     def _scored(self, answers: Answers, targets: Floats | None, t: float) -> tuple[Labelled | None, Prediction]:
         """What the counters are told, and what the caller is.
@@ -220,22 +230,14 @@ class Predictor:
         self.batch(len(telemetry), seconds)
         self.answered([(telemetry, answers)])
 
-    async def explain(self, telemetry: Batch, prediction: Prediction) -> list[list[Shift]]:
-        """What each channel did to each answer, the strongest first: one batch of a row per channel for each instance.
-
-        Only for a model that says what is usual (`conditions`): without that no channel can be left out.
-        """
-        assert self._usual is not None  # refused at the door
-        return await asyncio.to_thread(self._explained, self._usual, telemetry, prediction)
-
-    def _explained(self, usual: Usual, telemetry: Batch, prediction: Prediction) -> list[list[Shift]]:
-        answers, found = prediction.answers, []
-        for i, window in enumerate(telemetry):
-            logits, rul = self.model.run(occluded(window, usual))
-            without = numerics.softmax(logits, prediction.temperature)
-            answered = None if answers.rul is None else float(answers.rul[i])
-            found.append(shifts(answers.probabilities[i], answered, without, rul))
-        return found
+    async def _with_occluded(self, telemetry: Batch) -> Batch:
+        """The instances, and behind them each of them once a channel, without it."""
+        usual = self._usual
+        assert usual is not None  # a model that does not say what is usual is refused at the door
+        self._batcher.check_room(len(telemetry) * (1 + telemetry.shape[-1]), self._turns.besides())
+        return await asyncio.to_thread(
+            lambda: np.concatenate([telemetry, *(occluded(window, usual) for window in telemetry)])
+        )
 
     def _run(self, rows: Rows) -> Columns:
         return answer(self.model, rows, self.temperature)
@@ -301,6 +303,18 @@ def _means(labelled: Labelled) -> Evaluation:
         float(labelled.correct.mean()),
         float(labelled.brier.mean()),
     )
+
+
+def _explained(found: Answers, prediction: Prediction) -> Prediction:
+    """The prediction with what each channel did: `found` has its N rows, then those of every channel left out."""
+    answers, n = prediction.answers, len(prediction.answers.logits)
+    channels, moved = (len(found.logits) - n) // n, []
+    for i in range(n):
+        part = slice(n + i * channels, n + (i + 1) * channels)
+        without = numerics.softmax(found.logits[part], prediction.temperature)
+        rul = None if answers.rul is None else float(answers.rul[i])
+        moved.append(shifts(answers.probabilities[i], rul, without, None if found.rul is None else found.rul[part]))
+    return replace(prediction, moved=moved)
 
 
 def _unanswerable(i: int) -> InvalidInput:

@@ -12,9 +12,10 @@ import time
 from service.errors import Overloaded
 
 LONG = 1 / 8  # of the time that anybody may wait: a turn to be read, one to be told, the rest is the queue's
-MOST, LEAST = 1, 1 / 4  # shares, in turns that are just not too long
+MOST, LEAST = 1, 1 / 8  # shares, in turns that are just not too long
 GROWTH = 1.5
 CHEAP_SECONDS = 0.0005  # a caller that costs no more is as soon answered as refused
+BYTE_SECONDS = 1e-9  # to read one byte of a body
 
 
 class Turns:
@@ -27,8 +28,11 @@ class Turns:
         self._spent = 0.0  # seconds of this turn's share
         self._last: float | None = None  # when the last caller was taken in; None before the first of a turn
 
-    def check(self) -> None:
+    def check(self, size: int = 0) -> None:
         """Take a caller in, or not.
+
+        Args:
+            size: bytes that it will send.
 
         Raises:
             Overloaded: the share of this turn is used up.
@@ -42,10 +46,11 @@ class Turns:
         if self._spent > self._share:
             raise Overloaded(f"more comes than can be read: the last turn took {self.seconds:.2f} s", self._wait)
         self._last = now
+        self._spent += size * BYTE_SECONDS
 
     def besides(self) -> float:
-        """Seconds that a caller waits beside the queue: to be read, and to be told. At most half of what it may."""
-        return min(2 * self.seconds, self._wait / 2)
+        """Seconds beside the queue, at most half of what anybody may wait: to be read, to be told, to spare."""
+        return min(3 * self.seconds, self._wait / 2)
 
     def _over(self, began: float) -> None:
         self._last, self.seconds = None, time.perf_counter() - began

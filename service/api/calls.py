@@ -77,12 +77,11 @@ def predict_json(
     found: Prediction,
     ids: Sequence[str | None],
     what_if: bool = False,
-    moved: list[list[Shift]] | None = None,
 ) -> dict[str, Any]:
     """What `/v1/predict` answers; `what_if` where the caller gave the temperature."""
     model, manifest = predictor.model, predictor.model.manifest
     rows = _rows(instances, found, manifest.classes, ids)
-    for row, shifts in zip(rows, moved or (), strict=moved is not None):
+    for row, shifts in zip(rows, found.moved or (), strict=found.moved is not None):
         row["explanation"] = [_moved(shift, manifest.channel_names, manifest.classes) for shift in shifts]
     return {
         "model": {"name": manifest.name, "version": manifest.version, "digest": model.digest},

@@ -77,16 +77,21 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
             asked = await aside.run(large, lambda: read_predict(body, model, limits.max_instances))
         decoded = asked.decoded
         found = await predictor.predict(
-            decoded.telemetry, decoded.targets, asked.temperature, decoded.imputed, leaving(request), size
+            decoded.telemetry,
+            decoded.targets,
+            asked.temperature,
+            decoded.imputed,
+            leaving(request),
+            size,
+            asked.explain,
         )
-        moved = await predictor.explain(decoded.telemetry, found) if asked.explain else None
         named, what_if = asked.instances, asked.temperature is not None
         ids: Sequence[str | None] = prediction_ids(len(named), time.time())
         if lifecycle.remembers:
             ids = await lifecycle.memory().remember(predictor, named, decoded.telemetry, found, decoded.targets)
         return await aside.run(
             found.answers.logits.size > MANY_NUMBERS,
-            lambda: json_response(predict_json(predictor, named, found, ids, what_if, moved)),
+            lambda: json_response(predict_json(predictor, named, found, ids, what_if)),
         )
 
     return predict
