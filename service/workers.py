@@ -38,6 +38,7 @@ def configuration(settings: Settings, **more: object) -> uvicorn.Config:
         host=settings.host,
         port=settings.port,
         http=BoundedProtocol,
+        loop="service.loop:Loop",
         log_config=None,
         log_level=settings.log_level,
         access_log=False,

@@ -89,6 +89,8 @@ def test_bodies_held_at_once_have_a_limit_together(windows: Readings) -> None:
         assert 1_000_000 == tight.client.get("/v1/model").json()["limits"]["max_buffered_bytes"]
         with connected(tight) as slow:
             slow.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body[:600_000])
+            for _ in range(50):  # turns of its loop, in which it reads that
+                tight.client.get("/livez")
             until(lambda: tight.client.post("/v1/predict", content=body, headers=JSON).status_code == 429)
             refused = tight.client.post("/v1/predict", content=iter([body[:500_000], body[500_000:]]), headers=JSON)
             assert 429 == refused.status_code
@@ -201,8 +203,9 @@ def test_a_model_that_is_replaced_is_forgotten(tmp_path: Path, windows: Readings
 def test_restarted_workers_leave_nothing_behind_and_nobody_alone(windows: Readings) -> None:
     """Workers killed again and again, also as they start, are replaced at once; nobody hears that one is not ready."""
     with running(ENGINE_HEALTH_WORKERS="2") as service:
-        until(lambda: len(children(service.process)) == 2)
+        until(lambda: [shared_folder(child) is None for child in children(service.process)] == [False] * 2)
         folder, seen = shared_folder(children(service.process)[0]), Counter[str]()
+        assert folder is not None
 
         def ask(_: int = 0) -> bool:
             try:

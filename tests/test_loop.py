@@ -1,0 +1,79 @@
+import asyncio
+import socket
+import time
+from typing import cast
+
+from service.loop import MOST_AT_ONCE, Loop
+
+CLIENTS = 200
+
+
+class Echo(asyncio.Protocol):
+    """Says what it hears; `made` has one entry a connection, the turn of the loop in which it came."""
+
+    turn, made = 0, list[int]()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.made.append(Echo.turn)
+        self.transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        self.transport.write(data)
+
+
+async def turns_until_all_are_in(seconds: float) -> int:
+    """Turns that it takes to accept the clients, each so long; the last of them is answered."""
+    Echo.made.clear()
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(Echo, "127.0.0.1", 0, backlog=2 * CLIENTS)
+    address = server.sockets[0].getsockname()
+    clients = [socket.create_connection(address) for _ in range(CLIENTS)]  # the loop does not turn meanwhile
+    for Echo.turn in range(10_000):
+        if len(Echo.made) == CLIENTS:
+            break
+        time.sleep(seconds)  # the work of a turn holds the loop: that is the point
+        await asyncio.sleep(0)
+    for client in clients[0], clients[-1]:
+        client.setblocking(False)
+        await loop.sock_sendall(client, b"x")
+        assert b"x" == await asyncio.wait_for(loop.sock_recv(client, 1), 30)
+    for client in clients:
+        client.close()
+    server.close()
+    await server.wait_closed()
+    return Echo.made[-1] - Echo.made[0]
+
+
+def test_all_who_connected_while_the_loop_was_busy_are_accepted_at_once() -> None:
+    """Two hundred connections that wait are accepted in a few turns if those are long, and each of them is answered."""
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        assert CLIENTS / 10 > runner.run(turns_until_all_are_in(0.02))
+    assert CLIENTS < MOST_AT_ONCE
+
+
+def test_an_idle_loop_leaves_connections_to_others() -> None:
+    """Where turns are short each takes a connection or two, so that several workers share those who come at once."""
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        assert CLIENTS / 10 < runner.run(turns_until_all_are_in(0))
+
+
+def test_a_server_that_is_closed_accepts_nobody_more() -> None:
+    """After closing, whoever connects is turned away as soon as the loop turns."""
+
+    async def scene() -> None:
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(asyncio.Protocol, "127.0.0.1", 0)
+        address = server.sockets[0].getsockname()
+        server.close()
+        await server.wait_closed()
+        refused, deadline = False, time.monotonic() + 10
+        while not refused and time.monotonic() < deadline:
+            try:
+                socket.create_connection(address, timeout=1).close()
+                await asyncio.sleep(0.01)
+            except ConnectionRefusedError:
+                refused = True
+        assert refused
+
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        runner.run(scene())
