@@ -49,6 +49,7 @@ def serve(settings: Settings) -> int:
     logs.configure(settings)
     # uvicorn raises the signal again once it has stopped: to be told to stop is no failure
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it is heard no model is open that could be opened again
     reasons: list[str] = []
     try:
         if settings.workers > 1:

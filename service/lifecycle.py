@@ -8,7 +8,9 @@ import asyncio
 import gc
 import logging
 import os
+import shutil
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,10 +103,9 @@ class Lifecycle:
         Raises:
             ArtefactRejected: the file does not prove itself; the model that answers goes on.
         """
-        digest = await self._load(self.settings.model)
-        if self._copy is not None:
-            await asyncio.to_thread(self._publish, self._copy)
-        return digest
+        if self._copy is None:
+            return await self._load(self.settings.model)
+        return await self._load_for_all(self.settings.model, self._copy)
 
     async def reload_quietly(self) -> None:
         """As `reload`, for who cannot be answered: a failure is logged."""
@@ -218,11 +219,20 @@ class Lifecycle:
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
-    def _publish(self, copy: Path) -> None:
-        """Put a copy of what was just proven where the other workers look, whole or not at all."""
-        own = copy.with_suffix(f".{os.getpid()}")
-        own.write_bytes(self.settings.model.read_bytes())
-        os.replace(own, copy)
+    async def _load_for_all(self, path: Path, copy: Path) -> str:
+        """Prove a copy of the file, and put that same copy where the other workers look."""
+        own = copy.with_suffix(f".{uuid.uuid4().hex}")
+        try:
+            await asyncio.to_thread(shutil.copyfile, path, own)
+            digest = await self._load(own)
+            os.replace(own, copy)
+        except OSError as error:
+            raise ArtefactRejected(f"{path}: {error.strerror}") from None
+        except ArtefactRejected as error:
+            raise ArtefactRejected(error.detail.replace(str(own), str(path))) from None
+        finally:
+            own.unlink(missing_ok=True)
+        return digest
 
     async def _follow(self, copy: Path) -> None:
         try:

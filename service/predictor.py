@@ -20,6 +20,7 @@ from service.errors import Fault, InvalidInput
 from service.metrics import Labelled, Metrics
 from service.runtime import Batch, Model
 from service.settings import Settings
+from service.sizes import Sizes
 from service.turns import Turns
 
 Mask = npt.NDArray[np.bool_]
@@ -126,7 +127,7 @@ class Predictor:
             self._run, self, settings.max_batch_rows, settings.max_queue_rows, settings.max_queue_seconds
         )
         self._turns = Turns(settings.max_queue_seconds)
-        self._row_bytes = float("inf")  # of the last request that said how long it was
+        self._sizes = Sizes()
 
     def serve(self) -> None:
         """Say in the metrics that this one answers from now on."""
@@ -141,13 +142,13 @@ class Predictor:
         await self._batcher.close()
 
     def check_room(self, size: int) -> None:
-        """Let a request of so many bytes in, or not, before it is read: its rows are guessed from those of the last.
+        """Let a request of so many bytes in, or not, before it is read: its rows are guessed from those of others.
 
         Raises:
             Overloaded: rows like these would have no room, or wait too long.
         """
         self._turns.check(size)
-        self._batcher.check_room(max(1, int(size / self._row_bytes)), self._turns.besides())
+        self._batcher.check_room(self._sizes.rows(size), self._turns.besides())
 
     async def predict(
         self,
@@ -177,7 +178,7 @@ class Predictor:
             ClientGone: the caller left before its rows were taken.
         """
         if size:
-            self._row_bytes = size / len(telemetry)
+            self._sizes.saw(size, len(telemetry))
         n, rows = len(telemetry), await self._with_occluded(telemetry) if explain else telemetry
         found = Answers(*await self._batcher.submit(rows, gone, self._turns.besides(), n))  # type: ignore[arg-type]  # as _run lays them out
         if not found.finite.all():

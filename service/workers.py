@@ -115,7 +115,16 @@ class Supervisor(Multiprocess):
         super().keep_subprocess_alive()
 
     def handle_hup(self) -> None:
-        """Pass it on."""
+        """Pass it on; who is only starting has no model yet that could be opened again, and would be ended by it."""
         for process in self.processes:
-            if process.pid is not None and process.exitcode is None:
+            if process.pid is not None and process.exitcode is None and _hears(process.pid):
                 os.kill(process.pid, signal.SIGHUP)
+
+
+def _hears(pid: int) -> bool:
+    """Whether a process has a handler for SIGHUP; where nobody can tell, it is taken to have one."""
+    try:
+        caught = Path(f"/proc/{pid}/status").read_text().partition("SigCgt:")[2].split()[0]
+    except (OSError, IndexError):
+        return sys.platform != "linux"
+    return bool(int(caught, 16) >> (signal.SIGHUP - 1) & 1)

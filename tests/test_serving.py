@@ -17,7 +17,7 @@ import pytest
 from model.evaluate import ARTEFACT
 from model.windows import Readings
 from service.runtime import _paid_cores
-from tests.conftest import Service, running
+from tests.conftest import Service, running, start
 from tests.test_runtime import edited
 
 ADMIN = {"Authorization": "Bearer wheel"}
@@ -172,6 +172,38 @@ def test_a_reload_swaps_only_for_a_model_that_proves_itself(tmp_path: Path, wind
         edited(path, {"temperature": 4.0})
         service.process.send_signal(signal.SIGHUP)
         until(lambda: service.predict(one(windows[0])["instances"])["temperature"] == 4.0)
+
+
+def _hangs_up_in_vain(pid: int) -> bool:
+    """Whether a process ignores SIGHUP or has a handler for it."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return any(int(status.partition(name)[2].split()[0], 16) & 1 for name in ("SigIgn:", "SigCgt:"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_sighup_that_comes_too_early_ends_nobody(workers: int) -> None:
+    """A reload asked for while processes start, again and again, ends none of them: the same ones become ready."""
+    process = start(
+        "serve", "--port", "0", "--workers", str(workers), ENGINE_HEALTH_LOG_LEVEL="info", ENGINE_HEALTH_DATABASE_URL=""
+    )
+    said: list[str] = []
+    with process, ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: said.extend(process.stderr or ()))  # until it ends
+        seen = set[int]()
+
+        def ready() -> bool:
+            process.send_signal(signal.SIGHUP)
+            seen.update(children(process))
+            return sum("ready:" in line for line in said) == workers
+
+        try:
+            until(lambda: _hangs_up_in_vain(process.pid))
+            until(ready)
+            process.terminate()
+            assert 0 == process.wait(timeout=30)
+        finally:
+            process.kill()
+    assert len(seen) == (workers if workers > 1 else 0)
 
 
 def test_reloads_under_load_fail_nobody(tmp_path: Path, windows: Readings) -> None:
@@ -367,8 +399,6 @@ def temperatures(service: Service, window: Readings) -> set[float]:
 
 def test_workers_that_cannot_open_the_model_stop_with_one_line(tmp_path: Path) -> None:
     """A broken artefact ends the whole service with its reason, whatever the number of workers."""
-    from tests.conftest import start
-
     path = tmp_path / "model.onnx"
     path.write_bytes(b"broken")
     process = start("serve", "--port", "0", "--workers", "2", ENGINE_HEALTH_MODEL=str(path))

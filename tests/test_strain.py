@@ -130,6 +130,21 @@ def test_memory_is_what_it_was_after_bodies_that_are_refused(service: Service) -
     assert resident(service) - before < 20
 
 
+def test_who_has_room_is_not_refused_for_the_sake_of_others(windows: Readings) -> None:
+    """A client with a thousand windows among those with one flight each is answered, as they are: no queue is full."""
+    flight = json.dumps({"instances": [{"telemetry": windows[0][-1:].tolist()}]}).encode()
+    many = json.dumps({"instances": one(windows[0])["instances"] * 1000}).encode()
+    with running() as service, ThreadPoolExecutor(5) as pool:
+
+        def ask(body: bytes, times: int) -> Counter[int]:
+            return Counter(
+                service.client.post("/v1/predict", content=body, headers=JSON).status_code for _ in range(times)
+            )
+
+        asked = [pool.submit(ask, flight, 200) for _ in range(4)] + [pool.submit(ask, many, 5)]
+        assert Counter({200: 805}) == sum((task.result(timeout=120) for task in asked), Counter[int]())
+
+
 def test_explanations_wait_in_the_same_queue(windows: Readings) -> None:
     """What an explanation costs is bounded as predictions are: too many at once are 429; only answers are counted."""
     body = json.dumps({"instances": [{"telemetry": windows[0][-1:].tolist()}] * 10, "explain": True}).encode()

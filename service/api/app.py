@@ -117,6 +117,8 @@ def _on_signals(lifecycle: Lifecycle) -> None:
         lifecycle.drain()
 
     def reload() -> None:
+        if len(kept) > 1:
+            return  # one is under way and another waits, which will see whatever there is by then
         task = loop.create_task(lifecycle.reload_quietly())
         kept.add(task)
         task.add_done_callback(kept.discard)
