@@ -10,7 +10,15 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+    values,
+)
 from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
@@ -53,6 +61,7 @@ class Metrics:
     """All metrics of one process, named as in the design with the prefix `engine_health_`."""
 
     def __init__(self, registry: CollectorRegistry, shared: Path | None = None) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # no types; several workers have no such series, one has 258
         self._registry = registry
         if shared is not None:
             self._registry = CollectorRegistry()
@@ -97,7 +106,9 @@ class Metrics:
         self.reliability_confidence = counter("reliability_confidence_total", "Sum of top probabilities.", "bin")
         self.reliability_correct = counter("reliability_correct_total", "Sum of hits.", "bin")
         self.label_lag = histogram("label_lag_seconds", "From a prediction to its truth.", LAGS)
-        self.memory_up = gauge("memory_up", "1 while the database answers, in every worker.", "livemin")
+        self.memory_up = gauge(
+            "memory_up", "1 while the database answers, in every worker; NaN without one.", "livemin"
+        )
         self.unremembered = counter("unremembered_total", "Predictions answered while the database did not.")
         self.confidence = histogram("confidence", "Top probability of every prediction.", CONFIDENCE)
         self.entropy = histogram("entropy_nats", "Entropy of every prediction.", ENTROPY)
