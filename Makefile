@@ -7,7 +7,7 @@ PIP := -m pip --disable-pip-version-check --quiet
 CMAPSS_URL ?= https://phm-datasets.s3.amazonaws.com/NASA/6.+Turbofan+Engine+Degradation+Simulation+Data+Set.zip
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format train export evaluate study fuzz bench bench-peers data docs lock clean
+.PHONY: help serve test check format train export evaluate study fuzz kills bench bench-peers bench-monitor endurance data docs lock clean
 
 help:                            ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -67,8 +67,17 @@ fuzz: $(DEV)/ready              ## five thousand requests and more, generated fr
 bench: $(DEV)/ready              ## the README's performance table: against a bare route and ONNX Runtime alone
 	$(BIN)/python -m benchmarks.serving
 
+kills: $(DEV)/ready             ## kill -9 a hundred times while truths are told, on SQLite and PostgreSQL; five minutes
+	$(BIN)/python -m benchmarks.kills
+
 bench-peers: $(DEV)/ready        ## the same model behind other servers, side by side; installs them below build, needs wrk; half an hour
 	$(BIN)/python -m benchmarks.peers
+
+bench-monitor: $(DEV)/ready      ## false and true alarms of the calibration state, simulated; a quarter of an hour
+	$(BIN)/python -m benchmarks.monitor
+
+endurance: $(DEV)/ready          ## every promise under strain at full size, as a table; fails if one is broken; half an hour
+	$(BIN)/python -m benchmarks.endurance
 
 docs: $(DEV)/ready               ## write the README's tables anew from code, and the results from the test engines
 	$(BIN)/python docs/tables.py --results

@@ -36,10 +36,21 @@ JSON_HEADERS = {"Content-Type": "application/json"}
 MARK = "BENCHMARK_SERVER"  # in the environment of a server and all it starts, so that none of them is left behind
 START_SECONDS, STOP_SECONDS, REQUEST_SECONDS = 120, 10, 60
 LIBRARIES = ("onnxruntime", "numpy", "fastapi", "uvicorn", "httptools", "uvloop", "orjson", "msgspec")
+ENGINE, CYCLE = b"@engine@", b"@cycle@"  # in a body: another engine each request, in turn, one cycle later each turn
+ENGINES = 1000
 SCRIPT = """
 wrk.method = "POST"
 wrk.body = io.open({body}, "rb"):read("*a")
 {headers}
+local head, middle, tail = wrk.body:match("^(.-){engine}(.-){cycle}(.*)$")
+if head then
+  local n = -1
+  request = function()
+    n = n + 1
+    local engine, cycle = n % {engines}, math.floor(n / {engines})
+    return wrk.format(nil, nil, nil, head .. engine .. middle .. cycle .. tail)
+  end
+end
 function done(summary, latency)
   local e = summary.errors
   print(string.format("measured %d %d %d %d %d", summary.requests, summary.duration,
@@ -171,7 +182,8 @@ def wrk(url: str, body: bytes, headers: Mapping[str, str], connections: int, sec
         content, script = Path(folder, "body"), Path(folder, "post.lua")
         content.write_bytes(body)
         lines = (f"wrk.headers[{json.dumps(key)}] = {json.dumps(value)}" for key, value in headers.items())
-        script.write_text(SCRIPT.format(body=json.dumps(str(content)), headers="\n".join(lines)))
+        marks = {"engine": ENGINE.decode(), "cycle": CYCLE.decode(), "engines": ENGINES}
+        script.write_text(SCRIPT.format(body=json.dumps(str(content)), headers="\n".join(lines), **marks))
         options = ["-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", f"--timeout={REQUEST_SECONDS}s"]
         command = ["taskset", "-c", str(core), "wrk", *options, "-s", str(script), url]
         printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -210,6 +222,37 @@ def windows(n: int) -> Readings:
 def predict_json(some: Readings) -> bytes:
     """The body of `POST /v1/predict`."""
     return json.dumps({"instances": [{"telemetry": window} for window in some.tolist()]}).encode()
+
+
+def predict_arrow(some: Readings) -> tuple[bytes, dict[str, str]]:
+    """The same as an Arrow stream, a window an engine: body and headers."""
+    import pyarrow as pa
+
+    rows = some.reshape(-1, some.shape[-1]).astype(np.float32)
+    table = pa.table({name: pa.array(rows[:, k]) for k, name in enumerate(contract.CHANNELS)})
+    engine, cycle = np.divmod(np.arange(len(rows)), some.shape[1])
+    table = table.append_column("engine_id", pa.array([f"FD001-{k}" for k in engine]))
+    table, sink = table.append_column("cycle", pa.array(cycle)), pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return sink.getvalue().to_pybytes(), {"Content-Type": "application/vnd.apache.arrow.stream"}
+
+
+def of_engines(some: Readings) -> bytes:
+    """The body of `POST /v1/predict` for one window of an engine at a cycle, both another one each request."""
+    body = json.dumps({"instances": [{"engine_id": _engine(), "cycle": CYCLE.decode(), "telemetry": some[0].tolist()}]})
+    return body.encode().replace(b'"' + CYCLE + b'"', CYCLE)
+
+
+def flights(some: Readings) -> bytes:
+    """The body of `POST /v1/cycles` for one flight of an engine, both engine and cycle another one each request."""
+    body = json.dumps({"cycles": [{"engine_id": _engine(), "cycle": CYCLE.decode(), "telemetry": some[0, 0].tolist()}]})
+    return body.encode().replace(b'"' + CYCLE + b'"', CYCLE)
+
+
+def _engine() -> str:
+    """A name that no other round gives, with the mark that makes it another one each request."""
+    return f"{uuid.uuid4().hex[:8]}-{ENGINE.decode()}"
 
 
 def oip_json(some: Readings) -> bytes:

@@ -223,7 +223,13 @@ def measure(name: str, peer: Peer, seconds: float) -> Figures:
     script = (
         [str(SERVERS / peer.script), str(port)] if peer.script else ["-m", "service.cli", "serve", "--port", str(port)]
     )
-    env = {"MODEL": str(ARTEFACT), "ENGINE_HEALTH_THREADS": "1", "OMP_NUM_THREADS": "1", **peer.env}
+    env = {
+        "MODEL": str(ARTEFACT),
+        "ENGINE_HEALTH_THREADS": "1",
+        "ENGINE_HEALTH_DATABASE_URL": "",
+        "OMP_NUM_THREADS": "1",
+        **peer.env,
+    }
     base = f"http://127.0.0.1:{port}"
     figures: Figures = {}
     golden, logits = load.golden()

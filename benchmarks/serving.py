@@ -9,6 +9,7 @@ other; they take turns, and so does ONNX Runtime alone. Medians over rounds. Fig
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,26 +17,33 @@ from pathlib import Path
 from benchmarks import load
 from benchmarks.load import CLIENT_CORE, JSON_HEADERS, SERVER_CORE, Figure
 from benchmarks.peers import BUILD, CONNECTIONS, INFER, ROOT, ROWS, alone, unfailing
+from model.windows import Readings
 
 REACH = (  # case, against, figure, reach, whether more is better
     ("one window a request, JSON, 64 connections", "a bare FastAPI route, requests/s", "rate", 0.60, True),
     ("the same, 1 connection, p50", "the same route", "p50", 3.0, False),
     ("1,000 windows, OIP binary", "ONNX Runtime alone, one thread, best batch, rows/s", "binary", 0.85, True),
     ("1,000 windows, `/v1/predict` JSON", "the same", "json", 0.40, True),
+    ("1,000 windows, `/v1/predict` Arrow stream", "the same", "arrow", 0.40, True),
     ("p99 at 64 connections", "p50 of the same run", "tail", 3.0, False),
+    ("one window of an engine, remembered, 64 connections", "the same without a database", "memory", 0.70, True),
+    ("one flight a request, kept, `/v1/cycles`, 64 connections", "a bare FastAPI route", "flights", 0.35, True),
 )
 LIMITS = (("start to ready, s", "start", 1.5), ("resident memory of one worker, MB", "memory", 180.0))
+ONE_THREAD, STATELESS = {"ENGINE_HEALTH_THREADS": "1"}, {"ENGINE_HEALTH_DATABASE_URL": ""}
 Found = dict[str, dict[str, Figure]]
 
 
 def measured(rounds: int, seconds: float) -> Found:
     """Every figure of every round: bare, ours, alone, start."""
-    port, bare = load.free_port(), load.free_port()
+    port, bare, stateless = load.free_port(), load.free_port(), load.free_port()
     with (
+        tempfile.TemporaryDirectory(dir=BUILD) as folder,  # a real disk: a committed row is on it
         load.served(
             [sys.executable, "benchmarks/servers/bare.py", str(bare)], {}, SERVER_CORE, base(bare) + "/ready", ROOT
         ),
-        load.served(command(port), {"ENGINE_HEALTH_THREADS": "1"}, SERVER_CORE, base(port) + "/readyz", ROOT) as pid,
+        load.served(command(stateless), ONE_THREAD | STATELESS, SERVER_CORE, base(stateless) + "/readyz", ROOT),
+        load.served(command(port), ONE_THREAD | kept_in(folder), SERVER_CORE, base(port) + "/readyz", ROOT) as pid,
     ):
         floor, own = base(bare) + "/predict", base(port) + "/v1/predict"
         cases: dict[str, Callable[[], Mapping[str, float]]] = {
@@ -43,6 +51,10 @@ def measured(rounds: int, seconds: float) -> Found:
             "ours": lambda: singles(own, seconds),
             "many": lambda: rows(base(port), seconds),
             "alone": lambda: {"rows": alone()["binary_rows"]},
+            "bare-flights": lambda: numbered(floor, load.flights, seconds),
+            "flights": lambda: numbered(base(port) + "/v1/cycles", load.flights, seconds),
+            "stateless": lambda: numbered(base(stateless) + "/v1/predict", load.of_engines, seconds),
+            "remembered": lambda: numbered(own, load.of_engines, seconds),
         }
         for case in cases.values():
             case()  # warm
@@ -71,10 +83,25 @@ def singles(url: str, seconds: float) -> Mapping[str, float]:
     return {"rate": many.requests_per_second, "p50": many.p50_ms, "p99": many.p99_ms, "alone_p50": few.p50_ms}
 
 
+def numbered(url: str, make: Callable[[Readings], bytes], seconds: float) -> Mapping[str, float]:
+    """Requests/s at 64 connections, each request of another engine and cycle."""
+    asked = load.wrk(url, make(load.windows(1)), JSON_HEADERS, CONNECTIONS, seconds, CLIENT_CORE)
+    return {"rate": unfailing(asked).requests_per_second}
+
+
+def kept_in(folder: str) -> dict[str, str]:
+    """A database of the benchmark's own."""
+    return {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{folder}/memory.db"}
+
+
 def rows(url: str, seconds: float) -> Mapping[str, float]:
-    """Rows/s of requests of 1,000 windows, one at a time, in both encodings."""
+    """Rows/s of requests of 1,000 windows, one at a time, in each encoding."""
     some = load.windows(ROWS)
-    asked = {"json": ("/v1/predict", load.predict_json(some), JSON_HEADERS), "binary": (INFER, *load.oip_binary(some))}
+    asked: dict[str, tuple[str, bytes, Mapping[str, str]]] = {
+        "json": ("/v1/predict", load.predict_json(some), JSON_HEADERS),
+        "arrow": ("/v1/predict", *load.predict_arrow(some)),
+        "binary": (INFER, *load.oip_binary(some)),
+    }
     found = {}
     for name, (path, body, headers) in asked.items():
         found[name] = ROWS / unfailing(load.wrk(url + path, body, headers, 1, seconds, CLIENT_CORE)).p50_ms * 1e3
@@ -85,7 +112,10 @@ def started() -> Mapping[str, float]:
     """Seconds from the command to the first ready answer."""
     port = load.free_port()
     begun = time.perf_counter()
-    with load.served(command(port), {"ENGINE_HEALTH_THREADS": "1"}, SERVER_CORE, base(port) + "/readyz", ROOT):
+    with (
+        tempfile.TemporaryDirectory(dir=BUILD) as folder,
+        load.served(command(port), ONE_THREAD | kept_in(folder), SERVER_CORE, base(port) + "/readyz", ROOT),
+    ):
         return {"start": time.perf_counter() - begun}
 
 
@@ -103,7 +133,10 @@ def table(found: Found) -> Iterator[str]:
         "p50": (ours["alone_p50"], bare["alone_p50"]),
         "binary": (many["binary"], best["rows"]),
         "json": (many["json"], best["rows"]),
+        "arrow": (many["arrow"], best["rows"]),
         "tail": (ours["p99"], ours["p50"]),
+        "memory": (found["remembered"]["rate"], found["stateless"]["rate"]),
+        "flights": (found["flights"]["rate"], found["bare-flights"]["rate"]),
     }
     yield "| case | against | here | there | ratio | reach |"
     yield "| --- | --- | ---: | ---: | ---: | ---: |"
@@ -121,10 +154,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4, help="of each measurement")
     chosen = parser.parse_args()
+    BUILD.mkdir(exist_ok=True)
     found = measured(chosen.rounds, chosen.seconds)
     print(f"{load.machine()}; medians of {chosen.rounds} rounds of {chosen.seconds:g} s\n")
     print("\n".join(table(found)))
-    BUILD.mkdir(exist_ok=True)
     kept = {name: {key: figure._asdict() for key, figure in figures.items()} for name, figures in found.items()}
     (BUILD / "serving.json").write_text(json.dumps({"machine": load.machine(), "figures": kept}, indent=1))
 

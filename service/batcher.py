@@ -1,25 +1,31 @@
 """Requests that arrive while the model is busy form the next batch: no timer, and nothing is waited for when idle.
 
-Takes a callable over rows and knows no model. All state belongs to the event loop; the callable runs in a thread of
-its own, one batch at a time. Batches are counted in rows and capped; a larger request is cut, and its pieces take turns
-with whoever else waits, so that one window never waits for a thousand.
+Takes a callable over rows and knows no model. The callable runs in a thread of the batcher's own. The event loop wakes
+it once whatever came together is in the queue; while full batches wait it helps itself, so that it is kept busy when
+the loop has its hands full. A lock guards what both touch.
+
+Batches are counted in rows and capped. Two lines wait: requests that fit in a batch, and larger ones, which are cut.
+Each line is served in order, and they take turns: one window never waits for a thousand, and a request whose turn has
+come is finished at half speed at worst, however many follow it.
 """
 
 import asyncio
 import queue
+import statistics
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from service.errors import ClientGone, Overloaded
+from service.errors import ClientGone, Overloaded, ServiceError
 
 Rows = npt.NDArray[np.float32]
 Columns = tuple[npt.NDArray[Any] | None, ...]  # each with one entry a row, or not there at all
+PACES = 9  # full batches whose median says how fast rows are answered: one long pause says nothing
 
 
 class Observer(Protocol):
@@ -36,15 +42,24 @@ class Observer(Protocol):
 
 
 class _Job:
-    """One caller: its rows, how many were answered, and whom to tell."""
+    """One caller: its rows, how many are to be counted, were taken and answered, and whom to tell."""
 
-    __slots__ = ("answered", "done", "gone", "parts", "rows", "since", "taken")
+    __slots__ = ("answered", "counted", "done", "gone", "parts", "patience", "rows", "settled", "since", "taken")
 
-    def __init__(self, rows: Rows, done: "asyncio.Future[Columns]", gone: Callable[[], bool]) -> None:
-        self.rows, self.done, self.gone = rows, done, gone
+    def __init__(self, rows: Rows, counted: int, gone: Callable[[], bool], patience: float) -> None:
+        self.rows, self.counted, self.gone, self.patience = rows, counted, gone, patience
+        self.done: asyncio.Future[Columns] = asyncio.get_running_loop().create_future()
         self.since = time.perf_counter()
         self.taken = self.answered = 0
+        self.settled = False
         self.parts: list[Columns] = []
+
+
+class _Batch(NamedTuple):
+    """The pieces of one inference, and who was sent away instead, and why; None for who had given up."""
+
+    pieces: list[tuple[_Job, Rows]]
+    refused: list[tuple[_Job, ServiceError | None]]
 
 
 class Batcher:
@@ -61,131 +76,211 @@ class Batcher:
         self.run = run
         self._observer, self._cap = observer, max_batch_rows
         self._most_rows, self._most_seconds = max_queue_rows, max_queue_seconds
-        self._queue: deque[_Job] = deque()
-        self._queued_rows = 0
-        self._batches: queue.SimpleQueue[tuple[Rows, asyncio.Future[tuple[Columns, float]]] | None] = (
-            queue.SimpleQueue()
-        )
-        self._thread = threading.Thread(target=self._infer, name="inference", daemon=True)
-        self._thread.start()
-        self._working: asyncio.Task[None] | None = None
+        self._lock = threading.Lock()
+        self._lines: tuple[deque[_Job], deque[_Job]] = (deque(), deque())  # those who fit in a batch, those who are cut
+        self._waiting = [0, 0]  # rows in each line
+        self._turn = 0
+        self._idle = True  # the thread waits to be woken
+        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # False ends the thread
+        self._thread: threading.Thread | None = None
+        self._paces: deque[float] = deque(maxlen=PACES)
+        self._row_seconds = 0.0  # until a full batch is seen, rows are thought to take no time
+        self._callers = 0
+        self._nobody = asyncio.Event()
+        self._nobody.set()
+        self._closed = False
 
-    async def submit(self, rows: Rows, gone: Callable[[], bool] = lambda: False) -> Columns:
+    def check_room(self, rows: int, besides: float = 0.0) -> None:
+        """Let so many rows in, or not: a request is best refused before it has cost anything.
+
+        Args:
+            rows: of the request.
+            besides: seconds that it waits elsewhere.
+
+        Raises:
+            Overloaded: there is no room for them, or their turn would come later than anybody may wait.
+        """
+        waiting, line = sum(self._waiting), rows > self._cap
+        if waiting and waiting + rows > self._most_rows:
+            raise Overloaded(f"{waiting} rows wait, at most {self._most_rows} may", self._most_seconds)
+        before = self._waiting[line] + min(self._waiting)  # the other line takes every second turn while it lasts
+        seconds = before * self._row_seconds + besides
+        if seconds > self._most_seconds:
+            detail = f"{before} rows are before these: {seconds:.1f} s, at most {self._most_seconds:g} are waited"
+            raise Overloaded(detail, self._most_seconds)
+
+    async def submit(
+        self,
+        rows: Rows,
+        gone: Callable[[], bool] = lambda: False,
+        besides: float = 0.0,
+        counted: int | None = None,
+    ) -> Columns:
         """The answers for some rows, in their order.
 
         Args:
             rows: (N, ...) of which N may be more than a batch holds.
-            gone: asked before each inference: whether the caller has left.
+            gone: asked before each inference, in another thread: whether the caller has left.
+            besides: seconds that these rows wait elsewhere.
+            counted: of how many of them, the first, the observer hears; of all if not given.
 
         Raises:
             Overloaded: the queue is full, or these rows grew too old in it.
             ClientGone: the caller left before its rows were taken.
         """
-        if self._queue and self._queued_rows + len(rows) > self._most_rows:
-            raise Overloaded(f"{self._queued_rows} rows wait, at most {self._most_rows} may", self._most_seconds)
-        job = _Job(rows, asyncio.get_running_loop().create_future(), gone)
-        self._queue.append(job)
-        self._queued_rows += len(rows)
-        if self._working is None:
-            self._working = asyncio.create_task(self._work())
+        self.check_room(len(rows), besides)
+        job = _Job(rows, len(rows) if counted is None else counted, gone, self._most_seconds - besides)
+        line = len(rows) > self._cap
+        self._callers += 1
+        self._nobody.clear()
+        with self._lock:
+            self._lines[line].append(job)
+            self._waiting[line] += len(rows)
+        self._rouse()
         return await job.done
 
     async def close(self) -> None:
-        """Wait until everybody who was let in is answered, and end the thread."""
-        while self._working is not None:
-            await asyncio.wait({self._working})
-        self._batches.put(None)
+        """Wait until everybody who was let in is answered, and end the thread; who comes later is answered still."""
+        self._closed = True
+        await self._nobody.wait()
+        self._end()
 
-    async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            while self._queue:
-                pieces = self._next()
-                if pieces:
-                    batch = np.concatenate([rows for _, rows in pieces]) if len(pieces) > 1 else pieces[0][1]
-                    started = time.perf_counter()
-                    for job, _ in pieces:
-                        if not job.parts and job.answered == 0:
-                            self._observer.waited(started - job.since)
-                    try:
-                        done: asyncio.Future[tuple[Columns, float]] = loop.create_future()
-                        self._batches.put((batch, done))
-                        found, seconds = await done
-                    except Exception as error:  # whatever the callable raises is its callers' to hear
-                        _fail(pieces, error)
-                    else:
-                        self._observer.batch(len(batch), seconds)
-                        self._hand_out(pieces, found)
-        finally:
-            self._working = None
+    def _rouse(self) -> None:
+        """Wake the thread if it is idle: in a moment, so that those who come together are a batch."""
+        if self._idle and any(self._waiting):
+            self._idle = False
+            asyncio.get_running_loop().call_soon(self._begin)
 
-    def _infer(self) -> None:
-        """The thread's work: one batch after the other, until None."""
-        while (given := self._batches.get()) is not None:
-            batch, done = given
+    def _begin(self) -> None:
+        if self._thread is None:
+            loop = asyncio.get_running_loop()
+            self._thread = threading.Thread(target=self._infer, args=(loop,), name="inference", daemon=True)
+            self._thread.start()
+        self._wake.put(True)
+
+    def _end(self) -> None:
+        if self._thread is not None:
+            self._wake.put(False)
+            self._thread = None
+
+    def _infer(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The thread's work: whenever it is woken, whatever waits."""
+        while self._wake.get():
+            self._serve(loop)
+
+    def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
+        """A batch, and others while they are full; the event loop sees to the rest."""
+        batch = self._next(1)
+        while batch is not None:
+            found: Columns = ()
+            error: Exception | None = None
             started = time.perf_counter()
             try:
-                found, error = self.run(batch), None
-            except Exception as raised:  # the event loop hands it to those whom it concerns
-                found, error = (), raised
-            seconds = time.perf_counter() - started
-            done.get_loop().call_soon_threadsafe(_tell, done, (found, seconds), error)
+                if batch.pieces:
+                    rows = [rows for _, rows in batch.pieces]
+                    found = self.run(rows[0] if len(rows) == 1 else np.concatenate(rows))
+            except Exception as raised:  # whatever the callable raises is its callers' to hear
+                error = raised
+            seconds, done = time.perf_counter() - started, batch
+            batch = self._next(self._cap)  # before the loop hears of this one: it wakes a thread that is idle by then
+            loop.call_soon_threadsafe(self._tell, done, found, error, started, seconds)
 
-    def _next(self) -> list[tuple[_Job, Rows]]:
-        """The pieces of the next batch; whoever left, gave up or waited too long is sent away instead."""
-        pieces, room, now = [], self._cap, time.perf_counter()
-        while self._queue and room:
-            job = self._queue.popleft()
-            if job.done.done() or self._refused(job, now):
-                self._queued_rows -= len(job.rows) - job.taken
+    def _next(self, least: int) -> _Batch | None:
+        """The next batch, the lines in turn; the room that one leaves is the other's. None if fewer rows wait."""
+        with self._lock:
+            if sum(self._waiting) < least:
+                self._idle = True
+                return None
+            batch = _Batch([], [])
+            self._turn = 1 - self._turn
+            left = self._take(self._turn, self._cap, batch)
+            self._take(1 - self._turn, left, batch)
+            return batch
+
+    def _take(self, line: int, room: int, batch: _Batch) -> int:
+        """Pieces from the head of a line, in which nobody stays who left, gave up or waited too long; the room left."""
+        jobs, now = self._lines[line], time.perf_counter()
+        while jobs and room:
+            job = jobs[0]
+            refusal = self._refusal(job, now)
+            if refusal is not None or job.done.done():
+                self._waiting[line] -= len(job.rows) - job.taken
+                batch.refused.append((jobs.popleft(), refusal))
                 continue
             rows = job.rows[job.taken : job.taken + room]
             job.taken += len(rows)
             room -= len(rows)
-            self._queued_rows -= len(rows)
-            pieces.append((job, rows))
-            if job.taken < len(job.rows):
-                self._queue.append(job)  # to the end: the others take their turn before its next piece
-        return pieces
+            self._waiting[line] -= len(rows)
+            batch.pieces.append((job, rows))
+            if job.taken == len(job.rows):
+                jobs.popleft()
+        return room
 
-    def _hand_out(self, pieces: list[tuple[_Job, Rows]], found: Columns) -> None:
+    def _refusal(self, job: _Job, now: float) -> ServiceError | None:
+        if job.gone():
+            return ClientGone("the client left before its rows were taken")
+        if job.taken == 0 and now - job.since > job.patience:
+            waited = f"waited {now - job.since:.1f} s, at most {job.patience:.1f} are waited"
+            return Overloaded(waited, self._most_seconds)
+        return None
+
+    def _tell(self, batch: _Batch, found: Columns, error: Exception | None, started: float, seconds: float) -> None:
+        """What became of a batch, told in the event loop."""
+        for job, refusal in batch.refused:
+            self._settle(job, error=refusal)
+        if error is None and batch.pieces:
+            try:
+                self._answer(batch.pieces, found, started, seconds)
+            except Exception as raised:  # as above; nobody is left waiting
+                error = raised
+        for job, _ in batch.pieces if error is not None else ():
+            self._settle(job, error=error)
+        self._rouse()
+
+    def _answer(self, pieces: list[tuple[_Job, Rows]], found: Columns, started: float, seconds: float) -> None:
         """Each caller its own rows; a caller cut into pieces is answered with the last of them."""
         at, finished = 0, []
         for job, rows in pieces:
+            if not job.parts:
+                self._observer.waited(started - job.since)
             job.parts.append(tuple(None if column is None else column[at : at + len(rows)] for column in found))
             at += len(rows)
             job.answered += len(rows)
-            if job.answered == len(job.rows) and not job.done.done():
+            if job.answered == len(job.rows):
                 finished.append((job, job.parts[0] if len(job.parts) == 1 else _joined(job.parts)))
-        if finished:
-            self._observer.answered([(job.rows, columns) for job, columns in finished])
+        if at == self._cap:
+            self._paces.append(seconds / at)
+            self._row_seconds = statistics.median(self._paces)
+        self._observer.batch(at, seconds)
+        heard = [_counted(job, columns) for job, columns in finished if not job.done.done()]
+        if heard:
+            self._observer.answered(heard)
         for job, columns in finished:
-            job.done.set_result(columns)
+            self._settle(job, columns)
 
-    def _refused(self, job: _Job, now: float) -> bool:
-        if job.gone():
-            job.done.set_exception(ClientGone("the client left before its rows were taken"))
-        elif job.taken == 0 and now - job.since > self._most_seconds:
-            waited = f"waited {now - job.since:.1f} s, at most {self._most_seconds:g} are waited"
-            job.done.set_exception(Overloaded(waited, self._most_seconds))
-        return job.done.done()
-
-
-def _tell(done: "asyncio.Future[tuple[Columns, float]]", found: tuple[Columns, float], error: Exception | None) -> None:
-    if done.cancelled():
-        return
-    if error is None:
-        done.set_result(found)
-    else:
-        done.set_exception(error)
-
-
-def _fail(pieces: list[tuple[_Job, Rows]], error: Exception) -> None:
-    for job, _ in pieces:
+    def _settle(self, job: _Job, columns: Columns = (), error: Exception | None = None) -> None:
+        """Tell one caller, once."""
+        if job.settled:
+            return
+        job.settled = True
         if not job.done.done():
-            job.done.set_exception(error)
+            if error is None:
+                job.done.set_result(columns)
+            else:
+                job.done.set_exception(error)
+        self._callers -= 1
+        if not self._callers:
+            self._nobody.set()
+            if self._closed:
+                self._end()
 
 
 def _joined(parts: list[Columns]) -> Columns:
     columns = zip(*parts, strict=True)
     return tuple(None if column[0] is None else np.concatenate(column) for column in columns)
+
+
+def _counted(job: _Job, columns: Columns) -> tuple[Rows, Columns]:
+    if job.counted == len(job.rows):
+        return job.rows, columns
+    return job.rows[: job.counted], tuple(None if column is None else column[: job.counted] for column in columns)

@@ -1,15 +1,19 @@
 """The command `engine-health`: reads settings, starts the service, turns failures into one line and an exit code."""
 
 import argparse
+import json
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 import uvicorn
 
+from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE
 from service import logs
 from service.api.app import create_app
-from service.errors import SettingsRejected
+from service.errors import ServiceError
 from service.settings import PREFIX, Settings, read_settings
 from service.workers import configuration, serve_many
 
@@ -19,12 +23,25 @@ SWITCHES = tuple(Settings.model_fields)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 wrong usage."""
     flags = vars(_parser().parse_args(arguments))
-    flags.pop("command")
+    command = flags.pop("command")
     try:
-        settings = read_settings(**flags)
-    except SettingsRejected as error:
+        return calibrate(**flags) if command == "calibrate" else serve(read_settings(**flags))
+    except ServiceError as error:
         return _failed(error.detail)
-    return serve(settings)
+
+
+def calibrate(file: Path, model: Path | None, temperature: float | None, as_json: bool) -> int:
+    """Fit a temperature to a file and print it."""
+    from service import recalibrate, runtime  # what serving never needs, and serving starts in half a second
+
+    manifest = runtime.open_model(read_settings(model=model).model).manifest
+    before = manifest.temperature if temperature is None else temperature
+    found = recalibrate.from_file(file, manifest.classes, before)
+    if as_json:
+        print(json.dumps(asdict(found)))
+    else:
+        print("\n".join(recalibrate.lines(found, before)))
+    return 0
 
 
 def serve(settings: Settings) -> int:
@@ -57,7 +74,19 @@ def _parser() -> argparse.ArgumentParser:
     for name in SWITCHES:
         field = Settings.model_fields[name]
         command.add_argument("--" + name.replace("_", "-"), help=f"{field.description} [{PREFIX}{name.upper()}]")
+    command = commands.add_parser("calibrate", help="fit a temperature to a file of logits and labels")
+    command.add_argument("file", type=Path, help="CSV with engine_id, label and logit_CLASS columns, or JSON lines")
+    command.add_argument("--model", type=Path, help="artefact whose classes these are; the configured one if not given")
+    command.add_argument("--temperature", type=_temperature, help="to compare with; the artefact's if not given")
+    command.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object")
     return parser
+
+
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not MIN_TEMPERATURE <= value <= MAX_TEMPERATURE:
+        raise argparse.ArgumentTypeError(f"expected a number from {MIN_TEMPERATURE} to {MAX_TEMPERATURE:g}")
+    return value
 
 
 def _failed(reason: str) -> int:

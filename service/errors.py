@@ -43,6 +43,12 @@ class NotJson(InputRejected):
     reason = "not_json"
 
 
+class NotArrow(InputRejected):
+    """A body that is no Arrow stream, or one with a trap in it."""
+
+    reason = "not_arrow"
+
+
 class UnsupportedMediaType(InputRejected):
     """A content type that this call does not read."""
 

@@ -36,6 +36,9 @@ class Lifecycle:
         self.draining = False
         self._memory = Memory(settings, metrics) if settings.database_url else None
         self._copy = shared / "model.onnx" if shared else None
+        self._served = shared / "served" if shared else None  # there once any worker has answered
+        self.proven = asyncio.Event()
+        self.relieved = self._served is not None and self._served.exists()  # others answer until this one can
         self._seen: tuple[int, int] | None = None
         self._change = asyncio.Lock()
         self._closing: set[asyncio.Task[None]] = set()
@@ -189,6 +192,10 @@ class Lifecycle:
 
     async def _load(self, path: Path) -> str:
         async with self._change:
+            if self.predictor is None:
+                gc.collect()
+                gc.freeze()  # what the libraries are made of stays: no collection needs to look at it again
+                gc.set_threshold(*GARBAGE)
             s = self.settings
             arguments = (path, s.model_digest, s.threads, s.max_batch_rows, s.deterministic)
             model = await asyncio.to_thread(open_model, *arguments)
@@ -196,9 +203,9 @@ class Lifecycle:
             if before is not None and before.model.digest == model.digest:
                 return model.digest
             self._swap(Predictor(model, self.metrics, s, await self._tempered(model)))
-            gc.collect()
-            gc.freeze()  # what a model and the libraries are made of stays: no collection needs to look at it again
-            gc.set_threshold(*GARBAGE)
+            self.proven.set()
+            if self._served is not None:
+                self._served.touch()
             log.info("ready: %s %s, %s", model.manifest.name, model.manifest.version, model.digest)
             return model.digest
 
@@ -209,7 +216,7 @@ class Lifecycle:
         if self.draining:
             self.metrics.ready.set(0)
         if before is not None:
-            task = asyncio.create_task(before.close())
+            task = asyncio.create_task(_retire(before))
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
@@ -232,3 +239,10 @@ class Lifecycle:
             await self._load(copy)
         except ArtefactRejected as error:
             log.error("another worker's model was refused: %s", error.detail)
+
+
+async def _retire(predictor: Predictor) -> None:
+    """Let go of a model: those who hold it are answered by it, then its memory is given back."""
+    await predictor.close()
+    del predictor
+    gc.collect()  # it refers to itself, and the next collection of all may be hours away

@@ -48,6 +48,14 @@ class Labelled(NamedTuple):
     bins: Reliability
 
 
+class Series(NamedTuple):
+    """The series of one model: a counter a class, and one a channel and reference bin, `width` bins a channel."""
+
+    classes: list[Counter]
+    inputs: dict[int, Counter]
+    width: int
+
+
 def share_between_workers(folder: Path, slot: int) -> None:
     """Keep every value in files of `folder` named by this worker's slot, so that totals outlive the worker.
 
@@ -66,8 +74,6 @@ class Metrics:
         if shared is not None:
             self._registry = CollectorRegistry()
             self._registry.register(_Workers(shared))
-        self._classes: dict[str, Counter] = {}
-        self._inputs: dict[int, Counter] = {}
         self._requests: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self._info: tuple[str, ...] | None = None
 
@@ -82,7 +88,7 @@ class Metrics:
 
         self.http_requests = counter("http_requests_total", "Requests answered.", "method", "route", "status")
         self.http_duration = histogram(
-            "http_request_duration_seconds", "From the first byte read to the last sent.", SECONDS, "route"
+            "http_request_duration_seconds", "From the headers read to the answer written.", SECONDS, "route"
         )
         self.queue_duration = histogram("queue_duration_seconds", "Waiting before inference.", SECONDS)
         self.inference_duration = histogram("inference_duration_seconds", "Inside ONNX Runtime, a call.", SECONDS)
@@ -128,8 +134,11 @@ class Metrics:
         classes: Iterable[str],
         temperature: float,
         input_bins: Mapping[str, int],
-    ) -> None:
-        """Say which model answers from now on; `input_bins` counts the reference bins of each channel."""
+    ) -> "Series":
+        """Say which model answers from now on; `input_bins` counts the reference bins of each channel.
+
+        The model counts in the series that it is given, also when another one serves by then.
+        """
         if self._info not in (None, (name, version, digest)):
             self.model_info.labels(*self._info).set(0)  # shared files forget no series: 0 means gone
             self.model_info.remove(*self._info)
@@ -137,15 +146,15 @@ class Metrics:
         self.model_info.labels(*self._info).set(1)
         self.temperature.set(temperature)
         self.ready.set(1)
-        self._classes = {health: self.predictions.labels(health) for health in classes}
         for channel in input_bins:
             self.imputed_values.labels(channel)
         width = max(input_bins.values(), default=0)
-        self._inputs = {
+        inputs = {
             i * width + k: self.input_values.labels(channel, str(k))
             for i, (channel, bins) in enumerate(input_bins.items())
             for k in range(bins)
         }
+        return Series([self.predictions.labels(health) for health in classes], inputs, width)
 
     def request(self, method: str, route: str, status: int, seconds: float) -> None:
         """One request answered."""
@@ -164,20 +173,20 @@ class Metrics:
         self.batch_rows.observe(rows)
         self.inference_duration.observe(seconds)
 
-    def answers(self, classes: Sequence[str], top: npt.NDArray[np.int64], confidence: Floats, entropy: Floats) -> None:
+    def answers(self, series: "Series", top: npt.NDArray[np.int64], confidence: Floats, entropy: Floats) -> None:
         """N answers: index of the most probable class (N,), its probability (N,), entropy (N,) in nats."""
         for k, n in enumerate(np.bincount(top).tolist()):
             if n:
-                self._classes[classes[k]].inc(n)
+                series.classes[k].inc(n)
         observe_all(self.confidence, confidence)
         observe_all(self.entropy, entropy)
 
-    def inputs(self, bins: npt.NDArray[np.uint8], width: int) -> None:
-        """The reference bins (N, channels) of the newest readings, each from 0 to `width` - 1."""
-        counts = np.bincount((bins + width * np.arange(bins.shape[1])).ravel()).tolist()
+    def inputs(self, series: "Series", bins: npt.NDArray[np.uint8]) -> None:
+        """The reference bins (N, channels) of the newest readings."""
+        counts = np.bincount((bins + series.width * np.arange(bins.shape[1])).ravel()).tolist()
         for k, n in enumerate(counts):
             if n:
-                self._inputs[k].inc(n)
+                series.inputs[k].inc(n)
 
     def imputed(self, channels: Sequence[str], counts: npt.NDArray[np.int64]) -> None:
         """How many missing values were held, of each channel."""

@@ -6,7 +6,7 @@ that whoever holds one is answered by one model.
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from service.errors import Fault, InvalidInput
 from service.metrics import Labelled, Metrics
 from service.runtime import Batch, Model
 from service.settings import Settings
+from service.turns import Turns
 
 Mask = npt.NDArray[np.bool_]
 MANY_NUMBERS = 2**14  # probabilities of one call; beyond it the event loop is left free while they are worked on
@@ -49,12 +50,16 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Answers for N rows. `loss` (N,) is NaN where no label was given, None where there is none at all."""
+    """Answers for N rows. `loss` (N,) is NaN where no label was given, None where there is none at all.
+
+    `moved` says of each row what each channel did to the answer, the strongest first; None if that was not asked.
+    """
 
     temperature: float
     answers: Answers
     loss: Floats | None
     evaluation: Evaluation | None
+    moved: list[list[Shift]] | None = None
 
 
 def answer(model: Model, telemetry: Batch, temperature: float) -> Answers:
@@ -120,17 +125,29 @@ class Predictor:
         self._batcher = Batcher(
             self._run, self, settings.max_batch_rows, settings.max_queue_rows, settings.max_queue_seconds
         )
+        self._turns = Turns(settings.max_queue_seconds)
+        self._row_bytes = float("inf")  # of the last request that said how long it was
 
     def serve(self) -> None:
         """Say in the metrics that this one answers from now on."""
         manifest = self.model.manifest
         bins = {name: len(edges) + 1 for name, edges in self._bins.items()}
         digest = self.model.digest
-        self._metrics.serving(manifest.name, manifest.version, digest, manifest.classes, self.temperature, bins)
+        of = (manifest.name, manifest.version, digest, manifest.classes, self.temperature, bins)
+        self._series = self._metrics.serving(*of)
 
     async def close(self) -> None:
         """Answer everybody who was let in, and end."""
         await self._batcher.close()
+
+    def check_room(self, size: int) -> None:
+        """Let a request of so many bytes in, or not, before it is read: its rows are guessed from those of the last.
+
+        Raises:
+            Overloaded: rows like these would have no room, or wait too long.
+        """
+        self._turns.check(size)
+        self._batcher.check_room(max(1, int(size / self._row_bytes)), self._turns.besides())
 
     async def predict(
         self,
@@ -139,6 +156,8 @@ class Predictor:
         temperature: float | None = None,
         imputed: npt.NDArray[np.int64] | None = None,
         gone: Callable[[], bool] = lambda: False,
+        size: int = 0,
+        explain: bool = False,
     ) -> Prediction:
         """Calibrated health of N instances.
 
@@ -148,15 +167,23 @@ class Predictor:
             temperature: in place of the active one, for this call only.
             imputed: (channels,) how many missing values were held, for the metrics.
             gone: whether the caller has left; such rows do not reach the model.
+            size: bytes of the request, if it said so.
+            explain: also say what each channel did, which costs a row of inference a channel for each instance; only
+                for a model that says what is usual (`conditions`).
 
         Raises:
             InvalidInput: an instance for which the network's answer is not finite.
             Overloaded: too many rows wait, or these waited too long.
             ClientGone: the caller left before its rows were taken.
         """
-        answers = Answers(*await self._batcher.submit(telemetry, gone))  # type: ignore[arg-type]  # as _run lays them out
-        if not answers.finite.all():
-            raise _unanswerable(int(np.flatnonzero(~answers.finite)[0]))
+        if size:
+            self._row_bytes = size / len(telemetry)
+        n, rows = len(telemetry), await self._with_occluded(telemetry) if explain else telemetry
+        found = Answers(*await self._batcher.submit(rows, gone, self._turns.besides(), n))  # type: ignore[arg-type]  # as _run lays them out
+        if not found.finite.all():
+            bad = int(np.flatnonzero(~found.finite)[0])
+            raise _unanswerable(bad if bad < n else (bad - n) * n // (len(rows) - n))
+        answers = Answers(*(None if column is None else column[:n] for column in found))  # type: ignore[arg-type]  # as above
         if imputed is not None:
             self._metrics.imputed(self.model.manifest.channel_names, imputed)
         t = self.temperature if temperature is None else temperature
@@ -167,7 +194,7 @@ class Predictor:
         labelled, prediction = scored
         if labelled is not None:
             self._metrics.labelled_answers(labelled)
-        return prediction
+        return await asyncio.to_thread(_explained, found, prediction) if explain else prediction
 
     def _scored(self, answers: Answers, targets: Floats | None, t: float) -> tuple[Labelled | None, Prediction]:
         """What the counters are told, and what the caller is.
@@ -203,22 +230,14 @@ class Predictor:
         self.batch(len(telemetry), seconds)
         self.answered([(telemetry, answers)])
 
-    async def explain(self, telemetry: Batch, prediction: Prediction) -> list[list[Shift]]:
-        """What each channel did to each answer, the strongest first: one batch of a row per channel for each instance.
-
-        Only for a model that says what is usual (`conditions`): without that no channel can be left out.
-        """
-        assert self._usual is not None  # refused at the door
-        return await asyncio.to_thread(self._explained, self._usual, telemetry, prediction)
-
-    def _explained(self, usual: Usual, telemetry: Batch, prediction: Prediction) -> list[list[Shift]]:
-        answers, found = prediction.answers, []
-        for i, window in enumerate(telemetry):
-            logits, rul = self.model.run(occluded(window, usual))
-            without = numerics.softmax(logits, prediction.temperature)
-            answered = None if answers.rul is None else float(answers.rul[i])
-            found.append(shifts(answers.probabilities[i], answered, without, rul))
-        return found
+    async def _with_occluded(self, telemetry: Batch) -> Batch:
+        """The instances, and behind them each of them once a channel, without it."""
+        usual = self._usual
+        assert usual is not None  # a model that does not say what is usual is refused at the door
+        self._batcher.check_room(len(telemetry) * (1 + telemetry.shape[-1]), self._turns.besides())
+        return await asyncio.to_thread(
+            lambda: np.concatenate([telemetry, *(occluded(window, usual) for window in telemetry)])
+        )
 
     def _run(self, rows: Rows) -> Columns:
         return answer(self.model, rows, self.temperature)
@@ -238,11 +257,10 @@ class Predictor:
         logits = np.concatenate([a.logits for a in answers])[finite]
         p = np.concatenate([a.probabilities for a in answers])[finite]
         entropy = np.concatenate([a.expected_loss for a in answers])[finite]
-        manifest = self.model.manifest
-        self._metrics.answers(manifest.classes, logits.argmax(axis=1), p.max(axis=1), entropy)
+        self._metrics.answers(self._series, logits.argmax(axis=1), p.max(axis=1), entropy)
         if self._binned:
             newest = np.concatenate([rows if rows.ndim == 2 else rows[:, -1] for rows, _ in answered])[finite]
-            self._metrics.inputs(self._bins_of(newest), self._edges.shape[1] + 1)
+            self._metrics.inputs(self._series, self._bins_of(newest))
 
     @property
     def bins(self) -> Callable[[Batch], npt.NDArray[np.uint8]] | None:
@@ -285,6 +303,18 @@ def _means(labelled: Labelled) -> Evaluation:
         float(labelled.correct.mean()),
         float(labelled.brier.mean()),
     )
+
+
+def _explained(found: Answers, prediction: Prediction) -> Prediction:
+    """The prediction with what each channel did: `found` has its N rows, then those of every channel left out."""
+    answers, n = prediction.answers, len(prediction.answers.logits)
+    channels, moved = (len(found.logits) - n) // n, []
+    for i in range(n):
+        part = slice(n + i * channels, n + (i + 1) * channels)
+        without = numerics.softmax(found.logits[part], prediction.temperature)
+        rul = None if answers.rul is None else float(answers.rul[i])
+        moved.append(shifts(answers.probabilities[i], rul, without, None if found.rul is None else found.rul[part]))
+    return replace(prediction, moved=moved)
 
 
 def _unanswerable(i: int) -> InvalidInput:

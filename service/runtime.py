@@ -68,7 +68,7 @@ def open_model(
     """Open an artefact and prove it: digest, seal, manifest, shapes, golden windows, batch of N = N batches of 1.
 
     Every batch size that is a power of two up to `batch_rows` is run once, so that the first caller finds it warm.
-    `deterministic` pads each batch to a size at which a window was seen to give the same bits as at every other.
+    `deterministic` runs each window alone: then no company can change its bits.
 
     Raises:
         ArtefactRejected: any of these fails; one line says which.
@@ -174,14 +174,11 @@ def _warm(model: Model, batch_rows: int, deterministic: bool) -> Model:
     sizes = sorted({1 << k for k in range(batch_rows.bit_length()) if 1 << k <= batch_rows} | {batch_rows})
     found = {size: _at_every_place(model, probe, size) for size in sizes}
     largest = found[batch_rows]
-    exact = [size for size in sizes if all((answer == largest[0]).all() for answer in found[size])]
     answers = np.concatenate([answer for answers in found.values() for answer in answers])
     difference = float(np.abs(answers - largest[0]).max())
     if not deterministic:
         return replace(model, batch_difference=difference)
-    if batch_rows not in exact:
-        raise ContractError("the same window gives other bits at another place of its batch: no deterministic mode")
-    return replace(model, run=_padded(model.run, exact), batch_difference=0.0)
+    return replace(model, run=_singly(model.run), batch_difference=0.0)
 
 
 def _at_every_place(model: Model, probe: Batch, size: int) -> list[Batch]:
@@ -195,18 +192,15 @@ def _at_every_place(model: Model, probe: Batch, size: int) -> list[Batch]:
     return answers
 
 
-def _padded(run: Callable[[Batch], Outputs], sizes: list[int]) -> Callable[[Batch], Outputs]:
-    def padded(batch: Batch) -> Outputs:
-        n = len(batch)
-        if n > sizes[-1]:  # an explanation, say: more rows than a batch
-            parts = [padded(batch[i : i + sizes[-1]]) for i in range(0, n, sizes[-1])]
-            rul = None if parts[0].rul is None else np.concatenate([p.rul for p in parts if p.rul is not None])
-            return Outputs(np.concatenate([part.logits for part in parts]), rul)
-        size = next(size for size in sizes if size >= n)
-        outputs = run(batch if size == n else np.concatenate([batch, np.repeat(batch[-1:], size - n, axis=0)]))
-        return Outputs(outputs.logits[:n], None if outputs.rul is None else outputs.rul[:n])
+def _singly(run: Callable[[Batch], Outputs]) -> Callable[[Batch], Outputs]:
+    """Each window in a batch of its own: kernels round by where in a batch a row lies, and by how large that is."""
 
-    return padded
+    def singly(batch: Batch) -> Outputs:
+        parts = [run(batch[i : i + 1]) for i in range(len(batch))]
+        rul = [part.rul for part in parts if part.rul is not None]
+        return Outputs(np.concatenate([part.logits for part in parts]), np.concatenate(rul) if rul else None)
+
+    return singly
 
 
 def _probes(model: Model, golden: Batch) -> Batch:

@@ -39,6 +39,11 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         32 * 2**20, ge=1, description="bytes of a request body; beyond it 413 before it is read"
     )
+    max_buffered_bytes: int = Field(
+        256 * 2**20,
+        ge=1,
+        description="bytes that all bodies held at once may have together, each worker; beyond it 429",
+    )
     max_instances: int = Field(4096, ge=1, description="instances of one request; beyond it 422")
     max_queue_rows: int = Field(16384, ge=1, description="rows that may wait for the model; beyond it 429")
     max_queue_seconds: float = Field(2.0, gt=0, description="seconds that a row may wait for the model; beyond it 429")

@@ -4,6 +4,7 @@ Each worker takes a slot, the lowest number whose lock is free, for as long as i
 one that was killed. What it counts is kept in files named by its slot: whoever comes next goes on counting there.
 """
 
+import ctypes
 import fcntl
 import os
 import shutil
@@ -98,8 +99,6 @@ def take_slot(shared: Path, most: int) -> int:
 def _end_with(supervisor: int) -> None:
     """Be told to stop when the supervisor is killed: nobody else would ever stop this worker."""
     if sys.platform == "linux":
-        import ctypes
-
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     if os.getppid() != supervisor:
         os._exit(0)
@@ -107,6 +106,12 @@ def _end_with(supervisor: int) -> None:
 
 class Supervisor(Multiprocess):
     """uvicorn's, but that SIGHUP is the workers' to hear: they open the model again, nobody is started anew."""
+
+    def keep_subprocess_alive(self) -> None:
+        """Look after the workers. A worker's end of its pipe is its own: else one killed while it starts seems busy."""
+        for process in self.processes:
+            process.child_conn.close()
+        super().keep_subprocess_alive()
 
     def handle_hup(self) -> None:
         """Pass it on."""

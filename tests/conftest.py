@@ -105,6 +105,20 @@ def start(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, env=kept | strict | environment, stdout=pipe, stderr=pipe, text=True)
 
 
+def absent(folder: Path, *packages: str) -> dict[str, str]:
+    """An environment in which some packages are not installed."""
+    blocked = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name in {packages!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+    (folder / "sitecustomize.py").write_text(blocked)
+    return {"PYTHONPATH": str(folder)}
+
+
 def _wait(client: httpx.Client, process: "subprocess.Popen[str]") -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:

@@ -1,5 +1,6 @@
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
 
@@ -131,6 +132,100 @@ def test_a_large_request_lets_others_take_their_turn() -> None:
     run(scene)
 
 
+def test_a_large_request_whose_turn_has_come_is_finished() -> None:
+    """However many small ones follow, a large request takes every second batch, and large ones go one by one."""
+
+    async def scene(stage: Stage) -> None:
+        first = await busy(stage)
+        asked = (rows_of(*[1] * 24), rows_of(*[2] * 24), *(rows_of(*[3] * 8) for _ in range(20)))
+        tasks = [asyncio.create_task(stage.batcher.submit(rows)) for rows in asked]
+        await asyncio.sleep(0.01)
+        stage.gate.open.set()
+        await asyncio.gather(first, *tasks)
+        kinds = [int(rows[0, 0]) for rows in stage.gate.batches[1:]]
+        larger = [kind for kind in kinds if kind < 3]
+        assert [1, 1, 1, 2, 2, 2] == larger
+        assert 12 >= max(place for place, kind in enumerate(kinds, 1) if kind < 3)
+        assert 20 == kinds.count(3)
+
+    run(scene, max_queue_rows=1000)
+
+
+def test_full_batches_need_no_event_loop() -> None:
+    """While the event loop is busy with other things, whatever waits in full batches is inferred."""
+
+    async def scene(stage: Stage) -> None:
+        first = await busy(stage)
+        full = [asyncio.create_task(stage.batcher.submit(rows_of(*range(8)))) for _ in range(5)]
+        await asyncio.sleep(0.01)
+        stage.gate.open.set()
+        deadline = time.monotonic() + 10
+        while len(stage.gate.batches) < 6 and time.monotonic() < deadline:
+            time.sleep(0.001)  # holds the loop
+        assert [1, *[8] * 5] == [len(rows) for rows in stage.gate.batches]
+        assert [] == stage.seen.batches
+        await asyncio.gather(first, *full)
+        assert [1, *[8] * 5] == stage.seen.batches
+
+    run(scene)
+
+
+def test_whoever_would_wait_too_long_is_refused_at_once() -> None:
+    """Once it is known how fast rows are answered, a request that would grow too old is not let in to begin with."""
+
+    async def scene(stage: Stage) -> None:
+        def slow(rows: Rows) -> Columns:
+            time.sleep(0.04)  # 5 ms a row of a full batch
+            return stage.gate(rows)
+
+        stage.batcher.run = slow
+        await asyncio.gather(*(stage.batcher.submit(rows_of(*range(8))) for _ in range(6)))
+        first = await busy(stage)
+        waiting = [asyncio.create_task(stage.batcher.submit(rows_of(k))) for k in range(300)]
+        await asyncio.sleep(0.01)
+        refused = [task for task in waiting if task.done()]
+        assert len(refused) >= 300 - 1.0 / 0.005
+        assert all("rows are before these" in str(task.exception()) for task in refused)
+        stage.batcher.check_room(20)  # large ones have a line of their own, and nobody is in it
+        with pytest.raises(Overloaded, match=r"0 rows are before these: 1\.1 s"):
+            stage.batcher.check_room(20, besides=1.1)
+        stage.gate.open.set()
+        await asyncio.gather(first, *waiting, return_exceptions=True)
+
+    run(scene, max_queue_rows=1000, max_queue_seconds=1.0)
+
+
+def test_the_observer_hears_only_of_rows_that_count() -> None:
+    """Rows that a caller brings along to compare with are answered and not counted."""
+
+    async def scene(stage: Stage) -> None:
+        found, _ = await stage.batcher.submit(rows_of(*range(20)), counted=3)
+        assert found is not None
+        assert 20 == len(found)
+        assert 3 == stage.seen.rows_answered
+        assert [8, 8, 4] == stage.seen.batches
+
+    run(scene)
+
+
+def test_who_comes_after_the_close_is_answered_still() -> None:
+    """A request whose body was being read when the model was replaced is answered by the one that it began with."""
+
+    async def scene(stage: Stage) -> None:
+        for k in range(3):
+            await stage.batcher.submit(rows_of(k))
+            await stage.batcher.close()
+        before = threading.active_count()
+        found, _ = await asyncio.wait_for(stage.batcher.submit(rows_of(7)), 10)
+        np.testing.assert_array_equal([42], found)
+        deadline = time.monotonic() + 10
+        while threading.active_count() > before and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        assert before == threading.active_count()
+
+    run(scene)
+
+
 def test_beyond_its_bounds_the_queue_refuses() -> None:
     """Rows beyond the limit are refused at once, rows grown too old when their turn comes; both say when to retry."""
 
@@ -193,7 +288,7 @@ def test_a_failing_batch_fails_exactly_its_callers() -> None:
 
     async def scene(stage: Stage) -> None:
         first = await busy(stage)
-        poisoned = asyncio.create_task(stage.batcher.submit(rows_of(*range(8), np.nan)))
+        poisoned = asyncio.create_task(stage.batcher.submit(rows_of(np.nan, *range(8))))
         beside = asyncio.create_task(stage.batcher.submit(rows_of(1)))
         await asyncio.sleep(0.01)
         stage.gate.open.set()

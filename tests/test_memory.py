@@ -1,10 +1,7 @@
 import math
-import os
-import signal
 import sqlite3
 import subprocess
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +9,14 @@ import httpx
 import numpy as np
 import pytest
 
+from benchmarks.kills import survive_in
 from model import numerics
 from model.contract import Manifest
 from model.windows import Readings, pad_left
 from tests.conftest import Service, running
 from tests.postgres import Postgres, postgres
 from tests.test_runtime import identity_classifier
-from tests.test_serving import children, until
+from tests.test_serving import until, until_all_are_ready
 
 FOUR: dict[str, object] = {"name": "four", "version": "1", "classes": ["a", "b", "c", "d"]}
 
@@ -333,7 +331,7 @@ def test_workers_read_each_others_flights(
     url = f"sqlite:///{tmp_path}/memory.db" if kind == "sqlite" else request.getfixturevalue("cluster").url("workers")
     flights = windows[0]
     with running(ENGINE_HEALTH_WORKERS="2", ENGINE_HEALTH_DATABASE_URL=url) as service:
-        until(lambda: len(children(service.process)) == 2)
+        until_all_are_ready(service, 2)
         for cycle, row in enumerate(flights[:40]):
             with httpx.Client(base_url=service.client.base_url, timeout=60, trust_env=False) as client:
                 flight = {"engine_id": "shared", "cycle": cycle, "telemetry": row.tolist()}
@@ -342,36 +340,11 @@ def test_workers_read_each_others_flights(
             assert asked["logits"] == found["logits"], cycle
 
 
-def test_what_was_acknowledged_survives_being_killed(windows: Readings, tmp_path: Path) -> None:
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_what_was_acknowledged_survives_being_killed(database: str) -> None:
     """After kill -9 in the middle of ingestion every acknowledged flight and label is there, none of them twice."""
-    url = f"sqlite:///{tmp_path}/memory.db"
-    acknowledged: set[int] = set()
-    for k in range(4):
-        with running(ENGINE_HEALTH_DATABASE_URL=url) as service:
-
-            def tell(cycle: int, service: Service = service) -> int | None:
-                flight = {"engine_id": "killed", "cycle": cycle, "telemetry": windows[0][cycle % 100].tolist()}
-                label = {"engine_id": "killed", "cycle": cycle, "label": cycle % 3}
-                try:
-                    flown = httpx.post(f"{service.client.base_url}/v1/cycles", json={"cycles": [flight]}, timeout=20)
-                    said = httpx.post(f"{service.client.base_url}/v1/labels", json={"labels": [label]}, timeout=20)
-                except httpx.TransportError:
-                    return None
-                return cycle if flown.status_code == said.status_code == 200 else None
-
-            with ThreadPoolExecutor(8) as pool:
-                tasks = [pool.submit(tell, cycle) for cycle in range(100 * k, 100 * k + 100)]
-                until(lambda most=10 + 20 * k, of=tasks: sum(task.done() for task in of) > most)
-                os.kill(service.process.pid, signal.SIGKILL)
-                acknowledged |= {found for task in tasks if (found := task.result()) is not None}
-    assert acknowledged
-    with running(ENGINE_HEALTH_DATABASE_URL=url) as service:
-        rows = history(service, "killed")
-        cycles = [row["cycle"] for row in rows]
-        assert len(set(cycles)) == len(cycles)
-        labels = {row["cycle"]: row["label"] for row in rows}
-        names = ["normal", "degrading", "critical"]
-        assert {cycle: names[cycle % 3] for cycle in acknowledged} == {c: labels.get(c) for c in acknowledged}
+    found = survive_in(database, kills=3, seed=1)  # `make kills` does a hundred
+    assert found.kept(), found
 
 
 def test_predictions_go_on_without_the_database(windows: Readings, tmp_path: Path) -> None:

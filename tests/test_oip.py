@@ -146,6 +146,22 @@ def lies(windows: Readings) -> list[tuple[Any, dict[str, str]]]:
         ({"inputs": [described(windows, shape=[4, -100, -17])]}, {}),
         ({"inputs": [described(windows, shape=[2**40, 2**40, 17])]}, {}),
         ({"inputs": [described(windows, shape=[400, 17])]}, {}),
+        ({"inputs": [described(windows, shape=[0, 2**63], data=[])]}, {}),
+        ({"inputs": [described(windows, shape=[0, 2**62, 2**62], data=[])]}, {}),
+        ({"inputs": [described(windows, shape=[1] * 65, data=[1.0])]}, {}),
+        ({"inputs": [described(windows, shape=[2**62] * 40_000)]}, {}),
+        (
+            {
+                "inputs": [
+                    {
+                        k: v
+                        for k, v in described(windows, shape=[0, 2**63], parameters={"binary_data_size": 0}).items()
+                        if k != "data"
+                    }
+                ]
+            },
+            {},
+        ),
         ({"inputs": [described(windows, shape=[0, 100, 17], data=[])]}, {}),
         ({"inputs": [described(windows, datatype="FP64")]}, {}),
         ({"inputs": [described(windows, name="telemetri")]}, {}),

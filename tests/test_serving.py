@@ -43,6 +43,17 @@ def until(done: Any, seconds: float = 30) -> None:
         time.sleep(0.05)
 
 
+def until_all_are_ready(service: Service, workers: int) -> None:
+    """Until every worker answers: one that is still starting says 503 to whoever reaches it."""
+
+    def ready() -> bool:
+        slots = [link for child in children(service.process) if (link := shared_folder(child))]
+        kept = len(list(slots[0].glob("gauge_livemin_*.db"))) if slots else 0
+        return kept == workers and service.metrics()["engine_health_ready"] == 1
+
+    until(ready)
+
+
 def test_concurrent_callers_are_told_of_their_own_windows(service: Service, windows: Readings) -> None:
     """Two hundred callers at once, each with a window of its own, get the answers that they get alone."""
     scaled = [windows[k % 4] * np.float32(1 + k / 1e4) for k in range(200)]
@@ -86,6 +97,24 @@ def test_keys_open_what_they_are_for(windows: Readings) -> None:
         assert "Bearer" not in said
     with running() as unguarded:
         assert 403 == unguarded.client.post(LOAD, headers=ADMIN).status_code
+        assert 403 == unguarded.client.put("/v1/calibration/temperature", json={"temperature": 5}).status_code
+
+
+@pytest.mark.parametrize("tail", ["%0A", "%0D", "%00", "%0a%0a", "%7F", "/", "%2F", ";a", "%20"])
+def test_no_spelling_of_a_path_goes_round_the_admin_keys(tail: str) -> None:
+    """Whatever is put behind an admin path, without the key nothing is changed, and nothing fails."""
+    with running(ENGINE_HEALTH_API_KEYS="read", ENGINE_HEALTH_ADMIN_KEYS="wheel") as service:
+        before = service.client.get("/v1/model", headers={"X-API-Key": "read"}).json()["temperature"]
+        for headers in ({"X-API-Key": "read"}, {}):
+            for method, path in (("PUT", "/v1/calibration/temperature"), ("POST", LOAD)):
+                url = f"{service.client.base_url}".rstrip("/") + path + tail
+                answer = service.client.request(
+                    method, url, json={"temperature": 5}, headers=headers, follow_redirects=True
+                )
+                assert answer.status_code in (401, 403, 404, 405), answer.text
+        assert before == service.client.get("/v1/model", headers={"X-API-Key": "read"}).json()["temperature"]
+        infer = service.client.post(f"/v2/models/engine-health/infer{tail}", content=b"{}", headers=ADMIN)
+        assert infer.status_code < 500
 
 
 def test_every_request_leaves_one_line_with_its_id_and_trace(windows: Readings) -> None:
@@ -146,7 +175,7 @@ def test_a_reload_swaps_only_for_a_model_that_proves_itself(tmp_path: Path, wind
 
 
 def test_reloads_under_load_fail_nobody(tmp_path: Path, windows: Readings) -> None:
-    """While models are swapped, every request is answered, with the temperature of the digest that it names."""
+    """While models and their class names are swapped, every request is answered, by the digest that it names."""
     path = tmp_path / "model.onnx"
     temperatures: dict[str, float] = {}
     edited(path, {"temperature": 1.0})
@@ -157,14 +186,15 @@ def test_reloads_under_load_fail_nobody(tmp_path: Path, windows: Readings) -> No
         def ask() -> None:
             with httpx.Client(base_url=service.client.base_url, timeout=60, trust_env=False) as client:
                 while not stop.is_set():
-                    answer = client.post("/v1/predict", json=one(windows[0]))
+                    answer = client.post("/v1/predict", json={"instances": one(windows[0])["instances"] * 40})
                     assert answer.status_code == 200, answer.text
                     seen.append((answer.json()["model"]["digest"], answer.json()["temperature"]))
 
         with ThreadPoolExecutor(4) as pool:
             asking = [pool.submit(ask) for _ in range(4)]
             for k in range(8):
-                edited(path, {"temperature": 1.0 + k % 3})
+                names = [["normal", "degrading", "critical"], ["fine", "worn", "bad"]][k % 2]
+                edited(path, {"temperature": 1.0 + k % 3, "classes": names})
                 digest = service.client.post(LOAD, headers=ADMIN).json()["digest"]
                 temperatures[digest] = 1.0 + k % 3
             stop.set()
@@ -251,12 +281,14 @@ def test_the_same_window_has_the_same_bits_in_any_company(windows: Readings) -> 
     """In deterministic mode a window answers bit for bit alike alone, beside others, at any place of any batch."""
     with running(ENGINE_HEALTH_DETERMINISTIC="1") as service:
         assert service.client.get("/v1/model").json()["deterministic"]
-        alone = service.predict([{"telemetry": windows[0].tolist()}])["predictions"][0]
-        for n, place in ((2, 1), (3, 0), (7, 5), (64, 63), (65, 64), (200, 131)):
-            rows = [{"telemetry": windows[1 + k % 3].tolist()} for k in range(n)]
-            rows[place] = {"telemetry": windows[0].tolist()}
-            found = service.predict(rows)["predictions"][place]
-            assert (alone["logits"], alone["rul"]) == (found["logits"], found["rul"])
+        random = np.random.default_rng(7)
+        some = [windows[k % 4] * random.normal(1, 0.01, windows[0].shape).astype(np.float32) for k in range(150)]
+        alone = [service.predict([{"telemetry": w.tolist()}])["predictions"][0] for w in some]
+        for n in (2, 3, 7, 64, 65, 150):
+            for begin in range(0, 150 - n + 1, n):
+                rows = service.predict([{"telemetry": w.tolist()} for w in some[begin : begin + n]])["predictions"]
+                for row, expected in zip(rows, alone[begin : begin + n], strict=True):
+                    assert (expected["logits"], expected["rul"]) == (row["logits"], row["rul"])
 
 
 def test_workers_count_together_and_outlive_being_killed(windows: Readings) -> None:
@@ -276,6 +308,7 @@ def test_workers_count_together_and_outlive_being_killed(windows: Readings) -> N
         until(lambda: service.metrics()["engine_health_ready"] == 1)
         counted = service.metrics()
         folder = shared_folder(children(service.process)[0])
+        assert folder
         names = sorted(path.name for path in folder.glob("counter_*.db"))
         assert names in (["counter_0.db", "counter_1.db"], ["counter_0.db"], ["counter_1.db"])
         total = sum(v for k, v in counted.items() if "http_requests_total" in k and "predict" in k and '"200"' in k)
@@ -293,10 +326,13 @@ def predicted(service: Service, window: Readings) -> bool:
     return answer.status_code == 200
 
 
-def shared_folder(worker: int) -> Path:
-    """Where a worker keeps what it shares."""
-    links = (Path(f"/proc/{worker}/fd") / name for name in os.listdir(f"/proc/{worker}/fd"))
-    return next(Path(os.readlink(x)).parent for x in links if "slot-" in os.readlink(x))
+def shared_folder(worker: int) -> Path | None:
+    """Where a worker keeps what it shares; None while it has nothing yet."""
+    try:
+        links = [os.readlink(f"/proc/{worker}/fd/{name}") for name in os.listdir(f"/proc/{worker}/fd")]
+    except FileNotFoundError:  # a file was closed, or the worker ended, between two looks
+        return None
+    return next((Path(link).parent for link in links if "slot-" in link), None)
 
 
 def test_workers_follow_a_new_model_and_stop_together(tmp_path: Path, windows: Readings) -> None:

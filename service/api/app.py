@@ -22,7 +22,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from service import errors
-from service.api import memory_routes, oip, schemas
+from service.api import calibration_routes, memory_routes, oip, schemas
+from service.api.body import Buffer
 from service.api.edge import Edge, Lane
 from service.api.keys import Keys
 from service.api.problems import problem
@@ -30,6 +31,7 @@ from service.api.routes import Aside, Endpoint, build_endpoint, build_router
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
 from service.settings import Settings
+from service.tracing import open_tracing
 
 
 class Application(NamedTuple):
@@ -48,15 +50,19 @@ def create_app(settings: Settings, on_rejected: Callable[[str], None], shared: P
         shared: the folder in which several workers keep what is theirs together.
     """
     metrics = Metrics(CollectorRegistry(), shared)
-    lifecycle = Lifecycle(settings, metrics, shared)
+    lifecycle, tracing = Lifecycle(settings, metrics, shared), open_tracing()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         opening = asyncio.create_task(lifecycle.open(on_rejected))
         _on_signals(lifecycle)
+        if lifecycle.relieved:
+            await lifecycle.proven.wait()  # taking no connections yet: the other workers have a model for them
         yield
         opening.cancel()
         await lifecycle.close()
+        if tracing:
+            await asyncio.to_thread(tracing.close)
 
     app = FastAPIOffline(
         title="engine-health",
@@ -70,6 +76,7 @@ def create_app(settings: Settings, on_rejected: Callable[[str], None], shared: P
     app.include_router(build_router(lifecycle, aside, predict))
     cycles = memory_routes.build_cycles(lifecycle, aside)
     app.include_router(memory_routes.build_router(lifecycle, aside, cycles))
+    app.include_router(calibration_routes.build_router(lifecycle))
     app.include_router(oip.build_router(lifecycle, infer))
     app.add_api_route("/", lambda: RedirectResponse("/docs"), include_in_schema=False)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend the schema
@@ -79,15 +86,16 @@ def create_app(settings: Settings, on_rejected: Callable[[str], None], shared: P
 
     for kind in (errors.ServiceError, HTTPException, Exception):
         app.add_exception_handler(kind, answer_problem)
-    served: ASGIApp = Edge(app, metrics, Keys(settings), _lanes(predict, cycles, infer))
+    lanes, buffer = _lanes(predict, cycles, infer), Buffer(settings.max_buffered_bytes)
+    served: ASGIApp = Edge(app, metrics, Keys(settings), lanes, buffer)
     if settings.cors_origins:
         origins = [origin.strip() for origin in settings.cors_origins.split(",")]
         served = CORSMiddleware(served, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-    return Application(served, app)
+    return Application(tracing.around(served) if tracing else served, app)
 
 
 def _lanes(predict: Endpoint, cycles: Endpoint, infer: Endpoint) -> Callable[[str], Lane | None]:
-    own = {lane.route: lane for lane in (Lane("/v1/predict", predict), Lane("/v1/cycles", cycles))}
+    own = {lane.path: lane for lane in (Lane("/v1/predict", predict), Lane("/v1/cycles", cycles))}
     protocol = Lane(oip.INFER_ROUTE, infer)
 
     def lane(path: str) -> Lane | None:

@@ -1,16 +1,73 @@
-"""The body of a request: never more of it than the limits, never later than the limit, inflated if it came deflated."""
+"""The body of a request: never more of it than the limits, never later than the limit, inflated if it came deflated.
+
+Bodies that are being read, parsed or answered stay in memory, and there may be many: what all of them hold together is
+counted, and bounded too.
+"""
 
 import asyncio
+import threading
 import zlib
 from collections.abc import Callable
 
 from starlette.requests import Request
 from starlette.types import Message, Receive
 
-from service.errors import BodyTooLarge, ClientGone, NotJson, TooSlow, UnsupportedMediaType
+from service.errors import BodyTooLarge, ClientGone, NotJson, Overloaded, TooSlow, UnsupportedMediaType
 
 JSON = "application/json"
 INFLATE_STEP = 1 << 20  # bytes inflated at a time
+HELD = "engine_health.held"  # where a request's scope has its `Held`
+GONE = "engine_health.gone"  # in a request's scope once its client has left
+RETRY_SECONDS = 1.0
+
+
+class Buffer:
+    """The bytes that all bodies of a process hold in memory together."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.bytes, self.lock = most, 0, threading.Lock()
+
+
+class Held:
+    """The bytes that one request holds of the buffer, from when they came until it is answered."""
+
+    __slots__ = ("_buffer", "bytes")
+
+    def __init__(self, buffer: Buffer) -> None:
+        self._buffer, self.bytes = buffer, 0
+
+    def check(self, more: int) -> None:
+        """Whether there is room for more. What one request may hold is never refused while no other holds anything.
+
+        Raises:
+            Overloaded: there is none.
+        """
+        held = self._buffer.bytes
+        if held + more > self._buffer.most and held > self.bytes:
+            raise Overloaded(f"{held} bytes of bodies are held, at most {self._buffer.most} may", RETRY_SECONDS)
+
+    def take(self, more: int) -> None:
+        """Hold more; also from other threads.
+
+        Raises:
+            Overloaded: no room for it.
+        """
+        self.check(more)
+        with self._buffer.lock:
+            self._buffer.bytes += more
+            self.bytes += more
+
+    def release(self) -> None:
+        """Hold nothing."""
+        with self._buffer.lock:
+            self._buffer.bytes -= self.bytes
+            self.bytes = 0
+
+
+def announced(request: Request) -> int:
+    """The length of the body as its header says it, 0 if it does not."""
+    said = request.headers.get("content-length", "0")
+    return int(said) if said.isdecimal() else 0
 
 
 def media_type(request: Request, accepted: tuple[str, ...]) -> str:
@@ -37,6 +94,7 @@ async def read_body(request: Request, limit: int, seconds: float) -> bytes:
 
     Raises:
         BodyTooLarge: more bytes than the limit, announced, sent or inflated.
+        Overloaded: other bodies hold the memory that all may have together.
         TooSlow: not whole in time.
         ClientGone: the client left before its body was whole.
         UnsupportedMediaType: an encoding other than gzip.
@@ -45,47 +103,46 @@ async def read_body(request: Request, limit: int, seconds: float) -> bytes:
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", "gzip"):
         raise UnsupportedMediaType(f"content encoding {encoding[:80]!r}: this call reads plain or gzip bodies")
-    announced = request.headers.get("content-length", "0")
-    if announced.isdecimal() and int(announced) > limit:
-        raise BodyTooLarge(f"{announced} bytes, at most {limit} are read")
+    length, held = announced(request), request.scope[HELD]
+    if length > limit:
+        raise BodyTooLarge(f"{length} bytes, at most {limit} are read")
+    held.check(length)
     message = await request.receive()
     if message["type"] == "http.request" and not message.get("more_body"):  # it came with its headers: no timer is set
         body: bytes = message.get("body", b"")
+        held.take(len(body))
     else:
         try:
             async with asyncio.timeout(seconds):
-                body = await _rest(message, request.receive, limit)
+                body = await _rest(message, request.receive, limit, held)
         except TimeoutError:
             raise TooSlow(f"the body did not arrive in {seconds:g} s") from None
     if len(body) > limit:
         raise BodyTooLarge(f"{len(body)} bytes, at most {limit} are read")
-    return body if encoding == "identity" else await asyncio.to_thread(inflate, body, limit)
+    return body if encoding == "identity" else await asyncio.to_thread(inflate, body, limit, held)
 
 
-async def _rest(part: Message, receive: Receive, limit: int) -> bytes:
-    parts: list[bytes] = []
-    size = 0
+async def _rest(part: Message, receive: Receive, limit: int, held: Held) -> bytes:
+    found = bytearray()  # one that grows: pieces would leave holes in the memory between those of other requests
     while True:
         if part["type"] == "http.disconnect":
             raise ClientGone("the client left before its body was whole")
         piece = part.get("body", b"")
-        if piece:
-            parts.append(piece)
-            size += len(piece)
-        if size > limit:
+        if len(found) + len(piece) > limit:
             raise BodyTooLarge(f"more than {limit} bytes")
+        held.take(len(piece))
+        found += piece
         if not part.get("more_body"):
-            return b"".join(parts)
-        if len(parts) > 4096:  # a million tiny pieces are not a million objects
-            parts = [b"".join(parts)]
+            return bytes(found)
         part = await receive()
 
 
-def inflate(body: bytes, limit: int) -> bytes:
+def inflate(body: bytes, limit: int, held: Held) -> bytes:
     """A gzip body as it was, a step at a time, so that a bomb is dropped when it passes the limit.
 
     Raises:
         BodyTooLarge: more than `limit` bytes inflated.
+        Overloaded: other bodies hold the memory that all may have together.
         NotJson: no gzip, or cut short.
     """
     found = bytearray()
@@ -99,6 +156,7 @@ def inflate(body: bytes, limit: int) -> bytes:
                 found += step
                 if len(found) > limit:
                     raise BodyTooLarge(f"more than {limit} bytes when inflated")
+                held.take(len(step))
                 if not (step or rest or stream.eof):
                     raise NotJson("the gzip body is cut short")
             rest = stream.unused_data
@@ -107,20 +165,7 @@ def inflate(body: bytes, limit: int) -> bytes:
     return bytes(found)
 
 
-def leaving(receive: Receive) -> Callable[[], bool]:
-    """Whether the client has left, asked without waiting: `receive` is stepped once and put away.
-
-    Servers give the news of a client that left to whoever waits in `receive`; a task waiting there for each request
-    would cost more than the answer.
-    """
-
-    def gone() -> bool:
-        waiting = receive()
-        try:
-            waiting.send(None)  # type: ignore[attr-defined]  # every ASGI server's receive is a coroutine
-        except StopIteration as said:
-            return bool(said.value["type"] == "http.disconnect")
-        waiting.close()  # type: ignore[attr-defined]  # as above
-        return False
-
-    return gone
+def leaving(request: Request) -> Callable[[], bool]:
+    """Whether the client has left; to be asked in any thread. The server's protocol says so in the scope."""
+    scope = request.scope
+    return lambda: GONE in scope

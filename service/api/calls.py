@@ -8,7 +8,9 @@ import numpy as np
 from model import numerics
 from model.occlusion import Shift
 from service.api import schemas
+from service.api.arrow import read_table
 from service.api.decode import Decoded, decode_instances, decode_labels, decode_logits, refuse
+from service.api.flights import decode_histories, histories
 from service.errors import Fault, InvalidInput
 from service.memory import Named
 from service.predictor import Evaluation, Prediction, Predictor
@@ -37,18 +39,36 @@ def read_predict(body: bytes, model: Model, most: int) -> Asked:
         InvalidInput: what is wrong with it, and where.
     """
     asked = schemas.parse(body, schemas.PredictRequest)
-    if len(asked.instances) > most:
-        refuse([Fault(("instances",), f"{len(asked.instances)} instances, at most {most} are taken in one call")])
-    if asked.explain and model.manifest.conditions is None:
-        message = "this model does not say what is usual (`conditions`), so its answers cannot be explained"
-        raise InvalidInput(message, (Fault(("explain",), message),))
-    explained = most // max(1, len(model.manifest.channels))
-    if asked.explain and len(asked.instances) > explained:
-        refuse(
-            [Fault(("instances",), f"{len(asked.instances)} instances, at most {explained} are explained in one call")]
-        )
+    _admit(len(asked.instances), asked.explain, model, most)
     decoded = decode_instances(asked.instances, model, asked.missing == "hold")
     return Asked(asked.instances, decoded, asked.temperature, asked.explain)
+
+
+def read_predict_table(body: bytes, query: list[tuple[str, str]], model: Model, limits: Settings) -> Asked:
+    """The same as an Arrow stream of flights, and options in the query.
+
+    Raises:
+        UnsupportedMediaType: without pyarrow, or for a model whose input is no row of channels.
+        NotArrow: what its bytes are not.
+        BodyTooLarge: more than the limit when inflated.
+        InvalidInput: what is wrong with it, and where.
+    """
+    asked = schemas.parse_query(query, schemas.PredictOptions)
+    found = histories(read_table(body, limits.max_body_bytes), model)
+    _admit(len(found.flights), asked.explain, model, limits.max_instances)
+    decoded = decode_histories(found, model, asked.missing == "hold")
+    return Asked(found.flights, decoded, asked.temperature, asked.explain)
+
+
+def _admit(instances: int, explain: bool, model: Model, most: int) -> None:
+    """Refuse more instances than one call may have; an explanation costs as many as there are channels."""
+    if explain and model.manifest.conditions is None:
+        message = "this model does not say what is usual (`conditions`), so its answers cannot be explained"
+        raise InvalidInput(message, (Fault(("explain",), message),))
+    verb = "explained" if explain else "taken"
+    most = most // max(1, len(model.channels)) if explain else most
+    if instances > most:
+        refuse([Fault(("instances",), f"{instances} instances, at most {most} are {verb} in one call")])
 
 
 def predict_json(
@@ -57,12 +77,11 @@ def predict_json(
     found: Prediction,
     ids: Sequence[str | None],
     what_if: bool = False,
-    moved: list[list[Shift]] | None = None,
 ) -> dict[str, Any]:
     """What `/v1/predict` answers; `what_if` where the caller gave the temperature."""
     model, manifest = predictor.model, predictor.model.manifest
     rows = _rows(instances, found, manifest.classes, ids)
-    for row, shifts in zip(rows, moved or (), strict=moved is not None):
+    for row, shifts in zip(rows, found.moved or (), strict=found.moved is not None):
         row["explanation"] = [_moved(shift, manifest.channel_names, manifest.classes) for shift in shifts]
     return {
         "model": {"name": manifest.name, "version": manifest.version, "digest": model.digest},
@@ -162,6 +181,7 @@ def model_json(predictor: Predictor, limits: Settings) -> dict[str, Any]:
         "batch_difference": predictor.model.batch_difference,
         "limits": {
             "max_body_bytes": limits.max_body_bytes,
+            "max_buffered_bytes": limits.max_buffered_bytes,
             "max_instances": limits.max_instances,
             "max_queue_rows": limits.max_queue_rows,
             "max_queue_seconds": limits.max_queue_seconds,

@@ -89,13 +89,23 @@ def _window(
         return None, none_held
     if not hold:
         return windows.pad_left(values, window), none_held
+    return hold_window(values, window, channels, loc, faults)
+
+
+def hold_window(
+    values: Batch, window: int, channels: tuple[str, ...], loc: Loc, faults: list[Fault]
+) -> tuple[Batch | None, npt.NDArray[np.int64]]:
+    """The newest window of a history (T, channels), missing values held, and how many were, per channel.
+
+    None after naming the first place where there is nothing to hold.
+    """
     held, _ = windows.hold_last(values)
     before = max(len(held) - window, 0)  # rows that may give a value to hold, and are not seen themselves
     row, channel = np.nonzero(np.isnan(held[before:]))
     if len(row):
         place = (*loc, before + int(row[0]), channels[channel[0]])
         faults.append(Fault(place, "missing, and no earlier value of this channel to hold"))
-        return None, none_held
+        return None, np.zeros(len(channels), dtype=np.int64)
     return windows.pad_left(held, window), np.isnan(values[before:]).sum(axis=0)
 
 

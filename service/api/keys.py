@@ -12,7 +12,7 @@ OPEN = frozenset(
 )
 OPEN_PREFIXES = ("/static-offline-docs/", "/console/")
 ADMIN_PREFIXES = ("/v2/repository/",)
-ADMIN = frozenset({("PUT", "/v1/calibration/temperature")})
+ADMIN = (("PUT", "/v1/calibration/temperature"),)  # methods and beginnings of paths: whatever routes there is guarded
 
 
 RawHeaders = Mapping[bytes, bytes]
@@ -31,7 +31,8 @@ class Keys:
             Unauthorized: no key, or one that is not known.
             Forbidden: a key that does not open this, or a call that is turned off.
         """
-        admin = (method, path) in ADMIN or path.startswith(ADMIN_PREFIXES)
+        changes = any(method == verb and path.startswith(begin) for verb, begin in ADMIN)
+        admin = changes or path.startswith(ADMIN_PREFIXES)
         if admin and not self._admin:
             raise Forbidden("this call is turned off: no ENGINE_HEALTH_ADMIN_KEYS are set")
         if not admin and (not self._api or path in OPEN or path.startswith(OPEN_PREFIXES) or method == "OPTIONS"):
@@ -45,6 +46,12 @@ class Keys:
             raise Unauthorized("this key is not known")
         if admin:
             raise Forbidden("this key does not open admin calls")
+
+
+def fingerprint(headers: RawHeaders) -> str:
+    """Which key was shown, in a word that does not give it away."""
+    given = _given(headers)
+    return "none" if given is None else f"key {given.hex()[:8]}"
 
 
 def _given(headers: RawHeaders) -> bytes | None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from msgspec import Struct
 
 from service.api import recall, schemas
 from service.api.body import JSON, media_type, read_body
@@ -71,31 +72,26 @@ def build_router(lifecycle: Lifecycle, aside: Aside, cycles: Endpoint) -> APIRou
             }
         )
 
-    @router.get("/v1/engines", openapi_extra=looked_up("EnginesResponse", "health", "next"))
+    @router.get("/v1/engines", openapi_extra=looked_up("EnginesResponse", schemas.EnginesQuery))
     async def engines(request: Request) -> Response:
         """The latest health of every remembered engine, worst first, a hundred a page."""
-        asked = parameters(request, "health", "next")
+        asked = schemas.parse_query(request.query_params.multi_items(), schemas.EnginesQuery)
         memory, classes = lifecycle.memory(), lifecycle.ready_predictor().model.manifest.classes
-        health = asked.get("health")
-        if health is not None and health not in classes:
-            message = f"unknown class {health[:50]!r}; classes are {', '.join(classes[:20])}"
+        if asked.health is not None and asked.health not in classes:
+            message = f"unknown class {asked.health[:50]!r}; classes are {', '.join(classes[:20])}"
             raise InvalidInput(f"health: {message}", (Fault(("health",), message),))
-        which = None if health is None else classes.index(health)
-        after = recall.read_cursor(asked["next"]) if "next" in asked else None
+        which = None if asked.health is None else classes.index(asked.health)
+        after = None if asked.next is None else recall.read_cursor(asked.next)
         page = await memory.database.read(lambda connection: queries.page(connection, which, after))
         return await aside.run(True, lambda: json_response(recall.engines_json(page)))
 
-    @router.get("/v1/engines/{engine_id:path}", openapi_extra=looked_up("HistoryResponse", "superseded"))
+    @router.get("/v1/engines/{engine_id:path}", openapi_extra=looked_up("HistoryResponse", schemas.HistoryQuery))
     async def history(engine_id: str, request: Request) -> Response:
         """Everything that was predicted of an engine, oldest first; with `superseded=true` also what counts no more."""
-        asked = parameters(request, "superseded")
-        if asked.get("superseded", "false") not in ("true", "false"):
-            message = "expected true or false"
-            raise InvalidInput(f"superseded: {message}", (Fault(("superseded",), message),))
-        every = asked.get("superseded") == "true"
+        asked = schemas.parse_query(request.query_params.multi_items(), schemas.HistoryQuery)
         database = lifecycle.memory().database
         known = "\0" not in engine_id
-        found = await database.read(lambda c: queries.history(c, engine_id, every)) if known else None
+        found = await database.read(lambda c: queries.history(c, engine_id, asked.superseded)) if known else None
         if found is None:
             raise Unknown(f"nothing is remembered of an engine {engine_id[:200]!r}")
         rows, kinds = found
@@ -104,22 +100,7 @@ def build_router(lifecycle: Lifecycle, aside: Aside, cycles: Endpoint) -> APIRou
     return router
 
 
-def looked_up(response: str, *names: str) -> dict[str, Any]:
-    """What the OpenAPI document says of a route that reads the memory; its query parameters are text."""
-    places = [{"name": name, "in": "query", "required": False, "schema": {"type": "string"}} for name in names]
-    return documented(None, response, "404", "422", "501") | {"parameters": places}
-
-
-def parameters(request: Request, *names: str) -> dict[str, str]:
-    """The query of a request.
-
-    Raises:
-        InvalidInput: a parameter that this call does not have, or one twice.
-    """
-    given = request.query_params.multi_items()
-    found = dict(given)
-    for name, _ in given:
-        message = "given twice" if len(given) > len(found) else f"unknown; this call has {', '.join(names)}"
-        if name not in names or len(given) > len(found):
-            raise InvalidInput(f"{name[:50]}: {message}", (Fault((name[:50],), message),))
-    return found
+def looked_up(response: str | None, query: type[Struct]) -> dict[str, Any]:
+    """What the OpenAPI document says of a route that reads the memory."""
+    found = documented(None, response, "404", "422", "501")
+    return found | {"parameters": schemas.query_parameters(query, "")}

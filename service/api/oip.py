@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from model import contract, numerics
 from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE, Floats
 from service.api import tensors
-from service.api.body import JSON, leaving, read_body
+from service.api.body import JSON, announced, leaving, read_body
 from service.api.routes import LARGE_BODY, Aside, Endpoint, documented, json_response
 from service.api.tensors import Array, Inference
 from service.errors import InvalidInput, UnknownModel
@@ -35,6 +35,8 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
 
     async def infer(request: Request) -> Response:
         """Inference as tensors, JSON or binary: the answers of `/v1/predict`."""
+        size = announced(request)
+        lifecycle.ready_predictor().check_room(size)
         body = await read_body(request, limits.max_body_bytes, limits.request_seconds)
         predictor = lifecycle.ready_predictor()
         path = INFER.fullmatch(request.scope["path"])
@@ -45,8 +47,8 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
         telemetry = _telemetry(inference, predictor.model, limits.max_instances)
         targets, temperature = _targets(inference, predictor.model, len(telemetry)), _temperature(inference)
         wanted = _wanted(inference, predictor.model)
-        gone = leaving(request.receive)
-        found = await predictor.predict(telemetry, targets, temperature, gone=gone)
+        gone = leaving(request)
+        found = await predictor.predict(telemetry, targets, temperature, gone=gone, size=size)
         many = found.answers.logits.size > MANY_NUMBERS
         return await aside.run(many, lambda: _answer(inference, predictor, found, wanted))
 

@@ -12,6 +12,7 @@ from service.metrics import Metrics
 
 STATUS: tuple[tuple[type[errors.ServiceError], int], ...] = (
     (errors.NotJson, 400),
+    (errors.NotArrow, 400),
     (errors.ClientGone, 400),
     (errors.Unauthorized, 401),
     (errors.Forbidden, 403),

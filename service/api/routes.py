@@ -10,8 +10,10 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
-from service.api.body import JSON, leaving, media_type, read_body
-from service.api.calls import evaluate_json, model_json, predict_json, read_predict
+from service.api import schemas
+from service.api.arrow import ARROW
+from service.api.body import JSON, announced, leaving, media_type, read_body
+from service.api.calls import evaluate_json, model_json, predict_json, read_predict, read_predict_table
 from service.lifecycle import Lifecycle
 from service.memory import prediction_ids
 
@@ -61,23 +63,35 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
 
     async def predict(request: Request) -> Response:
         """Calibrated health of engines, and the loss where a label is given."""
-        media_type(request, (JSON,))
+        table = media_type(request, (JSON, ARROW)) == ARROW
+        size = announced(request)
+        lifecycle.ready_predictor().check_room(size)
         body = await read_body(request, limits.max_body_bytes, limits.request_seconds)
         predictor = lifecycle.ready_predictor()
-        model, large = predictor.model, len(body) > LARGE_BODY
-        asked = await aside.run(large, lambda: read_predict(body, model, limits.max_instances))
+        model = predictor.model
+        if table:  # always aside: the first one imports pyarrow
+            query = request.query_params.multi_items()
+            asked = await aside.run(True, lambda: read_predict_table(body, query, model, limits))
+        else:
+            large = len(body) > LARGE_BODY
+            asked = await aside.run(large, lambda: read_predict(body, model, limits.max_instances))
         decoded = asked.decoded
         found = await predictor.predict(
-            decoded.telemetry, decoded.targets, asked.temperature, decoded.imputed, leaving(request.receive)
+            decoded.telemetry,
+            decoded.targets,
+            asked.temperature,
+            decoded.imputed,
+            leaving(request),
+            size,
+            asked.explain,
         )
-        moved = await predictor.explain(decoded.telemetry, found) if asked.explain else None
         named, what_if = asked.instances, asked.temperature is not None
         ids: Sequence[str | None] = prediction_ids(len(named), time.time())
         if lifecycle.remembers:
             ids = await lifecycle.memory().remember(predictor, named, decoded.telemetry, found, decoded.targets)
         return await aside.run(
             found.answers.logits.size > MANY_NUMBERS,
-            lambda: json_response(predict_json(predictor, named, found, ids, what_if, moved)),
+            lambda: json_response(predict_json(predictor, named, found, ids, what_if)),
         )
 
     return predict
@@ -88,6 +102,8 @@ def build_router(lifecycle: Lifecycle, aside: Aside, predict: Endpoint) -> APIRo
     router = APIRouter()
     limits = lifecycle.settings
     asked = documented("PredictRequest", "PredictResponse")
+    asked["requestBody"]["content"][ARROW] = {"schema": schemas.TABLE}
+    asked["parameters"] = schemas.query_parameters(schemas.PredictOptions, f"Beside {ARROW}; JSON has it in its body.")
     router.add_api_route("/v1/predict", predict, methods=["POST"], openapi_extra=asked, tags=["health"])
 
     @router.post("/v1/evaluate", openapi_extra=documented("EvaluateRequest", "EvaluateResponse"), tags=["health"])

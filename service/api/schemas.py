@@ -4,6 +4,7 @@ Numbers of telemetry and logits stay raw JSON here (`msgspec.Raw`) and go straig
 """
 
 import re
+from collections import Counter
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -49,12 +50,21 @@ Telemetry = Annotated[
         },
     ),
 ]
+MOST_NAME = 200  # characters of an engine's id
+MOST_CYCLE = 2**53  # beyond it JSON numbers are not exact
 Label = str | int | list[float]
 Temperature = Annotated[float, Meta(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, description="Divides the logits.")]
 
 
-EngineId = Annotated[str, Meta(min_length=1, max_length=200, pattern="^[^\\x00]*$")]
-Cycle = Annotated[int, Meta(ge=0, le=2**53)]
+EngineId = Annotated[str, Meta(min_length=1, max_length=MOST_NAME, pattern="^[^\\x00]*$")]
+Cycle = Annotated[int, Meta(ge=0, le=MOST_CYCLE)]
+TABLE = {
+    "type": "string",
+    "format": "binary",
+    "description": "An Arrow stream of flights: a column of numbers for each channel, by name, and where known "
+    "`engine_id` (strings), `cycle` (integers) and `label` (class names or indices). The rows of one engine, by cycle, "
+    "are one instance, labelled as its newest row is; without `engine_id` the whole table is one.",
+}
 
 
 class Instance(Struct, forbid_unknown_fields=True):
@@ -66,10 +76,9 @@ class Instance(Struct, forbid_unknown_fields=True):
     label: Annotated[Label | None, Meta(description="Class name, class index, or a probability for each class.")] = None
 
 
-class PredictRequest(Struct, forbid_unknown_fields=True):
-    """Telemetry in, calibrated health out; with labels also the loss."""
+class PredictOptions(Struct, forbid_unknown_fields=True):
+    """What may be said of all instances of a prediction; in the query where the body is a table."""
 
-    instances: Annotated[list[Instance], Meta(min_length=1)]
     temperature: Annotated[Temperature | None, Meta(description="In place of the active one, for this call.")] = None
     missing: Annotated[
         Literal["reject", "hold"], Meta(description="What to do with null: refuse, or hold the last seen value.")
@@ -77,6 +86,12 @@ class PredictRequest(Struct, forbid_unknown_fields=True):
     explain: Annotated[
         bool, Meta(description="Also say which channels moved each answer most; costs a batch more.")
     ] = False
+
+
+class PredictRequest(PredictOptions, kw_only=True, forbid_unknown_fields=True):
+    """Telemetry in, calibrated health out; with labels also the loss."""
+
+    instances: Annotated[list[Instance], Meta(min_length=1)]
 
 
 class EvaluateRequest(Struct, forbid_unknown_fields=True):
@@ -110,11 +125,36 @@ class CyclesRequest(Struct, forbid_unknown_fields=True):
     cycles: Annotated[list[Flight], Meta(min_length=1)]
 
 
+class EnginesQuery(Struct, forbid_unknown_fields=True):
+    """Which engines, from where."""
+
+    health: Annotated[str | None, Meta(description="Only engines of this class.")] = None
+    next: Annotated[str | None, Meta(description="As the page before said.")] = None
+
+
+class HistoryQuery(Struct, forbid_unknown_fields=True):
+    """What of a history."""
+
+    superseded: Annotated[bool, Meta(description="Also predictions that a later one of the same cycle replaced.")] = (
+        False
+    )
+
+
+class CalibrationQuery(Struct, forbid_unknown_fields=True):
+    """Of which time."""
+
+    window: Annotated[str | None, Meta(description="Only predictions made in that time, as 30d; all if absent.")] = None
+
+
+class NoQuery(Struct, forbid_unknown_fields=True):
+    """Nothing can be asked for."""
+
+
 class LabelRow(Struct, forbid_unknown_fields=True):
     """The truth of one prediction, named by its id or by engine and cycle."""
 
     label: Annotated[Label, Meta(description="Class name, class index, or a probability for each class.")]
-    prediction_id: Annotated[str, Meta(min_length=1, max_length=200, pattern="^[^\\x00]*$")] | None = None
+    prediction_id: Annotated[str, Meta(min_length=1, max_length=MOST_NAME, pattern="^[^\\x00]*$")] | None = None
     engine_id: EngineId | None = None
     cycle: Cycle | None = None
     revise: Annotated[bool, Meta(description="Replace another label that was given before; it is kept aside.")] = False
@@ -144,7 +184,7 @@ class FitRequest(Struct, forbid_unknown_fields=True):
 class TemperatureRequest(Struct, forbid_unknown_fields=True):
     """A temperature to put in force: that of a fit, another one, or the one before."""
 
-    fit_id: Annotated[str, Meta(min_length=1, max_length=200, pattern="^[^\\x00]*$")] | None = None
+    fit_id: Annotated[str, Meta(min_length=1, max_length=MOST_NAME, pattern="^[^\\x00]*$")] | None = None
     temperature: Temperature | None = None
     rollback: bool = False
 
@@ -371,14 +411,33 @@ def parse(body: bytes, kind: type[Body]) -> Body:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         _check_json(body)  # the decoder stops at the first value of a wrong type, whatever follows
-        found = _PLACE.match(str(error))
-        message, path = found.groups() if found else (str(error), None)
-        loc = tuple(name or int(index) for name, index in _STEP.findall(path or ""))
-        raise InvalidInput(f"{describe(loc)}: {message}", (Fault(loc, message),)) from None
+        raise _invalid(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise NotJson(f"the body is not JSON: {error}" if body else "the body is empty") from None
     except RecursionError:
         raise NotJson("the body is nested too deeply") from None
+
+
+def parse_query(query: list[tuple[str, str]], kind: type[Body]) -> Body:
+    """The parameters of a query as a type.
+
+    Raises:
+        InvalidInput: one that is unknown, told twice, or has a value of another type; names it.
+    """
+    twice = [name for name, n in Counter(name for name, _ in query).items() if n > 1]
+    if twice:
+        raise InvalidInput(f"{twice[0][:80]}: told twice", (Fault((twice[0][:80],), "told twice"),))
+    try:
+        return msgspec.convert(dict(query), kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise _invalid(error) from None
+
+
+def _invalid(error: msgspec.ValidationError) -> InvalidInput:
+    found = _PLACE.match(str(error))
+    message, path = found.groups() if found else (str(error), None)
+    loc = tuple(name or int(index) for name, index in _STEP.findall(path or ""))
+    return InvalidInput(f"{describe(loc)}: {message}", (Fault(loc, message),))
 
 
 def _check_json(body: bytes) -> None:
@@ -399,6 +458,15 @@ def _check_json(body: bytes) -> None:
 def describe(loc: tuple[str | int, ...]) -> str:
     """A place as a person writes it: `instances[0].telemetry[3].sensor_4`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".") or "body"
+
+
+def query_parameters(kind: type[Struct], note: str) -> list[dict[str, Any]]:
+    """The fields of a type as parameters of a query, for the OpenAPI document; `note` ends each description."""
+    properties = msgspec.json.schema_components((kind,))[1][kind.__name__]["properties"]
+    return [
+        {"name": name, "in": "query", "description": f"{field.get('description', '')} {note}", "schema": field}
+        for name, field in properties.items()
+    ]
 
 
 def components() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 https://github.com/kserve/open-inference-protocol and Triton's extension_binary_data.md.
 """
 
+import math
 import struct
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from service.api.schemas import InferRequest, Tensor
 from service.errors import InvalidInput
 
 DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8")}
+MOST_SIDES, MOST_VALUES = 16, 2**40  # of a shape: no body holds so many, and no arithmetic on them is long
 Array = npt.NDArray[Any]
 
 
@@ -64,11 +66,14 @@ def read(body: bytes, header_length: str | None, dtypes: dict[str, str]) -> Infe
 def _array(tensor: Tensor, body: bytes, at: int) -> tuple[Array, int]:
     """The numbers of a tensor, and where the next binary one begins."""
     where, dtype = f"input {tensor.name!r}", DTYPES[tensor.datatype]
-    count = 1
+    if len(tensor.shape) > MOST_SIDES:
+        raise InvalidInput(f"{where}: shape has {len(tensor.shape)} sides, at most {MOST_SIDES} are taken")
     for side in tensor.shape:
-        if side < 0:
-            raise InvalidInput(f"{where}: shape {tensor.shape[:8]} has a negative side")
-        count *= side
+        if not 0 <= side <= MOST_VALUES:
+            raise InvalidInput(f"{where}: shape {tensor.shape[:8]} has a side that is not from 0 to {MOST_VALUES}")
+    if math.prod(max(side, 1) for side in tensor.shape) > MOST_VALUES:  # also beside a side of 0, as numpy has it
+        raise InvalidInput(f"{where}: shape {tensor.shape[:8]} is larger than any body")
+    count = math.prod(tensor.shape)
     told = tensor.parameters.get("binary_data_size")
     if told is None:
         return _from_json(tensor, where, dtype, count), at

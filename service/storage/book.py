@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from sqlalchemy import ColumnElement, Connection, Row, Table, bindparam, or_, select, tuple_, update
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import sqlite
 
 from model.contract import Conformal, Manifest
 from model.numerics import Floats
@@ -225,8 +225,11 @@ def said_of(connection: Connection, keys: Iterable[Key]) -> Iterator[Row[Any]]:
 
 def insert_missing(connection: Connection, table: Table) -> Any:
     """An insert that leaves a row alone which is there already."""
-    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
-    return dialect.insert(table).on_conflict_do_nothing()
+    if connection.dialect.name == "postgresql":
+        from sqlalchemy.dialects import postgresql  # a tenth of a second that most services need not wait
+
+        return postgresql.insert(table).on_conflict_do_nothing()
+    return sqlite.insert(table).on_conflict_do_nothing()
 
 
 def _engines(connection: Connection, column: ColumnElement[Any], values: Sequence[Any]) -> Iterator[EngineRow]:

@@ -1,0 +1,1 @@
+"""What the service promises under strain, each promise tried at full size: `python -m benchmarks.endurance`."""

@@ -1,0 +1,62 @@
+"""Every promise of the service under strain, at full size: one table; exit code 1 if one is broken.
+
+    python -m benchmarks.endurance [PART ...]      # = make endurance; half an hour
+
+The service runs on one core, its clients on the other. Figures also in build/endurance.json.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+from benchmarks import load
+from benchmarks.endurance import bodies, changes, malformed, overload, soak
+from benchmarks.endurance.stage import Line, say
+from benchmarks.peers import BUILD
+
+PARTS: dict[str, Callable[[], Iterator[Line]]] = {
+    "malformed": malformed.lines,
+    "overload": overload.lines,
+    "bodies": bodies.lines,
+    "reloads": changes.reloads,
+    "kills": changes.kills,
+    "soak": soak.lines,
+    "stop": changes.stop,
+}
+
+
+def main() -> int:
+    """Try the chosen parts, print the table, keep the figures."""
+    parser = argparse.ArgumentParser(description="The promises of the service under strain, at full size.")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all if none is named")
+    chosen = parser.parse_args().parts or list(PARTS)
+    if unknown := set(chosen) - set(PARTS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
+    os.sched_setaffinity(0, {load.CLIENT_CORE})
+    found: dict[str, list[Line]] = {}
+    for part in chosen:
+        say(part)
+        found[part] = []
+        for line in PARTS[part]():
+            found[part].append(line)
+            say(row(line))
+    print(
+        f"{load.machine()}\n\n| what was done | what was seen | what was promised | kept |\n| --- | --- | --- | --- |"
+    )
+    lines = [line for part in found.values() for line in part]
+    print("\n".join(map(row, lines)))
+    BUILD.mkdir(exist_ok=True)
+    figures = {part: [vars(line) for line in some] for part, some in found.items()}
+    (BUILD / "endurance.json").write_text(json.dumps({"machine": load.machine(), "parts": figures}, indent=1))
+    return 0 if all(line.kept for line in lines) else 1
+
+
+def row(line: Line) -> str:
+    """A line of the table."""
+    return f"| {line.done} | {line.seen} | {line.promised} | {'yes' if line.kept else '**no**'} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""The service changes under load: other models, killed workers, and the end of it. Nobody who asks is let down."""
+
+import asyncio
+import json
+import os
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from benchmarks.endurance.client import Answer, Connection, ask_once, request
+from benchmarks.endurance.stage import PREDICT, Line, Running, say, service, windows_binary, windows_json
+from tests.test_runtime import edited
+
+RELOADS, KILLS, RESTARTS, IN_FLIGHT = 500, 20, 100, 200
+RELOAD_MIB = 0.1  # each; what the allocator scatters, and no model of eight
+KILL_SECONDS = 5.0  # between two kills: the one before is replaced by then
+SILENCE_SECONDS = 2.0
+STOP_SECONDS = 30.0
+
+
+def reloads() -> Iterator[Line]:
+    """Two artefacts of different temperature in turn, while small and large requests are answered."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.onnx")
+        contents = [edited(Path(folder, f"{t}"), {"temperature": t}).read_bytes() for t in (1.5, 2.5)]
+        path.write_bytes(contents[0])
+        with service(model=path, admin_keys="wheel") as running:
+            yield asyncio.run(_reloaded(running, path, contents))
+
+
+async def _reloaded(running: Running, path: Path, contents: list[bytes]) -> Line:
+    load = request("/v2/repository/models/engine-health/load", headers={"Authorization": "Bearer wheel"})
+    temperatures: dict[str, float] = {}
+    seen: Counter[tuple[object, ...]] = Counter()
+    stop = asyncio.Event()
+
+    async def ask(asked: bytes) -> None:
+        connection = await Connection.to(running.port)
+        while not stop.is_set():
+            try:
+                answer = await connection.ask(asked)
+                seen[_named(answer)] += 1
+            except (OSError, TimeoutError) as error:
+                seen[(type(error).__name__,)] += 1
+                connection = await Connection.to(running.port)
+
+    asking = [asyncio.create_task(ask(windows_json(n))) for n in (1, 1, 64, 100)]
+    admin, memory, slowest = await Connection.to(running.port), [], 0.0
+    for k in range(RELOADS):
+        other = path.with_suffix(".next")
+        other.write_bytes(contents[(k + 1) % 2])
+        os.replace(other, path)
+        answer = await admin.ask(load)
+        slowest = max(slowest, answer.seconds)
+        temperatures[json.loads(answer.body)["digest"]] = (2.5, 1.5)[k % 2]
+        memory.append(running.memory())
+    stop.set()
+    await asyncio.gather(*asking)
+    answered = sum(n for (status, *_), n in seen.items() if status == 200)
+    fitting = all(key[0] == 200 and temperatures.get(str(key[1])) == key[2] for key in seen)
+    half = RELOADS // 2
+    growth = (sum(memory[-10:]) - sum(memory[half : half + 10])) / 10
+    return Line(
+        f"{RELOADS} reloads, two models in turn, under load",
+        f"{answered} answered, {sum(seen.values()) - answered} not; {len(temperatures)} digests, each with its "
+        f"temperature; memory of the last {half} reloads {growth:+.1f} MiB; slowest reload {slowest:.1f} s",
+        f"nobody fails; one digest an answer, and its temperature; less than {RELOAD_MIB:g} MiB a reload",
+        fitting and len(temperatures) == 2 and growth < RELOAD_MIB * half,
+        {
+            "seen": {str(k): n for k, n in seen.items()},
+            "growth_mib": growth,
+            "slowest": slowest,
+            "memory": memory[::10],
+        },
+    )
+
+
+def _named(answer: Answer) -> tuple[object, ...]:
+    if answer.status != 200:
+        return (answer.status, answer.body[:200])
+    found: dict[str, Any] = json.loads(answer.body)
+    return (200, found["model"]["digest"], found["temperature"])
+
+
+def kills() -> Iterator[Line]:
+    """Workers killed under load, then killed as soon as they are there."""
+    with service(workers=2) as running:
+        folder = _shared(running)
+        yield asyncio.run(_killed(running))
+        yield _restarted(running, folder)
+
+
+async def _killed(running: Running) -> Line:
+    asked = windows_json(1)
+    found: Counter[object] = Counter()
+    last, silence = time.monotonic(), 0.0
+    stop = asyncio.Event()
+
+    async def ask() -> None:
+        nonlocal last, silence
+        while not stop.is_set():
+            try:
+                found[(await ask_once(running.port, asked)).status] += 1
+                silence, last = max(silence, time.monotonic() - last), time.monotonic()
+            except (OSError, TimeoutError) as error:
+                found[type(error).__name__] += 1
+
+    asking = [asyncio.create_task(ask()) for _ in range(8)]
+    for k in range(KILLS):
+        await asyncio.sleep(KILL_SECONDS)
+        workers = running.workers()
+        os.kill(workers[k % len(workers)], signal.SIGKILL)
+    await asyncio.sleep(KILL_SECONDS)
+    stop.set()
+    await asyncio.gather(*asking)
+    counted = running.counted()
+    name = f'engine_health_http_requests_total{{method="POST",route="{PREDICT}",status="200"}}'
+    answered, cut, total = found[200], found["ConnectionResetError"], round(counted[name])
+    rows = round(counted["engine_health_confidence_count"])
+    return Line(
+        f"{KILLS} x kill -9 of one of two workers, 8 clients on new connections",
+        f"{answered} answered, {cut} cut, {told(found)}; {total} counted as answered, {rows} predictions; "
+        f"longest time without an answer {silence:.1f} s",
+        "answered ≤ counted ≤ answered + cut, for requests and predictions; others answer meanwhile: nothing but cut "
+        f"connections, never {SILENCE_SECONDS:g} s of silence",
+        answered <= total <= rows <= answered + cut
+        and set(found) <= {200, "ConnectionResetError"}
+        and silence < SILENCE_SECONDS,
+        {"answered": answered, "cut": cut, "counted": total, "predictions": rows, "silence": silence},
+    )
+
+
+def told(found: Counter[object]) -> str:
+    """What else there was."""
+    other = {str(key): n for key, n in found.items() if key not in (200, "ConnectionResetError")}
+    return f"others {other}" if other else "no other answer"
+
+
+def _restarted(running: Running, folder: Path) -> Line:
+    before, begun = sorted(path.name for path in folder.glob("*.db")), time.monotonic()
+    for k in range(RESTARTS):
+        victim = running.workers()[k % 2]
+        os.kill(victim, signal.SIGKILL)
+        while victim in (now := running.workers()) or len(now) < 2:
+            time.sleep(0.05)
+    seconds = (time.monotonic() - begun) / RESTARTS
+    time.sleep(KILL_SECONDS)
+    after = sorted(path.name for path in folder.glob("*.db"))
+    kinds = {name.rpartition("_")[0] for name in after}
+    slots = {name.rpartition("_")[2] for name in after}
+    alive = asyncio.run(ask_once(running.port, windows_json(1))).status == 200
+    return Line(
+        f"{RESTARTS} more, each as soon as the one before is replaced",
+        f"{len(after)} files of counters, {len(before)} before: {len(kinds)} kinds, {len(slots)} workers; a worker is "
+        f"replaced in {seconds:.1f} s",
+        "no more files than workers, of each kind",
+        len(slots) <= 2 and alive,
+        {"files": after, "seconds_each": seconds},
+    )
+
+
+def _shared(running: Running) -> Path:
+    """The folder in which the workers keep what is theirs together."""
+    for worker in running.workers():
+        for link in Path(f"/proc/{worker}/fd").iterdir():
+            with suppress(OSError):
+                if "slot-" in (to := os.readlink(link)):
+                    return Path(to).parent
+    raise FileNotFoundError("no worker holds a slot")
+
+
+def stop() -> Iterator[Line]:
+    """SIGTERM while two hundred requests are being answered, more than the drain time has room for."""
+    most = {"max_queue_rows": 200_000, "max_queue_seconds": 600, "max_buffered_bytes": 2**30}
+    with service(**most) as running:
+        yield asyncio.run(_stopped(running))
+
+
+async def _stopped(running: Running) -> Line:
+    asked = windows_binary(256)
+    told_to_stop = asyncio.Event()
+    late: Counter[object] = Counter()
+
+    async def ask() -> None:
+        connection = await Connection.to(running.port)
+        while True:
+            try:
+                status: object = (await connection.ask(asked)).status
+            except (OSError, TimeoutError) as error:
+                status = type(error).__name__
+            if told_to_stop.is_set():
+                late[status] += 1
+                return
+
+    asking = [asyncio.create_task(ask()) for _ in range(IN_FLIGHT)]
+    await asyncio.sleep(3)
+    told_to_stop.set()
+    begun = time.monotonic()
+    code = asyncio.create_task(asyncio.to_thread(running.stopped, STOP_SECONDS))
+    await asyncio.gather(*asking)
+    answered = time.monotonic() - begun
+    exit_code = await code
+    say(f"all answered after {answered:.1f} s, ended after {time.monotonic() - begun:.1f} s")
+    return Line(
+        f"SIGTERM with {IN_FLIGHT} requests of 256 windows in flight",
+        f"{late[200]} answered, {told(late)}, the last {answered:.1f} s later; exit code {exit_code}",
+        "all answered, exit code 0",
+        late[200] == IN_FLIGHT and exit_code == 0,
+        {"answered": late[200], "seconds": answered, "exit_code": exit_code},
+    )

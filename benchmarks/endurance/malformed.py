@@ -1,0 +1,151 @@
+"""Requests that are wrong in every way that the tests know, and on the wire: a client's fault each, and none stays."""
+
+import asyncio
+import gzip
+import json
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+
+from benchmarks import load
+from benchmarks.endurance.client import HOST, Connection, request
+from benchmarks.endurance.stage import EVALUATE, PREDICT, Line, Running, service
+from benchmarks.peers import INFER
+from tests.conftest import as_json
+from tests.test_bad_input import BODIES, CASES, EVALUATIONS
+from tests.test_oip import binary, lies
+
+DEEP = 250_000
+Case = tuple[str, bytes, dict[str, str]]
+
+
+def lines() -> Iterator[Line]:
+    """Every wrong request, and after each of them a right one."""
+    with service() as running:
+        yield requests(running)
+        yield wires(running)
+
+
+def requests(running: Running) -> Line:
+    """Well-formed HTTP around anything: each on a fresh connection, a golden window after each."""
+    cases = corpus()
+    found, changed = asyncio.run(_asked(running.port, cases))
+    faults = sum(n for status, n in found.items() if not isinstance(status, int) or status >= 500)
+    return Line(
+        f"{len(cases)} malformed requests on {len({path for path, *_ in cases})} routes, a golden window after each",
+        f"{told(found)}; {changed} golden answers changed",
+        "no 5xx, no restart, every golden answer bit-equal",
+        faults == 0 and changed == 0 and running.alive(),
+        {"statuses": {str(k): v for k, v in found.items()}, "changed": changed},
+    )
+
+
+def corpus() -> list[Case]:
+    """What the tests send, on every route that reads a body, and what is worst for a parser."""
+    windows = load.golden()[0].astype(np.float32)
+    bodies = [as_json(body) for body, *_ in CASES] + [body for body, _ in BODIES] + [as_json(b) for b, _ in EVALUATIONS]
+    bodies += [b"[" * DEEP, b"[" * DEEP + b"]" * DEEP, b'{"a":' * DEEP, b'{"instances":' + b"[" * DEEP, b"\xff" * 1000]
+    one = json.dumps({"telemetry": windows[0].tolist()}).encode()
+    bodies += [
+        b'{"instances": [%s], "instances": [%s]}' % (one, one),
+        b'{"instances": [{"telemetry": [[1]], "telemetry": %s}]}' % one[14:-1],
+        b'{"instances": [%s' % one,
+        b'{"instances": [%s]}' % one.replace(b"[[", b"[[1e39, ", 1),
+        one.replace(b".", b"\xff", 5),
+        b'{"logits": [[1, 2, 3]], "labels": [0], "labels": [1]}',
+        b'{"inputs": [], "inputs": []}',
+    ]
+    cases: list[Case] = [(path, body, load.JSON_HEADERS) for path in (PREDICT, EVALUATE, INFER) for body in bodies]
+    for lie, headers in lies(windows):
+        if isinstance(lie, np.ndarray):
+            lie, headers = binary(lie)
+        cases.append((INFER, lie if isinstance(lie, bytes) else as_json(lie), headers))
+    squeezed = gzip.compress(as_json({"instances": []}))
+    packed = {**load.JSON_HEADERS, "Content-Encoding": "gzip"}
+    broken = (squeezed[:-4], squeezed[:10], b"\x1f\x8b", squeezed + b"x", b"", gzip.compress(squeezed))
+    return cases + [(PREDICT, body, packed) for body in broken]
+
+
+async def _asked(port: int, cases: list[Case]) -> tuple[Counter[int | str], int]:
+    golden = request(INFER, *load.oip_binary(load.golden()[0]))
+    found: Counter[int | str] = Counter()
+    right = await Connection.to(port)
+    expected, changed = (await right.ask(golden)).body, 0
+    for path, body, headers in cases:
+        wrong = await Connection.to(port)
+        try:
+            found[(await wrong.ask(request(path, body, headers))).status] += 1
+        except (OSError, TimeoutError) as error:
+            found[type(error).__name__] += 1
+        wrong.close()
+        if not right.open:
+            right = await Connection.to(port)
+        changed += (await right.ask(golden)).body != expected
+    return found, changed
+
+
+def wires(running: Running) -> Line:
+    """Bytes that are no HTTP, and lengths that lie: a 4xx or a closed connection, a golden window after each."""
+    head = f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n".encode()
+    sent = (
+        b"\x00" * 4096,
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"POST /v1/predict\r\n\r\n",
+        head + b"Content-Length: -1\r\n\r\n{}",
+        head + b"Content-Length: 99999999999999999999\r\n\r\n{}",
+        head + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+        head + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}",
+        head + b"Content-Length: 1\r\n\r\n{}{}{}",
+        head + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
+        head + b"Transfer-Encoding: chunked\r\n\r\n" + b"f" * 20 + b"\r\n{}\r\n0\r\n\r\n",
+        head + b"X: " + b"y" * 100_000 + b"\r\n\r\n",
+        head + b"Expect: 100-continue\r\nContent-Length: 99999999\r\n\r\n",
+        head + b"Content-Encoding: gzip\r\nContent-Length: 3\r\n\r\n\x1f\x8b\x08",
+        head + b"Inference-Header-Content-Length: 5\r\nContent-Length: 2\r\n\r\n{}",
+    )
+    golden = request(INFER, *load.oip_binary(load.golden()[0]))
+    expected = _raw(running.port, golden)
+    found: Counter[int | str] = Counter()
+    changed = 0
+    for wrong in sent:
+        heard = _raw(running.port, wrong)
+        found[int(heard[9:12]) if heard.startswith(b"HTTP/1.1 ") else "closed"] += 1
+        changed += _raw(running.port, golden).partition(b"\r\n\r\n")[2] != expected.partition(b"\r\n\r\n")[2]
+    faults = sum(n for status, n in found.items() if isinstance(status, int) and status >= 500)
+    return Line(
+        f"{len(sent)} times no HTTP, or lengths that lie",
+        f"{told(found)}; {changed} golden answers changed",
+        "4xx or closed, no restart, every golden answer bit-equal",
+        faults == 0 and 200 not in found and changed == 0 and running.alive(),
+        {"statuses": {str(k): v for k, v in found.items()}, "changed": changed},
+    )
+
+
+def _raw(port: int, sent: bytes) -> bytes:
+    """What comes back within two seconds of silence."""
+    heard = b""
+    with socket.create_connection((HOST, port), timeout=2) as connection:
+        try:
+            connection.sendall(sent)
+            while part := connection.recv(1 << 16):
+                heard += part
+                if _whole(heard):
+                    break
+        except (TimeoutError, ConnectionError):
+            time.sleep(0)
+    return heard
+
+
+def _whole(heard: bytes) -> bool:
+    head, found, body = heard.partition(b"\r\n\r\n")
+    sizes = [line.partition(b":")[2] for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
+    return bool(found) and len(body) >= int(sizes[0] if sizes else 0)
+
+
+def told(found: Counter[int | str]) -> str:
+    """How often each status came."""
+    return ", ".join(f"{n} x {status}" for status, n in sorted(found.items(), key=str))

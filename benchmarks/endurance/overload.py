@@ -1,0 +1,135 @@
+"""More than can be answered: every request is answered or refused at once, and those answered do not wait too long."""
+
+import asyncio
+import itertools
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+from benchmarks import load
+from benchmarks.endurance.client import Connection, Offered, in_turn, offer, request
+from benchmarks.endurance.stage import PREDICT, Line, Running, say, service, windows_binary, windows_json
+from benchmarks.peers import INFER
+
+SECONDS = 20.0  # of each offer
+CAPACITY_SECONDS, CAPACITY_CONNECTIONS = 6.0, 8
+QUEUE_SECONDS = 2.0  # the default of ENGINE_HEALTH_MAX_QUEUE_SECONDS
+TURN_SECONDS = 0.5  # in the hands of the event loop: a turn to be read and one to be told, an eighth of that each
+EXPLAINED = json.dumps(json.loads(load.predict_json(load.windows(8))) | {"explain": True}).encode()
+CASES = (  # what is refused has to be read all the same: no client on the other core offers ten times the last two
+    ("64 engines, one flight each, JSON", PREDICT, windows_json(64, 1), (2, 5, 10)),
+    ("8 windows, explained, JSON", PREDICT, request(PREDICT, EXPLAINED, load.JSON_HEADERS), (2,)),
+    ("64 windows, binary (0.4 MiB)", INFER, windows_binary(64), (2,)),
+    ("1,000 windows, binary (6.5 MiB)", INFER, windows_binary(1000), (2,)),
+)
+CONNECTIONS = 3000  # beyond the 2,048 that a listening socket holds
+
+
+def lines() -> Iterator[Line]:
+    """Each kind of request at multiples of what the service can take, then connections that nobody accepts at first."""
+    for what, path, asked, times in CASES:
+        with service() as running:
+            rate, alone = asyncio.run(capacity(running, asked))
+            say(f"{what}: {rate:.0f}/s, p99 {alone:.2f} s at {CAPACITY_CONNECTIONS} connections")
+            for multiple in times:
+                yield overloaded(running, what, path, asked, rate, multiple, alone)
+    yield backlog()
+
+
+async def capacity(running: Running, asked: bytes) -> tuple[float, float]:
+    """Requests a second that a few connections get answered, and their p99 in seconds."""
+    begun = time.perf_counter()
+    until = itertools.takewhile(lambda _: time.perf_counter() < begun + CAPACITY_SECONDS, itertools.repeat(asked))
+    found = await in_turn(running.port, until, CAPACITY_CONNECTIONS)
+    return found.count(200) / (time.perf_counter() - begun), found.percentile(200, 99)
+
+
+def overloaded(running: Running, what: str, path: str, asked: bytes, rate: float, multiple: int, alone: float) -> Line:
+    """A rate that is a multiple of the capacity, kept for a while whatever the answers."""
+    route = path.replace("engine-health", "{name}")
+    before = running.counted()
+    found = asyncio.run(offer(running.port, asked, rate * multiple, SECONDS))
+    time.sleep(1)
+    after = running.counted()
+
+    def more(name: str) -> int:
+        return round(after.get(name, 0) - before.get(name, 0))
+
+    counted = {
+        status: more(f'engine_health_http_requests_total{{method="POST",route="{route}",status="{status}"}}')
+        for status in (200, 429)
+    }
+    refused = more('engine_health_rejected_total{reason="overloaded"}')
+    bound, p99 = QUEUE_SECONDS + TURN_SECONDS + alone, found.percentile(200, 99)
+    whole = found.count(200) + found.count(429) == found.due and not found.broken
+    agreed = counted == {200: found.count(200), 429: found.count(429)} and refused == found.count(429)
+    return Line(
+        f"{multiple} x capacity ({rate:.0f}/s) for {SECONDS:g} s: {what}",
+        f"{told(found)}; p50 {found.percentile(200, 50):.2f} s, p99 {p99:.2f} s; refusals p50 "
+        f"{found.percentile(429, 50):.3f} s",
+        f"answered + refused = sent, in its own metrics too; Retry-After; p99 ≤ 2 s in the queue + {TURN_SECONDS:g} s "
+        f"in the event loop + {alone:.2f} s of service",
+        whole and agreed and not found.unhinted and p99 <= bound,
+        {
+            "capacity": rate,
+            "sent": found.due,
+            "answered": found.count(200),
+            "refused": found.count(429),
+            "broken": dict(found.broken),
+            "without_hint": found.unhinted,
+            "counted": counted,
+            "p50": found.percentile(200, 50),
+            "p99": p99,
+            "bound": bound,
+            "refused_p50": found.percentile(429, 50),
+            "refused_p99": found.percentile(429, 99),
+        },
+    )
+
+
+def told(found: Offered) -> str:
+    """Sent, answered, refused, and whatever else there was."""
+    other = {status: len(s) for status, s in found.seconds.items() if status not in (200, 429)} | dict(found.broken)
+    said = f"{found.due} sent, {found.count(200)} answered, {found.count(429)} refused"
+    return said + (f", {other}" if other else "")
+
+
+def backlog() -> Line:
+    """More connections than the listening socket holds, while the process does not accept any."""
+    with service() as running:
+        found, held = asyncio.run(_crowd(running))
+    return Line(
+        f"{CONNECTIONS} connections at once to a process stopped for 3 s",
+        f"{held} were held by the kernel, the others tried again; {told(found)}; "
+        f"slowest {found.percentile(200, 100):.1f} s",
+        "every one is answered",
+        found.count(200) == CONNECTIONS,
+        {"held": held, "answered": found.count(200), "broken": dict(found.broken)},
+    )
+
+
+async def _crowd(running: Running) -> tuple[Offered, int]:
+    asked = request("/livez", method="GET")
+    found, held = Offered(), 0
+
+    async def one() -> None:
+        nonlocal held
+        found.due += 1
+        since = time.perf_counter()
+        try:
+            connection = await Connection.to(running.port)
+            held += 1
+            found.add(await connection.ask(asked, since))
+            connection.close()
+        except (OSError, TimeoutError) as error:
+            found.broken[type(error).__name__] += 1
+
+    os.kill(running.pid, signal.SIGSTOP)
+    tasks = [asyncio.create_task(one()) for _ in range(CONNECTIONS)]
+    await asyncio.sleep(3)
+    accepted = held
+    os.kill(running.pid, signal.SIGCONT)
+    await asyncio.gather(*tasks)
+    return found, accepted

@@ -1,0 +1,116 @@
+"""The real service for one part, what its processes hold, what it counted, and the line that a part gives."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks import load
+from benchmarks.endurance.client import request
+from benchmarks.peers import INFER, ROOT
+from benchmarks.serving import base, command
+
+PREDICT, EVALUATE = "/v1/predict", "/v1/evaluate"
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Line:
+    """One promise: what was done, what was seen of it, and whether it was kept."""
+
+    done: str
+    seen: str
+    promised: str
+    kept: bool
+    figures: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A service that runs: its port and the process that was started."""
+
+    port: int
+    pid: int
+
+    def counted(self) -> dict[str, float]:
+        """Every sample of /metrics by its name and labels."""
+        lines = load.get(base(self.port) + "/metrics")[1].decode().splitlines()
+        return {name: float(value) for name, _, value in (x.rpartition(" ") for x in lines if not x.startswith("#"))}
+
+    def alive(self) -> bool:
+        """Whether the process that was started runs still."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None
+
+    def memory(self, what: str = "VmRSS") -> float:
+        """MiB that the process holds in memory; "VmHWM" for the most since `forget_peak`."""
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith(what))) / 1024
+
+    def settled_memory(self) -> float:
+        """MiB that it holds a moment after the last answer, which goes out before its request is forgotten."""
+        time.sleep(1)
+        return self.memory()
+
+    def forget_peak(self) -> None:
+        """Begin the peak anew."""
+        Path(f"/proc/{self.pid}/clear_refs").write_text("5")
+
+    def descriptors(self) -> int:
+        """Files and sockets that it has open."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def workers(self) -> list[int]:
+        """Processes that serve below it."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return [int(pid) for pid in children if b"spawn_main" in _command_line(int(pid))]
+
+    def stopped(self, seconds: float) -> int:
+        """Send SIGTERM and wait; the exit code.
+
+        Raises:
+            TimeoutError: it runs still after that time.
+        """
+        os.kill(self.pid, signal.SIGTERM)
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)  # its parent reaps it later
+            if ended is not None:
+                return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+            time.sleep(0.05)
+        raise TimeoutError(f"still running {seconds:g} s after SIGTERM")
+
+
+@contextmanager
+def service(**settings: object) -> Iterator[Running]:
+    """The service on its core, one thread of inference, logging as it is shipped; settings in lower case."""
+    port = load.free_port()
+    environment = {f"ENGINE_HEALTH_{key.upper()}": str(value) for key, value in ({"threads": 1} | settings).items()}
+    started = [word for word in command(port) if word not in ("--drain-seconds", "0")]
+    with load.served(started, environment, load.SERVER_CORE, base(port) + "/readyz", ROOT) as pid:
+        yield Running(port, pid)
+
+
+def windows_json(rows: int, flights: int = 0) -> bytes:
+    """A request of `/v1/predict`; `flights` is how many of the window's newest rows are sent, 0 for all."""
+    return request(PREDICT, load.predict_json(load.windows(rows)[:, -flights:]), load.JSON_HEADERS)
+
+
+def windows_binary(rows: int) -> bytes:
+    """A request of the Open Inference Protocol with the binary extension, both ways."""
+    return request(INFER, *load.oip_binary(load.windows(rows)))
+
+
+def say(text: str) -> None:
+    """Progress, beside the table."""
+    print(f"  {text}", file=sys.stderr, flush=True)
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # gone
+        return b""

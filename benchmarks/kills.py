@@ -1,0 +1,178 @@
+"""kill -9 at random moments while flights and labels are told: what was acknowledged must be there, and once.
+
+    python -m benchmarks.kills [--kills 100] [--seed 0] [--database sqlite|postgresql]      # = make kills
+
+Each life of the service is one database's worth of ingestion by several clients, ended at a random moment by SIGKILL;
+the next life goes on with the same database. Cycles that nobody acknowledged are told again, as a collector would.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.load import free_port, get, golden
+
+ENGINES, CLIENTS, MOST_SECONDS = 40, 8, 1.5
+LABELS = ("normal", "degrading", "critical")
+
+
+class Survived(NamedTuple):
+    """What many kills left. `lost` and `twice` are to be 0."""
+
+    kills: int
+    flights: int  # acknowledged
+    labels: int  # acknowledged
+    lost: int  # acknowledged, and not there or not as it was said
+    twice: int  # there more than once
+    restart_seconds: float  # the longest from a start to ready
+
+    def kept(self) -> bool:
+        """Whether the promise was."""
+        return self.lost == self.twice == 0 and self.labels > 0
+
+
+class Life:
+    """A service from start to SIGKILL."""
+
+    def __init__(self, database_url: str) -> None:
+        self.base = f"http://127.0.0.1:{(port := free_port())}"
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("ENGINE_HEALTH_")}
+        environment |= {"ENGINE_HEALTH_DATABASE_URL": database_url, "ENGINE_HEALTH_LOG_LEVEL": "error"}
+        command = [sys.executable, "-m", "service.cli", "serve", "--port", str(port)]
+        started = time.monotonic()
+        self.process = subprocess.Popen(command, env=environment)
+        while not self._ready():
+            if self.process.poll() is not None or time.monotonic() > started + 60:
+                raise RuntimeError("the service did not become ready")
+            time.sleep(0.02)
+        self.seconds = time.monotonic() - started
+
+    def _ready(self) -> bool:
+        with suppress(OSError):
+            return get(self.base + "/readyz")[0] == 200
+        return False
+
+    def post(self, path: str, body: Any) -> Any:
+        """The answer; None if none came."""
+        request = urllib.request.Request(
+            self.base + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return json.load(answer)
+        except (OSError, ValueError, EOFError):  # killed meanwhile
+            return None
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+def survive(database_url: str, kills: int, seed: int = 0) -> Survived:
+    """Tell flights and labels through so many lives, and count what is there at the end."""
+    chance, next_cycle = random.Random(seed), [0] * ENGINES
+    flights: set[tuple[int, int]] = set()
+    labels: set[tuple[int, int]] = set()
+    slowest = 0.0
+    for _ in range(kills):
+        life = Life(database_url)
+        slowest = max(slowest, life.seconds)
+        stop = threading.Event()
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            for client in range(CLIENTS):
+                pool.submit(_tell, life, range(client, ENGINES, CLIENTS), next_cycle, flights, labels, stop)
+            time.sleep(chance.uniform(0.02, MOST_SECONDS))
+            life.kill()
+            stop.set()
+    return _counted(database_url, kills, flights, labels, slowest)
+
+
+def _tell(
+    life: Life,
+    engines: range,
+    next_cycle: list[int],
+    flights: set[tuple[int, int]],
+    labels: set[tuple[int, int]],
+    stop: threading.Event,
+) -> None:
+    """One client: a flight of each of its engines, then its label, until the service is gone."""
+    rows = golden()[0][0].tolist()
+    while not stop.is_set():
+        for engine in engines:
+            cycle = next_cycle[engine]
+            at = {"engine_id": f"engine {engine}", "cycle": cycle}
+            if life.post("/v1/cycles", {"cycles": [at | {"telemetry": rows[cycle % len(rows)]}]}) is None:
+                return
+            flights.add((engine, cycle))
+            next_cycle[engine] += 1
+            if life.post("/v1/labels", {"labels": [at | {"label": _label(engine, cycle)}]}) is None:
+                return
+            labels.add((engine, cycle))
+
+
+def _label(engine: int, cycle: int) -> str:
+    return LABELS[(engine + cycle) % len(LABELS)]
+
+
+def _counted(
+    database_url: str, kills: int, flights: set[tuple[int, int]], labels: set[tuple[int, int]], slowest: float
+) -> Survived:
+    life, lost, twice = Life(database_url), 0, 0
+    try:
+        for engine in range(ENGINES):
+            status, answer = get(f"{life.base}/v1/engines/engine%20{engine}")
+            history = json.loads(answer)["history"] if status == 200 else []
+            found = {row["cycle"]: row["label"] for row in history}
+            twice += len(history) - len(found)
+            lost += sum(cycle not in found for e, cycle in flights if e == engine)
+            lost += sum(found.get(cycle) != _label(engine, cycle) for e, cycle in labels if e == engine)
+    finally:
+        life.kill()
+    return Survived(kills, len(flights), len(labels), lost, twice, max(slowest, life.seconds))
+
+
+def main() -> None:
+    """Print a table; exit code 1 if anything was lost."""
+    parser = argparse.ArgumentParser(description="kill -9 while truths are told.")
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--database", choices=("sqlite", "postgresql"), help="one of them; both if not given")
+    chosen = parser.parse_args()
+    print("| database | kills | flights acknowledged | labels acknowledged | lost | twice | slowest start, s |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    kept = True
+    for name in (chosen.database,) if chosen.database else ("sqlite", "postgresql"):
+        found = survive_in(name, chosen.kills, chosen.seed)
+        cells = " | ".join(f"{value:,}" for value in found[:-1])
+        print(f"| {name} | {cells} | {found.restart_seconds:.1f} |", flush=True)
+        kept &= found.kept()
+    sys.exit(0 if kept else 1)
+
+
+def survive_in(database: str, kills: int, seed: int) -> Survived:
+    """As `survive`, with a database of its own."""
+    if database == "sqlite":
+        with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+            return survive(f"sqlite:///{folder}/memory.db", kills, seed)
+    from tests.postgres import postgres
+
+    with postgres() as cluster:
+        return survive(cluster.url("kills"), kills, seed)
+
+
+if __name__ == "__main__":
+    main()

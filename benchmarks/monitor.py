@@ -1,0 +1,155 @@
+"""How often the calibration state alarms when it is looked at after every label: falsely, and when it should.
+
+    python -m benchmarks.monitor [--streams 500] [--labels 5000]        # = make bench-monitor
+
+Beside the state stands what others look at: the z of the loss gap, and ECE against the noise band of its n. Both are
+right at one look and were never meant for thousands. Prints Markdown; a quarter of an hour on one core.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from benchmarks.streams import Looks, Random, Stream, agrees, alike, fleet, independent, looks
+from model import numerics, report
+from model.numerics import Floats
+from model.sequential import log_e
+from service.monitor import ALPHA_GAP, REPRESENTATIVE_SHARE, evidences, state
+
+ECE_EVERY, BAND_DRAWS = 10, 200
+SHARP, FLAT = 1.5, 1 / 1.5  # a true temperature of 1.5: logits 1.5 times too sharp
+FLEET, LARGE_FLEET = 100, 300  # engines
+MOVING, MOVING_LABELS, MOVING_EVERY = 2000, 20_000, 50
+Make = Callable[[Random], Stream]
+
+
+def z_alarms(stream: Stream, seen: Looks) -> bool:
+    """Whether |z| of the loss gap, rows as the unit, ever exceeds 1.96."""
+    deviation = np.sqrt(np.cumsum(numerics.loss_variance(stream.z)))
+    return bool((abs(seen.gap.total) > 1.96 * deviation)[seen.enough].any())
+
+
+def ece_alarms(stream: Stream, seen: Looks, random: Random) -> bool:
+    """Whether ECE ever exceeds the 95th percentile of a calibrated model's at that n."""
+    top = numerics.softmax(stream.z).max(axis=1)
+    bins = np.eye(numerics.RELIABILITY_BINS)[numerics.bin_of(top)]
+    gap = np.cumsum(bins * (top - numerics.correct(stream.z, stream.label))[:, None], axis=0)[::ECE_EVERY]
+    spread = np.sqrt(np.cumsum(bins * (top * (1 - top))[:, None], axis=0))[::ECE_EVERY]
+    draws = abs(random.normal(size=(BAND_DRAWS, numerics.RELIABILITY_BINS)))
+    beyond = abs(gap).sum(axis=1) > np.quantile(spread @ draws.T, 0.95, axis=1)
+    return bool(beyond[seen.enough[::ECE_EVERY]].any())
+
+
+def false_alarms(make: Make, streams: int) -> list[float]:
+    """Shares of calibrated streams that ever alarm: the state, the gap with rows alone, z, ECE."""
+    found = []
+    for seed in range(streams):
+        random = np.random.default_rng(seed)
+        stream = make(random)
+        seen = looks(stream)
+        if not agrees(stream, seen, int(random.integers(len(stream.label)))):
+            raise SystemExit(f"monitor: stream {seed}: a look differs from what calibration() answers")
+        alone = (log_e(seen.gap.total, seen.gap.rows) >= -np.log(ALPHA_GAP))[seen.enough].any()
+        found.append((seen.alarms().any(), alone, z_alarms(stream, seen), ece_alarms(stream, seen, random)))
+    return [float(share) for share in np.mean(np.array(found, dtype=np.float64), axis=0)]
+
+
+def first_found(make: Make, sign: int, streams: int) -> tuple[Floats, Floats]:
+    """Labels and engines after which each stream is found over- (sign 1) or underconfident (-1); infinite if never."""
+    labels, engines = np.full(streams, np.inf), np.full(streams, np.inf)
+    for seed in range(streams):
+        stream = make(np.random.default_rng(seed))
+        found = np.flatnonzero(looks(stream).found(sign))
+        if len(found):
+            labels[seed] = found[0] + 1
+            engines[seed] = len(np.unique(stream.engine[: found[0] + 1]))
+    return labels, engines
+
+
+def strays(stream: Stream, sharpness: float) -> bool:
+    """Whether the confidence sequence ever leaves out the mean gap; independent rows, true logits z / sharpness."""
+    log_p, truth = numerics.log_softmax(stream.z), numerics.softmax(stream.z, sharpness)
+    expected = np.cumsum(((numerics.softmax(stream.z) - truth) * log_p).sum(axis=1))
+    return bool((looks(stream).gap.log_e(expected) >= -np.log(ALPHA_GAP)).any())
+
+
+def moving(stream: Stream) -> bool:
+    """Whether the state of the newest labels alone, which begins anew at every look, ever alarms."""
+    for end in range(MOVING, len(stream.label) + 1, MOVING_EVERY):
+        k = slice(end - MOVING, end)
+        found = report.labelled(stream.z[k], stream.label[k], stream.engine[k])
+        if state(found.engines.count, *evidences(found)) != "calibrated":
+            return True
+    return False
+
+
+def selected(seed: int) -> tuple[bool, bool]:
+    """Outcomes as engines fail: whether the state ever alarms, and once enough of all predictions are labelled."""
+    alarms = looks(fleet(np.random.default_rng(seed), FLEET, "failing")).alarms()
+    return bool(alarms.any()), bool(alarms[int(REPRESENTATIVE_SHARE * len(alarms)) :].any())
+
+
+def calibrated_table(streams: int, labels: int) -> Iterator[str]:
+    """Lines of Markdown: streams that ever alarm though calibrated."""
+    cases: dict[str, Make] = {
+        "rows independent, an engine each": lambda random: independent(random, labels),
+        "rows independent, 50 engines": lambda random: independent(random, labels, engines=50),
+        f"{FLEET} engines to failure, outcome at once": lambda random: fleet(random, FLEET, "outcome"),
+        f"{FLEET} engines to failure, inspected day by day": lambda random: fleet(random, FLEET, "daily"),
+        "the same, begun on different days": lambda random: fleet(random, FLEET, "staggered"),
+        "50 engines to failure, outcome at once": lambda random: fleet(random, FLEET // 2, "outcome"),
+        f"{FLEET} engines, one truth for all 50 rows": lambda random: alike(random, FLEET, 50),
+    }
+    yield "| calibrated streams that ever alarm | state | gap, rows alone | \\|z\\| > 1.96 | ECE above its band |"
+    yield "| --- | ---: | ---: | ---: | ---: |"
+    for name, make in cases.items():
+        yield f"| {name} | " + " | ".join(f"{share:.1%}" for share in false_alarms(make, streams)) + " |"
+
+
+def found_table(streams: int, labels: int) -> Iterator[str]:
+    """Lines of Markdown: streams found when logits are too sharp or too flat."""
+    cases: dict[str, Callable[[Random, float], Stream]] = {
+        "rows independent": lambda random, sharpness: independent(random, labels, sharpness),
+        "engines to failure, outcome at once": lambda random, sharpness: fleet(
+            random, LARGE_FLEET, "outcome", sharpness
+        ),
+        "engines, day by day": lambda random, sharpness: fleet(random, LARGE_FLEET, "daily", sharpness),
+    }
+    yield "| true temperature | streams | found | labels: half / 90 % found | engines: half / 90 % |"
+    yield "| --- | --- | ---: | ---: | ---: |"
+    for name, make in cases.items():
+        for sharpness, sign in ((SHARP, 1), (FLAT, -1)):
+            found = first_found(lambda random, make=make, s=sharpness: make(random, s), sign, streams)  # type: ignore[misc]
+            shares = (" / ".join(f"{x:,.0f}" for x in np.quantile(one, [0.5, 0.9], method="higher")) for one in found)
+            yield f"| {sharpness:.2f} | {name} | {np.isfinite(found[0]).mean():.1%} | " + " | ".join(shares) + " |"
+
+
+def others_table(streams: int, labels: int) -> Iterator[str]:
+    """Lines of Markdown: what the promise does not cover, and the confidence sequence."""
+    yield "| what else | share of streams |"
+    yield "| --- | ---: |"
+    for sharpness in (1.0, SHARP, FLAT):
+        left = [strays(independent(np.random.default_rng(s), labels, sharpness), sharpness) for s in range(streams)]
+        yield f"| the 96 % sequence of the gap ever leaves out the truth, T = {sharpness:.2f} | {np.mean(left):.1%} |"
+    parts = [moving(independent(np.random.default_rng(s), MOVING_LABELS)) for s in range(max(streams // 5, 1))]
+    yield f"| the newest {MOVING:,} of {MOVING_LABELS:,} labels, a moving window, ever alarm | {np.mean(parts):.1%} |"
+    ever, late = np.mean([selected(seed) for seed in range(streams)], axis=0)
+    yield f"| engines start together, outcomes come as they fail: ever alarms | {ever:.1%} |"
+    yield f"| the same, once {REPRESENTATIVE_SHARE:.0%} of all predictions are labelled | {late:.1%} |"
+
+
+def main() -> None:
+    """Simulate and print."""
+    parser = argparse.ArgumentParser(description="False and true alarms of the calibration state.")
+    parser.add_argument("--streams", type=int, default=500)
+    parser.add_argument("--labels", type=int, default=5000)
+    flags = parser.parse_args()
+    for table in (calibrated_table, found_table, others_table):
+        for line in table(flags.streams, flags.labels):
+            print(line, flush=True)
+        print()
+
+
+if __name__ == "__main__":
+    main()

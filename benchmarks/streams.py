@@ -1,0 +1,174 @@
+"""Simulated streams of labelled predictions, calibrated exactly, and every look of the monitor at them.
+
+Independent rows, engines that run to failure, and the worst that dependence within an engine can do. A look costs
+constant time here; `agrees` proves that it is what `service.monitor.calibration` says of the same labels.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from model import numerics, sequential
+from model.engines import ENOUGH_ENGINES
+from model.numerics import Floats
+from model.sequential import Deviations
+from service.monitor import ALPHA_CLASSES, ALPHA_GAP, Rows, calibration
+
+CLASSES = ("normal", "degrading", "critical")
+THRESHOLDS = (125.0, 50.0)  # cycles of remaining life
+LIVES = np.arange(100.0, 360.0, 4.0)  # cycles that an engine may live
+PRIOR = np.exp(-(((LIVES - 210) / 50) ** 2) / 2)
+PRIOR /= PRIOR.sum()
+ENGINE_BIAS, READING_NOISE = 0.5, 0.3  # of the logarithm of the remaining life, as a belief sees it
+CYCLES = 4  # between two predictions of an engine
+Integers = npt.NDArray[np.int64]
+Random = np.random.Generator
+
+
+class Stream(NamedTuple):
+    """Labelled predictions in the order in which labels arrive."""
+
+    z: Floats  # (N, 3) logits as claimed
+    label: Integers  # (N,)
+    engine: Integers  # (N,)
+
+
+def independent(random: Random, labels: int, sharpness: float = 1.0, engines: int | None = None) -> Stream:
+    """Rows that know nothing of each other, each of an engine of its own unless said; logits have deviation 2."""
+    z = random.normal(0, 2, (labels, 3))
+    p = numerics.softmax(z)
+    engine = np.arange(labels) if engines is None else random.integers(0, engines, labels)
+    return Stream(z * sharpness, _drawn(p, random.random(labels)), engine)
+
+
+def alike(random: Random, engines: int, rows: int) -> Stream:
+    """The worst that dependence can do: 0.90, 0.07, 0.03 said of every row, and one truth for all rows of an engine."""
+    p, engine = np.tile([0.9, 0.07, 0.03], (engines * rows, 1)), np.repeat(np.arange(engines), rows)
+    return Stream(np.log(p), _drawn(p, random.random(engines)[engine]), engine)
+
+
+def fleet(random: Random, engines: int, arrival: str, sharpness: float = 1.0) -> Stream:
+    """Engines that run to failure under a belief about their remaining life, exact given its one clue and the age.
+
+    The clue is the logarithm of the remaining life with a bias for each engine and a noise for each reading; so errors
+    of one engine have one cause, though every row by itself is calibrated. `arrival` of labels: `outcome` (an engine's
+    all at once, engine after engine), `daily` (every running engine inspected at every age), `staggered` (the same,
+    engines starting on different days), `failing` (all start at once, outcomes come as engines fail).
+    """
+    life = random.choice(LIVES, engines, p=PRIOR)
+    age_of = [np.arange(1.0 + random.integers(CYCLES), cycles, CYCLES) for cycles in life]
+    engine, age = np.repeat(np.arange(engines), [len(ages) for ages in age_of]), np.concatenate(age_of)
+    left = life[engine] - age
+    clue = np.log(left) + random.normal(0, ENGINE_BIAS, engines)[engine] + random.normal(0, READING_NOISE, len(age))
+    p = np.maximum(_belief(age, clue), 1e-12)
+    label = np.searchsorted(-np.array(THRESHOLDS), -left)
+    start = random.integers(0, 400, engines)[engine] if arrival == "staggered" else 0
+    when = {"outcome": engine, "failing": life[engine]}.get(arrival, age + start)
+    order = np.lexsort((random.random(len(age)), when))
+    return Stream(np.log(p[order]) * sharpness, label[order], engine[order])
+
+
+def _belief(age: Floats, clue: Floats) -> Floats:
+    """The posterior of the class (N, 3), given that the engine still runs at this age and gave this clue."""
+    left = LIVES - age[:, None]
+    spread = np.hypot(ENGINE_BIAS, READING_NOISE)
+    likelihood = np.exp(-(((clue[:, None] - np.log(np.maximum(left, 1))) / spread) ** 2) / 2)
+    weight = PRIOR * likelihood * (left > 0)
+    bounds = (np.inf, *THRESHOLDS, 0.0)
+    shares = [(weight * ((left <= high) & (left > low))).sum(axis=1) for high, low in pairwise(bounds)]
+    return np.asarray(np.stack(shares, axis=1) / weight.sum(axis=1, keepdims=True))
+
+
+def _drawn(p: Floats, uniform: Floats) -> Integers:
+    return np.asarray((uniform[:, None] > p.cumsum(axis=1)[:, :-1]).sum(axis=1))
+
+
+class Running(NamedTuple):
+    """A total after each label and its variance process on either side of zero; every field (N,)."""
+
+    total: Floats
+    above: Floats
+    below: Floats
+    rows: Floats  # the part of the process that counts rows alone
+
+    def log_e(self, mean_total: Floats | float = 0.0) -> Floats:
+        """Ln E against a mean whose total is given."""
+        away = self.total - mean_total
+        return sequential.log_e(away, np.where(away > 0, self.above, self.below))
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What the monitor would have said after each label."""
+
+    gap: Running
+    log_e: Floats  # of the loss gap
+    frequencies: Floats  # ln E of the class frequencies
+    enough: npt.NDArray[np.bool_]  # engines, to say anything
+
+    def alarms(self) -> npt.NDArray[np.bool_]:
+        """Where the state is over- or underconfident, or drifting."""
+        return np.asarray(self.found(1) | self.found(-1) | (self.frequencies >= -np.log(ALPHA_CLASSES)) & self.enough)
+
+    def found(self, sign: int) -> npt.NDArray[np.bool_]:
+        """Where the state is overconfident (sign 1) or underconfident (-1)."""
+        return np.asarray((self.log_e >= -np.log(ALPHA_GAP)) & (np.sign(self.gap.total) == sign) & self.enough)
+
+
+def looks(stream: Stream) -> Looks:
+    """Every look at a stream."""
+    p, q = numerics.softmax(stream.z), np.eye(3)[stream.label]
+    loss = numerics.cross_entropy(stream.z, stream.label, reduction="none")
+    losses = sequential.of_losses(stream.z, loss, numerics.entropy(stream.z), numerics.loss_variance(stream.z))
+    gap = running(losses, stream.engine)
+    classes = [running(sequential.of_class(p[:, k], q[:, k]), stream.engine).log_e() for k in range(3)]
+    enough = np.cumsum(_within(stream.engine, np.ones(len(p)))[0] == 1) >= ENOUGH_ENGINES
+    return Looks(gap, gap.log_e(), sequential.mean_of_e(np.stack(classes, axis=-1)), enough)
+
+
+def running(found: Deviations, engine: Integers) -> Running:
+    """As `sequential.evidence`, after each row."""
+    rows = np.cumsum(found.x**2 + 2 * found.variance) / 3
+    squares, together = _powers(engine, found.x, 2), _powers(engine, np.sqrt(found.variance), 2)
+    above, below = (
+        np.maximum(rows, squares + _powers(engine, tail**0.25, 4) / np.where(together > 0, together, 1))
+        for tail in (found.below, found.above)
+    )
+    return Running(np.cumsum(found.x), above, below, rows)
+
+
+def _powers(engine: Integers, values: Floats, power: int) -> Floats:
+    """Σ over engines of (sum over its rows so far)^power, after each row."""
+    now, before = _within(engine, values)
+    return np.asarray(np.cumsum(now**power - before**power))
+
+
+def _within(engine: Integers, values: Floats) -> tuple[Floats, Floats]:
+    """The sum over the row's engine up to each row, with it and without it."""
+    order = np.argsort(engine, kind="stable")
+    total = np.cumsum(values[order])
+    first = np.flatnonzero(np.diff(engine[order], prepend=-1))
+    before = np.repeat((total - values[order])[first], np.diff(first, append=len(order)))
+    found = np.empty_like(total)
+    found[order] = total - before
+    return found, found - values
+
+
+def rows_of(stream: Stream, begin: int, end: int) -> Rows:
+    """Labels begin..end of a stream as the service would hand them to its monitor."""
+    n, part = end - begin, slice(begin, end)
+    nothing, zero = np.full(n, np.nan), np.zeros(n)
+    label, source = np.eye(3)[stream.label[part]], np.ones(n, dtype=int)
+    return Rows(stream.z[part], np.ones(n), label, stream.engine[part], nothing, nothing, zero, zero, source)
+
+
+def agrees(stream: Stream, seen: Looks, label: int) -> bool:
+    """Whether the look after a label, the first being 0, is what `calibration` says of the labels up to it."""
+    answer = calibration(rows_of(stream, 0, label + 1), CLASSES, 0.0)
+    e = [answer["evidence"][name]["log10_e"] * np.log(10) for name in ("gap", "classes")]
+    alarmed = answer["state"] not in ("calibrated", "insufficient_data")
+    same = np.allclose(e, [seen.log_e[label], seen.frequencies[label]], atol=1e-6)
+    return bool(same and alarmed == seen.alarms()[label])

@@ -1,0 +1,340 @@
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.streams import Stream, agrees, alike, fleet, independent, looks
+from model import cmapss, numerics
+from model.contract import CHANNELS, Manifest
+from model.evaluate import ARTEFACT, answers, open_artefact, runner
+from model.measures import of_classes, rows_of
+from model.windows import Readings, every_window
+from service.monitor import AGES, DAY, REPRESENTATIVE_SHARE, Rows, calibration
+
+CLASSES = ("normal", "degrading", "critical")
+NOW = 1_000_000.0
+Random = np.random.Generator
+
+
+def rows(z: Any, label: Any, engine: Any = None, **rest: Any) -> Rows:
+    """Predictions made a minute ago and labelled half a minute later, but for what is given."""
+    logits = np.atleast_2d(np.asarray(z, dtype=np.float32))
+    n, classes = logits.shape
+    q = np.asarray(label, dtype=np.float64)
+    if q.ndim == 1:
+        q = np.where(np.isnan(q)[:, None], np.nan, np.eye(classes)[np.nan_to_num(q).astype(int)])
+    known = ~np.isnan(q[:, 0])
+    made = Rows(
+        logits,
+        np.ones(n),
+        q,
+        np.arange(n) if engine is None else np.asarray(engine),
+        np.where(known, 1.0, np.nan),
+        np.full(n, 2.0),
+        np.full(n, NOW - 60),
+        np.where(known, NOW - 30, np.nan),
+        np.where(known, 0, -1),
+    )
+    return replace(made, **rest)
+
+
+def calibrated(n: int = 600, engines: int = 60, seed: int = 0, sharpness: float = 1.0) -> Rows:
+    stream = independent(np.random.default_rng(seed), n, sharpness, engines)
+    return rows(stream.z, stream.label, stream.engine)
+
+
+def said(found: Rows, classes: tuple[str, ...] = CLASSES) -> dict[str, Any]:
+    """The answer, which must be JSON without NaN and survive it."""
+    answer = calibration(found, classes, NOW, 0.9, "30d")
+    read: dict[str, Any] = json.loads(json.dumps(answer, allow_nan=False))
+    assert read == answer
+    return read
+
+
+def moved(found: Rows, order: np.ndarray) -> Rows:
+    return Rows(*(column[order] for column in vars(found).values()))
+
+
+def test_the_answer_has_the_shape_of_the_design() -> None:
+    """Every field of `GET /v1/calibration` is there, filled from labelled predictions."""
+    found = said(calibrated())
+    assert [
+        "window", "n", "engines", "state", "evidence", "cross_entropy", "brier", "brier_decomposition", "accuracy",
+        "ece", "reliability", "classes", "conformal", "labels", "label_free",
+    ] == list(found)  # fmt: skip
+    assert ("30d", 600, 60, "calibrated") == tuple(found[name] for name in ("window", "n", "engines", "state"))
+    assert {"realised", "expected", "gap", "z", "z_engines", "interval"} == set(found["cross_entropy"])
+    assert {"value", "noise_band", "equal_mass", "interval"} == set(found["ece"])
+    assert {"lower", "upper", "n", "confidence", "accuracy"} == set(found["reliability"][0])
+    assert 15 == len(found["reliability"])
+    assert {"class", "n", "ece", "recall", "precision", "said", "seen", "log10_e"} == set(found["classes"][0])
+    assert CLASSES == tuple(one["class"] for one in found["classes"])
+    assert {"level": 0.9, "coverage": 1.0, "mean_size": 2.0} == found["conformal"]
+    assert {"share", "by_age", "lag_seconds", "sources", "selection_biased"} == set(found["labels"])
+    assert {"accuracy", "cross_entropy", "error"} == set(found["label_free"])
+
+
+def test_figures_are_those_of_the_evaluation() -> None:
+    """Cross-entropy, accuracy, Brier and ECE are what `model.numerics` says of the same logits and temperature."""
+    made = replace(calibrated(), temperature=np.full(600, 1.3))
+    found, label = said(made), made.label.argmax(axis=1)
+    assert float(numerics.cross_entropy(made.logits, label, 1.3)) == pytest.approx(found["cross_entropy"]["realised"])
+    assert float(numerics.entropy(made.logits, 1.3).mean()) == pytest.approx(found["cross_entropy"]["expected"])
+    assert float(numerics.correct(made.logits, label).mean()) == found["accuracy"]
+    assert float(numerics.brier(made.logits, label, 1.3).mean()) == pytest.approx(found["brier"])
+    assert numerics.ece(made.logits, label, 1.3) == pytest.approx(found["ece"]["value"])
+    rising = made.logits[np.argsort(numerics.softmax(made.logits, 1.3).max(axis=1))]
+    assert list(numerics.ece_noise_band(rising, 1.3)) == pytest.approx(found["ece"]["noise_band"])
+    assert found["brier"] == pytest.approx(float(np.dot([1, -1, 1, 1], list(found["brier_decomposition"].values()))))
+
+
+def test_each_row_counts_at_the_temperature_that_answered_it() -> None:
+    """Logits doubled under temperature two say the same as before."""
+    made = calibrated()
+    twice = np.where(np.arange(600) % 2, 2.0, 1.0)
+    other = replace(made, temperature=twice, logits=(made.logits * twice[:, None]).astype(np.float32))
+    assert same(said(made)["cross_entropy"], said(other)["cross_entropy"])
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal but for rounding, in any depth."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == pytest.approx(other, rel=1e-9, abs=1e-9)) if isinstance(one, float) else one == other
+
+
+def test_the_order_of_rows_changes_nothing() -> None:
+    """However labels arrived, the answer is the same; in the same order it is the same to the bit."""
+    made = replace(calibrated(), label=np.where((np.arange(600) % 3 == 0)[:, None], np.nan, calibrated().label))
+    first = said(made)
+    for seed in range(3):
+        assert same(first, said(moved(made, np.random.default_rng(seed).permutation(600))))
+    assert first == said(made)
+
+
+def test_unlabelled_rows_touch_the_label_free_part_alone() -> None:
+    """Predictions without a label change shares and label-free estimates, and nothing that labels say."""
+    made = calibrated()
+    more = rows(
+        np.concatenate([made.logits, made.logits[:200] * 3]),
+        np.r_[made.label.argmax(1), np.full(200, np.nan)],
+        np.r_[made.engine, np.arange(200)],
+    )
+    one, other = said(made), said(more)
+    for name in ("n", "engines", "state", "evidence", "cross_entropy", "brier", "ece", "reliability", "classes"):
+        assert same(one[name], other[name]), name
+    assert 0.75 == other["labels"]["share"]
+    assert other["label_free"]["accuracy"] > one["label_free"]["accuracy"]
+    assert same(one["label_free"]["error"], other["label_free"]["error"])
+
+
+def test_label_free_errors_are_estimate_less_truth() -> None:
+    """Three rows said with 0.8 of which one is right: accuracy is overestimated by 0.8 less a third."""
+    z = np.log([[0.8, 0.2]] * 3)
+    found = said(rows(z, [0, 1, 1]), ("a", "b"))["label_free"]
+    assert 0.8 == pytest.approx(found["accuracy"], abs=1e-6)
+    assert 0.8 - 1 / 3 == pytest.approx(found["error"]["accuracy"], abs=1e-6)
+    entropy = -(0.8 * np.log(0.8) + 0.2 * np.log(0.2))
+    loss = -(np.log(0.8) + 2 * np.log(0.2)) / 3
+    assert entropy - loss == pytest.approx(found["error"]["cross_entropy"], abs=1e-6)
+
+
+def test_classes_by_hand() -> None:
+    """Recall, precision and counts of two classes; a class never called has no precision, one never seen no recall."""
+    z = np.log([[0.9, 0.05, 0.05], [0.8, 0.1, 0.1], [0.1, 0.8, 0.1]])
+    normal, degrading, critical = said(rows(z, [0, 1, 1]))["classes"]
+    assert (1, 1.0, 0.5) == (normal["n"], normal["recall"], normal["precision"])
+    assert (2, 0.5, 1.0) == (degrading["n"], degrading["recall"], degrading["precision"])
+    assert (0, None, None) == (critical["n"], critical["recall"], critical["precision"])
+    assert (0.6, 2 / 3) == pytest.approx((normal["said"], degrading["seen"]), abs=1e-6)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+@pytest.mark.parametrize("classes", [1, 2, 3, 10])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_few_rows_are_null_and_never_nan(n: int, classes: int, labelled: bool) -> None:
+    """No predictions, no labels, one row, one class: the answer is JSON, and says that it has too few engines."""
+    label = np.zeros(n) if labelled else np.full(n, np.nan)
+    found = said(rows(np.zeros((n, classes)), label), tuple(map(str, range(classes))))
+    count = n if labelled else 0
+    assert (count, count, "insufficient_data") == (found["n"], found["engines"], found["state"])
+    assert (None if count == 0 else pytest.approx(np.log(classes))) == found["cross_entropy"]["realised"]
+    assert (found["label_free"]["error"] is None) == (count == 0)
+    assert (found["evidence"]["gap"]["interval"] is None) == (count == 0)
+    filled = [one for one in found["reliability"] if one["n"]]
+    assert (min(count, 1), count) == (len(filled), sum(one["n"] for one in filled))
+    assert all((one["accuracy"] is None) == (one["n"] == 0) for one in found["reliability"])
+
+
+@pytest.mark.parametrize(
+    "z",
+    [
+        [[1e4, 0, -1e4]] * 30,  # p is exactly 1 and 0
+        [[3e38, -3e38, 0]] * 30,
+        [[0, 0, 0]] * 30,
+    ],
+)
+@pytest.mark.parametrize("truth", [0, 1])
+def test_certainty_right_and_wrong_is_finite(z: list[list[float]], truth: int) -> None:
+    """Probabilities of exactly 0 and 1, right or wrong, in one engine or thirty, give finite figures or null."""
+    for engine in (np.zeros(30, dtype=int), np.arange(30)):
+        found = said(rows(z, np.full(30, truth), engine, temperature=np.full(30, 0.01)))
+        assert found["cross_entropy"]["realised"] is not None
+        if z[0][0] > 0 and truth:  # certain and wrong each time: one engine proves nothing, thirty do
+            assert (engine.max() == 0) == (found["state"] == "insufficient_data")
+            assert "calibrated" != found["state"]
+
+
+def test_soft_labels_count_in_parts() -> None:
+    """A label that is a distribution costs its whole cross-entropy, and its parts count in each class."""
+    q = np.tile([0.7, 0.3, 0.0], (40, 1))
+    found = said(rows(np.log(np.tile([0.7, 0.2, 0.1], (40, 1))), q))
+    assert -(0.7 * np.log(0.7) + 0.3 * np.log(0.2)) == pytest.approx(found["cross_entropy"]["realised"], abs=1e-6)
+    assert 0.7 == pytest.approx(found["accuracy"])
+    assert [28, 12, 0] == pytest.approx([one["n"] for one in found["classes"]])
+
+
+def test_labels_are_told_by_age_lag_and_source() -> None:
+    """Shares by the age of the prediction, lags of the labels, counts by source; a label that came first has no lag."""
+    age = np.array([0.0, 0.5, 2, 40, 100]) * DAY
+    at = np.array([np.nan, NOW - 1, NOW - 3 * DAY, NOW - 38 * DAY, NOW - 90 * DAY])
+    label = np.where(np.isnan(at), np.nan, 0)
+    made = rows(np.zeros((5, 3)), label, made_at=NOW - age, labelled_at=at, source=np.array([-1, 0, 1, 1, 2]))
+    found = said(made)["labels"]
+    assert [2, 1, 0, 1, 1] == [band["n"] for band in found["by_age"]]
+    assert [0.5, 1, None, 1, 1] == [band["share"] for band in found["by_age"]]
+    assert [*AGES, None] == [found["by_age"][0]["from_seconds"], *(band["to_seconds"] for band in found["by_age"])]
+    assert np.median([0.5 * DAY - 1, 0, 2 * DAY, 10 * DAY]) == pytest.approx(found["lag_seconds"]["p50"])
+    assert {"inspection": 1, "outcome": 2, "survival": 1} == found["sources"]
+    assert (0.8, False) == (found["share"], found["selection_biased"])
+
+
+def test_few_labels_are_called_selected() -> None:
+    """Below the share that describes a fleet, and without any prediction, the selection is declared."""
+    n = 100
+    for labelled in (0, int(REPRESENTATIVE_SHARE * n) - 1, int(REPRESENTATIVE_SHARE * n)):
+        label = np.where(np.arange(n) < labelled, 0.0, np.nan)
+        assert (labelled < REPRESENTATIVE_SHARE * n) == said(rows(np.zeros((n, 3)), label))["labels"][
+            "selection_biased"
+        ]
+    assert said(rows(np.zeros((0, 3)), []))["labels"]["selection_biased"]
+
+
+def test_without_a_rule_there_is_no_conformal_part() -> None:
+    """A model without prediction sets says null, and one with them their coverage over labelled rows."""
+    made = rows(
+        np.zeros((4, 3)), [0, 0, 0, np.nan], covered=np.array([1, 0, 1, np.nan]), set_size=np.array([1.0, 1, 2, 3])
+    )
+    assert calibration(made, CLASSES, NOW)["conformal"] is None
+    assert {"level": 0.9, "coverage": 2 / 3, "mean_size": 4 / 3} == pytest.approx(said(made)["conformal"])
+
+
+@pytest.mark.parametrize("engines", [19, 20])
+def test_few_engines_are_insufficient_whatever_they_say(engines: int) -> None:
+    """Nineteen engines alarm nobody, though every row is wrong; twenty do."""
+    found = said(rows(np.tile([9.0, 0, 0], (400, 1)), np.ones(400), np.arange(400) % engines))
+    assert ("insufficient_data" if engines < 20 else "overconfident") == found["state"]
+
+
+def test_states_name_what_is_wrong() -> None:
+    """Too sharp is overconfident, too flat underconfident, other class frequencies at the expected loss drifting."""
+    assert "overconfident" == said(calibrated(3000, 3000, sharpness=2.0))["state"]
+    assert "underconfident" == said(calibrated(3000, 3000, sharpness=0.5))["state"]
+    p = np.array([0.45, 0.45, 0.1])
+    label = np.random.default_rng(0).choice(3, 1500, p=[0.65, 0.25, 0.1])
+    found = said(rows(np.tile(np.log(p), (1500, 1)), label, np.arange(1500)))
+    assert "drifting" == found["state"]
+    assert found["classes"][0]["log10_e"] > found["classes"][2]["log10_e"]
+    assert found["evidence"]["classes"]["log10_e"] > found["evidence"]["classes"]["alarm_at"]
+    assert found["evidence"]["gap"]["interval"][0] < 0 < found["evidence"]["gap"]["interval"][1]
+
+
+DEPENDENT: dict[str, Callable[[Random], Stream]] = {
+    "independent rows": lambda random: independent(random, 2000),
+    "engines, outcome at once": lambda random: fleet(random, 50, "outcome"),
+    "engines, day by day": lambda random: fleet(random, 50, "daily"),
+    "one truth an engine": lambda random: alike(random, 50, 40),
+}
+
+
+@pytest.mark.parametrize("kind", DEPENDENT)
+def test_looking_after_every_label_raises_no_false_alarm(kind: str) -> None:
+    """Of sixty calibrated streams at most eight ever alarm: at 5 % more than eight come once in three hundred."""
+    alarmed = sum(looks(DEPENDENT[kind](np.random.default_rng(1000 + seed))).alarms().any() for seed in range(60))
+    assert alarmed <= 8
+
+
+@pytest.mark.parametrize(("sharpness", "sign"), [(1.5, 1), (1 / 1.5, -1)])
+def test_a_wrong_temperature_is_found(sharpness: float, sign: int) -> None:
+    """Of twenty streams of which every logit is too sharp, or too flat, all are found within a thousand labels."""
+    streams = (independent(np.random.default_rng(seed), 1000, sharpness) for seed in range(20))
+    assert 20 == sum(looks(stream).found(sign).any() for stream in streams)
+
+
+@pytest.mark.parametrize("kind", DEPENDENT)
+def test_a_look_is_what_calibration_answers(kind: str) -> None:
+    """What the simulations look at after each label is the state and the evidence that the service gives."""
+    for seed in range(5):
+        stream = DEPENDENT[kind](np.random.default_rng(seed))
+        seen = looks(stream)
+        for label in (0, 25, 300, len(stream.label) - 1):
+            assert agrees(stream, seen, label)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"temperature": np.ones(5)}, "temperature of shape"),
+        ({"label": np.zeros((6, 2))}, "label of shape"),
+        ({"temperature": np.zeros(6)}, "temperatures must be from"),
+        ({"logits": np.full((6, 3), np.nan, dtype=np.float32)}, "logits must be finite"),
+        ({"logits": np.full((6, 3), 1e60)}, "too large"),
+        ({"label": np.full((6, 3), 0.5)}, "sum to 1"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(change: dict[str, Any], words: str) -> None:
+    """Other lengths, temperatures or logits out of range, and labels that are no distribution are named."""
+    with pytest.raises(ValueError, match=words):
+        calibration(replace(rows(np.zeros((6, 3)), np.zeros(6)), **change), CLASSES, NOW)
+
+
+def replayed(folder: Path, manifest: Manifest, make: Callable[[Readings, int], Readings]) -> tuple[Rows, Any]:
+    """The test engines of FD001 and FD003 as the artefact answers them, every cycle labelled by its outcome."""
+    engines = [history for subset in ("FD001", "FD003") for history in cmapss.read_test(folder, subset)]
+    parts = answers(runner(open_artefact(ARTEFACT)[0]), manifest.window or 1, engines, make=make)
+    found = rows_of(parts, last_only=False)
+    engine = np.repeat(np.arange(len(parts)), [len(part.labels) for part in parts])
+    made = rows(found.logits, found.labels, engine, temperature=np.full(len(engine), manifest.temperature))
+    return made, found
+
+
+def test_real_engines_are_calibrated_and_say_what_evaluate_says(cmapss_dir: Path, manifest: Manifest) -> None:
+    """On the official test engines of FD001 and FD003 the monitor is quiet, and its figures are the evaluation's."""
+    made, found = replayed(cmapss_dir, manifest, every_window)
+    live, table = said(made), of_classes(found, manifest.temperature)
+    assert "calibrated" == live["state"]
+    losses = live["cross_entropy"]
+    assert (table["cross-entropy"], table["entropy"]) == pytest.approx(
+        (losses["realised"], losses["expected"]), abs=1e-6
+    )
+    assert (table["accuracy"], table["Brier"]) == pytest.approx((live["accuracy"], live["brier"]), abs=1e-6)
+    assert table["ECE"] == pytest.approx(live["ece"]["value"], abs=1e-6)
+    assert abs(losses["z_engines"]) < 1.96
+
+
+def test_shifted_sensors_are_found_on_real_engines(cmapss_dir: Path, manifest: Manifest) -> None:
+    """The same engines with two sensors read two deviations too high alarm once their outcomes are in."""
+    usual = np.concatenate([history.telemetry for history in cmapss.read_test(cmapss_dir, "FD001")])
+    shift = np.zeros(len(CHANNELS), dtype=np.float32)
+    for name in ("sensor_4", "sensor_11"):
+        shift[CHANNELS.index(name)] = 2 * usual[:, CHANNELS.index(name)].std()
+    made, _ = replayed(cmapss_dir, manifest, lambda telemetry, window: every_window(telemetry + shift, window))
+    found = said(made)
+    assert found["state"] in ("overconfident", "drifting")
+    assert found["cross_entropy"]["realised"] > found["cross_entropy"]["expected"]

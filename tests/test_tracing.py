@@ -1,0 +1,208 @@
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from model.windows import Readings
+from tests.conftest import absent, running
+from tests.test_serving import children, one, until
+
+TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+CALLER = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+SERVER = 2  # the kind of a span
+SOON, NEVER = "100", "600000"  # milliseconds until spans are sent
+
+
+class Collector:
+    """An OTLP/HTTP collector: what was sent to it, as bytes and as spans with the resource they are of."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.bodies: list[bytes] = []
+
+    @property
+    def spans(self) -> list[tuple[Any, dict[str, str]]]:
+        found = []
+        for body in list(self.bodies):
+            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                of = attributes(resource.resource)
+                found += [(span, of) for scope in resource.scope_spans for span in scope.spans]
+        return found
+
+    def environment(self, delay: str = SOON, **more: str) -> dict[str, str]:
+        """What sends a service's spans here."""
+        return {"OTEL_EXPORTER_OTLP_ENDPOINT": self.address, "OTEL_BSP_SCHEDULE_DELAY": delay, "NO_PROXY": "*"} | more
+
+
+@contextmanager
+def collecting() -> Iterator[Collector]:
+    """A collector on a free port of this machine."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:  # http.server's name
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.path == "/v1/traces":
+                found.bodies.append(body)
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    found = Collector(f"http://127.0.0.1:{server.server_port}")
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield found
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    """A collector that has heard nothing yet."""
+    with collecting() as found:
+        yield found
+
+
+def attributes(of: Any) -> dict[str, Any]:
+    return {pair.key: pair.value.string_value or pair.value.int_value for pair in of.attributes}
+
+
+def test_a_prediction_is_a_span_of_the_callers_trace(collector: Collector, windows: Readings) -> None:
+    """A request is one span with route and status, child of the caller's; its log line names it; a probe is none."""
+    with running(**collector.environment(ENGINE_HEALTH_LOG_LEVEL="info")) as service:
+        assert 200 == service.client.post("/v1/predict", json=one(windows[0]), headers=CALLER).status_code
+        assert 422 == service.client.post("/v1/predict", json={}).status_code
+        assert 200 == service.client.get("/v2/models/engine-health").status_code
+        assert 404 == service.client.get("/v1/nothing").status_code
+        for probe in ("/livez", "/readyz", "/metrics", "/v2/health/ready"):
+            assert 200 == service.client.get(probe).status_code
+        until(lambda: len(collector.spans) >= 4)
+        service.process.terminate()
+        _, said = service.process.communicate(timeout=30)
+    names = ["POST /v1/predict", "POST /v1/predict", "GET /v2/models/{name}", "GET"]
+    spans = sorted(collector.spans, key=lambda pair: pair[0].start_time_unix_nano)
+    assert names == [span.name for span, _ in spans]
+    assert {SERVER} == {span.kind for span, _ in spans}
+    assert {"engine-health"} == {of["service.name"] for _, of in spans}
+    predict = spans[0][0]
+    assert (TRACE, PARENT) == (predict.trace_id.hex(), predict.parent_span_id.hex())
+    assert ("/v1/predict", 200) == (attributes(predict)["http.route"], attributes(predict)["http.status_code"])
+    assert 422 == attributes(spans[1][0])["http.status_code"]
+    assert TRACE != spans[1][0].trace_id.hex()
+    lines = [json.loads(line) for line in said.splitlines()]
+    told = [(line["trace_id"], line["span_id"]) for line in lines if "trace_id" in line]
+    assert told == [(span.trace_id.hex(), span.span_id.hex()) for span, _ in spans]
+
+
+def test_no_key_ends_in_a_span(collector: Collector, windows: Readings) -> None:
+    """Neither headers nor queries are sent, though OpenTelemetry was told to capture every header."""
+    everything = {"OTEL_INSTRUMENTATION_HTTP_CAPTURE_HEADERS_SERVER_REQUEST": ".*", "ENGINE_HEALTH_API_KEYS": "s3cret"}
+    with running(**collector.environment(**everything)) as service:
+        for headers in ({"Authorization": "Bearer s3cret"}, {"X-API-Key": "s3cret"}, {"Cookie": "key=s3cret"}):
+            service.client.post("/v1/predict?key=s3cret", json=one(windows[0]), headers=headers)
+        until(lambda: len(collector.spans) == 3)
+    assert [200, 200, 401] == [attributes(span)["http.status_code"] for span, _ in collector.spans]
+    assert b"s3cret" not in b"".join(collector.bodies)
+
+
+def test_what_is_not_sent_yet_is_sent_at_the_end(collector: Collector, windows: Readings) -> None:
+    """On SIGTERM the spans of all workers, not due for minutes, arrive before they end with exit code 0."""
+    environment = collector.environment(NEVER, ENGINE_HEALTH_WORKERS="2", OTEL_SERVICE_NAME="fleet")
+    with running(**environment) as service:
+        until(lambda: len(children(service.process)) == 2)
+        statuses: list[int] = []
+        while statuses.count(200) < 20:  # over new connections, which the kernel deals out; a worker may not be ready
+            asked = httpx.post(f"{service.client.base_url}/v1/predict", json=one(windows[0]), trust_env=False)
+            statuses.append(asked.status_code)
+        assert [] == collector.bodies
+        service.process.terminate()
+        assert 0 == service.process.wait(timeout=30)
+    assert sorted(statuses) == sorted(attributes(span)["http.status_code"] for span, _ in collector.spans)
+    assert {"fleet"} == {of["service.name"] for _, of in collector.spans}
+
+
+def test_odd_requests_are_answered_as_without_spans(collector: Collector) -> None:
+    """Bytes that are no text in headers and query are answered, or refused as a bad request, traced or not."""
+    odd = b"\xff\\x"  # neither UTF-8 nor an escape that Python knows
+    head = b"GET /v1/model%s HTTP/1.1\r\nHost: %s\r\nUser-Agent: %s\r\ntraceparent: %s\r\nConnection: close\r\n\r\n"
+    cases = (
+        (b"?" + odd, odd, odd, odd),
+        (b"", b"[", odd, b"00-0"),
+        (b"?%ff", odd, b"", CALLER["traceparent"].encode()),
+    )
+    with running(**collector.environment()) as service:
+        for case in cases:
+            address = (service.client.base_url.host, service.client.base_url.port or 80)
+            with socket.create_connection(address, timeout=20) as connection:
+                connection.sendall(head % case)
+                heard = connection.makefile("rb").read()
+            assert heard.split()[1] in (b"200", b"400"), heard
+        assert b"200" == heard.split()[1]
+        until(lambda: any(span.trace_id.hex() == TRACE for span, _ in collector.spans))
+
+
+@pytest.mark.parametrize("listening", [False, True])
+def test_without_a_collector_everything_else_goes_on(windows: Readings, listening: bool) -> None:
+    """Nobody listens where spans are sent to, or nobody answers: requests are answered, and the service ends with 0."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        if listening:
+            silent.listen()
+        nowhere = Collector(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with running(**nowhere.environment()) as service:
+            for _ in range(5):
+                assert 200 == service.client.post("/v1/predict", json=one(windows[0])).status_code
+            service.process.terminate()
+            assert 0 == service.process.wait(timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("setting", "why"),
+    [
+        ({}, "opentelemetry.instrumentation.asgi is not installed (engine-health[tracing])"),
+        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, "the protocol is http/protobuf, not grpc"),
+        ({"OTEL_SDK_DISABLED": "true"}, None),
+        ({"OTEL_TRACES_EXPORTER": "none"}, None),
+    ],
+)
+def test_spans_that_cannot_be_had_are_one_line(
+    tmp_path: Path, windows: Readings, setting: dict[str, str], why: str | None
+) -> None:
+    """Asked for and impossible: one warning says why; not asked for: nothing is said; either way all is served."""
+    lacking = {} if setting else absent(tmp_path, "opentelemetry.instrumentation.asgi")
+    with running(OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1", **setting, **lacking) as service:
+        service.predict(one(windows[0])["instances"])
+        service.process.terminate()
+        _, said = service.process.communicate(timeout=30)
+    warned = [] if why is None else [f"no spans: {why}"]
+    assert warned == [json.loads(line)["event"] for line in said.splitlines()]
+
+
+def test_nothing_is_imported_that_is_not_asked_for() -> None:
+    """Without an endpoint, nothing of OpenTelemetry's SDK, exporter or middleware is in a serving process."""
+    code = (
+        "import sys; from service.api.app import create_app; from service.settings import read_settings; "
+        "create_app(read_settings(), print); "
+        "print(*[m for m in sys.modules if m.startswith(('opentelemetry.sdk', 'opentelemetry.exporter', "
+        "'opentelemetry.instrumentation', 'google.protobuf', 'requests', 'pyarrow'))])"
+    )
+    for asked, found in (({}, False), ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://127.0.0.1:1"}, True)):
+        printed = subprocess.run([sys.executable, "-c", code], env=asked, capture_output=True, text=True, check=True)
+        assert found == ("opentelemetry.sdk.trace" in printed.stdout.split())
+        assert found == bool(printed.stdout.strip())
