@@ -94,7 +94,7 @@ def fast() -> Iterator[Panel]:
     """Row 2."""
     routes = {"{{route}}": rate("http_requests_total", "route")}
     yield panel("How much is asked?", "reqps", "Requests, probes and scrapes included.", routes)
-    time = "Requests that predict, of one window or of thousands, from the first byte read to the last sent."
+    time = "Requests that predict, of one window or of thousands, from the headers read to the answer written."
     quantiles = within("http_request_duration_seconds", "$__rate_interval", PREDICTING)
     yield panel("How long does a prediction take?", "s", time, quantiles)
     slow = {"last {{window}}": "engine_health:slow:ratio", "promised": "engine_health:threshold:slow_budget"}
@@ -134,10 +134,12 @@ def calibrated() -> Iterator[Panel]:
     sets = {"coverage": over("conformal_coverage:ratio")}
     about = "Share of labelled predictions whose set held the truth; the model's manifest says what was promised."
     yield panel("Do the prediction sets hold the truth?", "percentunit", about, sets)
-    labels = {"labelled": over("labelled_per_prediction:ratio")}
-    yield panel(
-        "Do labels come?", "percentunit", "Labels that came in the window for each prediction made in it.", labels
-    )
+    labels = {
+        "labelled": over("labelled_per_prediction:ratio"),
+        "needed": "engine_health:threshold:representative_share",
+    }
+    about = "Truths that came in the window for each prediction made in it; with fewer than needed no alert believes them."
+    yield panel("Do labels come?", "percentunit", about, labels)
     lag = within("label_lag_seconds", "$window")
     yield panel("How late is the truth?", "s", "From a prediction to its label.", lag)
 

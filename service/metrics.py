@@ -107,6 +107,7 @@ class Metrics:
         self.expected_loss_nats = counter("expected_loss_nats_total", "Sum of entropy of labelled predictions.")
         self.loss_variance = counter("loss_variance_nats2_total", "Sum of the variance of one loss.")
         self.brier = counter("brier_total", "Sum of Brier scores of labelled predictions.")
+        self.with_set = counter("conformal_labelled_total", "Labelled predictions of a model that gives sets.")
         self.covered = counter("conformal_covered_total", "Labelled predictions whose set held the truth.")
         self.reliability_predictions = counter("reliability_predictions_total", "Labelled predictions.", "bin")
         self.reliability_confidence = counter("reliability_confidence_total", "Sum of top probabilities.", "bin")
@@ -202,7 +203,8 @@ class Metrics:
         self.expected_loss_nats.inc(max(0.0, float(found.expected_loss.sum())))
         self.loss_variance.inc(float(found.variance.sum()))
         self.brier.inc(float(found.brier.sum()))
-        if found.covered is not None:
+        if found.covered is not None:  # the rows that coverage is a share of, whatever models came and went
+            self.with_set.inc(len(found.covered))
             self.covered.inc(float(found.covered.sum()))
         add_bins(self.reliability_predictions, found.bins.count)
         add_bins(self.reliability_confidence, found.bins.confidence)
