@@ -138,7 +138,9 @@ def calibrated() -> Iterator[Panel]:
         "labelled": over("labelled_per_prediction:ratio"),
         "needed": "engine_health:threshold:representative_share",
     }
-    about = "Truths that came in the window for each prediction made in it; with fewer than needed no alert believes them."
+    about = (
+        "Truths that came in the window for each prediction made in it; with fewer than needed no alert believes them."
+    )
     yield panel("Do labels come?", "percentunit", about, labels)
     lag = within("label_lag_seconds", "$window")
     yield panel("How late is the truth?", "s", "From a prediction to its label.", lag)

@@ -20,6 +20,7 @@ from model.contract import Manifest
 from model.numerics import Floats
 from model.windows import Readings
 from ops import dashboard
+from service import monitor
 from tests.conftest import Service, running
 from tests.test_serving import until
 
@@ -110,14 +111,21 @@ def scraped(prometheus: Prometheus, labelled: int) -> None:
 
 
 def traffic(service: Service, prometheus: Prometheus, windows: Readings, manifest: Manifest) -> Truth:
-    """Predictions with labels, and flights that are labelled later; every round is scraped before the next."""
+    """Predictions with labels, and flights that are labelled later; every round is scraped before the next.
+
+    All are of engines, so that the memory keeps what the counters count.
+    """
     random = np.random.default_rng(5)
     rows, labels = [], []
-    for _ in range(3):
+    for turn in range(3):
         scaled = windows[random.integers(0, 4, 40)] * random.normal(1, 0.002, (40, 1, 17))
         said = [int(k) for k in random.integers(0, 3, 39)] + [[0.2, 0.5, 0.3]]
-        asked = [{"telemetry": w.tolist(), "label": label} for w, label in zip(scaled, said, strict=True)]
-        rows += service.predict([*asked, {"telemetry": windows[0].tolist()}])["predictions"][:40]
+        asked = [
+            {"telemetry": w.tolist(), "label": label, "engine_id": f"{turn}-{k}", "cycle": 1}
+            for k, (w, label) in enumerate(zip(scaled, said, strict=True))
+        ]
+        unlabelled = {"telemetry": windows[0].tolist(), "engine_id": "d", "cycle": turn}
+        rows += service.predict([*asked, unlabelled])["predictions"][:40]
         labels += said
         scraped(prometheus, len(labels))
     flights = [
@@ -201,6 +209,42 @@ def test_recorded_figures_are_those_of_the_answers(watched: Watched, manifest: M
     assert expected == pytest.approx({name: recorded(watched.prometheus, name, window) for name in expected}, rel=1e-9)
 
 
+@pytest.mark.parametrize("window", ["1h", "1d", "30d"])
+def test_recorded_figures_are_those_of_the_service(watched: Watched, window: str) -> None:
+    """Every figure that both know is in Prometheus what GET /v1/calibration says of the same predictions, to 1e-9."""
+    answer = watched.service.client.get("/v1/calibration", params={"window": window})
+    assert 200 == answer.status_code, answer.text
+    said, n = answer.json(), len(watched.truth.logits)
+    assert n == said["n"]
+    stretched = recorded(watched.prometheus, "labelled:increase", window) / n  # to the edge of the window
+    expected = {
+        "accuracy:ratio": said["accuracy"],
+        "confidence:mean": said["accuracy"] + said["label_free"]["error"]["accuracy"],
+        "cross_entropy:mean": said["cross_entropy"]["realised"],
+        "expected_cross_entropy:mean": said["cross_entropy"]["expected"],
+        "brier:mean": said["brier"],
+        "conformal_coverage:ratio": said["conformal"]["coverage"],
+        "labelled_per_prediction:ratio": said["labels"]["share"],
+        "ece:ratio": said["ece"]["value"],
+        "loss_gap:z": said["cross_entropy"]["z"] * math.sqrt(stretched),
+    }
+    assert expected == pytest.approx({name: recorded(watched.prometheus, name, window) for name in expected}, rel=1e-9)
+    for k, one in enumerate(said["reliability"]):
+        chosen = f'{{bin="{k}",window="{window}"}}'
+        rows = f"(engine_health:reliability_predictions:increase{chosen} > 0)"
+        for name, key in (("confidence", "confidence"), ("correct", "accuracy")):
+            values = watched.prometheus.ask(f"engine_health:reliability_{name}:increase{chosen} / {rows}")
+            assert ([one[key]] if one["n"] else []) == pytest.approx(values, rel=1e-9), (k, name)
+
+
+def test_few_labels_are_few_in_both(watched: Watched) -> None:
+    """The share of labels below which alerts keep quiet is the one below which the service calls a selection biased."""
+    (needed,) = watched.prometheus.ask("engine_health:threshold:representative_share")
+    assert monitor.REPRESENTATIVE_SHARE == needed
+    biased = watched.service.client.get("/v1/calibration").json()["labels"]["selection_biased"]
+    assert biased is (recorded(watched.prometheus, "labelled_per_prediction:ratio", "30d") < needed)
+
+
 def test_every_rule_returns_data(watched: Watched) -> None:
     """Each recording rule has a value, and each alert is valid and has a value of everything that it reads."""
     rules = watched.prometheus.rules()
@@ -261,12 +305,16 @@ def test_every_alert_is_tried_where_it_fires_and_where_not() -> None:
 
 
 def test_workers_show_what_one_process_shows(watched: Watched, service: Service) -> None:
-    """Families of metrics, their types and their texts are the same for one process and for several workers."""
+    """Families, types, texts and series are the same for one process and for several workers."""
 
     def families(one: Service) -> set[str]:
         return {line for line in one.client.get("/metrics").text.splitlines() if line.startswith(("# TYPE", "# HELP"))}
 
+    def series(one: Service) -> set[str]:  # those of requests are there from the first request of their kind on
+        return {name for name in one.metrics() if not name.startswith("engine_health_http_")}
+
     assert families(service) == families(watched.service)
+    assert series(service) == series(watched.service)
 
 
 def test_metrics_are_named_as_prometheus_advises(watched: Watched) -> None:
