@@ -22,6 +22,7 @@ from model.windows import Readings
 from ops import dashboard
 from service import monitor
 from tests.conftest import Service, running
+from tests.test_runtime import identity_classifier
 from tests.test_serving import until
 
 ROOT = Path(__file__).parent.parent
@@ -315,6 +316,15 @@ def test_workers_show_what_one_process_shows(watched: Watched, service: Service)
 
     assert families(service) == families(watched.service)
     assert series(service) == series(watched.service)
+
+
+def test_without_a_conformal_rule_no_row_has_a_set(tmp_path: Path) -> None:
+    """A model that gives no prediction sets adds labelled rows, and none of which coverage would be a share."""
+    described: dict[str, object] = {"name": "plain", "version": "1", "classes": ["n", "e", "s", "w"]}
+    with running(ENGINE_HEALTH_MODEL=str(identity_classifier(tmp_path / "plain.onnx", described))) as plain:
+        plain.predict([{"telemetry": [1, 2, 3, 4], "label": "w"}])
+        found = plain.metrics()
+    assert (1, 0) == (found["engine_health_labelled_total"], found["engine_health_conformal_labelled_total"])
 
 
 def test_metrics_are_named_as_prometheus_advises(watched: Watched) -> None:
