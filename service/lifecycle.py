@@ -7,6 +7,7 @@ there by renaming. A worker that is started again opens that copy, whatever lies
 import asyncio
 import gc
 import logging
+import math
 import os
 import shutil
 import time
@@ -44,6 +45,7 @@ class Lifecycle:
         self._change = asyncio.Lock()
         self._closing: set[asyncio.Task[None]] = set()
         metrics.ready.set(0)
+        metrics.memory_up.set(0 if settings.database_url else math.nan)  # a database that nobody wants is not down
 
     def ready_predictor(self) -> Predictor:
         """The predictor.

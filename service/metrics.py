@@ -10,7 +10,15 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+    values,
+)
 from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
@@ -61,6 +69,7 @@ class Metrics:
     """All metrics of one process, named as in the design with the prefix `engine_health_`."""
 
     def __init__(self, registry: CollectorRegistry, shared: Path | None = None) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # no types; several workers have no such series, one has 258
         self._registry = registry
         if shared is not None:
             self._registry = CollectorRegistry()
@@ -98,12 +107,15 @@ class Metrics:
         self.expected_loss_nats = counter("expected_loss_nats_total", "Sum of entropy of labelled predictions.")
         self.loss_variance = counter("loss_variance_nats2_total", "Sum of the variance of one loss.")
         self.brier = counter("brier_total", "Sum of Brier scores of labelled predictions.")
+        self.with_set = counter("conformal_labelled_total", "Labelled predictions of a model that gives sets.")
         self.covered = counter("conformal_covered_total", "Labelled predictions whose set held the truth.")
         self.reliability_predictions = counter("reliability_predictions_total", "Labelled predictions.", "bin")
         self.reliability_confidence = counter("reliability_confidence_total", "Sum of top probabilities.", "bin")
         self.reliability_correct = counter("reliability_correct_total", "Sum of hits.", "bin")
         self.label_lag = histogram("label_lag_seconds", "From a prediction to its truth.", LAGS)
-        self.memory_up = gauge("memory_up", "1 while the database answers, in every worker.", "livemin")
+        self.memory_up = gauge(
+            "memory_up", "1 while the database answers, in every worker; NaN without one.", "livemin"
+        )
         self.unremembered = counter("unremembered_total", "Predictions answered while the database did not.")
         self.confidence = histogram("confidence", "Top probability of every prediction.", CONFIDENCE)
         self.entropy = histogram("entropy_nats", "Entropy of every prediction.", ENTROPY)
@@ -191,7 +203,8 @@ class Metrics:
         self.expected_loss_nats.inc(max(0.0, float(found.expected_loss.sum())))
         self.loss_variance.inc(float(found.variance.sum()))
         self.brier.inc(float(found.brier.sum()))
-        if found.covered is not None:
+        if found.covered is not None:  # the rows that coverage is a share of, whatever models came and went
+            self.with_set.inc(len(found.covered))
             self.covered.inc(float(found.covered.sum()))
         add_bins(self.reliability_predictions, found.bins.count)
         add_bins(self.reliability_confidence, found.bins.confidence)

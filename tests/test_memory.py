@@ -1,3 +1,4 @@
+import math
 import sqlite3
 import subprocess
 from collections.abc import Iterator
@@ -298,6 +299,7 @@ def test_without_a_database_it_is_said(windows: Readings) -> None:
     """Stateless: predictions are answered as ever, and every call that needs memory is a 501 that says why."""
     with running(ENGINE_HEALTH_DATABASE_URL="") as service:
         assert service.predict([{"telemetry": windows[0].tolist(), "engine_id": "a", "cycle": 1}])
+        assert math.isnan(service.metrics()["engine_health_memory_up"])  # neither up nor down: no alert
         flight = {"engine_id": "a", "cycle": 1, "telemetry": windows[0][0].tolist()}
         asked = [
             service.client.post("/v1/cycles", json={"cycles": [flight]}),
