@@ -200,7 +200,7 @@ def test_what_is_of_engines_only_is_not_there(digits_service: Service, digits: T
     assert (422, ["explain"]) == (explained.status_code, explained.json()["errors"][0]["loc"])
     holes = {"instances": [{"telemetry": [None, *digits.inputs[0, 1:].tolist()]}], "missing": "hold"}
     held = digits_service.client.post("/v1/predict", json=holes)
-    assert (422, ["instances", 0, "telemetry"]) == (held.status_code, held.json()["errors"][0]["loc"])
+    assert (422, ["instances", 0, "telemetry", 0]) == (held.status_code, held.json()["errors"][0]["loc"])
     after = digits_service.metrics()
     for name in ("confidence_count", "labelled_total", "batch_rows_sum"):
         assert before[f"engine_health_{name}"] == after[f"engine_health_{name}"]

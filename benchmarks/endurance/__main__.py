@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from benchmarks import load
-from benchmarks.endurance import bodies, changes, malformed, overload, soak
+from benchmarks.endurance import bodies, changes, malformed, overload, parsing, soak
 from benchmarks.endurance.stage import Line, say
 from benchmarks.peers import BUILD
 
@@ -20,6 +20,7 @@ PARTS: dict[str, Callable[[], Iterator[Line]]] = {
     "malformed": malformed.lines,
     "overload": overload.lines,
     "bodies": bodies.lines,
+    "parsing": parsing.lines,
     "reloads": changes.reloads,
     "kills": changes.kills,
     "soak": soak.lines,

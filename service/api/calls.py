@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from model import numerics
-from model.occlusion import Shift
 from service.api import schemas
+from service.api.answers import prediction_rows
 from service.api.arrow import read_table
 from service.api.decode import Decoded, decode_instances, decode_labels, decode_logits, refuse
 from service.api.flights import decode_histories, histories
+from service.api.quick import read_quickly
 from service.errors import Fault, InvalidInput
 from service.memory import Named
 from service.predictor import Evaluation, Prediction, Predictor
@@ -38,6 +39,9 @@ def read_predict(body: bytes, model: Model, most: int) -> Asked:
         NotJson: what its bytes are not.
         InvalidInput: what is wrong with it, and where.
     """
+    found = read_quickly(body, model, most)
+    if found is not None:
+        return Asked(found.flights, found.decoded, None, False)
     asked = schemas.parse(body, schemas.PredictRequest)
     _admit(len(asked.instances), asked.explain, model, most)
     decoded = decode_instances(asked.instances, model, asked.missing == "hold")
@@ -80,53 +84,17 @@ def predict_json(
 ) -> dict[str, Any]:
     """What `/v1/predict` answers; `what_if` where the caller gave the temperature."""
     model, manifest = predictor.model, predictor.model.manifest
-    rows = _rows(instances, found, manifest.classes, ids)
-    for row, shifts in zip(rows, found.moved or (), strict=found.moved is not None):
-        row["explanation"] = [_moved(shift, manifest.channel_names, manifest.classes) for shift in shifts]
     return {
         "model": {"name": manifest.name, "version": manifest.version, "digest": model.digest},
         "temperature": found.temperature,
         "temperature_source": "request" if what_if else predictor.temperature_source,
-        "predictions": rows,
+        "predictions": prediction_rows(model, instances, found, ids),
         "evaluation": _means(found.evaluation) if found.evaluation else None,
     }
 
 
 def _means(evaluation: Evaluation) -> dict[str, Any]:
     return {name: value if name == "count" else np.float32(value) for name, value in vars(evaluation).items()}
-
-
-def _rows(
-    instances: Sequence[Named], found: Prediction, classes: tuple[str, ...], ids: Sequence[str | None]
-) -> list[dict[str, Any]]:
-    """One object an instance; numbers as float32, which leave in their shortest form."""
-    answers = found.answers
-    probabilities, top = answers.probabilities.astype(np.float32), answers.logits.argmax(axis=1).tolist()
-    expected = answers.expected_loss.astype(np.float32)
-    loss = None if found.loss is None else found.loss.astype(np.float32)
-    rows: list[dict[str, Any]] = []
-    for i, instance in enumerate(instances):
-        row = {
-            "prediction_id": ids[i],
-            "engine_id": instance.engine_id,
-            "cycle": instance.cycle,
-            "health": classes[top[i]],
-            "probabilities": dict(zip(classes, probabilities[i], strict=True)),
-            "logits": answers.logits[i],
-            "expected_loss": expected[i],
-            "loss": None if loss is None or loss[i] != loss[i] else loss[i],
-        }
-        if answers.rul is not None:
-            row["rul"] = answers.rul[i]
-        if answers.sets is not None:
-            row["prediction_set"] = [name for name, inside in zip(classes, answers.sets[i], strict=True) if inside]
-        rows.append(row)
-    return rows
-
-
-def _moved(moved: Shift, channels: tuple[str, ...], classes: tuple[str, ...]) -> dict[str, Any]:
-    row = {"channel": channels[moved.channel], "shift": moved.shift, "toward": classes[moved.toward]}
-    return row if moved.rul is None else row | {"rul": moved.rul}
 
 
 def evaluate_json(body: bytes, classes: tuple[str, ...], most: int) -> dict[str, Any]:

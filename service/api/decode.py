@@ -5,24 +5,23 @@ fault, so that a good request never pays for the explanation of a bad one.
 """
 
 import json
-import threading
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import orjson
-import simdjson
 from msgspec import Raw
 
 from model import numerics, windows
 from model.numerics import Floats
+from service.api.cuts import Cuts, whole
+from service.api.numbers import columns, fits_float32, table, to_float32
 from service.api.schemas import Instance, Label, describe
 from service.errors import Fault, InvalidInput, NotJson
 from service.runtime import Batch, Model
 
 Loc = tuple[str | int, ...]
-PIECE = 1 << 20  # bytes parsed at a time; a millisecond or two
-FLOAT32_MOST = float(np.finfo(np.float32).max) + 2.0**102  # less than this is rounded to the largest float32
+MOST_DIGITS = 400  # of an integer; what has more is not even a float64
 MOST_FAULTS = 20  # a whole wrong file does not need a million lines to be understood
 JsonValue = Any
 
@@ -35,8 +34,14 @@ class Decoded(NamedTuple):
     imputed: npt.NDArray[np.int64] | None
 
 
-def decode_instances(instances: list[Instance], model: Model, hold: bool) -> Decoded:
+def decode_instances(instances: list[Instance], model: Model, hold: bool, cuts: Cuts | None = None) -> Decoded:
     """Windows padded, missing values held if asked, labels as distributions over the classes.
+
+    Args:
+        instances: of which the telemetry is JSON still.
+        model: whose input they shall be.
+        hold: whether a missing value is the last one seen.
+        cuts: lists that were cut out of the body.
 
     Raises:
         InvalidInput: names instance, row and channel of what is wrong, at most twenty places.
@@ -47,16 +52,13 @@ def decode_instances(instances: list[Instance], model: Model, hold: bool) -> Dec
     imputed = np.zeros(len(channels), dtype=np.int64)
     window = model.manifest.window
     for i, instance in enumerate(instances):
-        table = None if hold or window is None else _table(instance.telemetry, len(channels))
-        if table is not None and window is not None:
-            batch[i] = table if len(table) == window else windows.pad_left(table, window)
-            continue
         loc = ("instances", i, "telemetry")
         if window is None:
-            values = _tensor(instance.telemetry, model.input_shape, loc, faults)
+            values = _tensor(whole(instance.telemetry, cuts or {}), model.input_shape, loc, faults)
         else:
-            values, held = _window(instance.telemetry, window, channels, hold, loc, faults)
-            imputed += held
+            values, held = _window(instance.telemetry, cuts or {}, window, channels, hold, loc, faults)
+            if held is not None:
+                imputed += held
         if values is not None:
             batch[i] = values
         if len(faults) >= MOST_FAULTS:
@@ -75,21 +77,36 @@ def refuse(faults: list[Fault]) -> None:
 
 
 def _window(
-    raw: Raw, window: int, channels: tuple[str, ...], hold: bool, loc: Loc, faults: list[Fault]
-) -> tuple[Batch | None, npt.NDArray[np.int64]]:
-    none_held = np.zeros(len(channels), dtype=np.int64)
-    rows = _by_name(_loads(raw, loc), channels, loc, faults)
+    raw: Raw, cuts: Cuts, window: int, channels: tuple[str, ...], hold: bool, loc: Loc, faults: list[Fault]
+) -> tuple[Batch | None, npt.NDArray[np.int64] | None]:
+    """The newest window of an instance, and how many values were held; None after naming what is wrong."""
+    text = whole(raw, cuts)
+    values = _history(text, channels, hold, cuts)
+    if values is None:
+        for mark, found in cuts.items() if text[:1] == b"{" else ():
+            text = text.replace(mark, found)
+        values = _suspicious(text, channels, hold, loc, faults)
+    if values is None:
+        return None, None
+    if not hold:
+        return values if len(values) == window else windows.pad_left(values, window), None
+    return hold_window(values, window, channels, loc, faults)
+
+
+def _history(text: bytes, channels: tuple[str, ...], hold: bool, cuts: Cuts) -> Batch | None:
+    """Rows, or columns by name, as (T, channels); None if anything is unusual."""
+    found = columns(text, channels, cuts, hold) if text[:1] == b"{" else table(text, len(channels), hold)
+    return None if found is None else to_float32(found, hold)
+
+
+def _suspicious(text: bytes, channels: tuple[str, ...], hold: bool, loc: Loc, faults: list[Fault]) -> Batch | None:
+    rows = _by_name(_loads(text, loc), channels, loc, faults)
     if rows is None:
-        return None, none_held
+        return None
     if not isinstance(rows, list) or not rows:
         faults.append(Fault(loc, "expected at least one row of readings"))
-        return None, none_held
-    values = _numbers(raw, rows, channels, hold, loc, faults)
-    if values is None:
-        return None, none_held
-    if not hold:
-        return windows.pad_left(values, window), none_held
-    return hold_window(values, window, channels, loc, faults)
+        return None
+    return _numbers(rows, channels, hold, loc, faults)
 
 
 def hold_window(
@@ -109,71 +126,22 @@ def hold_window(
     return windows.pad_left(held, window), np.isnan(values[before:]).sum(axis=0)
 
 
-_parsers = threading.local()  # one parser a thread: its buffers are reused
-
-
-def _table(raw: Raw, width: int) -> Batch | None:
-    """Rows of `width` numbers straight into an array, no Python object for a number; None if anything is unusual.
-
-    Pieces, because a parser holds the interpreter until it is done, and others are waiting to be answered.
-    """
-    text, parts = bytes(raw), []
-    for piece in [text] if len(text) <= PIECE else _pieces(text):
-        flat = _flat(piece, "d", width)
-        if flat is None:
-            return None
-        parts.append(flat)
-    values = to_float32(parts[0] if len(parts) == 1 else np.concatenate(parts))
-    return None if values is None else values.reshape(-1, width)
-
-
-def flat_numbers(raw: Raw, dtype: np.dtype[Any]) -> npt.NDArray[Any] | None:
-    """All numbers of a flat or nested list in their order; None if something is none, or does not fit the dtype."""
-    flat = _flat(bytes(raw), "d" if dtype.kind == "f" else "i", None)
-    return to_float32(flat) if flat is not None and dtype.kind == "f" else flat
-
-
-def _flat(text: bytes, kind: Literal["d", "i"], width: int | None) -> npt.NDArray[Any] | None:
-    """The numbers of a list, of which every row must have `width` if that is given; None if it is no such list."""
-    if not hasattr(_parsers, "own"):
-        _parsers.own = simdjson.Parser()
+def _loads(text: bytes, loc: Loc) -> JsonValue:
     try:
-        rows = _parsers.own.parse(text)
-        if not isinstance(rows, simdjson.Array):
-            return None
-        lengths = set(map(len, rows)) if width else set()  # type: ignore[arg-type]  # a number has none, which is caught below
-        if width and (lengths != {width} or text.count(b"[") != len(rows) + 1):
-            return None  # the second: a list within a row would be flattened without a word
-        return np.frombuffer(rows.as_buffer(of_type=kind), dtype=np.float64 if kind == "d" else np.int64)
-    except (ValueError, TypeError, RuntimeError):  # not JSON, or something in it is no number
-        return None
-
-
-def _pieces(text: bytes) -> list[bytes]:
-    """A table of rows cut between rows, each piece a table; nonsense if it is no table, which the parser finds."""
-    found, begin = [], 0
-    while len(text) - begin > PIECE:
-        end = text.find(b"]", begin + PIECE)
-        comma = text.find(b",", end)
-        if end < 0 or comma < 0:
-            break
-        found.append((b"" if begin == 0 else b"[") + text[begin : end + 1] + b"]")
-        begin = comma + 1
-    return [*found, (b"" if begin == 0 else b"[") + text[begin:]]
-
-
-def _loads(raw: Raw, loc: Loc) -> JsonValue:
-    try:
-        return orjson.loads(memoryview(raw))
+        return orjson.loads(text)
     except orjson.JSONDecodeError as error:
         try:  # Python's own parser reads numbers that no float holds, so that the place of one can be named
-            return json.loads(bytes(raw), parse_constant=_no_constant)
+            return json.loads(text, parse_constant=_no_constant, parse_int=_integer)
         except (ValueError, RecursionError):
             raise NotJson(f"{describe(loc)} is not JSON: {error}") from None
 
 
 def _no_constant(name: str) -> JsonValue:
     raise ValueError(f"{name} is no JSON")
+
+
+def _integer(digits: str) -> float:
+    return int(digits) if len(digits) < MOST_DIGITS else float(digits)  # infinite, which is refused by its place
 
 
 def _by_name(value: JsonValue, channels: tuple[str, ...], loc: Loc, faults: list[Fault]) -> JsonValue:
@@ -197,12 +165,9 @@ def _by_name(value: JsonValue, channels: tuple[str, ...], loc: Loc, faults: list
 
 
 def _numbers(
-    raw: Raw, rows: list[JsonValue], channels: tuple[str, ...], hold: bool | None, loc: Loc, faults: list[Fault]
+    rows: list[JsonValue], channels: tuple[str, ...], hold: bool | None, loc: Loc, faults: list[Fault]
 ) -> Batch | None:
-    """Rows as (T, channels) float32, missing values as NaN; None after naming what is wrong."""
-    values = _quick(raw, rows)
-    if values is not None and values.shape == (len(rows), len(channels)):
-        return values
+    """Rows as (T, channels) float32, value by value, missing ones as NaN; None after naming what is wrong."""
     before, found = len(faults), np.full((len(rows), len(channels)), np.nan, dtype=np.float32)
     for t, row in enumerate(rows):
         if not isinstance(row, list) or len(row) != len(channels):
@@ -220,29 +185,6 @@ def _numbers(
     return found if len(faults) == before else None
 
 
-def _quick(raw: Raw, rows: JsonValue) -> Batch | None:
-    """The array if every value is surely a number that float32 can hold, else None. numpy takes true for 1."""
-    text = bytes(raw)
-    if b"true" in text or b"false" in text:
-        return None
-    try:
-        values = np.array(rows)
-    except (ValueError, OverflowError):
-        return None
-    return to_float32(values) if values.dtype.kind in "fiu" else None
-
-
-def to_float32(values: npt.NDArray[Any]) -> Batch | None:
-    """Values in float32, or None if one is not finite there: 1e39 passes every JSON parser and is infinite here."""
-    flat = values.ravel()
-    # the sum of squares is the cheapest look at all of them; only a suspicious one is followed by a second
-    with np.errstate(over="ignore", invalid="ignore"):
-        small = flat.dot(flat) < FLOAT32_MOST
-    if not small and not (np.abs(flat) < FLOAT32_MOST).all():  # also when one is NaN
-        return None
-    return values.astype(np.float32)
-
-
 def _problem(value: JsonValue, hold: bool | None) -> str | None:
     """What is wrong with a value; `hold` is None where nothing can be held."""
     if value is None and hold is not None:
@@ -252,44 +194,57 @@ def _problem(value: JsonValue, hold: bool | None) -> str | None:
     return None if fits_float32(value) else "too large for a 32-bit float"
 
 
-def fits_float32(value: float) -> bool:
-    """Whether a number is finite after the cast to float32."""
-    with np.errstate(over="ignore"):
-        try:
-            return bool(np.isfinite(np.float32(value)))
-        except OverflowError:  # an integer that not even a float holds
-            return False
-
-
 def _kind(value: JsonValue) -> str:
     names = {type(None): "null", bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
     return names.get(type(value), "a number")
 
 
-def _tensor(raw: Raw, shape: tuple[int, ...], loc: Loc, faults: list[Fault]) -> Batch | None:
-    values = _quick(raw, _loads(raw, loc))
-    if values is not None and values.shape == shape:
-        return values
-    if not faults or faults[-1].loc != loc:
-        faults.append(Fault(loc, f"expected finite numbers of shape {list(shape)}"))
-    return None
+def _tensor(text: bytes, shape: tuple[int, ...], loc: Loc, faults: list[Fault]) -> Batch | None:
+    """Numbers of any shape; None after naming the first place that is wrong."""
+    values = _loads(text, loc)
+    fault = _misfit(values, shape, loc)
+    if fault is not None:
+        faults.append(fault)
+        return None
+    return np.array(values, dtype=np.float32).reshape(shape)
 
 
-def decode_logits(raw: Raw, most: int) -> Floats:
-    """Logits (N, C) in float64.
+def _misfit(value: JsonValue, shape: tuple[int, ...], loc: Loc) -> Fault | None:
+    """The first place where nested lists are not finite numbers of a shape."""
+    if not shape:
+        problem = _problem(value, None)
+        return Fault(loc, problem) if problem else None
+    if not isinstance(value, list) or len(value) != shape[0]:
+        got = f"{len(value)} values" if isinstance(value, list) else _kind(value)
+        return Fault(loc, f"expected finite numbers of shape {list(shape)}, got {got}")
+    if len(shape) == 1 and set(map(type, value)) <= {int, float} and all(map(fits_float32, value)):
+        return None  # the usual; only what is not is looked at one by one
+    parts = (_misfit(part, shape[1:], (*loc, k)) for k, part in enumerate(value))
+    return next((fault for fault in parts if fault is not None), None)
+
+
+def decode_logits(text: bytes, most: int) -> Floats:
+    """JSON to logits (N, C) in float64.
 
     Raises:
         InvalidInput: not a table of finite numbers, or more than `most` rows.
     """
+    found = table(text, text[: text.find(b"]")].count(b",") + 1)
+    if found is None or to_float32(found) is None:
+        found = _suspicious_logits(text)
+    if len(found) > most:
+        refuse([Fault(("logits",), f"{len(found)} rows, at most {most} are taken in one call")])
+    return found
+
+
+def _suspicious_logits(text: bytes) -> Floats:
     faults: list[Fault] = []
-    rows = _loads(raw, ("logits",))
+    rows = _loads(text, ("logits",))
     if not (isinstance(rows, list) and rows and isinstance(rows[0], list) and rows[0]):
         faults.append(Fault(("logits",), "expected rows of logits, at least one class each"))
     refuse(faults)
-    if len(rows) > most:
-        refuse([Fault(("logits",), f"{len(rows)} rows, at most {most} are taken in one call")])
     names = tuple(str(k) for k in range(len(rows[0])))
-    _numbers(raw, rows, names, None, ("logits",), faults)
+    _numbers(rows, names, None, ("logits",), faults)
     refuse([Fault((*f.loc[:2], int(f.loc[2])) if len(f.loc) == 3 else f.loc, f.msg) for f in faults])
     return np.array(rows, dtype=np.float64)
 

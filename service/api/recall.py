@@ -14,7 +14,8 @@ from model.numerics import Floats
 from model.windows import Readings
 from service.api import schemas
 from service.api.calls import predict_json
-from service.api.decode import MOST_FAULTS, Loc, fits_float32, label_distribution, refuse, to_float32
+from service.api.decode import MOST_FAULTS, Loc, label_distribution, refuse
+from service.api.numbers import fits_float32, to_float32
 from service.errors import Conflict, Fault, InvalidInput, NotJson
 from service.memory import Answer
 from service.predictor import Predictor

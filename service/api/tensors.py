@@ -13,7 +13,7 @@ import orjson
 from msgspec import UnsetType
 
 from service.api import schemas
-from service.api.decode import flat_numbers
+from service.api.numbers import numbers, to_float32
 from service.api.schemas import InferRequest, Tensor
 from service.errors import InvalidInput
 
@@ -92,7 +92,10 @@ def _array(tensor: Tensor, body: bytes, at: int) -> tuple[Array, int]:
 def _from_json(tensor: Tensor, where: str, dtype: np.dtype[Any], count: int) -> Array:
     if isinstance(tensor.data, UnsetType):
         raise InvalidInput(f"{where}: neither data nor binary_data_size")
-    values = flat_numbers(tensor.data, dtype)
+    floats = dtype.kind == "f"
+    values = numbers(bytes(tensor.data), "d" if floats else "i")
+    if floats and values is not None:
+        values = to_float32(values)
     if values is None:
         raise InvalidInput(f"{where}: data must be numbers that {tensor.datatype} can hold")
     if values.size != count:

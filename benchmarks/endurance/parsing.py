@@ -1,0 +1,80 @@
+"""Bodies of 30 MB, each way of writing numbers: while one is parsed, whoever asks whether the service lives hears it."""
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from itertools import chain
+
+import numpy as np
+
+from benchmarks import load
+from benchmarks.endurance.client import Answer, Connection, ask_once, request
+from benchmarks.endurance.stage import EVALUATE, PREDICT, Line, Running, service
+from benchmarks.peers import INFER
+
+BYTES = 30_000_000
+LIVE_SECONDS = 0.05
+PAUSE = 0.002  # between two probes
+
+
+def lines() -> Iterator[Line]:
+    """Each kind of body, three times."""
+    with service() as running:
+        for what, asked in bodies():
+            yield probed(running, what, asked)
+
+
+def bodies() -> Iterator[tuple[str, bytes]]:
+    """What they are, and the requests."""
+    rows = load.windows(1)[0].tolist()
+    long = rows * (BYTES // len(json.dumps(rows)))
+    holes = [list(row) for row in long]
+    for k, row in enumerate(holes[1:]):
+        row[k % len(row)] = None
+    names = [f"op_setting_{k}" for k in (1, 2, 3)] + [
+        f"sensor_{k}" for k in (2, 3, 4, 7, 8, 9, 11, 12, 13, 14, 15, 17, 20, 21)
+    ]
+    columns = {name: [row[k] for row in long] for k, name in enumerate(names)}
+    logits = np.random.default_rng(0).normal(0, 3, (BYTES // 60, 3)).tolist()
+    tensor = {"name": "telemetry", "datatype": "FP32", "shape": [1, len(long), len(names)]}
+    flat = {"inputs": [tensor | {"data": list(chain.from_iterable(long))}]}
+    nested = {"inputs": [tensor | {"data": [long]}]}
+    for what, path, body in (
+        ("one history, rows", PREDICT, {"instances": [{"telemetry": long}]}),
+        ("1,700 windows", PREDICT, {"instances": [{"telemetry": rows}] * (len(long) // len(rows))}),
+        ("one history with a missing value a row", PREDICT, {"instances": [{"telemetry": holes}], "missing": "hold"}),
+        ("one history, columns by name", PREDICT, {"instances": [{"telemetry": columns}]}),
+        ("logits to evaluate", EVALUATE, {"logits": logits, "labels": [0] * len(logits)}),
+        ("a tensor, flat", INFER, flat),
+        ("a tensor, nested", INFER, nested),
+    ):
+        yield what, request(path, json.dumps(body).encode(), load.JSON_HEADERS)
+
+
+def probed(running: Running, what: str, asked: bytes) -> Line:
+    """One kind of body: how long the slowest probe took while it was worked on."""
+    found = [asyncio.run(_probed(running.port, asked)) for _ in range(3)]
+    slowest = sorted(max(waits) for _, waits in found)[1]
+    statuses = {answer.status for answer, _ in found}
+    return Line(
+        f"{len(asked) / 1e6:.0f} MB: {what}",
+        f"{', '.join(map(str, statuses))} after {found[-1][0].seconds:.2f} s; slowest /livez {slowest * 1e3:.0f} ms",
+        f"/livez answers within {LIVE_SECONDS * 1e3:.0f} ms (median of three)",
+        slowest <= LIVE_SECONDS and statuses <= {200, 400, 422},
+        {"statuses": sorted(statuses), "slowest": slowest},
+    )
+
+
+async def _probed(port: int, asked: bytes) -> tuple[Answer, list[float]]:
+    """The answer, and the seconds that each probe took from when the body was sent."""
+    live, probe = request("/livez", method="GET"), await Connection.to(port)
+    await probe.ask(live)
+    task, waits = asyncio.create_task(ask_once(port, asked)), []
+    while not task.done():
+        begun = time.perf_counter()
+        await probe.ask(live)
+        waits.append(time.perf_counter() - begun)
+        await asyncio.sleep(PAUSE)
+    probe.close()
+    return task.result(), waits

@@ -1,0 +1,56 @@
+"""Long lists of numbers cut out of a JSON body before it is parsed, so that no parser holds the interpreter for long.
+
+What is left is parsed at once, and is short; the lists are read afterwards, a piece at a time. Nothing goes unread: what
+was cut out stands in its list to the last character, and is refused there if it is no list.
+"""
+
+import re
+import secrets
+from collections.abc import Collection
+
+from msgspec import Raw
+
+LONG = 4096  # bytes; a shorter list stays where it is
+TAIL = 256  # bytes behind a list in which its end is looked for
+_MARK = secrets.token_hex(16).encode()  # nobody can send what stands for a list
+_BETWEEN = b" \t\r\n,{}"
+_BEGIN = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*\[")
+Cuts = dict[bytes, bytes]
+
+
+def cut(body: bytes, names: Collection[bytes]) -> tuple[bytes, Cuts]:
+    """A body whose long lists of numbers under some names are short marks, and the lists by their marks."""
+    cuts: Cuts = {}
+    if b"\\" in body:  # a quote might be part of a text
+        return body, cuts
+    kept, done, begin = [], 0, body.find(b'"')
+    while begin >= 0:
+        end = body.find(b'"', begin + 1)
+        following = body.find(b'"', end + 1) if end >= 0 else -1
+        until = len(body) if following < 0 else following
+        if until - end > LONG and body[begin + 1 : end] in names and (found := _list(body, end + 1, until)):
+            mark = b'"%s-%d"' % (_MARK, len(cuts))
+            cuts[mark] = body[found[0] : found[1]]
+            kept += [body[done : found[0]], mark]
+            done = found[1]
+        begin = following
+    return (b"".join((*kept, body[done:])), cuts) if cuts else (body, cuts)
+
+
+def whole(raw: Raw, cuts: Cuts) -> bytes:
+    """What stood there before anything was cut out."""
+    text = bytes(raw)
+    return cuts.get(text, text)
+
+
+def _list(body: bytes, begin: int, end: int) -> tuple[int, int] | None:
+    """Where the list between two texts begins and ends; None if it is none that could be cut out."""
+    colon = _BEGIN.match(body, begin, end)
+    if colon is None:
+        return None
+    tail = body[max(colon.end(), end - TAIL) : end].rstrip(_BETWEEN)
+    while (before := tail[:-1].rstrip(_BETWEEN[:4])).endswith(b"}"):  # that bracket closes a list of objects
+        tail = before.rstrip(_BETWEEN)
+    if not tail.endswith(b"]"):
+        return None
+    return colon.end() - 1, max(colon.end(), end - TAIL) + len(tail)

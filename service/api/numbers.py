@@ -1,0 +1,150 @@
+"""Numbers of JSON straight into arrays, no Python object for each; None where anything is unusual. Knows no schemas.
+
+A long text is parsed a piece at a time: a parser holds the interpreter until it is done, and others are waiting to be
+answered. Whoever is told None looks at the values one by one, to name the place of what is wrong.
+"""
+
+import threading
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import simdjson
+
+from service.api.cuts import Cuts, whole
+from service.runtime import Batch
+
+PIECE = 1 << 20  # bytes parsed at a time; a millisecond or two
+FLOAT32_MOST = float(np.finfo(np.float32).max) + 2.0**103  # less than this is rounded to the largest float32
+MISSING = b"1e300"  # what stands for null while it is parsed: no float32
+Flat = npt.NDArray[Any]
+Floats = npt.NDArray[np.float64]
+
+
+class Unusual(ValueError):
+    """JSON that another way of reading has to look at."""
+
+
+_parsers = threading.local()  # one parser a thread: its buffers are reused
+
+
+def parser() -> simdjson.Parser:
+    """The parser of this thread."""
+    if not hasattr(_parsers, "own"):
+        _parsers.own = simdjson.Parser()
+    return _parsers.own  # type: ignore[no-any-return]  # a thread's own attributes have no types
+
+
+def table(text: bytes, width: int, hold: bool = False) -> Floats | None:
+    """A list of rows of `width` numbers, (T, width); null as NaN if it may be held."""
+    parts = []
+    for piece in [text] if len(text) <= PIECE else pieces(text, b"]"):
+        part = _flat(piece, "d", width, hold)
+        if part is None:
+            return None
+        parts.append(part)
+    flat = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return flat.reshape(-1, width)
+
+
+def columns(text: bytes, names: tuple[str, ...], cuts: Cuts, hold: bool = False) -> Floats | None:
+    """An object of columns of equal length, (T, names) in the order of the names; null as NaN if it may be held."""
+    try:
+        found = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+    if found.keys() != set(names) or not names:
+        return None
+    texts = [whole(found[name], cuts) for name in names]
+    values = [numbers(text, "d", hold) if brackets(text) == 1 else None for text in texts]
+    lengths = {0 if column is None else len(column) for column in values}
+    return np.stack(values, axis=1) if len(lengths) == 1 and lengths != {0} else None  # type: ignore[arg-type]  # none is None
+
+
+def numbers(text: bytes, kind: Literal["d", "i"], hold: bool = False) -> Flat | None:
+    """All numbers of a flat or nested list in their order, as float64 or int64; null as NaN if it may be held."""
+    if len(text) > PIECE:
+        text = b"[" + text.translate(None, b"[] \t\r\n") + b"]"  # flat, so that it can be cut at any comma
+    parts = []
+    for piece in [text] if len(text) <= PIECE else pieces(text, b","):
+        part = _flat(piece, kind, None, hold)
+        if part is None:
+            return None
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _flat(text: bytes, kind: Literal["d", "i"], width: int | None, hold: bool) -> Flat | None:
+    """The numbers of a list, of which every row must have `width` if that is given; None if it is no such list."""
+    missing = text.count(b"null") if hold else 0
+    if missing:
+        text = text.replace(b"null", MISSING)
+    try:
+        rows = parser().parse(text)
+        if width is None and isinstance(rows, simdjson.Array):
+            return _held(np.frombuffer(rows.as_buffer(of_type=kind), np.float64 if kind == "d" else np.int64), missing)
+        flat = flat_rows(rows, width)
+        if brackets(text) != len(rows) + 1:  # type: ignore[arg-type]  # it has a length, or was refused
+            return None  # a list within a row would be flattened without a word
+        return _held(flat, missing)
+    except (ValueError, TypeError, RuntimeError):  # not JSON, or something in it is no number
+        return None
+
+
+def _held(flat: Flat, missing: int) -> Flat | None:
+    """What stood for null as NaN; None if that is not what it was."""
+    if not missing:
+        return flat
+    holes = flat == float(MISSING)
+    return np.where(holes, np.nan, flat) if np.count_nonzero(holes) == missing else None
+
+
+def flat_rows(rows: Any, width: int | None) -> Floats:
+    """The numbers of a list of lists, each of `width`; the caller sees to it that no list is within those.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: it is something else.
+    """
+    if not isinstance(rows, simdjson.Array) or set(map(len, rows)) != {width}:  # type: ignore[arg-type]  # a number has none, which is a TypeError
+        raise Unusual
+    return np.frombuffer(rows.as_buffer(of_type="d"), dtype=np.float64)
+
+
+def brackets(text: bytes) -> int:
+    """How many opening brackets there are, in half the time that `bytes.count` needs for so many."""
+    return int(np.count_nonzero(np.frombuffer(text, dtype=np.uint8) == ord("[")))
+
+
+def pieces(text: bytes, end: Literal[b"]", b","]) -> list[bytes]:
+    """A list cut behind its rows, or at its commas, each piece a list; of anything else nonsense, as a parser finds."""
+    found, begin = [], 0
+    while len(text) - begin > PIECE:
+        stop = text.find(end, begin + PIECE)
+        comma = text.find(b",", stop) if stop >= 0 else -1
+        if comma < 0 or (end == b"]" and text[stop + 1 : comma].strip()):
+            break  # whoever reads the rest as a whole finds what is wrong with it
+        found.append((b"" if begin == 0 else b"[") + text[begin : stop + (end == b"]")] + b"]")
+        begin = comma + 1
+    return [*found, (b"" if begin == 0 else b"[") + text[begin:]]
+
+
+def to_float32(values: Flat, missing: bool = False) -> Batch | None:
+    """Values in float32, or None if one is not finite there: 1e39 passes every JSON parser and is infinite here.
+
+    `missing`: NaN stands for a value that is not there, and may.
+    """
+    flat = values.ravel()
+    # the sum of squares is the cheapest look at all of them; only a suspicious one is followed by a second
+    with np.errstate(over="ignore", invalid="ignore"):
+        small = flat.dot(flat) < FLOAT32_MOST
+    if not small:
+        fits = np.abs(flat) < FLOAT32_MOST  # not so where one is NaN
+        if not (fits | np.isnan(flat) if missing else fits).all():
+            return None
+    return values.astype(np.float32)
+
+
+def fits_float32(value: float) -> bool:
+    """Whether a number, however large an integer, is finite after the cast to float32."""
+    return -FLOAT32_MOST < value < FLOAT32_MOST

@@ -1,0 +1,81 @@
+"""The commonest body of `/v1/predict`, read in one pass; whatever is unusual in it is left to the schemas.
+
+They parse twice, which lets them name the place of any fault: first what an instance is, then its numbers. A body of
+rows of numbers and of names has no fault to be named, and is parsed here once, straight into an array.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import simdjson
+
+from model import windows
+from service.api.decode import Decoded
+from service.api.flights import Flight
+from service.api.numbers import PIECE, Unusual, brackets, flat_rows, parser, to_float32
+from service.api.schemas import MOST_CYCLE, MOST_NAME
+from service.runtime import Batch, Model
+
+TELEMETRY, ENGINE, CYCLE = "telemetry", "engine_id", "cycle"
+
+
+class Quick(NamedTuple):
+    """The instances of a body: what they are called by, and their windows."""
+
+    flights: list[Flight]
+    decoded: Decoded
+
+
+def read_quickly(body: bytes, model: Model, most: int) -> Quick | None:
+    """A body of nothing but instances of rows of numbers, perhaps with engine and cycle; None if it is any other."""
+    window = model.manifest.window
+    if window is None or len(body) > PIECE:
+        return None
+    try:
+        flights, tables = _instances(body, len(model.channels), most)
+    except (ValueError, TypeError, RuntimeError, KeyError):  # as the parser has it, and Unusual
+        return None
+    batch = np.empty((len(tables), *model.input_shape), dtype=np.float32)
+    for i, table in enumerate(tables):
+        batch[i] = table if len(table) == window else windows.pad_left(table, window)
+    return Quick(flights, Decoded(batch, None, None))
+
+
+def _instances(body: bytes, width: int, most: int) -> tuple[list[Flight], list[Batch]]:
+    """What each instance is called by, and its rows (T, width).
+
+    Raises:
+        ValueError, TypeError, RuntimeError, KeyError: anything is unusual.
+    """
+    document: Any = parser().parse(body)
+    if not isinstance(document, simdjson.Object) or list(document.keys()) != ["instances"]:
+        raise Unusual
+    instances = document["instances"]
+    if not isinstance(instances, simdjson.Array) or not 0 < len(instances) <= most:
+        raise Unusual
+    flights, tables, rows = [], [], 0
+    for instance in instances:
+        if not isinstance(instance, simdjson.Object):
+            raise Unusual
+        names = list(instance.keys())
+        flights.append(Flight(None, None) if names == [TELEMETRY] else _flight(instance, names))
+        values = to_float32(flat_rows(instance[TELEMETRY], width))
+        if values is None:
+            raise Unusual
+        tables.append(values.reshape(-1, width))
+        rows += len(tables[-1])
+    if brackets(body) != 1 + len(tables) + rows:  # a list within a row would be flattened without a word
+        raise Unusual
+    return flights, tables
+
+
+def _flight(instance: simdjson.Object, names: list[str]) -> Flight:
+    if len(set(names)) != len(names) or not {TELEMETRY, ENGINE, CYCLE}.issuperset(names):
+        raise Unusual
+    engine: Any = instance.get(ENGINE)
+    cycle: Any = instance.get(CYCLE)
+    named = engine is None or (isinstance(engine, str) and 0 < len(engine) <= MOST_NAME and "\0" not in engine)
+    dated = cycle is None or (type(cycle) is int and 0 <= cycle <= MOST_CYCLE)
+    if not (named and dated):
+        raise Unusual
+    return Flight(engine, cycle)

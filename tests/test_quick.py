@@ -1,0 +1,104 @@
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.evaluate import ARTEFACT
+from service.api import schemas
+from service.api.calls import read_predict
+from service.api.decode import decode_instances
+from service.api.quick import read_quickly
+from service.errors import ServiceError
+from service.runtime import Model, open_model
+
+CHANNELS = 17
+WINDOW = 100
+NUMBERS = st.one_of(
+    st.floats(-1e6, 1e6, allow_nan=False),
+    st.integers(-(2**40), 2**40),
+    st.sampled_from([1e39, -1e39, 3.4e38, 10**25, 0, -0.0]),
+)
+OTHERS: st.SearchStrategy[Any] = st.sampled_from([None, True, "1", [1.0], {}, [], [[2]]])
+CELLS = st.one_of(*[NUMBERS] * 9, OTHERS)
+NAMES = st.sampled_from(["FD001-24", "", "[", "a" * 201, "a\0b", "\u00e9" * 200, 7, None, True])
+
+
+@st.composite
+def telemetries(draw: st.DrawFn) -> Any:
+    """Rows of numbers, of which one may be too short, and one value anything."""
+    rows: Any = draw(st.lists(st.lists(NUMBERS, min_size=CHANNELS, max_size=CHANNELS), max_size=4))
+    if rows and draw(st.booleans()):
+        row = draw(st.sampled_from(rows))
+        row[draw(st.integers(0, CHANNELS - 1))] = draw(CELLS)
+        if draw(st.integers(0, 5)) == 0:
+            row.pop()
+    return draw(st.sampled_from([rows, rows, rows, rows, [rows], None, {"sensor_2": [1.0]}, 3]))
+
+
+INSTANCES = st.fixed_dictionaries(
+    {"telemetry": telemetries()},
+    optional={"engine_id": NAMES, "cycle": st.sampled_from([0, 143, -1, 2**53, 2**53 + 1, 1.0, True, None, "3"])},
+)
+BODIES = st.fixed_dictionaries(
+    {"instances": st.lists(INSTANCES, max_size=3)},
+    optional={"missing": st.sampled_from(["reject", "hold"]), "temperature": st.just(2.0), "more": st.just(1)},
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    """The committed one."""
+    return open_model(ARTEFACT)
+
+
+def slowly(body: bytes, model: Model) -> tuple[list[tuple[str | None, int | None]], bytes]:
+    """What the schemas make of a body: names and windows."""
+    asked = schemas.parse(body, schemas.PredictRequest)
+    decoded = decode_instances(asked.instances, model, asked.missing == "hold")
+    assert asked.temperature is None
+    return [(x.engine_id, x.cycle) for x in asked.instances], decoded.telemetry.tobytes()
+
+
+@given(BODIES, st.sampled_from([None, 2]))
+def test_the_quick_way_says_what_the_schemas_say_or_nothing(model: Model, asked: Any, indent: int | None) -> None:
+    """Whatever is read in one pass is what the schemas read, to the bit; what they refuse is never read."""
+    body = json.dumps(asked, indent=indent).encode()
+    found = read_quickly(body, model, 4096)
+    if found is not None:
+        names = [(flight.engine_id, flight.cycle) for flight in found.flights]
+        assert slowly(body, model) == (names, found.decoded.telemetry.tobytes())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"instances":[{"telemetry":%s}]',
+        b'{"instances":[{"telemetry":%s}]}x',
+        b'{"instances":[{"telemetry":%s}],"instances":[{"telemetry":%s}]}',
+        b'{"instances":[{"telemetry":%s,"telemetry":[[1]]}]}',
+        b'\xff{"instances":[{"telemetry":%s}]}',
+        b'{"instances":[{"telemetry":%s,"engine_id":"\xff"}]}',
+        *(b"", b"[]", b"3", b"null", b'{"instances":3}', b'{"instances":[3]}', b'{"instances":{"a":{"telemetry":%s}}}'),
+        *(b'{"instances":[{"telemetry":3}]}', b'{"instances":[{"telemetry":{"seventeen_letters":[1]}}]}'),
+    ],
+)
+def test_what_is_no_plain_body_is_left_to_the_schemas(model: Model, body: bytes) -> None:
+    """Broken JSON, and names told twice, are not read in one pass."""
+    row = json.dumps([[1.0] * CHANNELS] * WINDOW).encode()
+    assert read_quickly(body.replace(b"%s", row), model, 4096) is None
+
+
+def test_plain_bodies_are_read_in_one_pass(model: Model) -> None:
+    """Windows whole, short or long, with names or without, are read quickly: the usual is not left to the schemas."""
+    rows = np.random.default_rng(0).normal(500, 100, (3, 130, CHANNELS)).tolist()
+    instances = [{"telemetry": rows[0]}, {"telemetry": rows[1][:3], "engine_id": "a"}, {"telemetry": rows[2][:WINDOW]}]
+    body = json.dumps({"instances": [*instances, {"cycle": 5, "telemetry": rows[0][:1]}]}).encode()
+    found = read_quickly(body, model, 4)
+    assert found is not None
+    assert slowly(body, model)[1] == found.decoded.telemetry.tobytes()
+    assert read_quickly(body, model, 3) is None
+    with pytest.raises(ServiceError):
+        read_predict(body, model, 3)
