@@ -203,6 +203,7 @@ def test_restarted_workers_leave_nothing_behind_and_nobody_alone(windows: Readin
     with running(ENGINE_HEALTH_WORKERS="2") as service:
         until(lambda: len(children(service.process)) == 2)
         folder, seen = shared_folder(children(service.process)[0]), Counter[str]()
+        assert folder
 
         def ask(_: int = 0) -> bool:
             try:

@@ -10,6 +10,7 @@ from model.occlusion import Shift
 from service.api import schemas
 from service.api.arrow import read_table
 from service.api.decode import Decoded, decode_instances, decode_labels, decode_logits, refuse
+from service.api.depth import JSON_DEPTH
 from service.api.flights import decode_histories, histories
 from service.errors import Fault, InvalidInput
 from service.memory import Named
@@ -18,7 +19,6 @@ from service.runtime import Model
 from service.settings import Settings
 
 HEADER_BYTES = 64 * 1024  # of one request's line and headers
-JSON_DEPTH = 512  # brackets within brackets; no call needs ten
 PROBABILITY_TOLERANCE = 1e-3  # how near to 1 a row of "logits" in 0..1 must sum to look like probabilities
 
 

@@ -14,6 +14,7 @@ from msgspec import UnsetType
 
 from service.api import schemas
 from service.api.decode import flat_numbers
+from service.api.depth import check_depth
 from service.api.schemas import InferRequest, Tensor
 from service.errors import InvalidInput
 
@@ -48,7 +49,9 @@ def read(body: bytes, header_length: str | None, dtypes: dict[str, str]) -> Infe
         size = int(header_length)
         if size > len(body):
             raise InvalidInput(f"Inference-Header-Content-Length says {size}, the body has {len(body)} bytes")
-    asked = schemas.parse(body[:size] if size < len(body) else body, InferRequest)
+    text = body[:size] if size < len(body) else body
+    asked = schemas.parse(text, InferRequest)
+    check_depth(text)
     inputs: dict[str, Array] = {}
     at = size
     for tensor in asked.inputs:

@@ -1,0 +1,37 @@
+"""How deep JSON nests, told without parsing it: parsers have limits of their own, each another one."""
+
+import numpy as np
+
+from service.errors import NotJson
+
+JSON_DEPTH = 512  # brackets within brackets; no call needs ten
+PIECE = 1 << 20  # of what is told, looked at together
+QUOTE, OPEN = ord('"'), ord("[")
+FOLD = 0xDF  # a brace differs from a bracket by one bit
+REST = bytes(set(range(256)) - set(b'[]{}"'))  # what tells nothing
+OPENS = np.zeros(256, np.int8)  # by how much each byte goes deeper
+OPENS[list(b"[{")], OPENS[list(b"]}")] = 1, -1
+
+
+def check_depth(body: bytes) -> None:
+    """Refuse JSON that is nested beyond the limit, wherever types would let it stand.
+
+    Raises:
+        NotJson: it is.
+    """
+    if len(body) <= JSON_DEPTH or _opened(body) <= JSON_DEPTH:
+        return
+    told = body.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, REST)
+    found, depth, quoted = np.frombuffer(told, np.uint8), np.int32(0), np.False_
+    for begin in range(0, len(found), PIECE):
+        piece = found[begin : begin + PIECE]
+        outside = ~(np.logical_xor.accumulate(piece == QUOTE) ^ quoted)
+        depths = depth + np.cumsum(OPENS[piece] * outside, dtype=np.int32)
+        if depths.max() > JSON_DEPTH:
+            raise NotJson(f"the body is nested too deeply: at most {JSON_DEPTH} levels are read")
+        depth, quoted = depths[-1], ~outside[-1]
+
+
+def _opened(body: bytes) -> int:
+    """Brackets that open anything, those in strings too."""
+    return int(np.count_nonzero((np.frombuffer(body, np.uint8) & FOLD) == OPEN))
