@@ -37,6 +37,7 @@ def configure(settings: Settings) -> None:
         )
     )
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.captureWarnings(True)  # of libraries: else lines of no form
 
 
 def _stderr() -> Any:

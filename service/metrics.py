@@ -70,7 +70,7 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry, shared: Path | None = None) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # no types; several workers have no such series, one has 258
-        self._registry = registry
+        self._registry, self._shared = registry, shared is not None
         if shared is not None:
             self._registry = CollectorRegistry()
             self._registry.register(_Workers(shared))
@@ -142,7 +142,8 @@ class Metrics:
         """
         if self._info not in (None, (name, version, digest)):
             self.model_info.labels(*self._info).set(0)  # shared files forget no series: 0 means gone
-            self.model_info.remove(*self._info)
+            if not self._shared:
+                self.model_info.remove(*self._info)
         self._info = (name, version, digest)
         self.model_info.labels(*self._info).set(1)
         self.temperature.set(temperature)

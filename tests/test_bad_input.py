@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 import socket
 import time
 from pathlib import Path
@@ -90,7 +91,9 @@ CASES: list[tuple[Any, int, list[Any] | None]] = [
     (one([ROW], cycle="7"), 422, ["instances", 0, "cycle"]),
     (one([ROW], cycle=-1), 422, ["instances", 0, "cycle"]),
     (one([ROW], cycle=1.5), 422, ["instances", 0, "cycle"]),
-    (one([ROW], lable=1), 422, ["instances", 0]),
+    (one([ROW], lable=1), 422, ["instances", 0, "lable"]),
+    ({**one([ROW]), "temprature": 2}, 422, ["temprature"]),
+    ({**one([ROW]), "a.b[0]`": 2}, 422, ["a.b[0]`"]),
     ({"instances": []}, 422, ["instances"]),
     ({"instances": [{}]}, 422, ["instances", 0]),
     ({"instances": [7]}, 422, ["instances", 0]),
@@ -223,6 +226,43 @@ def test_a_gzip_body_is_inflated_and_never_beyond_the_limit(service: Service, wi
     assert 415 == answer.status_code
 
 
+def test_a_gzip_body_of_very_many_members_is_refused_soon(service: Service) -> None:
+    """Members that hold nothing cost their bytes once: 32 MiB of them are a 413, as are more than anybody needs."""
+    headers, empty = JSON | {"Content-Encoding": "gzip"}, gzip.compress(b"")
+    body = gzip.compress(json.dumps(one([ROW])).encode())
+    before = processor_seconds(service)
+    for count, status in ((32 * 2**20 // len(empty), 413), (4096, 413), (4095, 200)):
+        content = (empty * count + body)[: 32 * 2**20]
+        assert status == service.client.post("/v1/predict", content=content, headers=headers).status_code
+    assert processor_seconds(service) - before < 10  # a minute and more, were the rest copied for each
+
+
+def processor_seconds(service: Service) -> float:
+    """What a service has cost so far."""
+    fields = Path(f"/proc/{service.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+def nested(levels: int) -> bytes:
+    """JSON of so many levels, beside strings that look like ends of them."""
+    return b'{"]\\"]\\\\": "]}", "a": ' * (levels - 1) + b"[]" + b"}" * (levels - 1)
+
+
+def test_json_deeper_than_the_shown_limit_is_refused_on_every_route(service: Service) -> None:
+    """One level more than `json_depth` is a 400 on every route; as many are no fault where anything may stand."""
+    limit = service.client.get("/v1/model").json()["limits"]["json_depth"]
+    tensor = {"name": "telemetry", "shape": [1, 100, 17], "datatype": "FP32", "data": [ROW] * 100}
+    for levels, status in ((limit, 200), (limit + 1, 400)):
+        body = b'{"inputs": [%s], "parameters": %s}' % (json.dumps(tensor).encode(), nested(levels - 1))
+        assert status == service.client.post("/v2/models/engine-health/infer", content=body).status_code
+    found = service.client.get("/openapi.json").json()["paths"]
+    read = [path for path, methods in found.items() if "requestBody" in methods.get("post", {})]
+    assert {"/v1/predict", "/v1/evaluate", "/v1/cycles", "/v1/labels", "/v1/outcomes"} < set(read)
+    for path in read:
+        answer = service.client.post(path.format(name="engine-health", version="0.1.0"), content=nested(limit + 1))
+        assert (400, True) == (answer.status_code, "nested too deeply" in answer.text), path
+
+
 def test_a_client_that_leaves_is_no_fault_of_the_service(service: Service) -> None:
     """A connection cut in the middle of a body is counted as such; nothing fails and nothing is logged as an error."""
     before = service.metrics()
@@ -259,10 +299,18 @@ def test_an_answer_that_is_not_finite_is_the_instances_fault(tmp_path: Path) -> 
 
 def test_unknown_paths_and_methods_are_problems_too(service: Service) -> None:
     """404 and 405 have the same shape as every other error."""
-    for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/predict", 405), ("DELETE", "/livez", 405)):
+    cases = (
+        ("GET", "/v1/nothing", 404, None),
+        ("GET", "/v2foo", 404, None),  # not the protocol's, whose errors have another shape
+        ("GET", "/v1/predict", 405, "POST"),
+        ("DELETE", "/livez", 405, "GET, HEAD"),
+        ("DELETE", "/v1/calibration/temperature", 405, "GET, HEAD, PUT"),
+    )
+    for method, path, status, allowed in cases:
         answer = service.client.request(method, path)
         assert status == answer.status_code == answer.json()["status"]
         assert "application/problem+json" == answer.headers["content-type"]
+        assert allowed == answer.headers.get("allow")
 
 
 def test_many_faults_are_named_at_once_but_not_without_end(service: Service) -> None:

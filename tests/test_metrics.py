@@ -88,10 +88,20 @@ def test_a_model_without_windows_counts_its_inputs_too(tmp_path: Path) -> None:
     assert (0, 2) == tuple(m[f'engine_health_input_values_total{{bin="{b}",channel="b"}}'] for b in (0, 1))
 
 
-def test_probes_may_ask_with_head(fresh: Service) -> None:
-    """Load balancers ask for health with HEAD."""
-    for path in ("/livez", "/readyz", "/metrics"):
-        assert (200, b"") == ((answer := fresh.client.head(path)).status_code, answer.content)
+def test_whatever_is_asked_with_get_may_be_asked_with_head(fresh: Service, manifest: Manifest) -> None:
+    """HEAD answers as GET does, without the body, on every route, found or not, and is counted as HEAD."""
+    found = fresh.client.get("/openapi.json").json()["paths"]
+    routes = [route for route, methods in found.items() if "get" in methods]
+    assert {"/livez", "/readyz", "/metrics", "/v1/model", "/v2/models/{name}"} < set(routes)
+    for route in (*routes, "/", "/docs", "/openapi.json"):
+        path = route.format(name=manifest.name, version=manifest.version, engine_id="none")
+        asked, got = fresh.client.head(path), fresh.client.get(path)
+        assert (got.status_code, b"") == (asked.status_code, asked.content), path
+        assert got.headers.get("content-type") == asked.headers.get("content-type")
+    m = {name.replace(":path}", "}"): value for name, value in fresh.metrics().items()}
+    for route in (*routes, "/openapi.json"):
+        heads = [v for k, v in m.items() if "requests_total" in k and f'method="HEAD",route="{route}"' in k]
+        assert [1] == heads, route
 
 
 def test_newest_readings_are_counted_in_reference_bins(fresh: Service, manifest: Manifest, windows: Readings) -> None:
@@ -123,6 +133,28 @@ def test_requests_are_counted_by_route_template(fresh: Service, windows: Reading
     assert 1 == sum(value for name, value in m.items() if name.startswith(prefix) and 'method="other"' in name)
     assert 1 == m['engine_health_rejected_total{reason="not_json"}']
     assert 2 == m['engine_health_http_request_duration_seconds_count{route="/v1/predict"}']
+
+
+def test_requests_that_reach_no_route_are_counted_under_its_template(manifest: Manifest) -> None:
+    """A call without a key is counted where it would have gone; one for a version under the versioned template."""
+    infer = f"/v2/models/{manifest.name}/versions/{manifest.version}/infer"
+    with running(ENGINE_HEALTH_API_KEYS="read") as guarded:
+        for path in ("/v1/model", f"/v2/models/{manifest.name}", "/v2/repository/index", "/nothing"):
+            guarded.client.get(path)
+        guarded.client.post(infer, json={})
+        guarded.client.post(infer, json={}, headers={"X-API-Key": "read"})
+        m = guarded.metrics()
+    versioned = "/v2/models/{name}/versions/{version}/infer"
+    expected = {
+        ("GET", "/v1/model", 401),
+        ("GET", "/v2/models/{name}", 401),
+        ("GET", "/v2/repository/index", 403),
+        ("GET", "unmatched", 401),
+        ("POST", versioned, 401),
+        ("POST", versioned, 400),
+    }
+    for method, route, status in expected:
+        assert 1 == m[f'engine_health_http_requests_total{{method="{method}",route="{route}",status="{status}"}}']
 
 
 def test_the_model_is_named_and_ready(fresh: Service, manifest: Manifest) -> None:

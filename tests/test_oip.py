@@ -212,6 +212,23 @@ def test_lies_about_shapes_types_and_bytes_are_refused(service: Service, windows
     np.testing.assert_array_equal(before, outputs(service.client.post(INFER, json=asked(windows)))["logits"])
 
 
+def test_what_calls_itself_neither_json_nor_bytes_is_not_read(service: Service, windows: Readings) -> None:
+    """Another content type is a 415 of the protocol's shape; its own two, JSON's other names and none are read."""
+    body, headers = binary(windows)
+    for kind, status in (
+        ("application/octet-stream", 200),
+        ("application/json", 200),
+        ("application/vnd.x+json; charset=utf-8", 200),
+        ("text/plain", 415),
+        ("application/x-www-form-urlencoded", 415),
+        ("", 415),
+    ):
+        answer = service.client.post(INFER, content=body, headers=headers | {"Content-Type": kind})
+        assert status == answer.status_code, kind
+        assert 200 == status or ["error"] == list(answer.json())
+    assert 200 == service.client.post(INFER, content=body, headers=headers).status_code
+
+
 def test_readings_too_large_to_add_up_are_still_readings(service: Service) -> None:
     """The largest float32 everywhere is finite, and is answered or refused as such, not as infinity."""
     body, headers = binary(np.full((4, 100, 17), 3.4e38, np.float32))

@@ -20,7 +20,7 @@ from model.windows import Readings
 from tests.conftest import Service, running
 from tests.test_oip import INFER, binary
 from tests.test_runtime import edited
-from tests.test_serving import ADMIN, LOAD, children, one, predicted, shared_folder, until
+from tests.test_serving import ADMIN, LOAD, children, one, predicted, shared_folder, until, until_all_are_ready
 
 JSON = {"Content-Type": "application/json"}
 HEAD = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -218,9 +218,9 @@ def test_a_model_that_is_replaced_is_forgotten(tmp_path: Path, windows: Readings
 def test_restarted_workers_leave_nothing_behind_and_nobody_alone(windows: Readings) -> None:
     """Workers killed again and again, also as they start, are replaced at once; nobody hears that one is not ready."""
     with running(ENGINE_HEALTH_WORKERS="2") as service:
-        until(lambda: [shared_folder(child) is None for child in children(service.process)] == [False] * 2)
+        until_all_are_ready(service, 2)
         folder, seen = shared_folder(children(service.process)[0]), Counter[str]()
-        assert folder is not None
+        assert folder
 
         def ask(_: int = 0) -> bool:
             try:

@@ -23,9 +23,10 @@ from starlette.types import ASGIApp
 
 from service import errors
 from service.api import calibration_routes, memory_routes, oip, schemas
-from service.api.body import Buffer
+from service.api.body import REFUSED, Buffer
 from service.api.edge import Edge, Lane
 from service.api.keys import Keys
+from service.api.paths import Paths
 from service.api.problems import problem
 from service.api.routes import Aside, Endpoint, build_endpoint, build_router
 from service.lifecycle import Lifecycle
@@ -53,12 +54,12 @@ def create_app(settings: Settings, on_rejected: Callable[[str], None], shared: P
     lifecycle, tracing = Lifecycle(settings, metrics, shared), open_tracing()
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
         opening = asyncio.create_task(lifecycle.open(on_rejected))
         _on_signals(lifecycle)
         if lifecycle.relieved:
             await lifecycle.proven.wait()  # taking no connections yet: the other workers have a model for them
-        yield
+        yield {REFUSED: edge.refused}
         opening.cancel()
         await lifecycle.close()
         if tracing:
@@ -73,33 +74,52 @@ def create_app(settings: Settings, on_rejected: Callable[[str], None], shared: P
     )
     aside = Aside()
     predict, infer = build_endpoint(lifecycle, aside), oip.build_endpoint(lifecycle, aside)
-    app.include_router(build_router(lifecycle, aside, predict))
     cycles = memory_routes.build_cycles(lifecycle, aside)
-    app.include_router(memory_routes.build_router(lifecycle, aside, cycles))
-    app.include_router(calibration_routes.build_router(lifecycle))
-    app.include_router(oip.build_router(lifecycle, infer))
+    routers = (
+        build_router(lifecycle, aside, predict),
+        memory_routes.build_router(lifecycle, aside, cycles),
+        calibration_routes.build_router(lifecycle),
+        oip.build_router(lifecycle, infer),
+    )
+    for router in routers:
+        app.include_router(router)
     app.add_api_route("/", lambda: RedirectResponse("/docs"), include_in_schema=False)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend the schema
 
+    paths = Paths(route for router in (app, *routers) for route in router.routes)
+
     async def answer_problem(request: Request, error: Exception) -> Response:
-        return problem(error, request.url.path, metrics)
+        path = request.scope["path"]
+        response = problem(error, path, metrics)
+        if response.status_code == 405:  # the router tells of one route only
+            response.headers["Allow"] = paths.allowed(path)
+        return response
 
     for kind in (errors.ServiceError, HTTPException, Exception):
         app.add_exception_handler(kind, answer_problem)
     lanes, buffer = _lanes(predict, cycles, infer), Buffer(settings.max_buffered_bytes)
-    served: ASGIApp = Edge(app, metrics, Keys(settings), lanes, buffer)
-    if settings.cors_origins:
-        origins = [origin.strip() for origin in settings.cors_origins.split(",")]
-        served = CORSMiddleware(served, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-    return Application(tracing.around(served) if tracing else served, app)
+    edge = Edge(app, metrics, Keys(settings), lanes, paths.template, buffer, _origins(settings, app))
+    return Application(tracing.around(edge) if tracing else edge, app)
+
+
+def _origins(settings: Settings, app: ASGIApp) -> CORSMiddleware | None:
+    """What pages of the listed origins may do, and which headers of an answer they may read."""
+    allowed = [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
+    if not allowed:
+        return None
+    shown = [oip.HEADER, "Retry-After", "X-Request-Id"]
+    return CORSMiddleware(app, allowed, allow_methods=["*"], allow_headers=["*"], expose_headers=shown)
 
 
 def _lanes(predict: Endpoint, cycles: Endpoint, infer: Endpoint) -> Callable[[str], Lane | None]:
     own = {lane.path: lane for lane in (Lane("/v1/predict", predict), Lane("/v1/cycles", cycles))}
-    protocol = Lane(oip.INFER_ROUTE, infer)
+    plain, versioned = Lane(oip.INFER_ROUTE, infer), Lane(oip.VERSIONED_ROUTE, infer)
 
     def lane(path: str) -> Lane | None:
-        return own.get(path) or (protocol if oip.INFER.fullmatch(path) else None)
+        if path in own:
+            return own[path]
+        match = oip.INFER.fullmatch(path)
+        return match and (versioned if match["version"] else plain)
 
     return lane
 

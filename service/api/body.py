@@ -16,8 +16,11 @@ from service.errors import BodyTooLarge, ClientGone, NotJson, Overloaded, TooSlo
 
 JSON = "application/json"
 INFLATE_STEP = 1 << 20  # bytes inflated at a time
+FEED_STEP = 1 << 16  # packed bytes read at a time: zlib copies what it leaves of them
+MOST_MEMBERS = 4096  # of one gzip body; bgzip makes 512 of 32 MiB
 HELD = "engine_health.held"  # where a request's scope has its `Held`
 GONE = "engine_health.gone"  # in a request's scope once its client has left
+REFUSED = "engine_health.refused"  # in the lifespan's state: answers what never became a request
 RETRY_SECONDS = 1.0
 
 
@@ -66,7 +69,7 @@ class Held:
 
 def announced(request: Request) -> int:
     """The length of the body as its header says it, 0 if it does not."""
-    said = request.headers.get("content-length", "0")
+    said = request.headers.get("content-length", "0").strip()
     return int(said) if said.isdecimal() else 0
 
 
@@ -141,28 +144,38 @@ def inflate(body: bytes, limit: int, held: Held) -> bytes:
     """A gzip body as it was, a step at a time, so that a bomb is dropped when it passes the limit.
 
     Raises:
-        BodyTooLarge: more than `limit` bytes inflated.
+        BodyTooLarge: more than `limit` bytes inflated, or more members than anybody needs.
         Overloaded: other bodies hold the memory that all may have together.
         NotJson: no gzip, or cut short.
     """
-    found = bytearray()
-    rest = body
+    found, packed = bytearray(), memoryview(body)
+    at = members = 0
     try:
-        while rest:  # a gzip file may have several members
-            stream = zlib.decompressobj(wbits=31)
-            while not stream.eof:
-                step = stream.decompress(rest, INFLATE_STEP)
-                rest = stream.unconsumed_tail
-                found += step
-                if len(found) > limit:
-                    raise BodyTooLarge(f"more than {limit} bytes when inflated")
-                held.take(len(step))
-                if not (step or rest or stream.eof):
-                    raise NotJson("the gzip body is cut short")
-            rest = stream.unused_data
+        while at < len(packed):  # a gzip file may have several members
+            members += 1
+            if members > MOST_MEMBERS:
+                raise BodyTooLarge(f"more than {MOST_MEMBERS} gzip members")
+            at = _member(packed, at, found, limit, held)
     except zlib.error as error:
         raise NotJson(f"the body is not gzip: {error}") from None
     return bytes(found)
+
+
+def _member(packed: memoryview, at: int, found: bytearray, limit: int, held: Held) -> int:
+    """Inflate one member, and say where the next begins."""
+    stream, rest = zlib.decompressobj(wbits=31), b""
+    while not stream.eof:
+        piece = rest or packed[at : at + FEED_STEP]
+        at += 0 if rest else len(piece)
+        step = stream.decompress(piece, INFLATE_STEP)
+        rest = stream.unconsumed_tail
+        found += step
+        if len(found) > limit:
+            raise BodyTooLarge(f"more than {limit} bytes when inflated")
+        held.take(len(step))
+        if not (step or piece or stream.eof):
+            raise NotJson("the gzip body is cut short")
+    return at - len(stream.unused_data)
 
 
 def leaving(request: Request) -> Callable[[], bool]:

@@ -9,7 +9,9 @@ from model import numerics
 from service.api import schemas
 from service.api.answers import prediction_rows
 from service.api.arrow import read_table
-from service.api.decode import Decoded, decode_instances, decode_labels, decode_logits, refuse
+from service.api.cuts import whole
+from service.api.decode import Decoded, decode_instances, decode_labels, decode_logits, parse_long, refuse
+from service.api.depth import JSON_DEPTH
 from service.api.flights import decode_histories, histories
 from service.api.quick import read_quickly
 from service.errors import Fault, InvalidInput
@@ -19,7 +21,6 @@ from service.runtime import Model
 from service.settings import Settings
 
 HEADER_BYTES = 64 * 1024  # of one request's line and headers
-JSON_DEPTH = 512  # brackets within brackets; no call needs ten
 PROBABILITY_TOLERANCE = 1e-3  # how near to 1 a row of "logits" in 0..1 must sum to look like probabilities
 
 
@@ -42,9 +43,10 @@ def read_predict(body: bytes, model: Model, most: int) -> Asked:
     found = read_quickly(body, model, most)
     if found is not None:
         return Asked(found.flights, found.decoded, None, False)
-    asked = schemas.parse(body, schemas.PredictRequest)
+    names = {b"telemetry", *(name.encode() for name in model.channels)}
+    asked, cuts, _ = parse_long(body, schemas.PredictRequest, names)
     _admit(len(asked.instances), asked.explain, model, most)
-    decoded = decode_instances(asked.instances, model, asked.missing == "hold")
+    decoded = decode_instances(asked.instances, model, asked.missing == "hold", cuts)
     return Asked(asked.instances, decoded, asked.temperature, asked.explain)
 
 
@@ -99,8 +101,8 @@ def _means(evaluation: Evaluation) -> dict[str, Any]:
 
 def evaluate_json(body: bytes, classes: tuple[str, ...], most: int) -> dict[str, Any]:
     """The whole of `/v1/evaluate` between its bytes."""
-    asked = schemas.parse(body, schemas.EvaluateRequest)
-    logits = decode_logits(asked.logits, most)
+    asked, cuts, _ = parse_long(body, schemas.EvaluateRequest, {b"logits"})
+    logits = decode_logits(whole(asked.logits, cuts), most)
     names = classes if logits.shape[1] == len(classes) else tuple(str(k) for k in range(logits.shape[1]))
     faults: list[Fault] = []
     if len(asked.labels) != len(logits):

@@ -1,7 +1,7 @@
 """Long lists of numbers cut out of a JSON body before it is parsed, so that no parser holds the interpreter for long.
 
-What is left is parsed at once, and is short; the lists are read afterwards, a piece at a time. Nothing goes unread: what
-was cut out stands in its list to the last character, and is refused there if it is no list.
+What is left is parsed at once, and is short; the lists are read afterwards, a piece at a time. Nothing goes unread:
+what was cut out stands in its list to the last character, and is refused there if it is no list.
 """
 
 import re

@@ -5,6 +5,7 @@ fault, so that a good request never pays for the explanation of a bad one.
 """
 
 import json
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,14 +15,15 @@ from msgspec import Raw
 
 from model import numerics, windows
 from model.numerics import Floats
-from service.api.cuts import Cuts, whole
-from service.api.numbers import columns, fits_float32, table, to_float32
-from service.api.schemas import Instance, Label, describe
+from service.api.cuts import Cuts, cut, whole
+from service.api.numbers import PIECE, columns, fits_float32, table, to_float32
+from service.api.schemas import Body, Instance, Label, describe, parse
 from service.errors import Fault, InvalidInput, NotJson
 from service.runtime import Batch, Model
 
 Loc = tuple[str | int, ...]
 MOST_DIGITS = 400  # of an integer; what has more is not even a float64
+LOOK_BACK = 4096  # rows looked at together for a value to hold
 MOST_FAULTS = 20  # a whole wrong file does not need a million lines to be understood
 JsonValue = Any
 
@@ -32,6 +34,22 @@ class Decoded(NamedTuple):
     telemetry: Batch
     targets: Floats | None
     imputed: npt.NDArray[np.int64] | None
+
+
+def parse_long(body: bytes, kind: type[Body], names: Collection[bytes]) -> tuple[Body, Cuts, bytes]:
+    """A body as its type; where it is long, the lists of numbers that were cut out of it, and what was left.
+
+    Raises:
+        NotJson: what its bytes are not.
+        InvalidInput: JSON of another shape; names the first place.
+    """
+    short, cuts = cut(body, names) if len(body) > PIECE else (body, {})
+    try:
+        return parse(short, kind), cuts, short
+    except (NotJson, InvalidInput):
+        if not cuts:
+            raise
+        return parse(body, kind), {}, body  # which says what is wrong with what was sent
 
 
 def decode_instances(instances: list[Instance], model: Model, hold: bool, cuts: Cuts | None = None) -> Decoded:
@@ -116,14 +134,25 @@ def hold_window(
 
     None after naming the first place where there is nothing to hold.
     """
-    held, _ = windows.hold_last(values)
-    before = max(len(held) - window, 0)  # rows that may give a value to hold, and are not seen themselves
-    row, channel = np.nonzero(np.isnan(held[before:]))
+    before = max(len(values) - window, 0)  # rows that may give a value to hold, and are not seen themselves
+    held = windows.hold_last(np.concatenate([_last_seen(values[:before]), values[before:]]))[0][1:]
+    row, channel = np.nonzero(np.isnan(held))
     if len(row):
         place = (*loc, before + int(row[0]), channels[channel[0]])
         faults.append(Fault(place, "missing, and no earlier value of this channel to hold"))
         return None, np.zeros(len(channels), dtype=np.int64)
     return windows.pad_left(held, window), np.isnan(values[before:]).sum(axis=0)
+
+
+def _last_seen(values: Batch) -> Batch:
+    """The last value of each channel (1, channels), NaN where none was seen; looked for from the end."""
+    found = np.full((1, values.shape[1]), np.nan, dtype=np.float32)
+    for end in range(len(values), 0, -LOOK_BACK):
+        held = windows.hold_last(values[max(end - LOOK_BACK, 0) : end])[0][-1:]
+        found = np.where(np.isnan(found), held, found)
+        if not np.isnan(found).any():
+            break
+    return found
 
 
 def _loads(text: bytes, loc: Loc) -> JsonValue:

@@ -7,11 +7,15 @@ import os
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import structlog
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.body import HELD, Buffer, Held
@@ -21,6 +25,7 @@ from service.api.routes import Endpoint
 from service.metrics import Metrics
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})  # other words are one label
+PREFLIGHT = {b"origin", b"access-control-request-method"}  # the headers that make OPTIONS one
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _TRACE = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}")  # W3C, level 1
@@ -37,9 +42,17 @@ class Edge:
     """The ASGI application around the whole application."""
 
     def __init__(
-        self, app: ASGIApp, metrics: Metrics, keys: Keys, lane: Callable[[str], Lane | None], buffer: Buffer
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        keys: Keys,
+        lane: Callable[[str], Lane | None],
+        template: Callable[[str], str | None],
+        buffer: Buffer,
+        origins: CORSMiddleware | None,
     ) -> None:
         self._app, self._metrics, self._keys, self._lane, self._buffer = app, metrics, keys, lane, buffer
+        self._template, self._origins = template, origins
         self._log = structlog.get_logger().bind()  # bound once: logs are configured by now
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -52,9 +65,11 @@ class Edge:
         request_id = _request_id(headers)
         held = scope[HELD] = Held(self._buffer)
         lane = self._lane(path) if method == "POST" and not _CONTROL.search(path) else None
+        if method == "HEAD":  # as GET; the server, whose scope is another one, sends no body
+            scope = {**scope, "method": "GET"}
 
         def count() -> None:
-            route = getattr(scope.get("route"), "path", "unmatched")
+            route = getattr(scope.get("route"), "path", None) or self._template(path) or "unmatched"
             known = method if method in METHODS else "other"
             self._metrics.request(known, route, status, time.perf_counter() - started)
 
@@ -70,18 +85,24 @@ class Edge:
 
         if lane:
             scope["route"] = lane  # as a router would
+        tell: Send = watched
+        if self._origins:  # whose headers errors have too
+            tell = partial(self._origins.send, send=watched, request_headers=Headers(scope=scope))
         try:
             if _CONTROL.search(path):  # some patterns match before a last newline, and others do not
                 raise HTTPException(404, "no path has control characters")
+            if self._origins and method == "OPTIONS" and headers.keys() >= PREFLIGHT:  # browsers show no key here
+                await _preflight(self._origins, scope)(scope, receive, watched)
+                return
             self._keys.check(method, path, headers)
             if lane is None:
-                await self._app(scope, receive, watched)
+                await self._app(scope, receive, tell)
             else:
                 response = await lane.endpoint(Request(scope, receive))
-                await response(scope, receive, watched)
+                await response(scope, receive, tell)
         except Exception as error:  # the last room: nothing leaves it unanswered
             if not begun:
-                await problem(error, path, self._metrics)(scope, receive, watched)
+                await problem(error, path, self._metrics)(scope, receive, tell)
             elif not ended:  # Starlette raises again what it has answered; half an answer is another matter
                 raise
         finally:
@@ -90,10 +111,19 @@ class Edge:
                 count()
             self._say(method, path, status, time.perf_counter() - started, request_id, headers)
 
+    def refused(self, status: int, detail: str, path: str) -> Response:
+        """The answer to what never became a request, counted and logged as one. Nobody timed it."""
+        request_id = os.urandom(8).hex()
+        self._metrics.http_requests.labels("other", "unmatched", str(status)).inc()
+        self._log.info("request", method="", path=path[:200], status=status, request_id=request_id)
+        response = problem(HTTPException(status, detail, {"Connection": "close"}), path, self._metrics)
+        response.headers["X-Request-Id"] = request_id
+        return response
+
     def _say(self, method: str, path: str, status: int, seconds: float, request_id: str, headers: RawHeaders) -> None:
         """One line a request. No query, no header but the trace: keys never reach a log."""
         more = {}
-        trace = _TRACE.fullmatch(headers.get(b"traceparent", b""))
+        trace = _TRACE.fullmatch(headers.get(b"traceparent", b"").strip())
         if trace:
             more = {"trace_id": trace[1].decode(), "span_id": trace[2].decode()}
         ms = round(seconds * 1e3, 3)
@@ -103,5 +133,12 @@ class Edge:
 
 
 def _request_id(headers: RawHeaders) -> str:
-    given = headers.get(b"x-request-id")
+    given = headers.get(b"x-request-id", b"").strip()
     return given.decode() if given and _ID.fullmatch(given) else os.urandom(8).hex()
+
+
+def _preflight(origins: CORSMiddleware, scope: Scope) -> Response:
+    response = origins.preflight_response(Headers(scope=scope))
+    if response.status_code != 200:
+        raise HTTPException(response.status_code, bytes(response.body).decode())
+    return response

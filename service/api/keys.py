@@ -56,7 +56,7 @@ def fingerprint(headers: RawHeaders) -> str:
 
 def _given(headers: RawHeaders) -> bytes | None:
     scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
-    key = token.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key")
+    key = (token if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")).strip()
     return hashlib.sha256(key).digest() if key else None
 
 

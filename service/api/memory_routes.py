@@ -7,7 +7,7 @@ from msgspec import Struct
 
 from service.api import recall, schemas
 from service.api.body import JSON, media_type, read_body
-from service.api.routes import LARGE_BODY, MANY_NUMBERS, Aside, Endpoint, documented, json_response
+from service.api.routes import LARGE_ANSWER, LARGE_BODY, Aside, Endpoint, documented, json_response
 from service.errors import Conflict, Fault, InvalidInput, Unknown
 from service.lifecycle import Lifecycle
 from service.storage import queries
@@ -25,7 +25,7 @@ def build_cycles(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
         model, large = predictor.model, len(body) > LARGE_BODY
         flights = await aside.run(large, lambda: recall.read_flights(body, model, limits.max_instances))
         answer = await memory.fly(predictor, flights)
-        many = len(flights) * len(model.manifest.classes) > MANY_NUMBERS
+        many = len(flights) * len(model.manifest.classes) > LARGE_ANSWER
         return await aside.run(many, lambda: json_response(recall.cycles_json(predictor, flights, answer)))
 
     return cycles

@@ -13,10 +13,12 @@ import numpy.typing as npt
 import simdjson
 
 from service.api.cuts import Cuts, whole
+from service.api.depth import OPENS
 from service.runtime import Batch
 
 PIECE = 1 << 20  # bytes parsed at a time; a millisecond or two
 FLOAT32_MOST = float(np.finfo(np.float32).max) + 2.0**103  # less than this is rounded to the largest float32
+FLAT = bytes.maketrans(b"[]", b"  ")
 MISSING = b"1e300"  # what stands for null while it is parsed: no float32
 Flat = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -65,7 +67,9 @@ def columns(text: bytes, names: tuple[str, ...], cuts: Cuts, hold: bool = False)
 def numbers(text: bytes, kind: Literal["d", "i"], hold: bool = False) -> Flat | None:
     """All numbers of a flat or nested list in their order, as float64 or int64; null as NaN if it may be held."""
     if len(text) > PIECE:
-        text = b"[" + text.translate(None, b"[] \t\r\n") + b"]"  # flat, so that it can be cut at any comma
+        if not _is_list(text):
+            return None
+        text = b"[" + text.translate(FLAT) + b"]"  # so that it can be cut at any comma
     parts = []
     for piece in [text] if len(text) <= PIECE else pieces(text, b","):
         part = _flat(piece, kind, None, hold)
@@ -73,6 +77,13 @@ def numbers(text: bytes, kind: Literal["d", "i"], hold: bool = False) -> Flat | 
             return None
         parts.append(part)
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _is_list(text: bytes) -> bool:
+    """Whether the brackets are those of one list."""
+    steps = OPENS[np.frombuffer(text, dtype=np.uint8)]
+    depths = np.cumsum(steps[steps != 0], dtype=np.int32)
+    return len(depths) > 0 and depths[-1] == 0 and bool((depths[:-1] > 0).all())
 
 
 def _flat(text: bytes, kind: Literal["d", "i"], width: int | None, hold: bool) -> Flat | None:

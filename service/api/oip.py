@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from model import contract, numerics
 from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE, Floats
 from service.api import tensors
-from service.api.body import JSON, announced, leaving, read_body
+from service.api.body import JSON, announced, leaving, media_type, read_body
 from service.api.routes import LARGE_BODY, Aside, Endpoint, documented, json_response
 from service.api.tensors import Array, Inference
 from service.errors import InvalidInput, UnknownModel
@@ -25,8 +25,10 @@ LABEL = "label"
 INPUTS = {contract.INPUT: "FP32", LABEL: "INT64"}
 INFER = re.compile(r"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
 INFER_ROUTE = "/v2/models/{name}/infer"
+VERSIONED_ROUTE = "/v2/models/{name}/versions/{version}/infer"
 HEADER = "Inference-Header-Content-Length"
 BINARY = "application/octet-stream"
+FLOAT32 = np.finfo(np.float32).max  # a loss at a low temperature may be more
 
 
 def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
@@ -35,6 +37,7 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
 
     async def infer(request: Request) -> Response:
         """Inference as tensors, JSON or binary: the answers of `/v1/predict`."""
+        media_type(request, (JSON, BINARY))
         size = announced(request)
         lifecycle.ready_predictor().check_room(size)
         body = await read_body(request, limits.max_body_bytes, limits.request_seconds)
@@ -42,7 +45,8 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
         path = INFER.fullmatch(request.scope["path"])
         assert path  # the route is this pattern
         named(predictor.model, path["name"], path["version"])
-        length = request.headers.get(HEADER)
+        told = request.headers.get(HEADER)
+        length = told and told.strip()
         inference = await aside.run(len(body) > LARGE_BODY, lambda: tensors.read(body, length, INPUTS))
         telemetry = _telemetry(inference, predictor.model, limits.max_instances)
         targets, temperature = _targets(inference, predictor.model, len(telemetry)), _temperature(inference)
@@ -92,7 +96,7 @@ def build_router(lifecycle: Lifecycle, infer: Endpoint) -> APIRouter:
 
     asked = documented("InferRequest", None, "404", problem=problem)
     asked["responses"]["200"]["content"] = {JSON: {}, BINARY: {}}
-    for route, names in ((INFER_ROUTE, ("name",)), ("/v2/models/{name}/versions/{version}/infer", ("name", "version"))):
+    for route, names in ((INFER_ROUTE, ("name",)), (VERSIONED_ROUTE, ("name", "version"))):
         places = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
         router.add_api_route(route, infer, methods=["POST"], openapi_extra=asked | {"parameters": places})
 
@@ -219,7 +223,7 @@ def _answer(inference: Inference, predictor: Predictor, found: Prediction, wante
             names = np.array([name.encode() for name in manifest.classes], dtype=object)
             return "BYTES", names[answers.logits.argmax(axis=1)]
         of = {"logits": answers.logits, "probabilities": answers.probabilities, "rul": answers.rul, "loss": found.loss}
-        return "FP32", np.asarray(of[name]).astype(np.float32, copy=False)
+        return "FP32", np.clip(np.asarray(of[name]), -FLOAT32, FLOAT32).astype(np.float32, copy=False)  # no Infinity
 
     head: dict[str, Any] = {"model_name": manifest.name, "model_version": manifest.version}
     head["parameters"] = {"digest": predictor.model.digest, "temperature": found.temperature}

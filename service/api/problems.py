@@ -41,6 +41,7 @@ TITLES = {
     415: "Unsupported media type",
     422: "Invalid value",
     429: "Overloaded",
+    431: "Headers too large",
     500: "Internal error",
     501: "No memory",
     503: "Not available",
@@ -62,18 +63,19 @@ def problem(error: Exception, path: str, metrics: Metrics) -> Response:
     else:
         log.error("unexpected error on %s", path, exc_info=error)
         status, detail = 500, "this is a fault of the service; its log says more"
-    if path.startswith("/v2") and status == 422:
+    protocol = path == "/v2" or path.startswith("/v2/")
+    if protocol and status == 422:
         status = 400  # what the protocol has for every fault of a request
     headers |= _hints(error, status)
     document: dict[str, Any] = {"type": "about:blank", "title": TITLES.get(status, "Error"), "status": status}
     document["detail"] = detail
-    if path.startswith("/v2"):
+    if protocol:
         document = {"error": detail}
     elif faults:
         document["errors"] = [{"loc": fault.loc, "msg": fault.msg} for fault in faults]
     elif isinstance(error, errors.Conflict) and error.results is not None:
         document["results"] = error.results
-    kind = "application/json" if path.startswith("/v2") else "application/problem+json"
+    kind = "application/json" if protocol else "application/problem+json"
     return Response(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), status, headers, kind)
 
 

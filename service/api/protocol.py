@@ -1,22 +1,31 @@
-"""uvicorn's HTTP protocol with what it lacks: time limits for what a client sends, and a size limit for its headers."""
+"""uvicorn's HTTP protocol with what it lacks: limits for what a client sends, and for how slowly it sends and reads.
 
-import asyncio
+Knows no routes; the application says what a refusal looks like.
+"""
+
 from typing import Any, ClassVar
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import httptools
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from service.api.body import GONE
+from service.api.body import GONE, REFUSED
+from service.api.calls import HEADER_BYTES
+from service.api.deadline import Deadline, Reader
 
-TOO_LATE = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
-TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
-HEADER_BYTES = 64 * 1024
+
+class _Nowhere(list[tuple[bytes, bytes]]):
+    """Where trailers go: nobody reads them."""
+
+    def append(self, _: tuple[bytes, bytes]) -> None:
+        """Forget it."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """A connection that must say what it wants in time, and in few words.
+    """A connection that must say what it wants in time and in few words, and must hear the answer.
 
     The rest of a body that was answered early, refused say, is read and thrown away, so that the client hears why and
-    may ask again; that too has an end.
+    may ask again; that too has an end. Offers of other protocols (`Upgrade: h2c`, websockets) are not taken up.
     """
 
     seconds: ClassVar[float] = 30.0
@@ -24,55 +33,137 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         """A client came; it has a time to ask."""
         super().connection_made(transport)
-        self._late: asyncio.TimerHandle | None = None
-        self._head: int | None = None  # bytes of headers that have come; None between requests and within bodies
-        self._arm(b"", self.seconds)
+        self._words = 0  # bytes that came since the last that were of a body: headers, trailers, empty lines
+        self._asking = False  # between a request's first byte and the end of its headers
+        self._deaf = False  # once refused; what comes then is not read
+        self._deadline = Deadline(self.loop, self._too_late)
+        self._reader = Reader(self.loop, transport, self.seconds)
+        self._deadline.set(self.seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client left; whoever works for it may stop."""
-        self._disarm()
+        self._deadline.stop()
+        self._reader.stop()
         if self.cycle is not None:
             self.cycle.scope[GONE] = True  # type: ignore[literal-required]  # ours beside what ASGI names
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes came; if they are still headers, there must not be too many."""
-        super().data_received(data)
-        if self._head is None:
+        """Bytes came; of those that are of no body there must not be too many."""
+        if self._deaf:
             return
-        self._head += len(data)
-        if self._head > HEADER_BYTES and not self.transport.is_closing():
-            self.transport.write(TOO_LARGE)
-            self.transport.close()
+        self._words += len(data)  # whatever of a body is among them makes it 0 again
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            self._decline(data[offer.args[0] :])
+        except httptools.HttpParserError:
+            self._refuse(400, "this is no HTTP request")
+        if self._words > HEADER_BYTES:
+            self._refuse(431, f"more than {HEADER_BYTES} bytes of headers")
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
         super().on_message_begin()
-        self._arm(TOO_LATE, self.seconds)
-        self._head = 0
+        self._asking = True
+        self._deadline.set(self.seconds)
 
     def on_headers_complete(self) -> None:
         """The body has its own limits."""
-        self._disarm()
-        self._head = None
+        if self._words > HEADER_BYTES and self._head_bytes() > HEADER_BYTES:
+            self._refuse(431, f"more than {HEADER_BYTES} bytes of headers")
+            raise ValueError("refused")  # so that the parser stops
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise ValueError("this is no proxy")
+            return  # the parser would skip the body, and what comes next
+        self._deadline.clear()
+        self._asking, self._words = False, 0
         super().on_headers_complete()
+        self.headers = _NOWHERE
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of a body; nobody waits for that of a request that is answered."""
+        self._words = 0
+        cycle = self.cycle
+        if not cycle.response_complete:
+            cycle.body += body
+            if len(cycle.body) > HIGH_WATER_LIMIT:
+                self.flow.pause_reading()
+            cycle.message_event.set()
+
+    def on_message_complete(self) -> None:
+        """A request is whole."""
+        if not self._asking:  # else it makes an offer, and is read again
+            self._words = 0
+            self.cycle.more_body = False
+            self.cycle.message_event.set()
 
     def on_response_complete(self) -> None:
         """An answer is out; the rest of its request, if any, and the next one's first byte have a time to come."""
-        super().on_response_complete()
-        if self.cycle.response_complete and self._head is None and not self.transport.is_closing():
-            self._arm(b"", self.seconds if self.cycle.more_body else self.timeout_keep_alive)
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            self._reader.watch()
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        elif not self._asking:
+            self._deadline.set(self.seconds if self.cycle.more_body else self.timeout_keep_alive)
 
-    def _arm(self, answer: bytes, seconds: float) -> None:
-        self._disarm()
-        self._late = self.loop.call_later(seconds, self._too_late, answer)
+    def pause_writing(self) -> None:
+        """The client does not read as fast as it is answered."""
+        super().pause_writing()
+        self._reader.watch()
 
-    def _disarm(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
-
-    def _too_late(self, answer: bytes) -> None:
+    def resume_writing(self) -> None:
+        """It has caught up."""
+        super().resume_writing()
         if not self.transport.is_closing():
-            self.transport.write(answer)
-            self.transport.close()
+            self._reader.stop()
+
+    def _head_bytes(self) -> int:
+        return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+
+    def _decline(self, rest: bytes) -> None:
+        """Read a request again as if it had offered no other protocol: its parser has given up by now."""
+        version = self.parser.get_http_version().encode()
+        head = [self.parser.get_method(), b" ", self.url, b" HTTP/", version, b"\r\n"]
+        for name, value in self.headers:
+            if name != b"upgrade":
+                head += [name, b": ", value, b"\r\n"]
+        self.parser = httptools.HttpRequestParser(self)
+        self._words = 0
+        self.data_received(b"".join((*head, b"\r\n", rest)))
+
+    def _too_late(self) -> None:
+        if self._asking:
+            self._refuse(408, f"the headers did not arrive in {self.seconds:g} s")
+        else:
+            self._close()
+
+    def _refuse(self, status: int, detail: str) -> None:
+        """Answer what is no request, once, and hang up; who asked before on this connection is answered first."""
+        if self._deaf:
+            return
+        self._deaf, cycle = True, self.cycle
+        answering = cycle is not None and not cycle.response_complete
+        if answering and (self.pipeline or cycle.response_started or not cycle.more_body):
+            cycle.keep_alive = False
+            return
+        refused = self.app_state.get(REFUSED)
+        if refused and (
+            cycle is None or cycle.response_complete != cycle.more_body
+        ):  # the rest of a body is no request
+            path = self.url.decode("latin-1").partition("?")[0] if self._asking or answering else ""
+            response = refused(status, detail, path)
+            lines = [b": ".join(pair) + b"\r\n" for pair in (*self.server_state.default_headers, *response.raw_headers)]
+            self.transport.write(b"".join((STATUS_LINE[status], *lines, b"\r\n", response.body)))
+        self._close()
+
+    def _close(self) -> None:
+        self.transport.close()
+        self._reader.watch()
+
+
+_NOWHERE = _Nowhere()

@@ -18,7 +18,7 @@ from service.lifecycle import Lifecycle
 from service.memory import prediction_ids
 
 LARGE_BODY = 64 * 1024  # bytes; beyond it the event loop is left free while they are parsed
-MANY_NUMBERS = 192  # probabilities of an answer; beyond it the event loop is left free while they are written
+LARGE_ANSWER = 192  # probabilities of an answer; beyond it the event loop is left free while they are written
 Endpoint = Callable[[Request], Awaitable[Response]]
 Result = TypeVar("Result")
 
@@ -90,7 +90,7 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
         if lifecycle.remembers:
             ids = await lifecycle.memory().remember(predictor, named, decoded.telemetry, found, decoded.targets)
         return await aside.run(
-            found.answers.logits.size > MANY_NUMBERS,
+            found.answers.logits.size > LARGE_ANSWER,
             lambda: json_response(predict_json(predictor, named, found, ids, what_if)),
         )
 
@@ -108,7 +108,7 @@ def build_router(lifecycle: Lifecycle, aside: Aside, predict: Endpoint) -> APIRo
 
     @router.post("/v1/evaluate", openapi_extra=documented("EvaluateRequest", "EvaluateResponse"), tags=["health"])
     async def evaluate(request: Request) -> Response:
-        """Cross-entropy and calibration of any logits; needs no telemetry and feeds no metrics."""
+        """Cross-entropy and calibration of any logits; needs no telemetry and feeds no calibration."""
         media_type(request, (JSON,))
         body = await read_body(request, limits.max_body_bytes, limits.request_seconds)
         classes = lifecycle.ready_predictor().model.manifest.classes
@@ -121,19 +121,16 @@ def build_router(lifecycle: Lifecycle, aside: Aside, predict: Endpoint) -> APIRo
         """The manifest of the model that answers, its digest, its active temperature and the limits of this service."""
         return json_response(model_json(lifecycle.ready_predictor(), limits))
 
-    @router.head("/livez", include_in_schema=False)
     @router.get("/livez", tags=["operations"])
     async def livez() -> dict[str, str]:
         """The process runs."""
         return {"status": "live"}
 
-    @router.head("/readyz", include_in_schema=False)
     @router.get("/readyz", openapi_extra=documented(None, None), tags=["operations"])
     async def readyz() -> Response:
         """A model has proved itself; send traffic."""
         return json_response({"status": "ready", "digest": lifecycle.accepting().model.digest})
 
-    @router.head("/metrics", include_in_schema=False)
     @router.get("/metrics", response_class=PlainTextResponse, tags=["operations"])
     async def metrics() -> Response:
         """Prometheus metrics, text format, of all workers."""

@@ -12,6 +12,7 @@ from msgspec import Meta, Raw, Struct
 
 from model.contract import CHANNELS
 from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE
+from service.api.depth import check_depth
 from service.errors import Fault, InvalidInput, NotJson
 
 _READINGS = {"type": "array", "items": {"type": "number"}}
@@ -95,7 +96,10 @@ class PredictRequest(PredictOptions, kw_only=True, forbid_unknown_fields=True):
 
 
 class EvaluateRequest(Struct, forbid_unknown_fields=True):
-    """Logits and labels in, losses out; needs no model and feeds no metrics."""
+    """Logits and labels in, losses out; needs no telemetry and feeds no calibration.
+
+    Labels by name are those of the model that answers, if it has as many classes as a row has logits.
+    """
 
     logits: Annotated[
         Raw, Meta(extra_json_schema={"type": "array", "minItems": 1, "items": {**_READINGS, "minItems": 1}})
@@ -398,6 +402,7 @@ class InferError(Struct):
 Body = TypeVar("Body", bound=Struct)
 _PLACE = re.compile(r"^(.*?)(?: - at `\$(.*)`)?$", re.DOTALL)
 _STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
+_UNKNOWN = re.compile(r"^Object contains unknown field `(.*)`$", re.DOTALL)
 
 
 def parse(body: bytes, kind: type[Body]) -> Body:
@@ -411,6 +416,7 @@ def parse(body: bytes, kind: type[Body]) -> Body:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         _check_json(body)  # the decoder stops at the first value of a wrong type, whatever follows
+        check_depth(body)
         raise _invalid(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise NotJson(f"the body is not JSON: {error}" if body else "the body is empty") from None
@@ -437,6 +443,9 @@ def _invalid(error: msgspec.ValidationError) -> InvalidInput:
     found = _PLACE.match(str(error))
     message, path = found.groups() if found else (str(error), None)
     loc = tuple(name or int(index) for name, index in _STEP.findall(path or ""))
+    unknown = _UNKNOWN.match(message)
+    if unknown:
+        loc, message = (*loc, unknown[1][:MOST_NAME]), "unknown field"
     return InvalidInput(f"{describe(loc)}: {message}", (Fault(loc, message),))
 
 

@@ -12,7 +12,9 @@ import numpy.typing as npt
 import orjson
 from msgspec import UnsetType
 
-from service.api import schemas
+from service.api.cuts import Cuts, whole
+from service.api.decode import parse_long
+from service.api.depth import check_depth
 from service.api.numbers import numbers, to_float32
 from service.api.schemas import InferRequest, Tensor
 from service.errors import InvalidInput
@@ -48,7 +50,10 @@ def read(body: bytes, header_length: str | None, dtypes: dict[str, str]) -> Infe
         size = int(header_length)
         if size > len(body):
             raise InvalidInput(f"Inference-Header-Content-Length says {size}, the body has {len(body)} bytes")
-    asked = schemas.parse(body[:size] if size < len(body) else body, InferRequest)
+    text = body[:size] if size < len(body) else body
+    asked, cuts, left = parse_long(text, InferRequest, {b"data"})
+    for part in (left, *cuts.values()):
+        check_depth(part)
     inputs: dict[str, Array] = {}
     at = size
     for tensor in asked.inputs:
@@ -57,13 +62,13 @@ def read(body: bytes, header_length: str | None, dtypes: dict[str, str]) -> Infe
             raise InvalidInput(f"input {tensor.name[:80]!r}: {what}")
         if tensor.datatype != dtypes[tensor.name]:
             raise InvalidInput(f"input {tensor.name!r}: datatype {tensor.datatype[:20]!r}, not {dtypes[tensor.name]}")
-        inputs[tensor.name], at = _array(tensor, body, at)
+        inputs[tensor.name], at = _array(tensor, cuts, body, at)
     if at != len(body):
         raise InvalidInput(f"{len(body) - at} bytes are left behind the last binary tensor")
     return Inference(asked, inputs)
 
 
-def _array(tensor: Tensor, body: bytes, at: int) -> tuple[Array, int]:
+def _array(tensor: Tensor, cuts: Cuts, body: bytes, at: int) -> tuple[Array, int]:
     """The numbers of a tensor, and where the next binary one begins."""
     where, dtype = f"input {tensor.name!r}", DTYPES[tensor.datatype]
     if len(tensor.shape) > MOST_SIDES:
@@ -76,7 +81,7 @@ def _array(tensor: Tensor, body: bytes, at: int) -> tuple[Array, int]:
     count = math.prod(tensor.shape)
     told = tensor.parameters.get("binary_data_size")
     if told is None:
-        return _from_json(tensor, where, dtype, count), at
+        return _from_json(tensor, cuts, where, dtype, count), at
     if isinstance(told, bool) or not isinstance(told, int) or told != count * dtype.itemsize:
         raise InvalidInput(
             f"{where}: binary_data_size {str(told)[:40]}, but shape {tensor.shape[:8]} needs another size"
@@ -89,11 +94,11 @@ def _array(tensor: Tensor, body: bytes, at: int) -> tuple[Array, int]:
     return found, at + told
 
 
-def _from_json(tensor: Tensor, where: str, dtype: np.dtype[Any], count: int) -> Array:
+def _from_json(tensor: Tensor, cuts: Cuts, where: str, dtype: np.dtype[Any], count: int) -> Array:
     if isinstance(tensor.data, UnsetType):
         raise InvalidInput(f"{where}: neither data nor binary_data_size")
     floats = dtype.kind == "f"
-    values = numbers(bytes(tensor.data), "d" if floats else "i")
+    values = numbers(whole(tensor.data, cuts), "d" if floats else "i")
     if floats and values is not None:
         values = to_float32(values)
     if values is None:

@@ -1,0 +1,54 @@
+"""How deep JSON nests, told without parsing it: parsers have limits of their own, each another one."""
+
+import numpy as np
+import numpy.typing as npt
+
+from service.errors import NotJson
+
+JSON_DEPTH = 512  # brackets within brackets; no call needs ten
+TOO_DEEP = f"the body is nested too deeply: at most {JSON_DEPTH} levels are read"
+PIECE = 1 << 20  # of what is told, looked at together
+QUOTE, OPEN = ord('"'), ord("[")
+FOLD = 0xDF  # a brace differs from a bracket by one bit
+REST = bytes(set(range(256)) - set(b'[]{}"'))  # what tells nothing
+OPENS = np.zeros(256, np.int8)  # by how much each byte goes deeper
+OPENS[list(b"[{")], OPENS[list(b"]}")] = 1, -1
+
+
+def check_depth(body: bytes) -> None:
+    """Refuse JSON that is nested beyond the limit, wherever types would let it stand.
+
+    Raises:
+        NotJson: it is.
+    """
+    if len(body) <= JSON_DEPTH or _opened(body) <= JSON_DEPTH:
+        return
+    if b'"' not in body:
+        _check_plain(np.frombuffer(body, np.uint8))
+        return
+    told = body.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, REST)
+    found, depth, quoted = np.frombuffer(told, np.uint8), np.int32(0), np.False_
+    for begin in range(0, len(found), PIECE):
+        piece = found[begin : begin + PIECE]
+        outside = ~(np.logical_xor.accumulate(piece == QUOTE) ^ quoted)
+        depths = depth + np.cumsum(OPENS[piece] * outside, dtype=np.int32)
+        if depths.max() > JSON_DEPTH:
+            raise NotJson(TOO_DEEP)
+        depth, quoted = depths[-1], ~outside[-1]
+
+
+def _check_plain(found: npt.NDArray[np.uint8]) -> None:
+    """The same where there are no strings, and the interpreter is left to others while it is told."""
+    depth = np.int32(0)
+    for begin in range(0, len(found), PIECE):
+        steps = OPENS[found[begin : begin + PIECE]]
+        depths = depth + np.cumsum(steps[steps != 0], dtype=np.int32)
+        if len(depths):
+            if depths.max() > JSON_DEPTH:
+                raise NotJson(TOO_DEEP)
+            depth = depths[-1]
+
+
+def _opened(body: bytes) -> int:
+    """Brackets that open anything, those in strings too."""
+    return int(np.count_nonzero((np.frombuffer(body, np.uint8) & FOLD) == OPEN))

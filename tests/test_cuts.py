@@ -1,0 +1,116 @@
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.api import numbers as arrays
+from service.api.cuts import LONG, cut
+from service.api.numbers import FLOAT32_MOST, PIECE, columns, fits_float32, numbers, table, to_float32
+
+NAMES = {b"telemetry", b"data", b"a", b"b"}
+ROWS = np.random.default_rng(0).normal(500, 100, (PIECE // 10, 3)).round(3)
+
+
+def mended(body: bytes) -> bytes:
+    """What was cut out put back."""
+    short, cuts = cut(body, NAMES)
+    for mark, found in cuts.items():
+        assert 1 == short.count(mark)
+        short = short.replace(mark, found)
+    return short
+
+
+def long(value: float = 1.5) -> list[list[float]]:
+    """A list that is worth cutting."""
+    return [[value] * 10] * (LONG // 30)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize(
+    ("body", "lists"),
+    [
+        ({"instances": [{"telemetry": long()}, {"telemetry": long(2.5), "engine_id": "a"}]}, 2),
+        ({"instances": [{"cycle": 1, "telemetry": {"a": long(), "b": long()}}], "missing": "hold"}, 2),
+        ({"inputs": [{"name": "telemetry", "data": long()}]}, 1),
+        ({"instances": [{"telemetry": [[1.0]]}]}, 0),
+        ({"others": long()}, 0),
+        ({"telemetry": "x" * 2 * LONG}, 0),
+        ({"telemetry": {"nothing": {}}, "padded": " " * 2 * LONG}, 0),
+    ],
+)
+def test_long_lists_are_cut_out_and_nothing_is_lost(body: Any, lists: int, indent: int | None) -> None:
+    """Lists of numbers under known names become marks; put back they are the body, to the byte; what is left is JSON."""
+    text = json.dumps(body, indent=indent).encode()
+    short, cuts = cut(text, NAMES)
+    assert lists == len(cuts)
+    assert json.loads(short).keys() == body.keys()
+    assert all(isinstance(json.loads(found), list) for found in cuts.values())
+    assert text == mended(text)
+
+
+@given(st.text("[]{},:\"0 \\\n", max_size=40), st.text("[]{},:\"0 \n", max_size=40))
+def test_whatever_surrounds_a_list_nothing_is_lost(before: str, after: str) -> None:
+    """However broken a body is, what was cut out put back is the body."""
+    text = f'{before}"telemetry":{json.dumps(long())}{after}'.encode()
+    assert text == mended(text)
+
+
+def test_long_tables_are_what_short_ones_are() -> None:
+    """Rows read in pieces are the rows; by rows, by columns, flat or nested."""
+    rows = json.dumps(ROWS.tolist()).encode()
+    assert len(rows) > 2 * PIECE
+    found = table(rows, 3)
+    assert found is not None
+    assert np.array_equal(ROWS, found)
+    by_name = json.dumps({name: ROWS[:, k].tolist() for k, name in enumerate("abc")}).encode()
+    for body, cuts in ((by_name, {}), cut(by_name, {b"a", b"b", b"c"})):
+        found = columns(body, ("a", "b", "c"), cuts)
+        assert found is not None
+        assert np.array_equal(ROWS, found)
+    for nested in (ROWS.ravel().tolist(), ROWS.tolist(), [[ROWS.tolist()]]):
+        flat = numbers(json.dumps(nested, indent=1).encode(), "d")
+        assert flat is not None
+        assert np.array_equal(ROWS.ravel(), flat)
+
+
+@pytest.mark.parametrize("place", [0, len(ROWS) // 2, len(ROWS) - 1])
+@pytest.mark.parametrize("wrong", ["x", "1]", "[1]", "1,", "null", "true", '"1"', "1 2"])
+def test_a_wrong_value_anywhere_in_a_long_table_is_seen(place: int, wrong: str) -> None:
+    """A piece with anything but numbers in it makes the whole unusual."""
+    rows = [f"[{a}, {b}, {c}]" for a, b, c in ROWS.tolist()]
+    rows[place] = rows[place][:-1] + f"{wrong}]" if wrong == "x" else f"[1, 2, {wrong}]"
+    assert table(f"[{', '.join(rows)}]".encode(), 3) is None
+    flat = [str(value) for value in ROWS.ravel().tolist()]
+    flat[3 * place] = wrong
+    if wrong != "[1]":  # which is flattened
+        assert numbers(f"[{', '.join(flat)}]".encode(), "d") is None
+
+
+def test_missing_values_are_read_as_fast_as_others_and_only_where_they_may() -> None:
+    """null is NaN where it may be held, whatever other numbers there are; a number of the same size is none."""
+    rows: list[list[float | None]] = [[1.0, None, 2.0], [None, 3.0, 4.0]]
+    text = json.dumps(rows).encode()
+    found = table(text, 3, hold=True)
+    assert found is not None
+    assert [[False, True, False], [True, False, False]] == np.isnan(found).tolist()
+    assert to_float32(found) is None
+    held = to_float32(found, missing=True)
+    assert held is not None
+    assert np.array_equal(held, np.array([[1, np.nan, 2], [np.nan, 3, 4]], np.float32), equal_nan=True)
+    assert table(text, 3) is None
+    assert table(text.replace(b"4.0", arrays.MISSING), 3, hold=True) is None
+
+
+def test_what_fits_in_a_float32_is_what_numpy_says() -> None:
+    """Around the largest float32, to the last bit of a float64, both ways of looking agree with the cast."""
+    for value in (FLOAT32_MOST, np.nextafter(FLOAT32_MOST, 0), 3.4e38, 1e39, float(np.finfo(np.float32).max), 0.0):
+        for signed in (float(value), -float(value)):
+            with np.errstate(over="ignore"):
+                fits = bool(np.isfinite(np.float32(signed)))
+            assert fits == fits_float32(signed)
+            assert fits == (to_float32(np.array([signed])) is not None)
+    assert not fits_float32(float("nan"))
+    assert not fits_float32(10**400)
