@@ -24,6 +24,7 @@ from service.sizes import Sizes
 from service.turns import Turns
 
 Mask = npt.NDArray[np.bool_]
+FLOAT32 = float(np.finfo(np.float32).max)  # answers leave as such; a loss of logits near it is more than it
 MANY_NUMBERS = 2**14  # probabilities of one call; beyond it the event loop is left free while they are worked on
 
 
@@ -211,7 +212,7 @@ class Predictor:
         if targets is None or answered is None:
             return None, Prediction(t, answers, None, None)
         loss = np.full(len(targets), np.nan)
-        loss[~np.isnan(targets[:, 0])] = answered.loss
+        loss[~np.isnan(targets[:, 0])] = np.minimum(answered.loss, FLOAT32)
         return labelled, Prediction(t, answers, loss, _means(answered))
 
     def answer(self, telemetry: Batch) -> Answers:
@@ -299,7 +300,7 @@ def _labelled(answers: Answers, targets: Floats, t: float) -> Labelled:
 def _means(labelled: Labelled) -> Evaluation:
     return Evaluation(
         len(labelled.loss),
-        float(labelled.loss.mean()),
+        min(float(labelled.loss.mean()), FLOAT32),
         float(labelled.expected_loss.mean()),
         float(labelled.correct.mean()),
         float(labelled.brier.mean()),

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from model.contract import CHANNELS
@@ -295,6 +296,25 @@ def test_an_answer_that_is_not_finite_is_the_instances_fault(tmp_path: Path) -> 
         bad = other.client.post("/v1/predict", json={"instances": [{"telemetry": [1, 2]}, {"telemetry": [3e38, 0]}]})
         assert (422, ["instances", 1, "telemetry"]) == (bad.status_code, bad.json()["errors"][0]["loc"])
         assert [10, 20] == other.predict([{"telemetry": [1, 2]}])["predictions"][0]["logits"]
+
+
+def test_a_loss_beyond_float32_is_the_largest_there_is(tmp_path: Path) -> None:
+    """Finite logits, however large, at the lowest temperature, have finite losses in JSON and in tensors."""
+    path = overflowing_classifier(tmp_path / "over.onnx")
+    with running(ENGINE_HEALTH_MODEL=str(path)) as other:
+        row = {"telemetry": [-3e37, 3e37], "label": "a"}
+        for temperature in (None, 0.01):
+            found = other.predict([row], temperature=temperature)
+            losses = [found["predictions"][0]["loss"], found["evaluation"]["cross_entropy"]]
+            assert losses == pytest.approx([3.4028235e38] * 2)
+        x = {"name": "telemetry", "datatype": "FP32", "shape": [1, 2], "data": [-3e37, 3e37]}
+        y = {"name": "label", "datatype": "INT64", "shape": [1], "data": [0]}
+        asked = {"inputs": [x, y], "outputs": [{"name": "loss"}], "parameters": {"temperature": 0.01}}
+        for binary in (False, True):
+            asked["outputs"][0]["parameters"] = {"binary_data": binary}  # type: ignore[index]
+            answer = other.client.post("/v2/models/over/infer", json=asked)
+            assert np.isfinite(np.frombuffer(answer.content[-4:], "<f4")[0]) if binary else answer.json()
+            assert b"null" not in answer.content
 
 
 def test_unknown_paths_and_methods_are_problems_too(service: Service) -> None:

@@ -42,7 +42,7 @@ def long(value: float = 1.5) -> list[list[float]]:
     ],
 )
 def test_long_lists_are_cut_out_and_nothing_is_lost(body: Any, lists: int, indent: int | None) -> None:
-    """Lists of numbers under known names become marks; put back they are the body, to the byte; what is left is JSON."""
+    """Lists of numbers under known names become marks; put back they are the body, to the byte; the rest is JSON."""
     text = json.dumps(body, indent=indent).encode()
     short, cuts = cut(text, NAMES)
     assert lists == len(cuts)
@@ -51,7 +51,7 @@ def test_long_lists_are_cut_out_and_nothing_is_lost(body: Any, lists: int, inden
     assert text == mended(text)
 
 
-@given(st.text("[]{},:\"0 \\\n", max_size=40), st.text("[]{},:\"0 \n", max_size=40))
+@given(st.text('[]{},:"0 \\\n', max_size=40), st.text('[]{},:"0 \n', max_size=40))
 def test_whatever_surrounds_a_list_nothing_is_lost(before: str, after: str) -> None:
     """However broken a body is, what was cut out put back is the body."""
     text = f'{before}"telemetry":{json.dumps(long())}{after}'.encode()
@@ -90,7 +90,7 @@ def test_a_wrong_value_anywhere_in_a_long_table_is_seen(place: int, wrong: str) 
 
 
 def test_missing_values_are_read_as_fast_as_others_and_only_where_they_may() -> None:
-    """null is NaN where it may be held, whatever other numbers there are; a number of the same size is none."""
+    """Null is NaN where it may be held, whatever other numbers there are; a number of the same size is none."""
     rows: list[list[float | None]] = [[1.0, None, 2.0], [None, 3.0, 4.0]]
     text = json.dumps(rows).encode()
     found = table(text, 3, hold=True)

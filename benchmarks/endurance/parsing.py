@@ -1,4 +1,4 @@
-"""Bodies of 30 MB, each way of writing numbers: while one is parsed, whoever asks whether the service lives hears it."""
+"""Bodies of 30 MB, each way of writing numbers: while one is parsed, a probe of the service is answered."""
 
 import asyncio
 import json
