@@ -8,6 +8,7 @@ import asyncio
 import threading
 import zlib
 from collections.abc import Callable
+from io import BytesIO
 
 from starlette.requests import Request
 from starlette.types import Message, Receive
@@ -126,17 +127,18 @@ async def read_body(request: Request, limit: int, seconds: float) -> bytes:
 
 
 async def _rest(part: Message, receive: Receive, limit: int, held: Held) -> bytes:
-    found = bytearray()  # one that grows: pieces would leave holes in the memory between those of other requests
+    found, size = BytesIO(), 0  # it grows, and gives its bytes away: pieces would leave holes between other requests'
     while True:
         if part["type"] == "http.disconnect":
             raise ClientGone("the client left before its body was whole")
         piece = part.get("body", b"")
-        if len(found) + len(piece) > limit:
+        size += len(piece)
+        if size > limit:
             raise BodyTooLarge(f"more than {limit} bytes")
         held.take(len(piece))
-        found += piece
+        found.write(piece)
         if not part.get("more_body"):
-            return bytes(found)
+            return found.getvalue()
         part = await receive()
 
 
