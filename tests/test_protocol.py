@@ -81,6 +81,14 @@ def test_an_offer_of_another_protocol_is_not_taken_up(service: Service, windows:
         assert 422 == hear(ear)[0]
 
 
+def test_any_number_of_offers_may_come_together(service: Service) -> None:
+    """Requests that each offer another protocol are all answered, however many are sent at once."""
+    many = 1500
+    with talking(service) as (connection, ear):
+        connection.sendall(LIVEZ.replace(b"\r\n\r\n", b"\r\n" + OFFER + b"\r\n") * many)
+        assert [200] * many == [hear(ear)[0] for _ in range(many)]
+
+
 def test_headers_that_follow_a_large_body_are_counted_without_it(service: Service, windows: Readings) -> None:
     """A pipelined request whose headers begin in the packet that ends a large body is no 431."""
     asked = predicting(windows)
