@@ -162,6 +162,27 @@ def test_who_asked_before_is_answered_before_a_refusal(service: Service, windows
         assert ends(ear)
 
 
+def test_nobody_is_let_in_who_would_not_be_answered(windows: Readings) -> None:
+    """Told to stop, several workers answer who is there, and whoever connects then hears at once that nobody listens."""
+    asked = predicting(windows)
+    with running(ENGINE_HEALTH_WORKERS="2") as service, talking(service) as (connection, ear):
+        connection.sendall(asked[:-9])
+        service.client.get("/livez")
+        service.process.terminate()
+
+        def refused() -> bool:
+            try:
+                with connected(service):
+                    return False
+            except ConnectionRefusedError:
+                return True
+
+        until(refused)
+        connection.sendall(asked[-9:])
+        assert 200 == hear(ear)[0]
+        assert 0 == service.process.wait(timeout=20)
+
+
 def test_blanks_around_a_value_are_not_the_value() -> None:
     """Request ids, keys and lengths may have blanks behind them."""
     with running(ENGINE_HEALTH_API_KEYS="read") as service:
