@@ -10,7 +10,7 @@ import pytest
 
 from model.windows import Readings
 from tests.conftest import Service, running
-from tests.test_serving import one, until
+from tests.test_serving import one, until, until_all_are_ready
 from tests.test_strain import HEAD, connected
 
 LIVEZ = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -163,11 +163,11 @@ def test_who_asked_before_is_answered_before_a_refusal(service: Service, windows
 
 
 def test_nobody_is_let_in_who_would_not_be_answered(windows: Readings) -> None:
-    """Told to stop, several workers answer who is there, and whoever connects then hears at once that nobody listens."""
+    """Told to stop, workers answer who is there, and whoever connects then hears at once that nobody listens."""
     asked = predicting(windows)
     with running(ENGINE_HEALTH_WORKERS="2") as service, talking(service) as (connection, ear):
+        until_all_are_ready(service, 2)
         connection.sendall(asked[:-9])
-        service.client.get("/livez")
         service.process.terminate()
 
         def refused() -> bool:
