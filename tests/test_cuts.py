@@ -114,7 +114,7 @@ def test_nested_lists_in_pieces_are_read_if_and_only_if_they_are_json(inside: st
             found = numbers(text.encode(), "d")
             assert isinstance(parsed(text), list) == (found is not None)
             if found is not None:
-                assert re.findall(r"\d", text) == [str(int(value)) for value in found.tolist()]
+                assert re.findall(r"\d+", text) == [str(int(value)) for value in found.tolist()]
 
 
 ROW = f"[{','.join(['1.5'] * 17)}]"

@@ -183,6 +183,20 @@ def test_nobody_is_let_in_who_would_not_be_answered(windows: Readings) -> None:
         assert 0 == service.process.wait(timeout=20)
 
 
+def test_who_is_not_done_when_the_process_ends_is_told_so(windows: Readings) -> None:
+    """A request that is not whole at the end of the grace time is 503 like any that comes too late, and no fault."""
+    with running() as service, talking(service) as (connection, ear):
+        connection.sendall(predicting(windows)[:-9])
+        service.metrics()  # by now it has begun to read
+        service.process.terminate()
+        status, headers, body = hear(ear)
+        assert (503, "1") == (status, headers["retry-after"])
+        assert 503 == json.loads(body)["status"]
+        _, log = service.process.communicate(timeout=20)
+        assert 0 == service.process.returncode
+    assert "Traceback" not in log
+
+
 def test_blanks_around_a_value_are_not_the_value() -> None:
     """Request ids, keys and lengths may have blanks behind them."""
     with running(ENGINE_HEALTH_API_KEYS="read") as service:
