@@ -3,6 +3,7 @@
 Paths that are asked very often go straight to their endpoint; everything else through FastAPI's router.
 """
 
+import asyncio
 import os
 import re
 import time
@@ -22,6 +23,7 @@ from service.api.body import HELD, Buffer, Held
 from service.api.keys import Keys, RawHeaders
 from service.api.problems import problem
 from service.api.routes import Endpoint
+from service.errors import NotReady
 from service.metrics import Metrics
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})  # other words are one label
@@ -100,6 +102,11 @@ class Edge:
             else:
                 response = await lane.endpoint(Request(scope, receive))
                 await response(scope, receive, tell)
+        except asyncio.CancelledError:  # the process closes, and can wait no longer for what is not whole yet
+            if begun:
+                raise
+            late = NotReady("this process closes before the request was answered")
+            await problem(late, path, self._metrics)(scope, receive, tell)
         except Exception as error:  # the last room: nothing leaves it unanswered
             if not begun:
                 await problem(error, path, self._metrics)(scope, receive, tell)

@@ -4,6 +4,7 @@ They parse twice, which lets them name the place of any fault: first what an ins
 rows of numbers and of names has no fault to be named, and is parsed here once, straight into an array.
 """
 
+from codecs import BOM_UTF8
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ class Quick(NamedTuple):
 def read_quickly(body: bytes, model: Model, most: int) -> Quick | None:
     """A body of nothing but instances of rows of numbers, perhaps with engine and cycle; None if it is any other."""
     window = model.manifest.window
-    if window is None or len(body) > PIECE:
+    if window is None or len(body) > PIECE or body.startswith(BOM_UTF8):  # which this parser would read over
         return None
     try:
         flights, tables = _instances(body, len(model.channels), most)
