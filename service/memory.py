@@ -106,6 +106,8 @@ class Memory:
         made = _made(rows, telemetry, found.answers, targets, ids)
         batch = remember.Batch(_by(predictor), now, made)
         try:
+            if not self.database.up:  # it is asked every second; no prediction waits for it meanwhile
+                raise MemoryUnavailable("the database does not answer")
             self._count(await self.database.write(self._remember, batch))
         except MemoryUnavailable:
             self._metrics.unremembered.inc(len(made))

@@ -48,7 +48,8 @@ def told(who: By, *cycles: int) -> Flights:
 
 def logits(landed: Landed) -> list[float]:
     assert landed.made is not None
-    return np.frombuffer(landed.made.logits, np.float32).tolist()
+    found: list[float] = np.frombuffer(landed.made.logits, np.float32).tolist()
+    return found
 
 
 def test_a_late_flight_of_another_request_moves_nobody_s_window(connection: Connection) -> None:
