@@ -153,6 +153,14 @@ def test_a_wrong_flight_is_refused_by_its_place(kept: Service, flight: dict[str,
     assert 404 == kept.client.get("/v1/engines/not kept").status_code
 
 
+@pytest.mark.parametrize("telemetry", [b'"\xff"', b'{"\xff": 1}', b'["\xff"]'])
+def test_a_flight_of_broken_text_is_no_json(kept: Service, telemetry: bytes) -> None:
+    """Bytes that are no UTF-8 within a flight's readings are a 400, as they are anywhere else."""
+    body = b'{"cycles": [{"engine_id": "x", "cycle": 1, "telemetry": ' + telemetry + b"}]}"
+    answer = kept.client.post("/v1/cycles", content=body, headers={"Content-Type": "application/json"})
+    assert 400 == answer.status_code, answer.text
+
+
 def test_labels_have_each_a_result(kept: Service, windows: Readings) -> None:
     """Joined, pending, unchanged, conflict, revised and unknown; what was told stands until it is revised."""
     made = fly(kept, "labels", 1, windows[0][0])["predictions"][0]["prediction_id"]

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, create_engine, func, select
 
 from model.contract import Manifest
 from model.windows import Readings
-from service.storage import readings, remember
+from service.storage import queries, readings, remember
 from service.storage.book import Book
 from service.storage.migrate import migrate
 from service.storage.readings import Flight, Flights, Landed
@@ -82,3 +82,13 @@ def test_an_old_flight_told_again_is_known_whatever_the_window(connection: Conne
         again = [readings.store(book, connection, [told(who, c)])[0][0][0].result for c in range(9)]
         assert ["joined" if window == 1 else "unchanged"] * 9 == first
         assert ["unchanged"] * 9 == again
+
+
+def test_flights_that_are_forgotten_are_in_nobody_s_mind(connection: Connection) -> None:
+    """After old flights were pruned a window begins with what is left, also in a process that remembers them."""
+    book, who = Book(), by(3)
+    readings.store(book, connection, [told(who, 2, 4)])
+    readings.store(book, connection, [told(who, 6)._replace(told=5.0)])
+    assert 4 == queries.prune(connection, [3.0])[0]  # two flights, and their predictions
+    ((after, _),) = readings.store(book, connection, [told(who, 8)._replace(told=6.0)])
+    assert [6.0, 8.0] == logits(after[0])[:2]
