@@ -8,9 +8,10 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.kills import survive_in
-from model import numerics
+from model import contract, numerics
 from model.contract import Manifest
 from model.windows import Readings, pad_left
 from tests.conftest import Service, running
@@ -408,3 +409,27 @@ def test_postgresql_may_go_and_come_back(windows: Readings, cluster: Postgres) -
         cluster.start()
         until(lambda: service.client.post("/v1/cycles", json={"cycles": [flight]}).status_code == 200)
         assert [1, 2] == [row["cycle"] for row in history(service, "a")]
+
+
+def test_a_flight_without_an_answer_is_named_by_its_own_place(tmp_path: Path) -> None:
+    """Readings on which the network overflows are a 422 at their row of `cycles`, and nothing of the call is kept."""
+    window = helper.make_tensor_value_info("telemetry", TensorProto.FLOAT, ["n", 2, 2])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 2])
+    parts = [numpy_helper.from_array(np.array(10, np.float32), "ten"), numpy_helper.from_array(np.array([1]), "time")]
+    nodes = [
+        helper.make_node("ReduceMax", ["telemetry", "time"], ["newest"], keepdims=0),
+        helper.make_node("Mul", ["newest", "ten"], ["logits"]),
+    ]
+    graph = helper.make_graph(nodes, "g", [window], [logits], parts)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    said = {"name": "over", "version": "1", "classes": ("a", "b"), "window": 2}
+    manifest = Manifest.model_validate(said | {"channels": [{"name": "x"}, {"name": "y"}]})
+    contract.write(proto.SerializeToString(), manifest, tmp_path / "over.onnx")
+    with running(ENGINE_HEALTH_MODEL=str(tmp_path / "over.onnx")) as service:
+        rows = [("b", 7, [1, 2]), ("a", 3, [1, 2]), ("b", 2, [3e38, 1]), ("a", 1, [2, 1])]
+        cycles = [{"engine_id": e, "cycle": c, "telemetry": row} for e, c, row in rows]
+        answer = service.client.post("/v1/cycles", json={"cycles": cycles})
+        assert 422 == answer.status_code, answer.text
+        assert answer.json()["detail"].startswith("cycles[")
+        assert answer.json()["errors"][0]["loc"] in (["cycles", 2, "telemetry"], ["cycles", 0, "telemetry"])
+        assert 404 == service.client.get("/v1/engines/b").status_code
