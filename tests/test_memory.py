@@ -14,6 +14,8 @@ from benchmarks.kills import survive_in
 from model import contract, numerics
 from model.contract import Manifest
 from model.windows import Readings, pad_left
+from service.api.recall import read_cursor, write_cursor
+from service.api.schemas import MOST_NAME
 from tests.conftest import Service, running
 from tests.postgres import Postgres, postgres
 from tests.test_runtime import identity_classifier
@@ -302,6 +304,12 @@ def test_engines_come_worst_first_by_pages(windows: Readings) -> None:
             assert {health} >= {row["health"] for row in page["engines"]}
         for query in ("health=worn", "next=nonsense", "next=%00", "page=2", "health=normal&health=critical"):
             assert 422 == service.client.get(f"/v1/engines?{query}").status_code
+
+
+@pytest.mark.parametrize("name", ["a", "\U0001f680" * MOST_NAME, "\x01" * MOST_NAME, '"' * MOST_NAME])
+def test_every_page_has_a_next_that_is_understood(name: str) -> None:
+    """Where a page ends is told and taken back whatever the last engine is called."""
+    assert (1 / 3, name) == read_cursor(write_cursor(1 / 3, name))
 
 
 def test_without_a_database_it_is_said(windows: Readings) -> None:

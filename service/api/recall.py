@@ -26,7 +26,7 @@ from service.storage.queries import Page
 from service.storage.readings import Flight
 from service.truth import Source
 
-CURSOR_BYTES = 1024
+CURSOR_BYTES = 2048  # the longest name, escaped as JSON, in base64, is 1632
 Stored = Any  # a row of the table of predictions
 
 
