@@ -296,7 +296,7 @@ class PastBody(Struct):
     rul: float | None
     prediction_set: list[str] | None
     expected_loss: float
-    label: dict[str, float] | None
+    label: str | dict[str, float] | None
     source: Literal["inspection", "outcome", "survival"] | None
     labelled_at: str | None
     loss: float | None
