@@ -80,6 +80,20 @@ def test_a_flight_is_answered_as_its_window(kept: Service, windows: Readings, ma
         )
 
 
+def test_an_engine_that_no_path_could_name_is_refused(kept: Service, windows: Readings) -> None:
+    """Ids with control characters are a 422 by their place in every call, as their histories could not be asked for."""
+    row = windows[0][0].tolist()
+    for name in ("a\0b", "a\n", "\r", "\x7f", "\tid"):
+        for path, body, place in (
+            ("/v1/predict", {"instances": [{"engine_id": name, "telemetry": [row]}]}, ["instances", 0, "engine_id"]),
+            ("/v1/cycles", {"cycles": [{"engine_id": name, "cycle": 1, "telemetry": row}]}, ["cycles", 0, "engine_id"]),
+            ("/v1/labels", {"labels": [{"engine_id": name, "cycle": 1, "label": 0}]}, ["labels", 0, "engine_id"]),
+            ("/v1/outcomes", {"engine_id": name, "failed_at_cycle": 9}, ["engine_id"]),
+        ):
+            answer = kept.client.post(path, json=body)
+            assert (422, place) == (answer.status_code, answer.json()["errors"][0]["loc"])
+
+
 def test_late_flights_find_their_place(kept: Service, windows: Readings) -> None:
     """Flights in any order, alone and together, give in the end the window of their cycles in order."""
     rows = windows[1][:12]

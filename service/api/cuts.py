@@ -21,8 +21,8 @@ _BETWEEN = b" \t\r\n,{}"
 _BEGIN = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*\[")
 
 
-class Cuts(dict[bytes, bytes]):
-    """Lists by the marks that stand for them; `read` are the marks of those that somebody asked for."""
+class Cuts(dict[bytes, memoryview]):
+    """Lists of a body by the marks that stand for them; `read` are the marks of those that somebody asked for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def cut(body: bytes, names: Collection[bytes]) -> tuple[bytes, Cuts]:
         until = len(body) if following < 0 else following
         if until - end > LONG and body[begin + 1 : end] in names and (found := _list(body, end + 1, until)):
             mark = b'"%s-%d"' % (_MARK, len(cuts))
-            cuts[mark] = body[found[0] : found[1]]
+            cuts[mark] = memoryview(body)[found[0] : found[1]]
             kept += [body[done : found[0]], mark]
             done = found[1]
         begin = following
@@ -54,7 +54,7 @@ def whole(raw: Raw, cuts: Cuts) -> bytes:
     if text not in cuts:
         return text
     cuts.read.add(text)
-    return cuts[text]
+    return bytes(cuts[text])
 
 
 def check_unread(cuts: Cuts) -> None:

@@ -102,7 +102,7 @@ def _window(
     values = _history(text, channels, hold, cuts)
     if values is None:
         for mark, found in cuts.items() if text[:1] == b"{" else ():
-            text = text.replace(mark, found)
+            text = text.replace(mark, bytes(found))
         values = _suspicious(text, channels, hold, loc, faults)
     if values is None:
         return None, None

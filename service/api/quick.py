@@ -14,7 +14,7 @@ from model import windows
 from service.api.decode import Decoded
 from service.api.flights import Flight
 from service.api.numbers import PIECE, Unusual, brackets, flat_rows, parser, to_float32
-from service.api.schemas import MOST_CYCLE, MOST_NAME
+from service.api.schemas import CONTROL, MOST_CYCLE, MOST_NAME
 from service.runtime import Batch, Model
 
 TELEMETRY, ENGINE, CYCLE = "telemetry", "engine_id", "cycle"
@@ -75,7 +75,7 @@ def _flight(instance: simdjson.Object, names: list[str]) -> Flight:
         raise Unusual
     engine: Any = instance.get(ENGINE)
     cycle: Any = instance.get(CYCLE)
-    named = engine is None or (isinstance(engine, str) and 0 < len(engine) <= MOST_NAME and "\0" not in engine)
+    named = engine is None or (isinstance(engine, str) and 0 < len(engine) <= MOST_NAME and not CONTROL.search(engine))
     dated = cycle is None or (type(cycle) is int and 0 <= cycle <= MOST_CYCLE)
     if not (named and dated):
         raise Unusual

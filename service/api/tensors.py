@@ -53,7 +53,7 @@ def read(body: bytes, header_length: str | None, dtypes: dict[str, str]) -> Infe
     text = body[:size] if size < len(body) else body
     asked, cuts, left = parse_long(text, InferRequest, {b"data"})
     for part in (left, *cuts.values()):
-        check_depth(part)
+        check_depth(bytes(part))
     inputs: dict[str, Array] = {}
     at = size
     for tensor in asked.inputs:
