@@ -140,8 +140,7 @@ class EnginesQuery(Struct, forbid_unknown_fields=True):
     limit: Annotated[int, Meta(ge=1, le=MOST_ENGINES, description="Engines of a page.")] = 100
     running: Annotated[bool, Meta(description="Only engines whose end is not known.")] = False
     since: Annotated[
-        str | None,
-        Meta(description="Only engines whose `updated_at` is this moment or later, as 2026-11-25T12:00:00Z."),
+        str | None, Meta(description="Only what changed: the latest answer or the end was told then or later (RFC 3339).")
     ] = None
     trend: Annotated[
         int,
