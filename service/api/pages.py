@@ -58,9 +58,7 @@ def build_router() -> APIRouter:
     """The console at `/`, what it is made of below `/console/`."""
     router = APIRouter(include_in_schema=False)
     shelf = {path.name: Page(path) for path in FOLDER.iterdir() if path.is_file()}
-    plotly = _plotly()
-    if plotly is not None:
-        shelf[PLOTLY] = Page(plotly, "public, max-age=86400")
+    shelf[PLOTLY] = Page(_plotly(), "public, max-age=86400")
 
     async def page(request: Request, name: str = INDEX) -> Response:
         """A file of the console."""
@@ -77,9 +75,9 @@ def build_router() -> APIRouter:
     return router
 
 
-def _plotly() -> Path | None:
-    """The file within the installed package, which is found without importing it; None where it is not installed."""
+def _plotly() -> Path:
+    """The file within the installed package, which is found without importing it."""
     found = importlib.util.find_spec("plotly")
-    folders = found.submodule_search_locations if found else None
-    path = Path(folders[0]) / "package_data" / PLOTLY if folders else None
-    return path if path is not None and path.is_file() else None
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError("the console's charts need the package plotly")
+    return Path(found.origin).parent / "package_data" / PLOTLY

@@ -140,7 +140,8 @@ class EnginesQuery(Struct, forbid_unknown_fields=True):
     limit: Annotated[int, Meta(ge=1, le=MOST_ENGINES, description="Engines of a page.")] = 100
     running: Annotated[bool, Meta(description="Only engines whose end is not known.")] = False
     since: Annotated[
-        str | None, Meta(description="Only what changed: the latest answer or the end was told then or later (RFC 3339).")
+        str | None,
+        Meta(description="Only what changed: the latest answer or the end was told then or later (RFC 3339)."),
     ] = None
     trend: Annotated[
         int,

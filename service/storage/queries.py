@@ -27,7 +27,9 @@ class Wanted(NamedTuple):
     health: int | None = None  # only engines of this class
     after: tuple[float, str] | None = None  # risk and engine_id of the last engine of the page before
     limit: int = PAGE
-    since: float | None = None  # only engines of which a prediction or the end was told then or later, seconds since 1970
+    since: float | None = (
+        None  # only engines of which a prediction or the end was told then or later, seconds since 1970
+    )
     running: bool = False  # only engines whose end is not known
     trend: int = 0  # also what was predicted of the last so many cycles
 

@@ -31,8 +31,8 @@ class Calibration {
     this.figures = h("section", { class: "card" });
     this.reliability = new Chart("How often each confidence was right", 320);
     this.overTime = new Chart("Loss over time, realised and expected", 320);
-    this.classes = h("section", { class: "card half" });
-    this.labels = h("section", { class: "card half" });
+    this.classes = h("section", { class: "card" });
+    this.labels = h("section", { class: "card" });
     this.drift = h("section", { class: "card half" });
     this.changes = h("div");
     this.said = h("div", { role: "status" });
@@ -43,10 +43,9 @@ class Calibration {
         h("p", { text: "On the line, what it says is what happens. The bars are where chance alone puts 90 % of such bins." }), this.reliability.element),
       h("section", { class: "card half" }, h("h2", { text: "Loss over time" }),
         h("p", { text: "Above its band, the model was surer than it had reason to be in that time." }), this.overTime.element),
-      this.classes, this.labels, this.drift,
-      h("section", { class: "card half stack" }, h("h2", { text: "Temperature" }),
+      h("div", { class: "half column" }, this.classes, this.labels, h("section", { class: "card stack" }, h("h2", { text: "Temperature" }),
         h("p", { class: "muted", text: "Divides the logits: above 1 flattens the probabilities, below 1 sharpens them, and never changes their order. A fit is scored on engines left out and applied only by you." }),
-        this.changes, h("div", { class: "inline" }, this.fit, this.back), this.said));
+        this.changes, h("div", { class: "inline" }, this.fit, this.back), this.said)), this.drift);
     main.append(h("div", { class: "head" }, h("div", {}, h("h1", { text: "Calibration" }), h("p", { text: "Whether 90 % means nine times in ten, from the truths that have come in." })),
       h("div", { class: "inline" }, h("label", {}, "Predictions of", this.windows))), h("div", { class: "stack" }, this.verdict, this.body));
   }
@@ -115,7 +114,7 @@ class Calibration {
         { x, y: some.map((one) => one.expected), mode: "lines", name: "expected", line: { color: c.muted, dash: "dash", width: 1.6 }, hovertemplate: "%{y:.3f}" },
         { x, y: some.map((one) => one.realised), mode: "lines+markers", name: "realised", line: { color: c.accent, width: 2 }, marker: { size: 5 }, customdata: some.map((one) => one.n), hovertemplate: "%{y:.3f} of %{customdata}" },
       ],
-      layout: { xaxis: { title: { text: "when predicted" } }, yaxis: { title: { text: "nats" }, rangemode: "tozero" } },
+      layout: { xaxis: { title: { text: "when predicted" }, tickangle: 0, nticks: 5 }, yaxis: { title: { text: "nats" }, rangemode: "tozero" } },
     }), () => ({ titles: ["From", ["Truths", "number"], ["Realised", "number"], ["Expected", "number"], ["Chance", "number"]], rows: some.map((one) => [moment(one.from), number(one.n), one.realised.toFixed(3), one.expected.toFixed(3), `± ${(2 * one.noise).toFixed(3)}`]) }));
   }
 
@@ -132,8 +131,8 @@ class Calibration {
       number(band.n), meter(band.share), percent(band.share)]);
     this.labels.replaceChildren(h("h2", { text: "Truths and their delay" }),
       h("p", { text: labels.selection_biased ? "Fewer than four in five predictions have a truth yet. Those that have one may be the hard ones." : "Enough predictions have a truth to speak for the fleet." }),
-      facts([["Have a truth", percent(labels.share)], ["Half came within", span(lag.p50)], ["Nine in ten within", span(lag.p90)], ["Told by", number(sources.inspection), "inspections"], ["", number(sources.outcome), "ends"], ["", number(sources.survival), "by running on"]]),
-      rows.length ? table(["Age of the prediction", ["Predictions", "number"], "", ["Have a truth", "number"]], rows, "Share with a truth by age") : h("p"));
+      facts([["Have a truth", percent(labels.share)], ["Half came within", span(lag.p50)], ["Nine in ten within", span(lag.p90)], ["Told by ends", number(sources.outcome)], ["by running on", number(sources.survival)], ["by inspections", number(sources.inspection)]]),
+      rows.length ? table(["Age of the prediction", ["Predictions", "number"], "Share", ["Have a truth", "number"]], rows, "Share with a truth by age") : h("p"));
   }
 
   tellDrift(drift) {
@@ -149,7 +148,7 @@ class Calibration {
       return [name.replace("sensor_", "sensor ").replace("op_setting_", "setting "), h("span", { class: "health small" }, shape(of), text), meter(Math.min(1, one.psi / (4 * FAR)), of), one.psi.toFixed(3), one.noise.toFixed(3)];
     });
     this.drift.replaceChildren(h("h2", { text: "Drift, without any truth" }), h("p", { text: "Population stability index against engines held out in training. A fleet of one kind differs from a mixed one without anything being broken." }),
-      rows.length ? table(["What", "", "", ["PSI", "number"], ["Chance", "number"]], rows, "Drift of confidence, entropy and each channel") : h("p", { class: "note", text: "No prediction in this time." }));
+      rows.length ? table(["What", "State", "Distance", ["PSI", "number"], ["Chance", "number"]], rows, "Drift of confidence, entropy and each channel") : h("p", { class: "note", text: "No prediction in this time." }));
   }
 
   tellTemperature({ temperature, temperature_source: source, changes }) {
@@ -207,6 +206,12 @@ export function verdict(found) {
   const mean = found.label_free.error ? accuracy + found.label_free.error.accuracy : null;
   const both = `says ${percent(mean)}, right ${percent(accuracy)}, ${plural(engines, "engine")}`;
   const biased = found.labels.selection_biased ? " Fewer than four in five predictions have a truth so far; those that have may be the hard ones." : "";
+  const range = found.cross_entropy.interval;
+  const surely = found.state === "calibrated" && range && range[0] * range[1] > 0; // but not for who looks as often as they like
+  if (surely) {
+    const how = range[0] > 0 ? "surer than it is right" : "right more often than it says";
+    return ["watch", `No alarm: ${both}`, `In these truths it is ${how}, beyond what this one look would give by chance. Proof that may be looked at every day needs more engines; wait, or fit a temperature below.${biased}`];
+  }
   const off = [...classes].sort((a, b) => Math.abs(b.said - b.seen) - Math.abs(a.said - a.seen))[0];
   return {
     overconfident: ["bad", `Over-confident: ${both}`, `It is surer than it has reason to be. If sensors drifted, mend those first; else fit a temperature below.${biased}`],

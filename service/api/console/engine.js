@@ -59,7 +59,7 @@ class Engine {
     this.probabilities = new Chart("Class probabilities of each cycle, stacked", 280);
     this.rul = new Chart("Cycles left, as predicted at each cycle", 280);
     this.sets = new Chart("Classes not ruled out at each cycle, and the truth", 76 + 34 * classes.length);
-    this.away = new Chart("How far a sensor is from what is usual, by cycle", 240);
+    this.away = new Chart("How far a sensor is from what is usual, by cycle", 380);
     this.sensors = h("div");
     this.forms = h("section", { class: "card half" }, h("h2", { text: "What became of it" }), this.outcome(), this.inspection());
     this.table = h("details", { class: "behind", on: { toggle: () => this.history() } }, h("summary", { text: "Every prediction, as a table" }));
@@ -152,11 +152,11 @@ class Engine {
     const widest = Math.max(1, ...channels.map((one) => Math.abs(one.moved)));
     this.picked ??= channels[0].channel;
     const bar = (moved) => h("div", { class: "sensor-bar", "aria-hidden": "true" }, h("i", { style: { width: `${(50 * Math.abs(moved)) / widest}%`, [moved < 0 ? "right" : "left"]: "50%" } }));
-    const rows = channels.slice(0, 8).map((one) => [
-      h("button", { type: "button", class: "pick", "aria-pressed": String(one.channel === this.picked), text: one.channel.replace("sensor_", "sensor "), on: { click: () => this.pick(one.channel) } }),
-      h("span", { class: "muted small", text: described[one.channel]?.description ?? "" }), bar(one.moved), signed(one.moved, 2)]);
+    const rows = channels.slice(0, 7).map((one) => [
+      h("div", {}, h("button", { type: "button", class: "pick", "aria-pressed": String(one.channel === this.picked), text: one.channel.replace("sensor_", "sensor "), on: { click: () => this.pick(one.channel) } }),
+        h("div", { class: "muted small", text: described[one.channel]?.description ?? "" })), bar(one.moved), signed(one.moved, 2)]);
     const focused = document.activeElement?.classList.contains("pick") ? document.activeElement.textContent : null;
-    this.sensors.replaceChildren(table(["Sensor", "", "", ["Moved", "number"]], rows, "Sensors that moved most"));
+    this.sensors.replaceChildren(table(["Sensor", "Away from usual", ["Moved", "number"]], rows, "Sensors that moved most"));
     if (focused) [...this.sensors.querySelectorAll(".pick")].find((one) => one.textContent === focused)?.focus();
     const of = channels.find((one) => one.channel === this.picked) ?? channels[0];
     const about = described[of.channel];

@@ -14,7 +14,7 @@ const PRESETS = {
   "Confident and wrong": () => ({ logits: [6, 1, 0, -1], y: 3 }),
   Uniform: () => ({ logits: [0, 0, 0, 0], y: 0 }),
   "Overflow: logits 1000": () => ({ logits: [1000, 999, 998, 0], y: 1 }),
-  "Softmax applied twice": (now) => ({ logits: softmax(now.map((one) => Math.max(-50, Math.min(50, one)))), y: null, why: "twice" }),
+  "Softmax applied twice": (now) => ({ logits: softmax(now), y: null, why: "twice" }),
 };
 
 export async function open(main, _, { signal, query, remember, beat }) {
@@ -51,7 +51,7 @@ class Explorer {
     this.steps = h("div");
     this.warning = h("p", { class: "note bad", hidden: true });
     this.check = h("p", { class: "muted small", role: "status" });
-    this.curve = new Chart("Loss against the probability of the true class, with the point where this one is", 260);
+    this.curve = new Chart("Loss against the probability of the true class, with the point where this one is", 240);
     const presets = Object.entries(PRESETS).map(([text, make]) => h("button", { type: "button", class: "button", text, on: { click: () => this.preset(make(this.logits)) } }));
     main.append(h("div", { class: "head" }, h("div", {}, h("h1", { text: "Explorer" }), h("p", { text: "How logits become probabilities, and what being wrong costs. Nothing here is remembered." }))),
       h("div", { class: "grid" },
@@ -61,9 +61,8 @@ class Explorer {
             h("label", { style: { flex: "1 1 160px" } }, "Temperature: sharp to flat", this.hot), h("label", {}, h("span", { class: "hidden", text: "Temperature" }), this.exact)),
           h("form", { class: "inline", on: { submit: (event) => { event.preventDefault(); this.load(); } } }, h("label", {}, "Load from a prediction", this.engine), this.list, h("button", { class: "button", type: "submit", text: "Load" })), this.loaded),
         h("section", { class: "card half stack" }, h("h2", { text: "Probabilities" }), this.answers, this.warning,
-          h("div", {}, h("p", { class: "muted small", text: "Loss, -ln p of the true class, in nats" }), this.loss), this.check),
-        h("section", { class: "card two-thirds stack" }, h("h2", { text: "The calculation" }), this.sum, this.steps),
-        h("section", { class: "card third" }, h("h2", { text: "What it costs" }), h("p", { text: "The less likely the truth was said to be, the steeper." }), this.curve.element)));
+          h("div", { class: "cost" }, h("div", {}, h("p", { class: "muted small", text: "Loss, -ln p of the true class" }), this.loss, h("p", { class: "muted small", text: "nats" }), this.check), this.curve.element)),
+        h("section", { class: "card stack" }, h("h2", { text: "The calculation" }), this.sum, this.steps)));
     this.lines();
   }
 
@@ -184,7 +183,7 @@ class Explorer {
         const told = await post("v1/evaluate", { logits: [logits], labels: [y], temperature });
         if (this.signal.aborted || found !== this.found) return;
         const apart = Math.max(Math.abs(told.losses[0] - found.loss), ...told.probabilities[0].map((one, k) => Math.abs(one - found.p[k])));
-        say(this.check, apart <= 1e-6 ? `The service's own numerics agree: they differ by ${apart === 0 ? "nothing" : apart.toExponential(0)}.` : `The service says ${told.losses[0]}: this page is wrong by ${apart.toExponential(1)}.`);
+        say(this.check, apart <= 1e-6 ? `The service's own numerics agree: they differ by ${apart === 0 ? "0" : apart.toExponential(0)}.` : `The service says ${told.losses[0]}: this page is wrong by ${apart.toExponential(1)}.`);
         this.check.dataset.state = apart <= 1e-6 ? "agrees" : "differs";
         this.beat("live", "live");
       } catch (error) {
@@ -197,7 +196,7 @@ class Explorer {
   }
 
   async names() {
-    const page = await get("v1/engines?limit=200", this.signal);
+    const page = await get("v1/engines?limit=200&running=true", this.signal);
     this.list.replaceChildren(...page.engines.map((one) => h("option", { value: one.engine_id })));
     if (page.engines.length && !this.engine.value) this.engine.value = page.engines[0].engine_id;
   }

@@ -43,7 +43,7 @@ class Fleet {
     this.counts = h("div", { class: "counts", role: "group", "aria-label": "Show only engines of one class" });
     this.search = h("input", { class: "field", type: "search", placeholder: "Find an engine", "aria-label": "Find an engine", value: this.words,
       on: { input: () => { this.words = this.search.value; this.changed(); }, keydown: (event) => this.enter(event) } });
-    this.sorting = h("select", { class: "field", on: { change: () => this.by(this.sorting.value) } },
+    this.sorting = h("select", { class: "field", "aria-label": "Order", on: { change: () => this.by(this.sorting.value) } },
       Object.entries(SORTS).map(([name, [title]]) => h("option", { value: name, text: title, selected: name === this.sort })));
     this.sorting.value = this.sort;
     this.ended = h("input", { type: "checkbox", on: { change: () => { this.all = this.ended.checked; this.changed(); } } });
@@ -67,7 +67,7 @@ class Fleet {
       return h("div", { role: "columnheader", class: `cell-${kind}`, ...sorts }, name ? h("button", { type: "button", text, on: { click: () => this.by(name) } }) : text);
     };
     return h("div", { class: "row titles", role: "row" }, title("Engine", "name", "name"), title("Health", "worst", "health"),
-      h("div", { role: "columnheader", class: "cell-bars" }, "Probabilities", h("span", { text: "of worst" })), title("Cycles left", "rul", "rul"), title("Last 30 cycles", null, "trend"),
+      h("div", { role: "columnheader", class: "cell-bars" }, "Probabilities", this.worst = h("span")), title("Cycles left", "rul", "rul"), title("Last 30 cycles", null, "trend"),
       title("Not ruled out", null, "set"), title("Cycle", null, "cycle"), title("Age", "newest", "age"));
   }
 
@@ -110,6 +110,7 @@ class Fleet {
         h("pre", { text: `engine-health replay --url ${location.origin}` }), h("p", {}, "How a flight is sent stands in ", h("a", { href: "docs#/memory", text: "the API" }), ".")));
       return;
     }
+    this.worst.textContent = this.classes.at(-1);
     this.filters = [null, ...this.classes.keys()].map((k) => this.filter(k)).reverse();
     this.counts.replaceChildren(...this.filters.map((one) => one.button));
     this.main.append(this.counts,

@@ -61,6 +61,7 @@ export function span(seconds) {
   if (seconds === null || seconds === undefined) return dash;
   const units = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
   const [size, name] = units.find(([size]) => seconds >= 2 * size) ?? [1, "s"];
+  if (seconds > 0 && seconds < 1) return `<1${thin}s`;
   return `${Math.max(0, Math.floor(seconds / size))}${thin}${name}`;
 }
 
