@@ -198,11 +198,11 @@ class Explorer {
   async names() {
     const page = await get("v1/engines?limit=200&running=true", this.signal);
     this.list.replaceChildren(...page.engines.map((one) => h("option", { value: one.engine_id })));
-    if (page.engines.length && !this.engine.value) this.engine.value = page.engines[0].engine_id;
+    this.engine.placeholder = page.engines[0]?.engine_id ?? "no engine yet";
   }
 
   async load() {
-    const id = this.engine.value.trim();
+    const id = this.engine.value.trim() || this.list.firstChild?.value;
     if (!id) return say(this.loaded, "Name an engine first.");
     try {
       const [{ history }, { classes }] = await Promise.all([get(`v1/engines/${encodeURIComponent(id)}`, this.signal), model(this.signal)]);
