@@ -4,11 +4,11 @@ import base64
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from model import conformal, numerics
 from model.contract import Manifest
@@ -170,13 +170,10 @@ def label_json(label: Floats, classes: Sequence[str]) -> str | dict[str, float]:
 
 def engines_json(found: Page) -> dict[str, Any]:
     """What `/v1/engines` answers."""
-    answered = answers_json(found.rows, found.kinds)
-    rows = [
-        {"engine_id": row.engine_id, "cycle": row.cycle}
-        | {name: answer[name] for name in ("health", "probabilities", "rul", "prediction_set")}
-        | {"updated_at": moment(row.made), "failed_at_cycle": row.failed_at}
-        for row, answer in zip(found.rows, answered, strict=True)
-    ]
+    rows = answers_json(found.rows, found.kinds)
+    for row, stored in zip(rows, found.rows, strict=True):
+        row["engine_id"], row["cycle"] = stored.engine_id, stored.cycle
+        row["updated_at"], row["failed_at_cycle"] = moment(stored.made), stored.failed_at
     if found.trend is not None:
         trends = _trends(found.trend, found.kinds)
         for row, stored in zip(rows, found.rows, strict=True):
@@ -192,8 +189,8 @@ def engines_json(found: Page) -> dict[str, Any]:
 def _trends(rows: Sequence[Stored], kinds: Mapping[int, Kind]) -> dict[int, list[tuple[int, np.float32]]]:
     """Cycle and probability of the last class, by engine."""
     found: dict[int, list[tuple[int, np.float32]]] = {}
-    for _, p, places in _by_kind(rows, kinds):
-        for i, risk in zip(places, p[:, -1], strict=True):
+    for group in _by_kind(rows, kinds):
+        for i, risk in zip(group.places, group.probabilities()[:, -1], strict=True):
             found.setdefault(rows[i].engine, []).append((rows[i].cycle, risk))
     for trend in found.values():
         trend.sort()  # of several models together
@@ -203,6 +200,10 @@ def _trends(rows: Sequence[Stored], kinds: Mapping[int, Kind]) -> dict[int, list
 def history_json(engine_id: str, found: History) -> dict[str, Any]:
     """What `/v1/engines/{id}` answers."""
     answered = answers_json(found.rows, found.kinds)
+    for group in _by_kind(found.rows, found.kinds):
+        expected = numerics.entropy(group.scaled).astype(np.float32)
+        for k, i in enumerate(group.places):
+            answered[i] |= {"logits": group.logits[k], "expected_loss": expected[k]}
     past = [_past(row, found.kinds[row.model], one) for row, one in zip(found.rows, answered, strict=True)]
     return {"engine_id": engine_id, "failed_at_cycle": found.failed_at, "history": past}
 
@@ -241,45 +242,60 @@ def _past(row: Stored, kind: Kind, answered: dict[str, Any]) -> dict[str, Any]:
 
 
 def answers_json(rows: Sequence[Stored], kinds: Mapping[int, Kind]) -> list[dict[str, Any]]:
-    """Stored predictions as they were answered."""
+    """The health of stored predictions as it was answered."""
     found: list[dict[str, Any]] = [{}] * len(rows)
-    for kind, p, places in _by_kind(rows, kinds):
-        logits, temperatures = _logits(rows, places), [rows[i].temperature for i in places]
-        expected = numerics.entropy(numerics.scaled_rows(logits, temperatures)).astype(np.float32)
-        rule = kind.conformal
-        inside = conformal.sets(logits, kind.temperature, rule.threshold, rule.method).tolist() if rule else None
-        for k, i in enumerate(places):
+    for group in _by_kind(rows, kinds):
+        classes, p, sets = group.kind.classes, group.probabilities(), group.sets()
+        for k, (i, top) in enumerate(zip(group.places, group.logits.argmax(axis=1).tolist(), strict=True)):
             rul = rows[i].rul
             found[i] = {
-                "health": kind.classes[int(logits[k].argmax())],
-                "probabilities": dict(zip(kind.classes, p[k], strict=True)),
-                "logits": logits[k],
+                "health": classes[top],
+                "probabilities": dict(zip(classes, p[k], strict=True)),
                 "rul": None if rul is None else np.float32(rul),
-                "prediction_set": inside and [name for name, held in zip(kind.classes, inside[k], strict=True) if held],
-                "expected_loss": expected[k],
+                "prediction_set": sets[k] if sets else None,
             }
     return found
 
 
-def _by_kind(
-    rows: Sequence[Stored], kinds: Mapping[int, Kind]
-) -> Iterator[tuple[Kind, npt.NDArray[np.float32], list[int]]]:
-    """Each model with the probabilities (N, C) of its rows, and their places."""
+class Group(NamedTuple):
+    """Rows of one model: their places, and logits (N, C) as the network gave them and over their temperatures."""
+
+    kind: Kind
+    places: list[int]
+    logits: Readings
+    scaled: Floats
+
+    def probabilities(self) -> Readings:
+        """(N, C), float32 as they were answered."""
+        return numerics.softmax(self.scaled).astype(np.float32)
+
+    def sets(self) -> list[list[str]] | None:
+        """The prediction set of each row; None of a model without a rule."""
+        rule, classes = self.kind.conformal, self.kind.classes
+        if rule is None:
+            return None
+        inside = conformal.sets(self.logits, self.kind.temperature, rule.threshold, rule.method).tolist()
+        return [[name for name, held in zip(classes, row, strict=True) if held] for row in inside]
+
+
+def _by_kind(rows: Sequence[Stored], kinds: Mapping[int, Kind]) -> Iterator[Group]:
     groups: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(row.model, []).append(i)
     for model, places in groups.items():
-        scaled = numerics.scaled_rows(_logits(rows, places), [rows[i].temperature for i in places])
-        yield kinds[model], numerics.softmax(scaled).astype(np.float32), places
-
-
-def _logits(rows: Sequence[Stored], places: Sequence[int]) -> Readings:
-    return np.frombuffer(b"".join(rows[i].logits for i in places), np.float32).reshape(len(places), -1)
+        logits = np.frombuffer(b"".join([rows[i].logits for i in places]), np.float32).reshape(len(places), -1)
+        yield Group(kinds[model], places, logits, numerics.scaled_rows(logits, [rows[i].temperature for i in places]))
 
 
 def moment(seconds: float) -> str:
     """A time as RFC 3339 has it, in UTC."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    whole, part = divmod(round(seconds * 1e6), 1_000_000)
+    return f"{_second(whole)}.{part // 1000:03}Z"
+
+
+@lru_cache(4096)  # a page of engines has few
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def read_moment(name: str, text: str) -> float:

@@ -20,6 +20,8 @@ _OF_TRUTH = or_(
 )
 _NO_LATEST = update(engines).values(latest=None, health=None, risk=None)  # its cycle stays: older ones may be there
 
+_ANSWER = [predictions.c[name] for name in ("engine", "cycle", "made", "model", "temperature", "logits", "rul")]
+
 
 class Wanted(NamedTuple):
     """Which engines are asked for."""
@@ -49,7 +51,7 @@ def page(connection: Connection, asked: Wanted) -> Page:
     which: list[ColumnElement[bool]] = [engines.c.latest.is_not(None)]
     which += [engines.c.health == asked.health] if asked.health is not None else []
     which += [engines.c.failed_at.is_(None)] if asked.running else []
-    latest = select(engines.c.engine_id, engines.c.risk, engines.c.failed_at, *predictions.c)
+    latest = select(engines.c.engine_id, engines.c.risk, engines.c.failed_at, *_ANSWER)
     latest = latest.join(predictions, predictions.c.id == engines.c.latest)
     counting = select(func.count()).select_from(engines)
     if asked.since is not None:
