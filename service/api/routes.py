@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import orjson
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
 
 from service.api import schemas
 from service.api.arrow import ARROW
@@ -52,9 +53,22 @@ def documented(
     return extra | ({"requestBody": {"required": True, **content(request)}} if request else {})
 
 
+class Written(Response):
+    """Bytes that are there as a whole, with the headers that they need and no search for others."""
+
+    def __init__(self, body: bytes, status: int, media_type: str) -> None:
+        self.body, self.status_code, self.background = body, status, None
+        self.raw_headers = [(b"content-length", b"%d" % len(body)), (b"content-type", media_type.encode())]
+
+    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body})
+
+
 def json_response(value: Any, status: int = 200, media_type: str = JSON) -> Response:
     """A JSON answer; numpy numbers leave in their shortest form."""
-    return Response(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY), status, media_type=media_type)
+    return Written(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY), status, media_type)
 
 
 def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
@@ -90,7 +104,7 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
         if lifecycle.remembers:
             ids = await lifecycle.memory().remember(predictor, named, decoded.telemetry, found, decoded.targets)
         return await aside.run(
-            found.answers.logits.size > LARGE_ANSWER,
+            len(named) * len(model.manifest.classes) > LARGE_ANSWER,
             lambda: json_response(predict_json(predictor, named, found, ids, what_if)),
         )
 
