@@ -23,7 +23,7 @@ from service.storage import labels, queries, readings, remember, tempering
 from service.storage.book import Book, Joined
 from service.storage.database import Database
 from service.storage.labels import Answered, End, Ended, Labels, Result, Said
-from service.storage.readings import Flight, Flights, Landed, Predicted
+from service.storage.readings import Flight, Flights, Landed, Predicted, Stored
 from service.storage.remember import Batch, By, Made
 
 
@@ -74,13 +74,13 @@ class Memory:
         self.keep_fits, self.change = partial(tempering.keep_fits, book), partial(tempering.change, book)
 
     async def open(self) -> None:
-        """Make or migrate the database.
+        """Make or migrate the database; one that failed last has to prove that it can be written to.
 
         Raises:
             SchemaRejected: newer code made it.
             MemoryUnavailable: it cannot be reached now.
         """
-        await self.database.write(_nothing, None)
+        await self.database.write(_nothing if self.database.up else queries.prove, None)
 
     async def close(self) -> None:
         """Commit what was accepted."""
@@ -150,32 +150,36 @@ class Memory:
             return Predicted(made, (windows, found, time.perf_counter() - started))
 
         told = Flights(flights, _by(predictor), answer, time.time())
-        landed, truths, receipt = await self.database.write(self._store, told)
-        if receipt is not None:  # one caller's answers every flight of a transaction, which may have been tried before
-            predictor.count(*receipt)
-            self._metrics.labellable.inc(len(receipt[0]))
-        self._count(truths)
+
+        def committed(stored: Stored) -> None:
+            if stored.receipt is not None:  # one caller's answers every flight of a transaction
+                predictor.count(*stored.receipt)
+                self._metrics.labellable.inc(len(stored.receipt[0]))
+            self._count(stored.joined)
+
+        landed = (await self.database.write(self._store, told, committed)).landed
         return Answer(landed, *_together(predictor, landed))
 
     async def label(self, rows: Sequence[Said]) -> Answered:
         """Keep labels, each with its own result."""
-        answered = await self.database.write(self._label, Labels(rows, time.time()))
-        self._count(answered.joined)
-        return answered
+        told = Labels(rows, time.time())
+        return await self.database.write(self._label, told, lambda answered: self._count(answered.joined))
 
     async def end(self, engine_id: str, failed_at: int, revise: bool) -> Ended:
         """Keep an engine's end, which labels its history."""
-        ended = await self.database.write(self._end, End(engine_id, failed_at, revise, time.time()))
-        self._count(ended.joined)
-        return ended
+        told = End(engine_id, failed_at, revise, time.time())
+        return await self.database.write(self._end, told, lambda ended: self._count(ended.joined))
 
     async def _keep(self, batch: Batch) -> dict[str, Told]:
         """Keep predictions; what became of the labels that came with them, by prediction id."""
-        joined, said = await self.database.write(self._remember, batch)
-        self._count(joined)
-        mine = {row.id: said[row.id] for row in batch.rows if row.id in said} if said else {}
-        self._metrics.labellable.inc(len(batch.rows) - sum(result != "conflict" for result, _ in mine.values()))
-        return mine
+
+        def committed(kept: remember.Remembered) -> None:
+            self._count(kept.joined)
+            counted = sum(row.label is not None and kept.said[row.id][0] != "conflict" for row in batch.rows)
+            self._metrics.labellable.inc(len(batch.rows) - counted)  # the others are with their labels
+
+        said = (await self.database.write(self._remember, batch, committed)).said
+        return {row.id: said[row.id] for row in batch.rows if row.id in said} if said else {}
 
     async def _say(self, made: Sequence[Made]) -> dict[str, Told]:
         """Keep the labels of predictions that are not kept themselves; what became of each, by prediction id."""
