@@ -127,8 +127,9 @@ class Memory:
             except MemoryUnavailable:
                 self._metrics.unremembered.inc(len(made))
                 lost = {row.id for row in made}
-        elsewhere = [name in said and (not own or said[name][0] == "conflict") for name in ids]
-        predictor.count_labels(found, targets, np.array(elsewhere))
+        if targets is not None:
+            elsewhere = [name in said and (not own or said[name][0] == "conflict") for name in ids]
+            predictor.count_labels(found, targets, np.array(elsewhere))
         return Remembered([None if name in lost else name for name in ids], [said.get(name) for name in ids])
 
     async def fly(self, predictor: Predictor, flights: Sequence[Flight]) -> Answer:

@@ -25,6 +25,7 @@ from service.turns import Turns
 
 Mask = npt.NDArray[np.bool_]
 FLOAT32 = float(np.finfo(np.float32).max)  # answers leave as such; a loss of logits near it is more than it
+MOST_BINS = 255  # a byte each
 MANY_NUMBERS = 2**14  # probabilities of one call; beyond it the event loop is left free while they are worked on
 
 
@@ -281,7 +282,7 @@ class Predictor:
     @property
     def bins(self) -> Callable[[Batch], npt.NDArray[np.uint8]] | None:
         """The reference bin of each channel that has a reference, for newest readings (N, channels); None without."""
-        return self._bins_of if self._binned and self._edges.shape[1] < np.iinfo(np.uint8).max else None
+        return self._bins_of if self._binned and self._edges.shape[1] < MOST_BINS else None
 
     @property
     def binned(self) -> tuple[str, ...]:

@@ -95,8 +95,8 @@ def add(book: Book, connection: Connection, items: Sequence[Batch], by_name: dic
     said = _keep_labels(connection, every, by_name)
     asked = [(engine.id, row.cycle, row.id) for _, _, row in every if (engine := by_name[row.engine_id]).truths]
     known_of = inspections(connection, asked) if asked else {}
-    rows, joined, inputs = [], [], [one for item in items for one in _inputs(item)]
-    for (item, kind, row), bins in zip(every, inputs, strict=True):
+    rows, joined = [], []
+    for (item, kind, row), bins in zip(every, _inputs(every), strict=True):
         engine = by_name[row.engine_id]
         inspected = known_of.get((engine.id, row.cycle) if row.cycle is not None else row.id) if known_of else None
         known = truth(inspected, row.cycle, engine.failed_at, engine.newest_cycle, kind.thresholds, len(kind.classes))
@@ -145,12 +145,17 @@ def _keep_labels(
     return said
 
 
-def _inputs(item: Batch) -> list[bytes | None]:
-    """The reference bins of the newest readings of some predictions."""
-    newest = [row.newest for row in item.rows if row.newest is not None]
-    if item.by.bins is None or len(newest) != len(item.rows):
-        return [None] * len(item.rows)
-    return [row.tobytes() for row in item.by.bins(np.stack(newest))]
+def _inputs(every: Sequence[tuple[Batch, Kind, Made]]) -> list[bytes | None]:
+    """The reference bins of the newest readings of predictions, found for all of one model at once."""
+    found: list[bytes | None] = [None] * len(every)
+    alike: dict[Any, dict[int, Readings]] = {}
+    for i, (item, _, row) in enumerate(every):
+        if item.by.bins is not None and row.newest is not None:
+            alike.setdefault(item.by.bins, {})[i] = row.newest
+    for bins, newest in alike.items():
+        for i, row_bins in zip(newest, bins(np.stack(list(newest.values()))), strict=True):
+            found[i] = row_bins.tobytes()
+    return found
 
 
 def _stored(
