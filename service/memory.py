@@ -159,13 +159,13 @@ class Memory:
                 self._metrics.labellable.inc(len(stored.receipt[0]))
             self._count(stored.joined)
 
-        landed = (await self.database.write(self._store, told, committed)).landed
+        landed = (await self.database.write(self._store, told, committed, len(flights))).landed
         return Answer(landed, *_together(predictor, landed))
 
     async def label(self, rows: Sequence[Said]) -> Answered:
         """Keep labels, each with its own result."""
         told = Labels(rows, time.time())
-        return await self.database.write(self._label, told, lambda answered: self._count(answered.joined))
+        return await self.database.write(self._label, told, lambda answered: self._count(answered.joined), len(rows))
 
     async def end(self, engine_id: str, failed_at: int, revise: bool) -> Ended:
         """Keep an engine's end, which labels its history."""
@@ -180,7 +180,7 @@ class Memory:
             counted = sum(row.label is not None and kept.said[row.id][0] != "conflict" for row in batch.rows)
             self._metrics.labellable.inc(len(batch.rows) - counted)  # the others are with their labels
 
-        said = (await self.database.write(self._remember, batch, committed)).said
+        said = (await self.database.write(self._remember, batch, committed, len(batch.made))).said
         return {row.id: said[row.id] for row in batch.rows if row.id in said} if said else {}
 
     async def _say(self, made: Sequence[Made]) -> dict[str, Told]:

@@ -28,6 +28,7 @@ STUCK_SECONDS = SLOW_SECONDS + 1  # after which a server that said nothing, not 
 READERS = 4
 TRIES = 4  # of a transaction that PostgreSQL gave up in favour of another one
 MOST_WORK = 256  # requests of one transaction
+MOST_ROWS = 4096  # and rows beyond which it takes no further request: windows of flights are in memory together
 PASSING = ("40001", "40P01")  # SQLSTATE of serialization failure and deadlock: the same again may succeed
 
 Item = TypeVar("Item")
@@ -41,6 +42,7 @@ class _Asked(NamedTuple):
     done: "asyncio.Future[Any]"
     since: float
     then: Callable[[Any], None] | None
+    rows: int
 
 
 def address(text: str) -> URL:
@@ -89,6 +91,7 @@ class Database:
         work: Callable[[Connection, Sequence[Item]], Sequence[Result]],
         item: Item,
         then: Callable[[Result], None] | None = None,
+        rows: int = 1,
     ) -> Result:
         """Do work in a transaction shared with whatever else waits; answered once that is committed.
 
@@ -96,6 +99,7 @@ class Database:
             work: what is done with all items of its kind; it may be done again.
             item: of this caller.
             then: told of the result once it is committed, also if the caller has left or was told that nobody answers.
+            rows: of the item.
 
         Raises:
             MemoryUnavailable: the database cannot be reached, is locked, or is full, or this waited for one that is.
@@ -107,7 +111,7 @@ class Database:
             raise MemoryUnavailable(self._reason)
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Result] = loop.create_future()
-        self._queue.put(_Asked(work, item, done, time.monotonic(), then))
+        self._queue.put(_Asked(work, item, done, time.monotonic(), then, rows))
         patience = loop.call_later(STUCK_SECONDS, self._lose_patience, loop, done)
         try:
             return await done
@@ -167,11 +171,12 @@ class Database:
     def _write(self) -> None:
         """The thread's work: whatever waits, in one transaction; then again."""
         while (first := self._queue.get()) is not None:
-            asked, last = [first], False
-            while len(asked) < MOST_WORK and not last and not self._queue.empty():
+            asked, rows, last = [first], first.rows, False
+            while len(asked) < MOST_WORK and rows < MOST_ROWS and not last and not self._queue.empty():
                 found = self._queue.get()
                 last = found is None
                 asked += [found] if found else []
+                rows += found.rows if found else 0
             late = time.monotonic() - self._seconds
             told = self._committed([one for one in asked if one.since >= late])
             told += [(one, self._too_late()) for one in asked if one.since < late]
