@@ -180,7 +180,7 @@ class Memory:
             counted = sum(row.label is not None and kept.said[row.id][0] != "conflict" for row in batch.rows)
             self._metrics.labellable.inc(len(batch.rows) - counted)  # the others are with their labels
 
-        said = (await self.database.write(self._remember, batch, committed, len(batch.made))).said
+        said = (await self.database.write(self._remember, batch, committed, len(batch.rows))).said
         return {row.id: said[row.id] for row in batch.rows if row.id in said} if said else {}
 
     async def _say(self, made: Sequence[Made]) -> dict[str, Told]:
