@@ -2,7 +2,8 @@
 
 Takes a callable over rows and knows no model. The callable runs in a thread of the batcher's own. The event loop wakes
 it once whatever came together is in the queue; while full batches wait it helps itself, so that it is kept busy when
-the loop has its hands full. A lock guards what both touch.
+the loop has its hands full. A lock guards what both touch. What the callable finds is nobody's to cut: each caller is
+told where in it its rows are, so that what is made of a batch can be made once for all.
 
 Batches are counted in rows and capped. Two lines wait: requests that fit in a batch, and larger ones, which are cut.
 Each line is served in order, and they take turns: one window never waits for a thousand, and a request whose turn has
@@ -15,8 +16,8 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,51 +25,68 @@ import numpy.typing as npt
 from service.errors import ClientGone, Overloaded, ServiceError
 
 Rows = npt.NDArray[np.float32]
-Columns = tuple[npt.NDArray[Any] | None, ...]  # each with one entry a row, or not there at all
+Found = TypeVar("Found")
 PACES = 9  # full batches whose median says how fast rows are answered: one long pause says nothing
 
 
-class Observer(Protocol):
+class Piece(NamedTuple, Generic[Found]):
+    """Some rows of what one inference found: those from `begin` on, before `end`."""
+
+    found: Found
+    begin: int
+    end: int
+
+
+class Observer(Protocol[Found]):
     """What is told of each batch and each caller; seconds."""
 
     def batch(self, rows: int, seconds: float) -> None:
         """One inference."""
 
-    def waited(self, seconds: float) -> None:
-        """One caller, from its arrival to the inference that answers its first row."""
+    def waited(self, seconds: list[float]) -> None:
+        """Callers of a batch, each from its arrival to the inference that answers its first row."""
 
-    def answered(self, answered: list[tuple[Rows, Columns]]) -> None:
-        """Callers whose last row is answered, before they hear of it."""
+    def answered(self, answered: list[tuple[Rows, list[Piece[Found]]]]) -> None:
+        """Callers whose last row is answered, before they hear of it; those who are a whole batch as one."""
 
 
-class _Job:
+class _Job(Generic[Found]):
     """One caller: its rows, how many are to be counted, were taken and answered, and whom to tell."""
 
     __slots__ = ("answered", "counted", "done", "gone", "parts", "patience", "rows", "settled", "since", "taken")
 
     def __init__(self, rows: Rows, counted: int, gone: Callable[[], bool], patience: float) -> None:
         self.rows, self.counted, self.gone, self.patience = rows, counted, gone, patience
-        self.done: asyncio.Future[Columns] = asyncio.get_running_loop().create_future()
+        self.done: asyncio.Future[list[Piece[Found]]] = asyncio.get_running_loop().create_future()
         self.since = time.perf_counter()
         self.taken = self.answered = 0
         self.settled = False
-        self.parts: list[Columns] = []
+        self.parts: list[Piece[Found]] = []
 
 
-class _Batch(NamedTuple):
+class _Batch(NamedTuple, Generic[Found]):
     """The pieces of one inference, and who was sent away instead, and why; None for who had given up."""
 
-    pieces: list[tuple[_Job, Rows]]
-    refused: list[tuple[_Job, ServiceError | None]]
+    pieces: list[tuple[_Job[Found], Rows]]
+    refused: list[tuple[_Job[Found], ServiceError | None]]
 
 
-class Batcher:
+class _Told(NamedTuple, Generic[Found]):
+    """The rows of an inference, what it found, when it began and the seconds it took."""
+
+    rows: Rows
+    found: Found
+    started: float
+    seconds: float
+
+
+class Batcher(Generic[Found]):
     """A bounded queue before one callable."""
 
     def __init__(
         self,
-        run: Callable[[Rows], Columns],
-        observer: Observer,
+        run: Callable[[Rows], Found],
+        observer: Observer[Found],
         max_batch_rows: int,
         max_queue_rows: int,
         max_queue_seconds: float,
@@ -77,7 +95,10 @@ class Batcher:
         self._observer, self._cap = observer, max_batch_rows
         self._most_rows, self._most_seconds = max_queue_rows, max_queue_seconds
         self._lock = threading.Lock()
-        self._lines: tuple[deque[_Job], deque[_Job]] = (deque(), deque())  # those who fit in a batch, those who are cut
+        self._lines: tuple[deque[_Job[Found]], deque[_Job[Found]]] = (
+            deque(),
+            deque(),
+        )  # those who fit in a batch, those who are cut
         self._waiting = [0, 0]  # rows in each line
         self._turn = 0
         self._idle = True  # the thread waits to be woken
@@ -115,8 +136,8 @@ class Batcher:
         gone: Callable[[], bool] = lambda: False,
         besides: float = 0.0,
         counted: int | None = None,
-    ) -> Columns:
-        """The answers for some rows, in their order.
+    ) -> list[Piece[Found]]:
+        """Where the answers for some rows are, in their order.
 
         Args:
             rows: (N, ...) of which N may be more than a batch holds.
@@ -129,7 +150,7 @@ class Batcher:
             ClientGone: the caller left before its rows were taken.
         """
         self.check_room(len(rows), besides)
-        job = _Job(rows, len(rows) if counted is None else counted, gone, self._most_seconds - besides)
+        job: _Job[Found] = _Job(rows, len(rows) if counted is None else counted, gone, self._most_seconds - besides)
         line = len(rows) > self._cap
         self._callers += 1
         self._nobody.clear()
@@ -153,8 +174,9 @@ class Batcher:
 
     def _begin(self) -> None:
         if self._thread is None:
-            loop = asyncio.get_running_loop()
-            self._thread = threading.Thread(target=self._infer, args=(loop,), name="inference", daemon=True)
+            self._wake = queue.SimpleQueue()  # its own: the thread before may not have read its last word yet
+            of = (asyncio.get_running_loop(), self._wake)
+            self._thread = threading.Thread(target=self._infer, args=of, name="inference", daemon=True)
             self._thread.start()
         self._wake.put(True)
 
@@ -163,41 +185,41 @@ class Batcher:
             self._wake.put(False)
             self._thread = None
 
-    def _infer(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _infer(self, loop: asyncio.AbstractEventLoop, wake: "queue.SimpleQueue[bool]") -> None:
         """The thread's work: whenever it is woken, whatever waits."""
-        while self._wake.get():
+        while wake.get():
             self._serve(loop)
 
     def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
         """A batch, and others while they are full; the event loop sees to the rest."""
         batch = self._next(1)
         while batch is not None:
-            found: Columns = ()
-            error: Exception | None = None
+            told: _Told[Found] | Exception | None = None
             started = time.perf_counter()
             try:
                 if batch.pieces:
-                    rows = [rows for _, rows in batch.pieces]
-                    found = self.run(rows[0] if len(rows) == 1 else np.concatenate(rows))
+                    parts = [rows for _, rows in batch.pieces]
+                    rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
+                    told = _Told(rows, self.run(rows), started, time.perf_counter() - started)
             except Exception as raised:  # whatever the callable raises is its callers' to hear
-                error = raised
-            seconds, done = time.perf_counter() - started, batch
+                told = raised
+            done = batch
             batch = self._next(self._cap)  # before the loop hears of this one: it wakes a thread that is idle by then
-            loop.call_soon_threadsafe(self._tell, done, found, error, started, seconds)
+            loop.call_soon_threadsafe(self._tell, done, told)
 
-    def _next(self, least: int) -> _Batch | None:
+    def _next(self, least: int) -> _Batch[Found] | None:
         """The next batch, the lines in turn; the room that one leaves is the other's. None if fewer rows wait."""
         with self._lock:
             if sum(self._waiting) < least:
                 self._idle = True
                 return None
-            batch = _Batch([], [])
+            batch: _Batch[Found] = _Batch([], [])
             self._turn = 1 - self._turn
             left = self._take(self._turn, self._cap, batch)
             self._take(1 - self._turn, left, batch)
             return batch
 
-    def _take(self, line: int, room: int, batch: _Batch) -> int:
+    def _take(self, line: int, room: int, batch: _Batch[Found]) -> int:
         """Pieces from the head of a line, in which nobody stays who left, gave up or waited too long; the room left."""
         jobs, now = self._lines[line], time.perf_counter()
         while jobs and room:
@@ -216,7 +238,7 @@ class Batcher:
                 jobs.popleft()
         return room
 
-    def _refusal(self, job: _Job, now: float) -> ServiceError | None:
+    def _refusal(self, job: _Job[Found], now: float) -> ServiceError | None:
         if job.gone():
             return ClientGone("the client left before its rows were taken")
         if job.taken == 0 and now - job.since > job.patience:
@@ -224,48 +246,53 @@ class Batcher:
             return Overloaded(waited, self._most_seconds)
         return None
 
-    def _tell(self, batch: _Batch, found: Columns, error: Exception | None, started: float, seconds: float) -> None:
+    def _tell(self, batch: _Batch[Found], told: _Told[Found] | Exception | None) -> None:
         """What became of a batch, told in the event loop."""
         for job, refusal in batch.refused:
             self._settle(job, error=refusal)
-        if error is None and batch.pieces:
+        if isinstance(told, _Told):
             try:
-                self._answer(batch.pieces, found, started, seconds)
+                self._answer(batch.pieces, told)
             except Exception as raised:  # as above; nobody is left waiting
-                error = raised
-        for job, _ in batch.pieces if error is not None else ():
-            self._settle(job, error=error)
+                told = raised
+        if isinstance(told, Exception):
+            for job, _ in batch.pieces:
+                self._settle(job, error=told)
         self._rouse()
 
-    def _answer(self, pieces: list[tuple[_Job, Rows]], found: Columns, started: float, seconds: float) -> None:
+    def _answer(self, pieces: list[tuple[_Job[Found], Rows]], told: _Told[Found]) -> None:
         """Each caller its own rows; a caller cut into pieces is answered with the last of them."""
-        at, finished = 0, []
+        at, finished, together = 0, [], True
+        waits = [told.started - job.since for job, _ in pieces if not job.parts]
         for job, rows in pieces:
-            if not job.parts:
-                self._observer.waited(started - job.since)
-            job.parts.append(tuple(None if column is None else column[at : at + len(rows)] for column in found))
-            at += len(rows)
-            job.answered += len(rows)
+            n = len(rows)
+            job.parts.append(Piece(told.found, at, at + n))
+            at += n
+            job.answered += n
             if job.answered == len(job.rows):
-                finished.append((job, job.parts[0] if len(job.parts) == 1 else _joined(job.parts)))
+                finished.append(job)
+            together = together and n == job.answered == len(job.rows) == job.counted and not job.done.done()
         if at == self._cap:
-            self._paces.append(seconds / at)
+            self._paces.append(told.seconds / at)
             self._row_seconds = statistics.median(self._paces)
-        self._observer.batch(at, seconds)
-        heard = [_counted(job, columns) for job, columns in finished if not job.done.done()]
-        if heard:
+        self._observer.batch(at, told.seconds)
+        if waits:
+            self._observer.waited(waits)
+        if together:
+            self._observer.answered([(told.rows, [Piece(told.found, 0, at)])])
+        elif heard := [_counted(job) for job in finished if not job.done.done()]:
             self._observer.answered(heard)
-        for job, columns in finished:
-            self._settle(job, columns)
+        for job in finished:
+            self._settle(job, job.parts)
 
-    def _settle(self, job: _Job, columns: Columns = (), error: Exception | None = None) -> None:
+    def _settle(self, job: _Job[Found], parts: Sequence[Piece[Found]] = (), error: Exception | None = None) -> None:
         """Tell one caller, once."""
         if job.settled:
             return
         job.settled = True
         if not job.done.done():
             if error is None:
-                job.done.set_result(columns)
+                job.done.set_result(list(parts))
             else:
                 job.done.set_exception(error)
         self._callers -= 1
@@ -275,12 +302,11 @@ class Batcher:
                 self._end()
 
 
-def _joined(parts: list[Columns]) -> Columns:
-    columns = zip(*parts, strict=True)
-    return tuple(None if column[0] is None else np.concatenate(column) for column in columns)
-
-
-def _counted(job: _Job, columns: Columns) -> tuple[Rows, Columns]:
-    if job.counted == len(job.rows):
-        return job.rows, columns
-    return job.rows[: job.counted], tuple(None if column is None else column[: job.counted] for column in columns)
+def _counted(job: _Job[Found]) -> tuple[Rows, list[Piece[Found]]]:
+    """The rows of a caller that are to be counted, and where their answers are."""
+    left, parts = job.counted, []
+    for part in job.parts:
+        if left > 0:
+            parts.append(Piece(part.found, part.begin, min(part.end, part.begin + left)))
+        left -= part.end - part.begin
+    return job.rows[: job.counted], parts

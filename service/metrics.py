@@ -4,6 +4,7 @@ Calibration is exported as plain counters that add across workers, replicas and 
 """
 
 import os
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -116,6 +117,9 @@ class Metrics:
         self.memory_up = gauge(
             "memory_up", "1 while the database answers, in every worker; NaN without one.", "livemin"
         )
+        self.labellable = counter(
+            "labellable_total", "Predictions that a truth can reach: kept with their engine, or labelled at once."
+        )
         self.unremembered = counter("unremembered_total", "Predictions answered while the database did not.")
         self.confidence = histogram("confidence", "Top probability of every prediction.", CONFIDENCE)
         self.entropy = histogram("entropy_nats", "Entropy of every prediction.", ENTROPY)
@@ -168,12 +172,12 @@ class Metrics:
             )
         count, duration = self._requests[key]
         count.inc()
-        duration.observe(seconds)
+        observe(duration, seconds)
 
     def batch(self, rows: int, seconds: float) -> None:
         """One inference."""
-        self.batch_rows.observe(rows)
-        self.inference_duration.observe(seconds)
+        observe(self.batch_rows, rows)
+        observe(self.inference_duration, seconds)
 
     def answers(self, series: "Series", top: npt.NDArray[np.int64], confidence: Floats, entropy: Floats) -> None:
         """N answers: index of the most probable class (N,), its probability (N,), entropy (N,) in nats."""
@@ -185,6 +189,10 @@ class Metrics:
 
     def inputs(self, series: "Series", bins: npt.NDArray[np.uint8]) -> None:
         """The reference bins (N, channels) of the newest readings."""
+        if len(bins) == 1:  # a lone caller is told at once
+            for channel, k in enumerate(bins[0].tolist()):
+                series.inputs[channel * series.width + k].inc()
+            return
         counts = np.bincount((bins + series.width * np.arange(bins.shape[1])).ravel()).tolist()
         for k, n in enumerate(counts):
             if n:
@@ -230,9 +238,18 @@ class _Workers(Collector):
             yield metric
 
 
+def observe(histogram: Histogram, value: float) -> None:
+    """Observe one value: client_python's own `observe` asks first whether it may, and walks over the buckets."""
+    histogram._buckets[bisect_left(histogram._upper_bounds, value)].inc(1)
+    histogram._sum.inc(value)
+
+
 def observe_all(histogram: Histogram, found: Values) -> None:
     """Observe every value of an array, each bucket once: client_python's own `observe` takes one value at a time."""
     bounds = histogram._upper_bounds  # a value falls in the first bucket whose bound is not below it
+    if len(found) == 1:
+        observe(histogram, float(found[0]))
+        return
     counts = np.bincount(np.searchsorted(bounds, found)).tolist()
     for k, n in enumerate(counts):
         if n:

@@ -7,7 +7,8 @@ that whoever holds one is answered by one model.
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,16 +16,18 @@ import numpy.typing as npt
 from model import conformal, numerics
 from model.numerics import Floats
 from model.occlusion import Shift, Usual, occluded, shifts
-from service.batcher import Batcher, Columns, Rows
+from service.batcher import Batcher, Piece, Rows
 from service.errors import Fault, InvalidInput
-from service.metrics import Labelled, Metrics
+from service.metrics import Labelled, Metrics, observe_all
 from service.runtime import Batch, Model
 from service.settings import Settings
 from service.sizes import Sizes
 from service.turns import Turns
 
 Mask = npt.NDArray[np.bool_]
+Made = TypeVar("Made")
 FLOAT32 = float(np.finfo(np.float32).max)  # answers leave as such; a loss of logits near it is more than it
+MOST_BINS = 255  # a byte each
 MANY_NUMBERS = 2**14  # probabilities of one call; beyond it the event loop is left free while they are worked on
 
 
@@ -37,6 +40,25 @@ class Answers(NamedTuple):
     expected_loss: Floats  # (N,) nats
     sets: Mask | None  # (N, C): which classes the prediction set holds
     finite: Mask  # (N,): whether there is an answer at all; where not, the other columns mean nothing
+
+
+class Inference:
+    """The answers of one inference, and what is made of them: once for all callers whose rows they are."""
+
+    __slots__ = ("_made", "answers", "finite")
+
+    def __init__(self, answers: Answers) -> None:
+        self.answers, self.finite = answers, bool(answers.finite.all())
+        self._made: dict[Any, Any] = {}
+
+    def once(self, make: Callable[[Answers], Made]) -> Made:
+        """What `make` makes of the answers; callers in several threads may make it twice, and the same."""
+        if make not in self._made:
+            self._made[make] = make(self.answers)
+        return self._made[make]  # type: ignore[no-any-return]  # as it was put there
+
+
+Pieces = Sequence[Piece[Inference]]
 
 
 @dataclass(frozen=True)
@@ -52,16 +74,23 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Answers for N rows. `loss` (N,) is NaN where no label was given, None where there is none at all.
+    """Answers for N rows, in pieces. `loss` (N,) is NaN where no label was given, None where there is none at all.
 
     `moved` says of each row what each channel did to the answer, the strongest first; None if that was not asked.
+    `labelled` is what the labelled rows cost at the service's own temperature, for `Predictor.count_labels`.
     """
 
     temperature: float
-    answers: Answers
-    loss: Floats | None
-    evaluation: Evaluation | None
+    pieces: Pieces
+    loss: Floats | None = None
+    evaluation: Evaluation | None = None
     moved: list[list[Shift]] | None = None
+    labelled: Labelled | None = None
+
+    @cached_property
+    def answers(self) -> Answers:
+        """All of them together."""
+        return joined([rows_of(*piece) for piece in self.pieces])
 
 
 def answer(model: Model, telemetry: Batch, temperature: float) -> Answers:
@@ -91,9 +120,17 @@ def calibrated(model: Model, logits: Batch, rul: Batch | None, finite: Mask, tem
     return Answers(logits, rul, p, 0.0 - (p * log_p).sum(axis=1), sets, finite)
 
 
-def rows_of(answers: Answers, begin: int, end: int) -> Answers:
+def rows_of(found: Inference, begin: int, end: int) -> Answers:
     """Some rows of some answers."""
+    answers = found.answers
+    if begin == 0 and end == len(answers.logits):
+        return answers
     return Answers(*(None if column is None else column[begin:end] for column in answers))  # type: ignore[arg-type]  # column by column
+
+
+def whole(answers: Answers) -> Pieces:
+    """Some answers as one piece."""
+    return [Piece(Inference(answers), 0, len(answers.logits))]
 
 
 def joined(parts: Sequence[Answers]) -> Answers:
@@ -161,7 +198,7 @@ class Predictor:
         size: int = 0,
         explain: bool = False,
     ) -> Prediction:
-        """Calibrated health of N instances.
+        """Calibrated health of N instances. Their labels are scored; `count_labels` is the caller's to call.
 
         Args:
             telemetry: (N, *input_shape) float32, finite, windows already padded.
@@ -181,28 +218,42 @@ class Predictor:
         if size:
             self._sizes.saw(size, len(telemetry))
         n, rows = len(telemetry), await self._with_occluded(telemetry) if explain else telemetry
-        found = Answers(*await self._batcher.submit(rows, gone, self._turns.besides(), n))  # type: ignore[arg-type]  # as _run lays them out
-        if not found.finite.all():
-            bad = int(np.flatnonzero(~found.finite)[0])
-            raise _unanswerable(bad if bad < n else (bad - n) * n // (len(rows) - n))
-        answers = Answers(*(None if column is None else column[:n] for column in found))  # type: ignore[arg-type]  # as above
+        pieces: Pieces = await self._batcher.submit(rows, gone, self._turns.besides(), n)
+        if not all(piece.found.finite for piece in pieces):
+            _check_finite(pieces, n)
         if imputed is not None:
             self._metrics.imputed(self.model.manifest.channel_names, imputed)
         t = self.temperature if temperature is None else temperature
+        if not explain and targets is None and t == self.temperature:
+            return Prediction(t, pieces)
+        found = joined([rows_of(*piece) for piece in pieces])
+        answers = rows_of(Inference(found), 0, n)
         many = answers.logits.size > MANY_NUMBERS
-        scored = (
+        prediction = (
             await asyncio.to_thread(self._scored, answers, targets, t) if many else self._scored(answers, targets, t)
         )
-        labelled, prediction = scored
-        if labelled is not None:
-            self._metrics.labelled_answers(labelled)
         return await asyncio.to_thread(_explained, found, prediction) if explain else prediction
 
-    def _scored(self, answers: Answers, targets: Floats | None, t: float) -> tuple[Labelled | None, Prediction]:
-        """What the counters are told, and what the caller is.
+    def count_labels(self, found: Prediction, targets: Floats | None, elsewhere: Mask | None = None) -> None:
+        """Count in the metrics what the labelled rows of a prediction cost.
 
         A what-if temperature is answered and not counted: the counters describe what the service says by itself.
+
+        Args:
+            found: what `predict` answered.
+            targets: as it was told.
+            elsewhere: (N,) rows whose truth is counted where it joins a remembered prediction, or not at all.
         """
+        labelled = found.labelled
+        if labelled is not None and targets is not None and elsewhere is not None and elsewhere.any():
+            targets = np.where(elsewhere[:, None], np.nan, targets)
+            labelled = None if np.isnan(targets[:, 0]).all() else _labelled(found.answers, targets, self.temperature)
+        if labelled is not None:
+            self._metrics.labelled_answers(labelled)
+            self._metrics.labellable.inc(len(labelled.loss))
+
+    def _scored(self, answers: Answers, targets: Floats | None, t: float) -> Prediction:
+        """What the caller is told, and what the counters are."""
         labelled = None if targets is None else _labelled(answers, targets, self.temperature)
         if t != self.temperature:
             answers = calibrated(self.model, answers.logits, answers.rul, answers.finite, t)
@@ -210,10 +261,10 @@ class Predictor:
         else:
             answered = labelled
         if targets is None or answered is None:
-            return None, Prediction(t, answers, None, None)
+            return Prediction(t, whole(answers))
         loss = np.full(len(targets), np.nan)
         loss[~np.isnan(targets[:, 0])] = np.minimum(answered.loss, FLOAT32)
-        return labelled, Prediction(t, answers, loss, _means(answered))
+        return Prediction(t, whole(answers), loss, _means(answered), labelled=labelled)
 
     def answer(self, telemetry: Batch) -> Answers:
         """As `predict`, at once and in this thread, for who keeps a queue of its own; `count` is the caller's to call.
@@ -230,7 +281,7 @@ class Predictor:
     def count(self, telemetry: Batch, answers: Answers, seconds: float) -> None:
         """Count in the metrics what `answer` answered, and how long it took."""
         self.batch(len(telemetry), seconds)
-        self.answered([(telemetry, answers)])
+        self.answered([(telemetry, whole(answers))])
 
     async def _with_occluded(self, telemetry: Batch) -> Batch:
         """The instances, and behind them each of them once a channel, without it."""
@@ -241,33 +292,33 @@ class Predictor:
             lambda: np.concatenate([telemetry, *(occluded(window, usual) for window in telemetry)])
         )
 
-    def _run(self, rows: Rows) -> Columns:
-        return answer(self.model, rows, self.temperature)
+    def _run(self, rows: Rows) -> Inference:
+        return Inference(answer(self.model, rows, self.temperature))
 
     def batch(self, rows: int, seconds: float) -> None:
         """As `batcher.Observer`."""
         self._metrics.batch(rows, seconds)
 
-    def waited(self, seconds: float) -> None:
+    def waited(self, seconds: list[float]) -> None:
         """As `batcher.Observer`."""
-        self._metrics.queue_duration.observe(seconds)
+        observe_all(self._metrics.queue_duration, np.array(seconds))
 
-    def answered(self, answered: list[tuple[Rows, Columns]]) -> None:
+    def answered(self, answered: Sequence[tuple[Rows, Pieces]]) -> None:
         """Count what was answered. Only the newest row of a window is news: the others were counted before."""
-        answers = [Answers(*columns) for _, columns in answered]  # type: ignore[arg-type]  # as _run lays them out
-        finite = np.concatenate([a.finite for a in answers])
-        logits = np.concatenate([a.logits for a in answers])[finite]
-        p = np.concatenate([a.probabilities for a in answers])[finite]
-        entropy = np.concatenate([a.expected_loss for a in answers])[finite]
-        self._metrics.answers(self._series, logits.argmax(axis=1), p.max(axis=1), entropy)
+        answers = joined([rows_of(*piece) for _, pieces in answered for piece in pieces])
+        windows = [rows if rows.ndim == 2 else rows[:, -1] for rows, _ in answered]
+        newest = windows[0] if len(windows) == 1 else np.concatenate(windows)
+        if not all(piece.found.finite for _, pieces in answered for piece in pieces):
+            newest, answers = newest[answers.finite], _those(answers, answers.finite)
+        top = answers.logits.argmax(axis=1)
+        self._metrics.answers(self._series, top, answers.probabilities.max(axis=1), answers.expected_loss)
         if self._binned:
-            newest = np.concatenate([rows if rows.ndim == 2 else rows[:, -1] for rows, _ in answered])[finite]
             self._metrics.inputs(self._series, self._bins_of(newest))
 
     @property
     def bins(self) -> Callable[[Batch], npt.NDArray[np.uint8]] | None:
         """The reference bin of each channel that has a reference, for newest readings (N, channels); None without."""
-        return self._bins_of if self._binned and self._edges.shape[1] < np.iinfo(np.uint8).max else None
+        return self._bins_of if self._binned and self._edges.shape[1] < MOST_BINS else None
 
     @property
     def binned(self) -> tuple[str, ...]:
@@ -317,6 +368,17 @@ def _explained(found: Answers, prediction: Prediction) -> Prediction:
         rul = None if answers.rul is None else float(answers.rul[i])
         moved.append(shifts(answers.probabilities[i], rul, without, None if found.rul is None else found.rul[part]))
     return replace(prediction, moved=moved)
+
+
+def _those(answers: Answers, rows: Mask) -> Answers:
+    return Answers(*(None if column is None else column[rows] for column in answers))  # type: ignore[arg-type]  # column by column
+
+
+def _check_finite(pieces: Pieces, n: int) -> None:
+    """Refuse the first of N instances that has no answer; behind them, each has as many rows as there are channels."""
+    finite = np.concatenate([piece.found.answers.finite[piece.begin : piece.end] for piece in pieces])
+    for bad in np.flatnonzero(~finite)[:1].tolist():  # none, if it is another caller's
+        raise _unanswerable(bad if bad < n else (bad - n) * n // (len(finite) - n))
 
 
 def _unanswerable(i: int) -> InvalidInput:

@@ -108,9 +108,14 @@ class Connection(asyncio.Protocol):
 
 @dataclass
 class Offered:
-    """What became of requests: how many were due, each answer's status and seconds, and what broke."""
+    """What became of requests: how many were due, each answer's status and seconds, and what broke.
+
+    Seconds run from when a request was begun, its connection included; `late` says by how much this client, which has
+    a core and no more, was behind its own times by then.
+    """
 
     due: int = 0
+    late: list[float] = field(default_factory=list)
     seconds: dict[int, list[float]] = field(default_factory=dict)
     broken: Counter[str] = field(default_factory=Counter)
     unhinted: int = 0  # 429 without Retry-After
@@ -154,6 +159,8 @@ async def offer(port: int, asked: bytes, rate: float, seconds: float) -> Offered
 
     async def one(due: float) -> None:
         nonlocal opened
+        since = time.perf_counter()
+        found.late.append(since - due)
         try:
             while idle and not idle[-1].open:
                 idle.pop()
@@ -162,7 +169,7 @@ async def offer(port: int, asked: bytes, rate: float, seconds: float) -> Offered
             else:
                 opened += 1
                 connection = await Connection.to(port)
-            found.add(await connection.ask(asked, due))
+            found.add(await connection.ask(asked, since))
             idle.append(connection)
         except (OSError, TimeoutError) as error:
             found.broken[type(error).__name__] += 1

@@ -68,7 +68,7 @@ def overloaded(running: Running, what: str, path: str, asked: bytes, rate: float
     return Line(
         f"{multiple} x capacity ({rate:.0f}/s) for {SECONDS:g} s: {what}",
         f"{told(found)}; p50 {found.percentile(200, 50):.2f} s, p99 {p99:.2f} s; refusals p50 "
-        f"{found.percentile(429, 50):.3f} s",
+        f"{found.percentile(429, 50):.3f} s; the client itself up to {max(found.late):.1f} s late",
         f"answered + refused = sent, in its own metrics too; Retry-After; p99 ≤ 2 s in the queue + {TURN_SECONDS:g} s "
         f"in the event loop + {alone:.2f} s of service",
         whole and agreed and not found.unhinted and p99 <= bound,
@@ -83,6 +83,7 @@ def overloaded(running: Running, what: str, path: str, asked: bytes, rate: float
             "p50": found.percentile(200, 50),
             "p99": p99,
             "bound": bound,
+            "client_late": max(found.late),
             "refused_p50": found.percentile(429, 50),
             "refused_p99": found.percentile(429, 99),
         },

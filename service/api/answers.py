@@ -1,10 +1,10 @@
 """Predictions as the rows of an answer, written by the column: no Python object for a number. Knows no HTTP.
 
-All numbers of all rows leave in one call of the JSON writer, which gives float32 in its shortest form; a row is then a
-template into which its texts are put.
+All numbers of an inference leave in one call of the JSON writer, which gives float32 in its shortest form, once for all
+callers whose rows they are; a row is then a template into which its texts are put.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,35 +14,48 @@ import orjson
 
 from model.occlusion import Shift
 from service.memory import Named
-from service.predictor import Prediction
+from service.predictor import Answers, Prediction
 from service.runtime import Model
 
 NONE = b"null"
+ROW = b'{"prediction_id":%s,"engine_id":%s,"cycle":%s,%s,"loss":%s%s%s}'
 
 
 def prediction_rows(
     model: Model, instances: Sequence[Named], found: Prediction, ids: Sequence[str | None]
 ) -> list[orjson.Fragment]:
     """One object an instance, in their order, for `orjson.dumps` to put where they belong."""
-    answers, classes = found.answers, model.manifest.classes
-    template = _template(classes, answers.rul is not None, answers.sets is not None, found.moved is not None)
-    columns: list[npt.NDArray[Any]] = [answers.probabilities, answers.logits, answers.expected_loss[:, None]]
-    columns += [] if answers.rul is None else [answers.rul[:, None]]
-    columns += [] if found.loss is None else [found.loss[:, None]]
-    healths, width = answers.logits.argmax(axis=1).tolist(), len(classes)
-    sets = None if answers.sets is None else _sets(classes, answers.sets)
+    write = _writer(model.manifest.classes)
+    parts = [part for piece in found.pieces for part in piece.found.once(write)[piece.begin : piece.end]]
+    losses = None if found.loss is None else _texts([found.loss[:, None]])
     rows = []
-    for i, (instance, numbers) in enumerate(zip(instances, _texts(columns), strict=True)):
-        probabilities, logits, others = numbers[:width], numbers[width : 2 * width], numbers[2 * width :]
-        loss = NONE if found.loss is None else others.pop()
-        fields = [_text(ids[i]), _text(instance.engine_id), _number(instance.cycle), _names(classes)[healths[i]]]
-        fields += [*probabilities, b",".join(logits), *others, loss]
-        if sets is not None:
-            fields.append(sets[i])
-        if found.moved is not None:
-            fields.append(_explanation(found.moved[i], model))
-        rows.append(orjson.Fragment(template % tuple(fields)))
+    for i, (instance, (health, sets)) in enumerate(zip(instances, parts, strict=True)):
+        who = (_text(ids[i]), _text(instance.engine_id), _number(instance.cycle))
+        moved = b"" if found.moved is None else b',"explanation":' + _explanation(found.moved[i], model)
+        rows.append(orjson.Fragment(ROW % (*who, health, NONE if losses is None else losses[i][0], sets, moved)))
     return rows
+
+
+@lru_cache(maxsize=16)
+def _writer(classes: tuple[str, ...]) -> Callable[[Answers], list[tuple[bytes, bytes]]]:
+    """What writes the part of each row before its loss, and the part behind it."""
+    names, width = _names(classes), len(classes)
+    escaped = [name.replace(b"%", b"%%") for name in names]
+    template = b'"health":%s,"probabilities":{' + b",".join(name + b":%s" for name in escaped) + b"}"
+    template += b',"logits":[%s],"expected_loss":%s'
+
+    def write(answers: Answers) -> list[tuple[bytes, bytes]]:
+        columns: list[npt.NDArray[Any]] = [answers.probabilities, answers.logits, answers.expected_loss[:, None]]
+        columns += [] if answers.rul is None else [answers.rul[:, None]]
+        form = template if answers.rul is None else template + b',"rul":%s'
+        tops, texts = answers.logits.argmax(axis=1).tolist(), _texts(columns)
+        sets = [b""] * len(texts) if answers.sets is None else _sets(classes, answers.sets)
+        return [
+            (form % (names[top], *row[:width], b",".join(row[width : 2 * width]), *row[2 * width :]), inside)
+            for top, row, inside in zip(tops, texts, sets, strict=True)
+        ]
+
+    return write
 
 
 def _texts(columns: list[npt.NDArray[Any]]) -> list[list[bytes]]:
@@ -50,18 +63,6 @@ def _texts(columns: list[npt.NDArray[Any]]) -> list[list[bytes]]:
     table = np.concatenate(columns, axis=1, dtype=np.float32, casting="same_kind")
     text = orjson.dumps(table, option=orjson.OPT_SERIALIZE_NUMPY)
     return [row.split(b",") for row in text[2:-2].split(b"],[")]
-
-
-@lru_cache(maxsize=16)
-def _template(classes: tuple[str, ...], rul: bool, sets: bool, explained: bool) -> bytes:
-    names = [name.replace(b"%", b"%%") for name in _names(classes)]
-    parts = [b'{"prediction_id":%s,"engine_id":%s,"cycle":%s,"health":%s,"probabilities":{']
-    parts += [b",".join(name + b":%s" for name in names), b'},"logits":[%s],"expected_loss":%s']
-    parts += [b',"rul":%s'] if rul else []
-    parts.append(b',"loss":%s')
-    parts += [b',"prediction_set":%s'] if sets else []
-    parts += [b',"explanation":%s'] if explained else []
-    return b"".join((*parts, b"}"))
 
 
 @lru_cache(maxsize=16)
@@ -77,7 +78,11 @@ def _sets(classes: tuple[str, ...], inside: npt.NDArray[np.bool_]) -> list[bytes
 
 
 def _set(classes: tuple[str, ...], inside: bytes) -> bytes:
-    return b"[" + b",".join(name for name, there in zip(_names(classes), inside, strict=True) if there) + b"]"
+    return (
+        b',"prediction_set":['
+        + b",".join(name for name, there in zip(_names(classes), inside, strict=True) if there)
+        + b"]"
+    )
 
 
 _kept_set = lru_cache(maxsize=1024)(_set)

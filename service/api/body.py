@@ -20,6 +20,7 @@ INFLATE_STEP = 1 << 20  # bytes inflated at a time
 FEED_STEP = 1 << 16  # packed bytes read at a time: zlib copies what it leaves of them
 MOST_MEMBERS = 4096  # of one gzip body; bgzip makes 512 of 32 MiB
 HELD = "engine_health.held"  # where a request's scope has its `Held`
+HEADERS = "engine_health.headers"  # where a request's scope has its headers, the last of each name
 GONE = "engine_health.gone"  # in a request's scope once its client has left
 REFUSED = "engine_health.refused"  # in the lifespan's state: answers what never became a request
 RETRY_SECONDS = 1.0
@@ -70,8 +71,8 @@ class Held:
 
 def announced(request: Request) -> int:
     """The length of the body as its header says it, 0 if it does not."""
-    said = request.headers.get("content-length", "0").strip()
-    return int(said) if said.isdecimal() else 0
+    said = request.scope[HEADERS].get(b"content-length", b"").strip()
+    return int(said) if said.isdigit() else 0
 
 
 def media_type(request: Request, accepted: tuple[str, ...]) -> str:
@@ -80,7 +81,11 @@ def media_type(request: Request, accepted: tuple[str, ...]) -> str:
     Raises:
         UnsupportedMediaType: another one.
     """
-    kind = request.headers.get("content-type", accepted[0]).partition(";")[0].strip().lower()
+    said: bytes | None = request.scope[HEADERS].get(b"content-type")
+    if said is None or said == b"application/json":  # as nearly everybody says it
+        kind = JSON if said else accepted[0]
+    else:
+        kind = said.decode("latin-1").partition(";")[0].strip().lower()
     if kind.endswith("+json"):
         kind = JSON
     if kind not in accepted:
@@ -104,9 +109,10 @@ async def read_body(request: Request, limit: int, seconds: float) -> bytes:
         UnsupportedMediaType: an encoding other than gzip.
         NotJson: the bytes are not what the encoding says.
     """
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in ("identity", "gzip"):
-        raise UnsupportedMediaType(f"content encoding {encoding[:80]!r}: this call reads plain or gzip bodies")
+    encoding: bytes = request.scope[HEADERS].get(b"content-encoding", b"identity").strip().lower()
+    if encoding not in (b"identity", b"gzip"):
+        said = encoding[:80].decode("latin-1")
+        raise UnsupportedMediaType(f"content encoding {said!r}: this call reads plain or gzip bodies")
     length, held = announced(request), request.scope[HELD]
     if length > limit:
         raise BodyTooLarge(f"{length} bytes, at most {limit} are read")
@@ -123,7 +129,7 @@ async def read_body(request: Request, limit: int, seconds: float) -> bytes:
             raise TooSlow(f"the body did not arrive in {seconds:g} s") from None
     if len(body) > limit:
         raise BodyTooLarge(f"{len(body)} bytes, at most {limit} are read")
-    return body if encoding == "identity" else await asyncio.to_thread(inflate, body, limit, held)
+    return body if encoding == b"identity" else await asyncio.to_thread(inflate, body, limit, held)
 
 
 async def _rest(part: Message, receive: Receive, limit: int, held: Held) -> bytes:

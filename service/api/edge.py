@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import structlog
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -19,12 +18,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.body import HELD, Buffer, Held
+from service.api.body import HEADERS, HELD, Buffer, Held
 from service.api.keys import Keys, RawHeaders
 from service.api.problems import problem
 from service.api.routes import Endpoint
 from service.api.schemas import CONTROL
 from service.errors import NotReady
+from service.logs import Lines
 from service.metrics import Metrics
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})  # other words are one label
@@ -55,7 +55,7 @@ class Edge:
     ) -> None:
         self._app, self._metrics, self._keys, self._lane, self._buffer = app, metrics, keys, lane, buffer
         self._template, self._origins = template, origins
-        self._log = structlog.get_logger().bind()  # bound once: logs are configured by now
+        self._lines = Lines()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request; anything but HTTP passes unseen."""
@@ -66,6 +66,7 @@ class Edge:
         method, path, headers = scope["method"], scope["path"], dict(scope["headers"])  # the last of a name counts
         request_id = _request_id(headers)
         held = scope[HELD] = Held(self._buffer)
+        scope[HEADERS] = headers
         lane = self._lane(path) if method == "POST" and not CONTROL.search(path) else None
         if method == "HEAD":  # as GET; the server, whose scope is another one, sends no body
             scope = {**scope, "method": "GET"}
@@ -122,21 +123,19 @@ class Edge:
         """The answer to what never became a request, counted and logged as one. Nobody timed it."""
         request_id = os.urandom(8).hex()
         self._metrics.http_requests.labels("other", "unmatched", str(status)).inc()
-        self._log.info("request", method="", path=path[:200], status=status, request_id=request_id)
+        self._lines.add({"method": "", "path": path[:200], "status": status, "request_id": request_id})
         response = problem(HTTPException(status, detail, {"Connection": "close"}), path, self._metrics)
         response.headers["X-Request-Id"] = request_id
         return response
 
     def _say(self, method: str, path: str, status: int, seconds: float, request_id: str, headers: RawHeaders) -> None:
         """One line a request. No query, no header but the trace: keys never reach a log."""
-        more = {}
-        trace = _TRACE.fullmatch(headers.get(b"traceparent", b"").strip())
-        if trace:
-            more = {"trace_id": trace[1].decode(), "span_id": trace[2].decode()}
-        ms = round(seconds * 1e3, 3)
-        self._log.info(
-            "request", method=method[:20], path=path[:200], status=status, ms=ms, request_id=request_id, **more
-        )
+        line = {"method": method[:20], "path": path[:200], "status": status, "ms": round(seconds * 1e3, 3)}
+        line["request_id"] = request_id
+        given = headers.get(b"traceparent")
+        if given and (trace := _TRACE.fullmatch(given.strip())):
+            line |= {"trace_id": trace[1].decode(), "span_id": trace[2].decode()}
+        self._lines.add(line)
 
 
 def _request_id(headers: RawHeaders) -> str:

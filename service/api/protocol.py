@@ -3,6 +3,7 @@
 Knows no routes; the application says what a refusal looks like.
 """
 
+import asyncio
 from typing import Any, ClassVar
 
 import httptools
@@ -19,6 +20,39 @@ class _Nowhere(list[tuple[bytes, bytes]]):
 
     def append(self, _: tuple[bytes, bytes]) -> None:
         """Forget it."""
+
+
+class Joining:
+    """Where one answer is written: its head waits for its body, so that both leave in one call of the system."""
+
+    __slots__ = ("_head", "_loop", "_sent", "_transport")
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._head, self._sent = b"", False
+
+    def write(self, data: bytes) -> None:
+        """The first piece waits for the second, but no longer than the event loop takes to come round."""
+        if self._sent:
+            self._transport.write(self._head + data if self._head else data)
+            self._head = b""
+        else:
+            self._head, self._sent = data, True
+            self._loop.call_soon(self._flush)
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        self._flush()
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        """As a transport's."""
+        return self._transport.is_closing()
+
+    def _flush(self) -> None:
+        if self._head:
+            self._transport.write(self._head)
+            self._head = b""
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -83,6 +117,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._deadline.clear()
         self._asking, self._words = False, 0
         super().on_headers_complete()
+        self.cycle.transport = Joining(self.transport, self.loop)  # type: ignore[assignment]  # all that it uses of one
         self.headers = _NOWHERE
 
     def on_body(self, body: bytes) -> None:

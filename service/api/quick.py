@@ -36,9 +36,8 @@ def read_quickly(body: bytes, model: Model, most: int) -> Quick | None:
         flights, tables = _instances(body, len(model.channels), most)
     except (ValueError, TypeError, RuntimeError, KeyError):  # as the parser has it, and Unusual
         return None
-    batch = np.empty((len(tables), *model.input_shape), dtype=np.float32)
-    for i, table in enumerate(tables):
-        batch[i] = table if len(table) == window else windows.pad_left(table, window)
+    padded = [table if len(table) == window else windows.pad_left(table, window) for table in tables]
+    batch = padded[0][None] if len(padded) == 1 else np.stack(padded)
     return Quick(flights, Decoded(batch, None, None))
 
 

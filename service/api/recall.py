@@ -20,6 +20,7 @@ from service.api import schemas
 from service.api.calls import predict_json
 from service.api.decode import MOST_FAULTS, Loc, label_distribution, refuse
 from service.api.numbers import fits_float32, to_float32
+from service.api.told import label_json, told_json
 from service.errors import Conflict, Fault, InvalidInput, NotJson
 from service.memory import Answer
 from service.predictor import Predictor
@@ -148,24 +149,11 @@ def labels_json(rows: Sequence[Said], results: Sequence[tuple[str, Floats | None
     Raises:
         Conflict: every label contradicts another one that was given before.
     """
-    told: list[dict[str, Any]] = []
-    for row, (result, known) in zip(rows, results, strict=True):
-        both: dict[str, Any] = (
-            {} if known is None else {"given": label_json(row.label, classes), "known": label_json(known, classes)}
-        )
-        told.append({"result": result} | both)
+    told = [told_json(row.label, *one, classes) for row, one in zip(rows, results, strict=True)]
     if all(result == "conflict" for result, _ in results):
         message = 'every label contradicts one that was given before; "revise": true would replace it'
         raise Conflict(message, results=told)
     return {"results": told}
-
-
-def label_json(label: Floats, classes: Sequence[str]) -> str | dict[str, float]:
-    """A label as people say it: the class if it is one, else the probability of each."""
-    if len(label) != len(classes):
-        return {str(k): p for k, p in enumerate(label.tolist())}
-    top = int(label.argmax())
-    return classes[top] if label[top] == 1.0 else dict(zip(classes, label.tolist(), strict=True))
 
 
 def engines_json(found: Page) -> dict[str, Any]:

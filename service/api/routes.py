@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 import orjson
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
 
 from service.api import schemas
 from service.api.arrow import ARROW
 from service.api.body import JSON, announced, leaving, media_type, read_body
 from service.api.calls import evaluate_json, model_json, predict_json, read_predict, read_predict_table
+from service.api.told import results_json
 from service.lifecycle import Lifecycle
 from service.memory import prediction_ids
 
@@ -52,9 +54,22 @@ def documented(
     return extra | ({"requestBody": {"required": True, **content(request)}} if request else {})
 
 
+class Written(Response):
+    """Bytes that are there as a whole, with the headers that they need and no search for others."""
+
+    def __init__(self, body: bytes, status: int, media_type: str) -> None:
+        self.body, self.status_code, self.background = body, status, None
+        self.raw_headers = [(b"content-length", b"%d" % len(body)), (b"content-type", media_type.encode())]
+
+    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body})
+
+
 def json_response(value: Any, status: int = 200, media_type: str = JSON) -> Response:
     """A JSON answer; numpy numbers leave in their shortest form."""
-    return Response(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY), status, media_type=media_type)
+    return Written(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY), status, media_type)
 
 
 def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
@@ -87,11 +102,16 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
         )
         named, what_if = asked.instances, asked.temperature is not None
         ids: Sequence[str | None] = prediction_ids(len(named), time.time())
+        told: dict[str, Any] = {}
         if lifecycle.remembers:
-            ids = await lifecycle.memory().remember(predictor, named, decoded.telemetry, found, decoded.targets)
+            memory, targets = lifecycle.memory(), decoded.targets
+            ids, results = await memory.remember(predictor, named, decoded.telemetry, found, targets)
+            told = results_json(targets, results, model.manifest.classes)
+        else:
+            predictor.count_labels(found, decoded.targets)
         return await aside.run(
-            found.answers.logits.size > LARGE_ANSWER,
-            lambda: json_response(predict_json(predictor, named, found, ids, what_if)),
+            len(named) * len(model.manifest.classes) > LARGE_ANSWER,
+            lambda: json_response(predict_json(predictor, named, found, ids, what_if) | told),
         )
 
     return predict

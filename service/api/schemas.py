@@ -373,6 +373,10 @@ class PredictResponse(Struct):
     temperature_source: Literal["artefact", "fit", "request"]
     predictions: list[PredictionBody]
     evaluation: EvaluationBody | None
+    results: Annotated[
+        list[Told | None] | msgspec.UnsetType,
+        Meta(description="Where a label contradicts one given before and was not kept: what became of each label."),
+    ] = msgspec.UNSET
 
 
 class Warned(Struct):

@@ -1,11 +1,12 @@
 """What is looked up: engines worst first, histories, everything that calibration is measured on. Changes nothing."""
 
 import json
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, func, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, func, insert, or_, select, tuple_, update
 
 from model.numerics import Floats
 from model.windows import Readings
@@ -13,6 +14,7 @@ from service.storage.book import Kind, parts, read_kind
 from service.storage.tables import engines, layouts, models, predictions, readings, truths
 
 PAGE = 100
+PROOF_BYTES = 16_384  # more than there is room for in pages that are not full
 PRUNE_ROWS = 1000  # of a table in one transaction, so that nobody waits for a large one
 _OF_TRUTH = or_(
     exists().where(predictions.c.engine == truths.c.engine, predictions.c.cycle == truths.c.cycle),
@@ -149,6 +151,14 @@ def counted(connection: Connection, digest: str, classes: int, since: float | No
         np.array([-1 if one is None else one for one in source], dtype=np.int64),
         [one for one in inputs if one is not None],
     )
+
+
+def prove(connection: Connection, items: Sequence[None]) -> list[None]:
+    """Write something and take it back: where the disk is full, committing nothing would prove nothing."""
+    digest = {"digest": os.urandom(32).hex()}
+    connection.execute(insert(models), digest | {"manifest": os.urandom(PROOF_BYTES // 2).hex()})
+    connection.execute(delete(models).where(models.c.digest == digest["digest"]))
+    return [None for _ in items]
 
 
 def prune(connection: Connection, items: Sequence[float]) -> list[int]:
