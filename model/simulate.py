@@ -1,0 +1,104 @@
+"""A simulated fleet with the statistics of C-MAPSS: demo, tests, planted drift. numpy only, no torch.
+
+    python -m model.simulate --engines 20 --seed 0          # run-to-failure histories, CSV on standard output
+
+An engine begins somewhere between new and slightly worn, wears exponentially in one of two ways, and fails when its
+life is used up. Each flight is in one of six operating conditions. `model.fleet` holds the statistics.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from functools import cache
+from math import ceil
+
+import numpy as np
+
+from model import fleet
+from model.cmapss import History
+from model.contract import CHANNELS
+from model.fleet import SETTING_COUNT, Fleet, Floats, Integers
+from model.windows import Readings
+
+
+class Engine:
+    """One engine, flown flight by flight: seed and number decide all of it, however many flights are asked for at once.
+
+    `remaining` says how many cycles of wear are left, after the flights that were flown.
+    """
+
+    def __init__(self, number: int, seed: int = 0, statistics: Fleet | None = None) -> None:
+        self._fleet = statistics or _committed()
+        streams = np.random.SeedSequence((seed, number)).spawn(4)
+        birth, self._where, self._how, self._noise = map(np.random.default_rng, streams)
+        shares = np.array([mode.share for mode in self._fleet.modes])
+        self.mode = self._fleet.modes[int(birth.choice(len(shares), p=shares / shares.sum()))]
+        traits = self.mode.mean + birth.standard_normal(len(self.mode.factors)) @ self.mode.factors
+        self._time_constant = np.exp(traits[0])
+        self._offset, self._full = np.split(traits[2:], 2)
+        self.remaining = float(np.clip(np.rint(np.exp(traits[1])), self._fleet.shortest, self._fleet.longest))
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last flight was flown."""
+        return self.remaining <= 0
+
+    def fly(self, flights: int = 1, pace: float = 1.0) -> Readings:
+        """The next flights (n, 17), oldest first; fewer than asked for if the engine fails meanwhile.
+
+        Args:
+            flights: how many.
+            pace: cycles of wear in one flight; 2 is an engine that wears twice as fast.
+        """
+        n = max(0, min(flights, ceil(self.remaining / pace)))
+        left = self.remaining - pace * np.arange(1.0, n + 1.0)
+        self.remaining -= pace * n
+        condition = np.searchsorted(np.cumsum(self._fleet.shares)[:-1], self._where.random(n), side="right")
+        low, high = self._fleet.settings_low[condition], self._fleet.settings_high[condition]
+        settings = low + self._how.random((n, SETTING_COUNT)) * (high - low)
+        return self._fleet.rounded(np.concatenate([settings, self._sensors(condition, left)], axis=1))
+
+    def _sensors(self, condition: Integers, left: Floats) -> Floats:
+        """Baseline + response x (offset + wear x full response) + noise, for n flights (n, 14)."""
+        of = self._fleet
+        wear = np.exp(-np.maximum(left, 0.0) / self._time_constant)[:, None]
+        noise = self._noise.standard_normal((len(left), len(of.mixing))) @ of.mixing.T
+        response = of.response[condition] * (self._offset + wear * self._full)
+        return np.asarray(of.baseline[condition] + response + of.noise[condition] * noise)
+
+
+@cache
+def _committed() -> Fleet:
+    return fleet.read()
+
+
+def histories(engines: int, seed: int = 0, statistics: Fleet | None = None) -> Iterator[History]:
+    """Whole lives of simulated engines, the RUL of each cycle known; 0 at the last."""
+    for number in range(engines):
+        engine = Engine(number, seed, statistics)
+        rul = np.arange(engine.remaining)[::-1]
+        yield History(engine_id(number, seed), np.arange(1, len(rul) + 1), engine.fly(len(rul)), rul)
+
+
+def engine_id(number: int, seed: int) -> str:
+    """What a simulated engine is called: other seeds are other engines."""
+    return f"sim{seed}-{number}"
+
+
+def main() -> None:
+    """Print the lives of some engines."""
+    parser = argparse.ArgumentParser(description="Simulated engines, from their first flight to failure, as CSV.")
+    parser.add_argument("--engines", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    flags = parser.parse_args()
+    print("engine_id", "cycle", *CHANNELS, "rul", sep=",")
+    try:
+        for history in histories(flags.engines, flags.seed):
+            for cycle, row, rul in zip(history.cycle, history.telemetry, history.known_rul(), strict=True):
+                print(history.engine_id, cycle, *row, int(rul), sep=",")
+    except BrokenPipeError:  # `| head`
+        sys.stderr.close()
+
+
+if __name__ == "__main__":
+    main()
