@@ -20,6 +20,8 @@ from model.contract import CHANNELS
 from model.fleet import SETTING_COUNT, Fleet, Floats, Integers
 from model.windows import Readings
 
+EXTREME = 1.7  # deviations; real engines hardly go beyond, and readings of one that does are like those of no engine
+
 
 class Engine:
     """One engine, flown flight by flight: seed and number decide all of it, however many flights are asked for at once.
@@ -33,7 +35,8 @@ class Engine:
         birth, self._where, self._how, self._noise = map(np.random.default_rng, streams)
         shares = np.array([mode.share for mode in self._fleet.modes])
         self.mode = self._fleet.modes[int(birth.choice(len(shares), p=shares / shares.sum()))]
-        traits = self.mode.mean + birth.standard_normal(len(self.mode.factors)) @ self.mode.factors
+        drawn = np.clip(birth.standard_normal(len(self.mode.factors)), -EXTREME, EXTREME)
+        traits = self.mode.mean + drawn @ self.mode.factors
         self._time_constant = np.exp(traits[0])
         self._offset, self._full = np.split(traits[2:], 2)
         self.remaining = float(np.clip(np.rint(np.exp(traits[1])), self._fleet.shortest, self._fleet.longest))
