@@ -47,6 +47,7 @@ class DriftError(ValueError):
 class Drift:
     """One drift: what it does to which sensors, how much, and from which flight of the fleet on."""
 
+    text: str  # as it was written
     kind: Kind
     sensors: tuple[int, ...]  # places among the sensors
     amount: float
@@ -72,7 +73,7 @@ def parse(text: str) -> Drift:
     if not low <= amount <= high:
         raise DriftError(f"{text[:60]!r}: {amount:g} is not from {low:g} to {high:g}")
     sensors = (SENSORS.index(what),) if what in SENSORS else tuple(range(len(SENSORS)))
-    return Drift(kind, sensors, amount, int(since or 0))
+    return Drift(text, kind, sensors, amount, int(since or 0))
 
 
 class Planted:

@@ -1,8 +1,8 @@
 """Histories of engines from one file: C-MAPSS text or CSV, plain or gzipped. Whatever is wrong is named with its line.
 
 CSV has a header: a column for each channel, by name; `engine_id` where the file holds more than one engine, `cycle`
-where flights are not in order from 1 without gaps, `rul` where the truth is known. Others are not looked at. Knows files
-and numpy, nothing else.
+where flights are not in order from 1 without gaps, `rul` where the truth is known. Others are not looked at. Knows
+files and numpy, nothing else.
 """
 
 import csv
@@ -132,8 +132,8 @@ def _flights(rows: Iterator[Row], channels: Sequence[str], alone: str, gaps: boo
     flown: Counter[str] = Counter()
     for where, fields in rows:
         engine, cycle = fields.get(ENGINE, alone).strip(), fields.get(CYCLE)
-        if not engine:
-            raise DataError(f"{where}: {ENGINE}: is empty")
+        if not engine or not engine.isprintable():
+            raise DataError(f"{where}: {ENGINE}: expected a name, got {engine[:SHOWN]!r}")
         flown[engine] += 1
         at = flown[engine] if cycle is None else _whole(cycle, where, CYCLE)
         values = [_number(fields[name], where, name) for name in channels]

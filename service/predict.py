@@ -1,4 +1,4 @@
-"""`engine-health predict FILE`: the newest health of each engine of a file, as the service would answer it, without one.
+"""`engine-health predict FILE`: the newest health of each engine of a file, as the service answers it, without one.
 
 Bit for bit the answer of `/v1/predict` at the artefact's temperature: the same windows, the same arithmetic.
 """
@@ -34,9 +34,7 @@ def predict(name: str, settings: Settings, temperature: float | None, missing: s
         ArtefactRejected: the model cannot be used.
         InvalidInput: the file cannot be read, or a row is wrong; names its line.
     """
-    model = open_model(
-        settings.model, settings.model_digest, settings.threads, deterministic=settings.deterministic
-    )
+    model = open_model(settings.model, settings.model_digest, settings.threads, deterministic=settings.deterministic)
     t = model.manifest.temperature if temperature is None else temperature
     engines, found = answers_of(name, model, t, missing == "hold", settings.max_batch_rows)
     for line in as_lines(model, engines, found, t) if as_json else table(model, engines, found, t):
