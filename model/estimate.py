@@ -1,4 +1,4 @@
-"""Estimate what simulated engines are drawn from: the training engines of FD004 to model/fleet.json. numpy only.
+"""Estimate what simulated engines are drawn from: the training engines of C-MAPSS to model/fleet.json. numpy only.
 
     python -m model.estimate                    # reads CMAPSS_DIR or data/cmapss
 
@@ -9,7 +9,7 @@ Gaussian of these traits, of which the largest few directions are kept: the othe
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from model.contract import RUL_THRESHOLDS, SENSORS
 from model.fleet import SETTING_COUNT, Fleet, Floats, Integers, Mode
 
 SUBSET = "FD004"  # the one with six conditions and both modes
+GROUNDED = ("FD001", "FD003")  # in the first condition only, where they are as those of FD004 are
 TIME_CONSTANTS = np.geomspace(10, 300, 120)  # cycles; those of the engines lie from 20 to 150
 ROUNDS = 5  # after which no response moves by a thousandth
 FACTORS = 4  # of 30: 92 % of what differs between engines of a mode, the next one is as small as the rest
@@ -47,8 +48,11 @@ class Flights(NamedTuple):
         return [values[self.condition == k] for k in range(self.condition.max() + 1)]
 
 
-def estimate(engines: Sequence[History]) -> Fleet:
-    """Statistics of run-to-failure histories in several operating conditions, wearing in two ways."""
+def estimate(subsets: Mapping[str, Sequence[History]]) -> Fleet:
+    """Statistics of the run-to-failure histories of each subset."""
+    engines = subsets[SUBSET]
+    level = np.concatenate([e.telemetry for name in GROUNDED for e in subsets[name]])[:, :SETTING_COUNT]
+    level_middle, level_half = level.mean(axis=0, dtype=np.float64), level.std(axis=0, dtype=np.float64)
     flights = flights_of(engines)
     deviation = np.stack([part.std(axis=0) for part in flights.by_condition(flights.sensors)])
     young = flights.rul > RUL_THRESHOLDS[0]
@@ -69,6 +73,9 @@ def estimate(engines: Sequence[History]) -> Fleet:
         shares=np.bincount(flights.condition) / len(flights.condition),
         settings_low=middle - np.sqrt(3) * half,  # as far as evenly spread values of that deviation reach
         settings_high=middle + np.sqrt(3) * half,
+        grounded=sum(len(subsets[name]) for name in GROUNDED) / sum(map(len, subsets.values())),
+        grounded_low=level_middle - np.sqrt(3) * level_half,
+        grounded_high=level_middle + np.sqrt(3) * level_half,
         baseline=baseline,
         response=response,
         noise=noise * response / gain,
@@ -144,10 +151,11 @@ def _decimals(rows: Floats) -> Integers:
 def main() -> None:
     """Write the table of the training engines."""
     try:
-        engines = cmapss.read_train(cmapss.data_folder(), SUBSET)
+        subsets = {name: cmapss.read_train(cmapss.data_folder(), name) for name in cmapss.SUBSETS}
     except DataError as error:
         sys.exit(f"estimate: {error}")
-    fleet.write(estimate(engines), f"train_{SUBSET}.txt of C-MAPSS, {len(engines)} engines; by model.estimate")
+    engines = f"{len(subsets[SUBSET])} training engines of {SUBSET}, settings at sea level of {', '.join(GROUNDED)}"
+    fleet.write(estimate(subsets), f"C-MAPSS, {engines}; by model.estimate")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What a simulated engine is drawn from: statistics of C-MAPSS's engines, in a small file. numpy only, no torch.
 
 `fleet.json` holds figures of the training engines of FD004, which fly in six operating conditions and wear in two ways,
-and nothing of the data set itself. `model.estimate` writes it.
+and how many engines of all subsets never leave the first of them; nothing of the data set itself. `model.estimate`
+writes it.
 """
 
 import json
@@ -42,6 +43,9 @@ class Fleet:
     shares: Floats  # (K,) of the flights
     settings_low: Floats  # (K, 3), between which settings lie evenly
     settings_high: Floats  # (K, 3)
+    grounded: float  # share of the engines of all subsets that fly in the first condition only, at sea level
+    grounded_low: Floats  # (3,), between which their settings lie
+    grounded_high: Floats  # (3,)
     baseline: Floats  # (K, S) of a new engine
     response: Floats  # (K, S) physical units of one unit of response
     noise: Floats  # (K, S) standard deviation within one engine, wear taken away
@@ -73,7 +77,8 @@ def read(path: Path = TABLE) -> Fleet:
         Mode(mode["name"], mode["share"], np.array(mode["mean"]), np.array(mode["factors"])) for mode in found["modes"]
     )
     arrays = {name: np.array(value) for name, value in found.items() if isinstance(value, list)}
-    return Fleet(**{**arrays, "shortest": found["shortest"], "longest": found["longest"], "modes": modes})
+    single = {name: found[name] for name in ("grounded", "shortest", "longest")}
+    return Fleet(**{**arrays, **single, "modes": modes})
 
 
 def write(fleet: Fleet, source: str, path: Path = TABLE) -> None:

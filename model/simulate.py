@@ -26,10 +26,12 @@ EXTREME = 1.7  # deviations; real engines hardly go beyond, and readings of one 
 class Engine:
     """One engine, flown flight by flight: seed and number decide all of it, however many flights are asked for at once.
 
-    `remaining` says how many cycles of wear are left, after the flights that were flown.
+    `remaining` says how many cycles of wear are left, after the flights that were flown. In a `mixed` fleet some
+    engines fly at sea level only, as in half of C-MAPSS's subsets: then readings are those that the model's
+    reference of drift is made of.
     """
 
-    def __init__(self, number: int, seed: int = 0, statistics: Fleet | None = None) -> None:
+    def __init__(self, number: int, seed: int = 0, mixed: bool = False, statistics: Fleet | None = None) -> None:
         self._fleet = statistics or _committed()
         streams = np.random.SeedSequence((seed, number)).spawn(4)
         birth, self._where, self._how, self._noise = map(np.random.default_rng, streams)
@@ -40,6 +42,7 @@ class Engine:
         self._time_constant = np.exp(traits[0])
         self._offset, self._full = np.split(traits[2:], 2)
         self.remaining = float(np.clip(np.rint(np.exp(traits[1])), self._fleet.shortest, self._fleet.longest))
+        self._grounded = mixed and birth.random() < self._fleet.grounded
 
     @property
     def failed(self) -> bool:
@@ -56,10 +59,18 @@ class Engine:
         n = max(0, min(flights, ceil(self.remaining / pace)))
         left = self.remaining - pace * np.arange(1.0, n + 1.0)
         self.remaining -= pace * n
-        condition = np.searchsorted(np.cumsum(self._fleet.shares)[:-1], self._where.random(n), side="right")
-        low, high = self._fleet.settings_low[condition], self._fleet.settings_high[condition]
+        condition, low, high = self._conditions(self._where.random(n))
         settings = low + self._how.random((n, SETTING_COUNT)) * (high - low)
         return self._fleet.rounded(np.concatenate([settings, self._sensors(condition, left)], axis=1))
+
+    def _conditions(self, drawn: Floats) -> tuple[Integers, Floats, Floats]:
+        """The conditions (N,) that N even draws mean, and between which settings (N, 3) they lie."""
+        of = self._fleet
+        if self._grounded:
+            level = np.zeros_like(drawn)[:, None]
+            return np.zeros(len(drawn), dtype=np.int64), level + of.grounded_low, level + of.grounded_high
+        k = np.searchsorted(np.cumsum(of.shares)[:-1], drawn, side="right")
+        return k, of.settings_low[k], of.settings_high[k]
 
     def _sensors(self, condition: Integers, left: Floats) -> Floats:
         """Baseline + response x (offset + wear x full response) + noise, for n flights (n, 14)."""
@@ -75,10 +86,10 @@ def _committed() -> Fleet:
     return fleet.read()
 
 
-def histories(engines: int, seed: int = 0, statistics: Fleet | None = None) -> Iterator[History]:
+def histories(engines: int, seed: int = 0, mixed: bool = False) -> Iterator[History]:
     """Whole lives of simulated engines, the RUL of each cycle known; 0 at the last."""
     for number in range(engines):
-        engine = Engine(number, seed, statistics)
+        engine = Engine(number, seed, mixed)
         rul = np.arange(engine.remaining)[::-1]
         yield History(engine_id(number, seed), np.arange(1, len(rul) + 1), engine.fly(len(rul)), rul)
 

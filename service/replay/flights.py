@@ -44,7 +44,7 @@ class _Flying:
 
 
 def simulated(engines: int, seed: int, planted: Planted, endless: bool, retired: int | None) -> Iterator[Flight]:
-    """A simulated fleet.
+    """A simulated fleet, some of whose engines fly at sea level only.
 
     Args:
         engines: how many fly at a time.
@@ -56,8 +56,8 @@ def simulated(engines: int, seed: int, planted: Planted, endless: bool, retired:
     numbers = count()
     if retired is not None:
         for number in (next(numbers) for _ in range(retired)):
-            yield from _past(_Flying(number, Engine(number, seed)), seed, None)
-    fleet = [_Flying(number, Engine(number, seed)) for number in (next(numbers) for _ in range(engines))]
+            yield from _past(_Flying(number, Engine(number, seed, mixed=True)), seed, None)
+    fleet = [_Flying(number, Engine(number, seed, mixed=True)) for number in (next(numbers) for _ in range(engines))]
     ages = np.random.default_rng((seed, AGE)).random(engines)
     for one, age in zip(fleet, ages, strict=True):
         if retired is not None:
@@ -70,7 +70,9 @@ def simulated(engines: int, seed: int, planted: Planted, endless: bool, retired:
             flight += 1
         failed = sum(one.engine.failed for one in fleet)
         fleet = [one for one in fleet if not one.engine.failed]
-        fleet += [_Flying(k, Engine(k, seed)) for k in (next(numbers) for _ in range(failed if endless else 0))]
+        fleet += [
+            _Flying(k, Engine(k, seed, mixed=True)) for k in (next(numbers) for _ in range(failed if endless else 0))
+        ]
 
 
 def _past(one: _Flying, seed: int, flights: int | None) -> Iterator[Flight]:
