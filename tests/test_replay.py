@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,10 @@ def url_of(service: Service) -> str:
 
 def replayed(service: Service, *flags: str) -> int:
     return cli.main(["replay", "--url", url_of(service), *FAST, *flags])
+
+
+def known(service: Service, engine_id: str) -> bool:
+    return service.client.get(f"/v1/engines/{engine_id}").status_code == 200
 
 
 def history(service: Service, engine_id: str) -> list[dict[str, Any]]:
@@ -298,8 +303,7 @@ def test_interrupting_is_no_failure(kept: Service) -> None:
     """Ctrl-C and SIGTERM end a replay with a summary, exit code 0 and no traceback."""
     for number in (signal.SIGINT, signal.SIGTERM):
         replay = start("replay", "--url", url_of(kept), "--seed", f"16{number:d}", "--speed", "50/s")
-        first = f"/v1/engines/sim16{number:d}-0"
-        until(lambda path=first: kept.client.get(path).status_code == 200)
+        until(partial(known, kept, f"sim16{number:d}-0"))
         replay.send_signal(number)
         said, failed = replay.communicate(timeout=30)
         assert 0 == replay.returncode, failed
