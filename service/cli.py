@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return calibrate(**flags) if command == "calibrate" else serve(read_settings(**flags))
     except ServiceError as error:
         return _failed(error.detail)
+    except BrokenPipeError:  # whoever read what is printed has had enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing is left to flush
+        return 0
 
 
 def calibrate(file: Path, model: Path | None, temperature: float | None, as_json: bool) -> int:

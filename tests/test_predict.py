@@ -14,7 +14,7 @@ from model import cmapss, simulate, telemetry
 from model.cmapss import COLUMNS, History
 from model.contract import CHANNELS
 from service import cli
-from tests.conftest import Service
+from tests.conftest import Service, start
 
 HEAD = "engine_id,cycle," + ",".join(CHANNELS)
 ROW = "a,1," + ",".join(["1"] * len(CHANNELS))
@@ -136,6 +136,18 @@ def test_the_table_can_be_read(fleet: list[History], tmp_path: Path, capsys: pyt
     assert len(fleet) == len(lines)
     assert "" == empty
     assert model.startswith("engine-health ")
+
+
+def test_a_reader_may_leave(tmp_path: Path, fleet: list[History]) -> None:
+    """What is piped into `head` ends without a traceback."""
+    path = tmp_path / "fleet.csv"
+    path.write_text(as_csv(fleet))
+    command = start("predict", str(path))
+    assert command.stdout is not None
+    command.stdout.close()
+    assert command.stderr is not None
+    assert ("", 0) == (command.stderr.read(), command.wait())
+    command.stderr.close()
 
 
 def test_official_files_are_read_as_training_read_them(cmapss_dir: Path) -> None:

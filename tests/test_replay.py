@@ -313,12 +313,13 @@ def test_interrupting_is_no_failure(kept: Service) -> None:
 
 def test_the_live_table_shows_the_worst_first() -> None:
     """On a terminal the fleet is a table, worst engine first, health in words, and what is planted below."""
-    tally = Tally("http://here", ("normal", "degrading", "critical"), ((0, "sensor_11:+2sd"),), flights=7, live=7)
+    tally = Tally("http://here", drifts=((0, "sensor_11:+2sd"),))
+    console = Console(file=io.StringIO(), width=120, height=40, force_terminal=True, color_system=None)
+    table = Table(tally, console)  # when nothing is known yet
+    tally.classes, tally.flights, tally.live = ("normal", "degrading", "critical"), 7, 7
     for name, p in (("calm", 0.1), ("grave", 0.9), ("ill", 0.5)):
         found = {"normal": (1 - p) / 2, "degrading": (1 - p) / 2, "critical": p}
         tally.latest[name] = {"engine_id": name, "cycle": 3, "health": "critical", "probabilities": found, "rul": 12.4}
-    console = Console(file=io.StringIO(), width=120, height=40, force_terminal=True, color_system=None)
-    table = Table(tally, console)
     console.print(table.drawn())
     text = console.file.getvalue()  # type: ignore[attr-defined]  # it is the text buffer given above
     assert sorted(("calm", "grave", "ill"), key=text.index) == ["grave", "ill", "calm"]

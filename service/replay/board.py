@@ -25,17 +25,16 @@ class Tally:
     repeated: int = 0
     trouble: str | None = None
     latest: dict[str, Prediction] = field(default_factory=dict)
-    began: float = field(default_factory=time.monotonic)
+    began: float | None = None  # when the first flight that is not past was sent
 
     @property
-    def seconds(self) -> float:
-        """Since the replay began."""
-        return time.monotonic() - self.began
+    def speed(self) -> float:
+        """Flights a second, past ones apart."""
+        return 0.0 if self.began is None else self.live / max(time.monotonic() - self.began, 1.0)
 
     def worst_first(self) -> list[Prediction]:
         """The newest predictions, that most likely of the last class first."""
-        last = self.classes[-1]
-        return sorted(self.latest.values(), key=lambda found: -float(found["probabilities"][last]))
+        return sorted(self.latest.values(), key=lambda found: -float(found["probabilities"][self.classes[-1]]))
 
     def drifting(self) -> list[str]:
         """Planted drifts that have set in."""

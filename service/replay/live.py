@@ -57,8 +57,7 @@ class Table(Lines):
         for found in engines[:room]:
             grid.add_row(*self._row(found))
         more = f"and {len(engines) - room} engines more; " if len(engines) > room else ""
-        speed = f"{tally.live / max(tally.seconds, 1e-9):.1f} flights/s; "
-        last = Text(more + speed + tally.summary(), style="dim")
+        last = Text(f"{more}{tally.speed:.1f} flights/s; {tally.summary()}", style="dim")
         waits = [Text(f"waiting for {tally.url}: {tally.trouble}", style="red")] if tally.trouble else []
         return Group(grid, last, *waits)
 

@@ -117,6 +117,8 @@ def _ahead(began: float, flown: int, speed: float) -> float:
 
 def send(client: Client, flights: list[Flight], tally: Tally, shown: Lines) -> None:
     """Tell a service of flights, and of the ends among them once all of them are told."""
+    if tally.began is None and not flights[-1].past:
+        tally.began = time.monotonic()
     rows = [{"engine_id": f.engine_id, "cycle": f.cycle, "telemetry": f.telemetry} for f in flights]
     answer = client.call("POST", "/v1/cycles", orjson.dumps({"cycles": rows}, option=orjson.OPT_SERIALIZE_NUMPY))
     results = answer.body.get("results")
