@@ -21,10 +21,11 @@ from service.settings import PREFIX, Settings, read_settings
 from service.workers import configuration, serve_many
 
 SWITCHES = tuple(Settings.model_fields)
+INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 failed, 2 wrong usage."""
+    """Run one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted half-way."""
     parser = _parser()
     flags = vars(parser.parse_args(arguments))
     command = flags.pop("command")
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read what is printed has had enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing is left to flush
         return 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def calibrate(file: Path, model: Path | None, temperature: float | None, as_json: bool) -> int:

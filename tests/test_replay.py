@@ -24,6 +24,7 @@ from model.contract import CHANNELS
 from model.planted import Planted
 from service import cli
 from service.replay.board import Tally
+from service.replay.demo import main as demo_main
 from service.replay.flights import simulated
 from service.replay.live import Table
 from service.replay.run import limited
@@ -356,6 +357,19 @@ def test_the_demo_is_one_command(tmp_path: Path) -> None:
     finally:
         demo.kill()
         demo.communicate()
+
+
+def test_a_demo_disturbs_no_other_service(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where something listens already, the demo says so in one line, starts nothing and sends nothing."""
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        monkeypatch.setenv("ENGINE_HEALTH_PORT", str(port))
+        assert 1 == demo_main([])
+    assert capsys.readouterr().err.startswith(f"demo: port {port} is taken")
+    assert [] == list(tmp_path.iterdir())
 
 
 def _get(url: str) -> bytes:
