@@ -15,7 +15,7 @@ from model.cmapss import DataError, History
 from service.api.answers import prediction_rows
 from service.api.decode import hold_window
 from service.errors import Fault, InvalidInput
-from service.predictor import Answers, Prediction, answer, joined
+from service.predictor import Answers, Prediction, answer, joined, whole
 from service.runtime import Batch, Model, open_model
 from service.settings import Settings
 
@@ -77,7 +77,7 @@ def _window(engine: History, channels: tuple[str, ...], window: int, hold: bool)
 def as_lines(model: Model, engines: Sequence[Newest], found: Answers, temperature: float) -> Iterator[str]:
     """An object for each engine, in the order of the file, shaped as a prediction of `/v1/predict`."""
     nobody = [None] * len(engines)
-    for row in prediction_rows(model, engines, Prediction(temperature, found, None, None), nobody):
+    for row in prediction_rows(model, engines, Prediction(temperature, whole(found)), nobody):
         yield orjson.dumps(row).decode()
 
 
