@@ -7,7 +7,7 @@ PIP := -m pip --disable-pip-version-check --quiet
 CMAPSS_URL ?= https://phm-datasets.s3.amazonaws.com/NASA/6.+Turbofan+Engine+Degradation+Simulation+Data+Set.zip
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo test check format train export evaluate fleet study fuzz kills bench bench-peers bench-monitor endurance data docs lock clean
+.PHONY: help serve demo test check format train export evaluate fleet study fuzz kills bench bench-peers bench-monitor bench-console endurance data docs screenshots lock clean
 
 help:                            ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -82,11 +82,17 @@ bench-peers: $(DEV)/ready        ## the same model behind other servers, side by
 bench-monitor: $(DEV)/ready      ## false and true alarms of the calibration state, simulated; a quarter of an hour
 	$(BIN)/python -m benchmarks.monitor
 
+bench-console: $(DEV)/ready      ## what the Fleet page costs the browser and the service, a thousand engines flying; needs chromium
+	$(BIN)/python -m benchmarks.console
+
 endurance: $(DEV)/ready          ## every promise under strain at full size, as a table; fails if one is broken; half an hour
 	$(BIN)/python -m benchmarks.endurance
 
 docs: $(DEV)/ready               ## write the README's tables anew from code, and the results from the test engines
 	$(BIN)/python docs/tables.py --results
+
+screenshots: $(DEV)/ready        ## the README's pictures of the console; needs chromium and C-MAPSS
+	$(BIN)/python -m docs.screenshots
 
 build/uv/ready:
 	$(PYTHON) -m venv build/uv

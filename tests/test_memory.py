@@ -556,3 +556,70 @@ def test_a_flight_without_an_answer_is_named_by_its_own_place(tmp_path: Path) ->
         assert answer.json()["detail"].startswith("cycles[")
         assert answer.json()["errors"][0]["loc"] in (["cycles", 2, "telemetry"], ["cycles", 0, "telemetry"])
         assert 404 == service.client.get("/v1/engines/b").status_code
+
+
+def test_engines_are_asked_for_by_what_changed(kept: Service, windows: Readings) -> None:
+    """`since` leaves engines whose latest answer or end was told then or later, `running` those without an end."""
+    for name in ("changed-a", "changed-b", "changed-c"):
+        fly(kept, name, 1, windows[0][0])
+    first = {row["engine_id"]: row for row in engines(kept, limit=1000)}
+    since = max(row["updated_at"] for row in first.values())
+    fly(kept, "changed-b", 2, windows[0][1])
+    end = {"engine_id": "changed-c", "failed_at_cycle": 9}
+    assert 200 == kept.client.post("/v1/outcomes", json=end).status_code
+    changed = {row["engine_id"]: row["failed_at_cycle"] for row in engines(kept, since=since)}
+    assert {"changed-b": None, "changed-c": 9}.items() <= changed.items()
+    assert set(changed) <= {"changed-b", "changed-c", *(k for k, row in first.items() if row["updated_at"] == since)}
+    assert set(first) - {"changed-c"} >= {row["engine_id"] for row in engines(kept, running=True, limit=1000)}
+    assert 9 == kept.client.get("/v1/engines/changed-c").json()["failed_at_cycle"]
+    for value in ("yesterday", "2026-11-25T12:00:00", ""):
+        assert 422 == kept.client.get("/v1/engines", params={"since": value}).status_code
+    assert 422 == kept.client.get("/v1/engines", params={"limit": 1001}).status_code
+
+
+def test_pages_of_any_size_hold_every_engine_once(kept: Service, windows: Readings) -> None:
+    """Pages of seven, followed to the last, are the page of a thousand; `total` is the same on each."""
+    for k in range(9):
+        fly(kept, f"paged-{k}", 1, windows[k % 4][k])
+    whole = engines(kept, limit=1000)
+    found: list[dict[str, Any]] = []
+    following = None
+    while following is not None or not found:
+        page = kept.client.get("/v1/engines", params={"limit": 7} | ({"next": following} if following else {})).json()
+        assert len(whole) == page["total"]
+        found, following = found + page["engines"], page["next"]
+    assert whole == found
+
+
+def test_a_trend_is_what_was_predicted_of_the_last_cycles(kept: Service, windows: Readings) -> None:
+    """The last class's probability, cycle by cycle, as the history has it; cycles before are left out."""
+    for cycle, row in enumerate(windows[3][:12]):
+        fly(kept, "trend", cycle, row)
+    kept.predict([{"engine_id": "trend", "cycle": 10, "telemetry": windows[3][:3].tolist()}])  # which counts since
+    trend = next(row for row in engines(kept, trend=5, limit=1000) if row["engine_id"] == "trend")["trend"]
+    past = {row["cycle"]: row["probabilities"]["critical"] for row in history(kept, "trend")}
+    assert [[cycle, past[cycle]] for cycle in range(7, 12)] == trend
+    assert "trend" not in engines(kept)[0]
+
+
+def test_sensors_are_told_of_flights_alone(kept: Service, windows: Readings, manifest: Manifest) -> None:
+    """`sensors` has every sensor over the flights that are kept, and none where there are only predictions."""
+    for cycle, row in enumerate(windows[0][-15:]):
+        fly(kept, "sensed", cycle, row)
+    kept.predict([{"engine_id": "unflown", "cycle": 1, "telemetry": windows[0][:2].tolist()}])
+    told = kept.client.get("/v1/engines/sensed", params={"sensors": True}).json()["sensors"]
+    assert list(range(15)) == told["cycles"]
+    assert {name for name in manifest.channel_names if name.startswith("sensor")} == {
+        one["channel"] for one in told["channels"]
+    }
+    distances = [abs(one["moved"]) for one in told["channels"]]
+    assert sorted(distances, reverse=True) == distances
+    assert distances[0] == pytest.approx(abs(np.mean(told["channels"][0]["away"][-10:])), abs=1e-4)
+    unflown = kept.client.get("/v1/engines/unflown", params={"sensors": True}).json()["sensors"]
+    assert {"cycles": [], "channels": []} == unflown
+
+
+def engines(service: Service, **query: Any) -> list[dict[str, Any]]:
+    """A page of engines, the worst first."""
+    found: list[dict[str, Any]] = service.client.get("/v1/engines", params=query).json()["engines"]
+    return found
