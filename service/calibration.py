@@ -46,7 +46,7 @@ async def watch(memory: Memory, predictor: Predictor, window: str | None) -> dic
     """
     now = time.time()
     found = await _counted(memory, predictor.model, window, now)
-    return await asyncio.to_thread(_watched, found, predictor, now, window)
+    return await asyncio.to_thread(watched, found, predictor, now, window)
 
 
 async def fit(memory: Memory, predictor: Predictor, window: str | None) -> dict[str, Any]:
@@ -116,7 +116,8 @@ async def _counted(memory: Memory, model: Model, window: str | None, now: float)
     return await memory.database.read(lambda c: queries.counted(c, model.digest, classes, since))
 
 
-def _watched(found: queries.Found, predictor: Predictor, now: float, window: str | None) -> dict[str, Any]:
+def watched(found: queries.Found, predictor: Predictor, now: float, window: str | None) -> dict[str, Any]:
+    """What some predictions and their truths say; batch scoring asks as well, of a file. The clock is passed in."""
     manifest = predictor.model.manifest
     level = manifest.conformal.level if manifest.conformal else None
     body = monitor.calibration(_rows(found, predictor.model), manifest.classes, now, level, window)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -14,6 +15,7 @@ from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE
 from service import logs
 from service.api.app import create_app
 from service.errors import ServiceError
+from service.score import command as score_command
 from service.settings import PREFIX, Settings, read_settings
 from service.workers import configuration, serve_many
 
@@ -22,9 +24,12 @@ SWITCHES = tuple(Settings.model_fields)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 wrong usage."""
-    flags = vars(_parser().parse_args(arguments))
+    parser = _parser()
+    flags = vars(parser.parse_args(arguments))
     command = flags.pop("command")
     try:
+        if command == "score":
+            return score(flags, parser)
         return calibrate(**flags) if command == "calibrate" else serve(read_settings(**flags))
     except ServiceError as error:
         return _failed(error.detail)
@@ -42,6 +47,21 @@ def calibrate(file: Path, model: Path | None, temperature: float | None, as_json
     else:
         print("\n".join(recalibrate.lines(found, before)))
     return 0
+
+
+def score(flags: dict[str, Any], parser: argparse.ArgumentParser) -> int:
+    """Score a file to a file."""
+    settings = read_settings(model=flags.pop("model"), threads=flags.pop("threads"))
+    options = score_command.options_of(flags, parser)
+    logs.configure(settings)
+    try:
+        from service.score import run  # what serving has no need of
+
+        return run.score(options, settings)
+    except ModuleNotFoundError as error:
+        if error.name not in score_command.PACKAGES:
+            raise
+        return _failed(f"score needs {error.name}: install engine-health[{score_command.PACKAGES[error.name]}]")
 
 
 def serve(settings: Settings) -> int:
@@ -80,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--model", type=Path, help="artefact whose classes these are; the configured one if not given")
     command.add_argument("--temperature", type=_temperature, help="to compare with; the artefact's if not given")
     command.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object")
+    score_command.add_to(commands, _temperature)
     return parser
 
 
