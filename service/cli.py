@@ -54,6 +54,7 @@ def score(flags: dict[str, Any], parser: argparse.ArgumentParser) -> int:
     settings = read_settings(model=flags.pop("model"), threads=flags.pop("threads"))
     options = score_command.options_of(flags, parser)
     logs.configure(settings)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         from service.score import run  # what serving has no need of
 

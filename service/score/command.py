@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE
 from service.score.options import HORIZON, INTERVAL, Options
 
 PACKAGES = {"pyarrow": "score", "rich": "score", "plotly": "score", "ray": "ray"}
@@ -15,28 +14,65 @@ def add_to(commands: Any, temperature: Any) -> None:
     command = commands.add_parser(
         "score",
         help="score a file of flights to a file",
-        description="Score every flight of a file, or the newest of each engine, to a file. Killed and started again it "
-        "goes on where it stopped. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done with rejected rows.",
+        description="Score every flight of a file, or the newest of each engine, to a file. Killed and started again "
+        "it goes on where it stopped. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done with rejected rows.",
     )
     add = command.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="Parquet, CSV, TSV, JSON lines or C-MAPSS text, also .gz and .zst; a folder, a glob, or - for standard input")
-    add("output", type=Path, metavar="OUTPUT", help=".parquet, .csv, or a folder of Parquet parts; rejected rows go to OUTPUT.errors.parquet")
+    add(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="Parquet, CSV, TSV, JSON lines, C-MAPSS text, also .gz, .zst; a folder, a glob, or - for standard input",
+    )
+    add(
+        "output",
+        type=Path,
+        metavar="OUTPUT",
+        help=".parquet, .csv, or a folder of Parquet parts; rejected rows go to OUTPUT.errors.parquet",
+    )
     add("--engine-column", default="engine_id", help="of the engine's id [%(default)s]")
     add("--cycle-column", default="cycle", help="of the cycle [%(default)s]")
-    add("--map", action="append", default=[], dest="columns", type=_pair, metavar="CHANNEL=COLUMN", help="where a channel has another name: sensor_2=T24")
-    add("--missing", choices=("reject", "hold"), default="reject", help="reject a row with a missing value, or hold the last seen one [%(default)s]")
+    add(
+        "--map",
+        action="append",
+        default=[],
+        dest="columns",
+        type=_pair,
+        metavar="CHANNEL=COLUMN",
+        help="where a channel has another name: sensor_2=T24",
+    )
+    add(
+        "--missing",
+        choices=("reject", "hold"),
+        default="reject",
+        help="reject a row with a missing value, or hold the last seen one [%(default)s]",
+    )
     add("--latest", action="store_true", help="one row for each engine: its newest cycle")
     truth = command.add_mutually_exclusive_group()
     truth.add_argument("--labels", metavar="COLUMN", help="true classes, names or indices: adds the loss")
-    truth.add_argument("--rul", metavar="COLUMN", help="true RUL in cycles, from which the class follows: adds the loss")
+    truth.add_argument(
+        "--rul", metavar="COLUMN", help="true RUL in cycles, from which the class follows: adds the loss"
+    )
     add("--report", type=Path, metavar="FILE", help="evaluate the labelled rows: .html or .json")
     add("--temperature", type=temperature, help="in place of the model's own")
     add("--model", type=Path, help="artefact; the configured one if not given")
     add("--threads", type=int, help="inferences at once; the allowed cores if not given")
-    add("--horizon", type=_rows, default=HORIZON, metavar="ROWS", help="by how many rows a cycle may come too late [%(default)s]")
+    add(
+        "--horizon",
+        type=_rows,
+        default=HORIZON,
+        metavar="ROWS",
+        help="by how many rows a cycle may come too late [%(default)s]",
+    )
     add("--strict", action="store_true", help="fail at the first rejected row")
     add("--quiet", action="store_true", help="say nothing but what goes wrong")
-    add("--interval", type=_seconds, default=INTERVAL, metavar="SECONDS", help="between log lines where there is no terminal [%(default)g]")
+    add(
+        "--interval",
+        type=_seconds,
+        default=INTERVAL,
+        metavar="SECONDS",
+        help="between log lines where there is no terminal [%(default)g]",
+    )
     add("--restart", action="store_true", help="forget what an earlier, unfinished job to OUTPUT has done")
 
 

@@ -1,7 +1,6 @@
 """Rows of many engines, as they come, to windows: in the order of their cycles, laid behind what was before them.
 
-A row waits until `horizon` more rows were read, so that rows of its engine with earlier cycles may still come before it.
-Answers are wanted in the order of the rows. Memory is bounded by the horizon and a number of states, not by the rows.
+A row waits until `horizon` more rows were read: rows of its engine with earlier cycles may still come before it. Answers are wanted in the order of the rows. Memory is bounded by the horizon and a number of states, not by the rows.
 """
 
 from collections.abc import Iterator
@@ -111,7 +110,7 @@ class Gatherer:
                 self._numbers[text] = len(self._names)
                 self._names.append(text)
         numbers = np.array([self._numbers[text] for text in texts], dtype=np.int64)
-        return numbers[coded.indices.to_numpy(zero_copy_only=False)]
+        return np.asarray(numbers[coded.indices.to_numpy(zero_copy_only=False)])
 
     def _units(self, count: int) -> Iterator[Unit]:
         """The first `count` rows that wait, and with them what must come before them."""
@@ -149,7 +148,7 @@ class Gatherer:
         return unit
 
     def _taken(self, count: int) -> Waiting:
-        """The first rows that wait, and those of their engines with earlier cycles, by engine and cycle; they wait no more."""
+        """The first rows that wait, and earlier cycles of their engines, by engine and cycle; they wait no more."""
         waiting, last = self._waiting, np.full(len(self._names), -1, np.int64)
         np.maximum.at(last, waiting.engine[:count], waiting.cycle[:count])
         taken = waiting.cycle <= last[waiting.engine]
@@ -160,7 +159,9 @@ class Gatherer:
     def _late(self, cycle: int, scored: int) -> str:
         if cycle == scored:
             return self._twice(cycle, scored)
-        return f"cycle {cycle} comes after cycle {scored} of its engine, by more than the horizon of {self.horizon} rows"
+        return (
+            f"cycle {cycle} comes after cycle {scored} of its engine, by more than the horizon of {self.horizon} rows"
+        )
 
     def _twice(self, cycle: int, _: int) -> str:
         return f"cycle {cycle} of its engine stands in an earlier row"
@@ -180,7 +181,7 @@ class Gatherer:
         return lacking
 
     def _laid_out(self, rows: Waiting, records: Any, index: Integers) -> Unit:
-        """Rows behind the windows of their engines so far; the windows of the newest rows are then those of the engines."""
+        """Rows behind the windows of their engines so far; the windows of the newest rows are the next ones' past."""
         before = self.window - 1
         who, begin, counts = np.unique(index, return_index=True, return_counts=True)
         starts = np.arange(len(rows)) + np.repeat(np.arange(len(who)), counts) * before
@@ -206,9 +207,11 @@ class Gatherer:
             engines = np.arange(begin, min(begin + size, self.states.engines))
             records = self.states.records_of(engines)
             engines, records = engines[records["cycle"] >= 0], records[records["cycle"] >= 0]
-            columns = (np.ascontiguousarray(records[name]) for name in ("cycle", "label", "file", "row"))
+            columns = [np.ascontiguousarray(records[name]) for name in ("cycle", "label", "file", "row")]
             flat = np.ascontiguousarray(records["rows"]).reshape(-1, records["rows"].shape[-1])
-            yield self._unit(Waiting(flat, engines, *columns, engines), flat, np.arange(len(engines)) * self.window)
+            cycle, label, file, row = columns
+            rows = Waiting(flat, engines, cycle, label, file, row, engines)
+            yield self._unit(rows, flat, np.arange(len(engines)) * self.window)
 
     def _unit(self, rows: Waiting, flat: Readings, starts: Integers) -> Unit:
         import pyarrow as pa

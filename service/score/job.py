@@ -32,7 +32,7 @@ class Part:
 
 
 class Job:
-    """A job's folder, locked while it runs. Left empty-handed it is removed; with whole parts it stays to be resumed."""
+    """A job's folder, locked while it runs. Left empty-handed it is removed; with whole parts it stays."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
@@ -52,7 +52,9 @@ class Job:
             raise InvalidInput(f"{self.folder}: {error.strerror}") from None
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if not (self.folder / "journal").exists():
             shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
@@ -68,13 +70,17 @@ class Job:
             for path in self.folder.iterdir():
                 if path.name not in ("lock", "stdin"):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-        known = _json(kept)
-        if known is None or not (self.folder / "journal").exists():
+        if not (self.folder / "journal").exists():
             with outputs.whole(kept) as beside:
                 beside.write_text(json.dumps(self.identity, indent=1))
-        elif known != self.identity:
-            raise InvalidInput(f"{self.folder} is of another job: {_difference(known, self.identity)}; {RESTART}")
+        elif (known := _json(kept)) != self.identity:
+            raise InvalidInput(f"{self.folder} is of another job: {_difference(known or {}, self.identity)}; {RESTART}")
         self.parts = list(self._journal())
+
+    def forget(self, identity: dict[str, Any]) -> None:
+        """Remove what a killed job left that had finished."""
+        if _json(self.folder / "job.json") == json.loads(json.dumps(identity)):
+            shutil.rmtree(self.folder)
 
     @property
     def units(self) -> int:
@@ -83,7 +89,8 @@ class Job:
 
     def unanswered(self) -> dict[int, list[Reject]]:
         """Rows of whole parts that had no answer, by the number of their unit."""
-        found, before = {}, 0
+        found: dict[int, list[Reject]] = {}
+        before = 0
         for part in self.parts:
             found |= {before + int(k): [Reject(*row) for row in rows] for k, rows in part.unanswered.items()}
             before += part.units
@@ -117,14 +124,15 @@ class Job:
         else:
             rejected.replace(errors)
         if self.output.suffix:
-            if self.output.suffix.lower() == ".csv":
-                outputs.write_about(self.output, about)
             ready = self.folder / f"ready{self.output.suffix.lower()}"
             outputs.assemble(parts, ready, about)
             ready.replace(self.output)
+            if self.output.suffix.lower() == ".csv":
+                outputs.write_about(self.output, about)  # behind the output: what it tells of is there
         else:
             outputs.write_about(self.output, about, self.folder / "whole" / "_job.json")
-            _give_way(self.output, self.folder / "before")
+            if self.output.exists():  # an earlier result; a folder with anything else in it was refused at the start
+                self.output.replace(self.folder / "before")
             (self.folder / "whole").replace(self.output)
         outputs.sync_folder(self.output.parent)
         shutil.rmtree(self.folder)
@@ -152,12 +160,6 @@ def fingerprint(identity: dict[str, Any]) -> str:
 def errors_of(output: Path) -> Path:
     """Where the rejected rows of an output stand."""
     return output.with_name(output.name + ".errors.parquet")
-
-
-def _give_way(output: Path, aside: Path) -> None:
-    """Put an earlier result of a job aside. A folder with anything else in it was refused at the start."""
-    if output.exists():
-        output.replace(aside)
 
 
 def _difference(known: dict[str, Any], now: dict[str, Any]) -> str:

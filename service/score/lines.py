@@ -1,7 +1,7 @@
-"""Pieces of text to columns: CSV, JSON lines, and the bare numbers of C-MAPSS. Fast where every line is as it should be.
+"""Pieces of text to columns: CSV, JSON lines, and the bare numbers of C-MAPSS. Fast where every line is well-formed.
 
 A piece in which any line is not is read again line by line, so that the others are kept and that one has its reason.
-Each function answers columns of Arrow values, how many rows there are, and the rows that cannot be read with the reason.
+Each function answers columns of Arrow values, how many rows there are, and which cannot be read, and why.
 """
 
 import csv as python_csv
@@ -22,11 +22,16 @@ def csv(piece: bytes, names: list[str], wanted: list[str], delimiter: str) -> Pa
     import pyarrow.csv as pacsv
 
     wrong: list[Any] = []
+
+    def skip(row: Any) -> str:
+        wrong.append(row)
+        return "skip"
+
     try:
         table = pacsv.read_csv(
             pa.BufferReader(piece),
             pacsv.ReadOptions(column_names=names, use_threads=False, block_size=len(piece) + 1),
-            pacsv.ParseOptions(delimiter=delimiter, invalid_row_handler=lambda row: wrong.append(row) or "skip"),
+            pacsv.ParseOptions(delimiter=delimiter, invalid_row_handler=skip),
             pacsv.ConvertOptions(
                 include_columns=wanted,
                 column_types=dict.fromkeys(wanted, pa.string()),
@@ -114,7 +119,9 @@ def json(piece: bytes, wanted: list[str]) -> Parsed:
         )
     except pa.ArrowException:
         return _json_by_line(piece, wanted)
-    if table.num_rows != len(re.findall(rb"[^\s][^\n]*(?:\n|$)", piece)):  # a line with two objects, or one over two lines
+    if table.num_rows != len(
+        re.findall(rb"[^\s][^\n]*(?:\n|$)", piece)
+    ):  # a line with two objects, or one over two lines
         return _json_by_line(piece, wanted)
     return {name: table.column(name).combine_chunks() for name in wanted}, table.num_rows, {}
 

@@ -1,4 +1,4 @@
-"""What a scoring job is asked for: its options, those of them that the result depends on, and the command as it is kept."""
+"""What a scoring job is asked for: its options, those that the result depends on, and the command as it is kept."""
 
 import shlex
 from dataclasses import dataclass, field
@@ -63,7 +63,7 @@ class Options:
 
     @property
     def command(self) -> str:
-        """The command that gives this result. Not the name of the output, which may be moved, nor what changes no answer."""
+        """The command that gives this result, without what changes no answer: the output's own name, for one."""
         usual = Options(self.inputs, self.output).deciding
         words = ["engine-health", "score", *self.inputs, "OUTPUT" + self.form]
         for flag, value in self.deciding.items():

@@ -1,4 +1,4 @@
-"""Tables to files: parts while a job runs, one file of them at its end. What has its final name is whole, and on the disk."""
+"""Tables to files: parts while a job runs, one file at its end. What has its final name is whole, and on the disk."""
 
 import json
 import os
@@ -84,7 +84,9 @@ def _csv(parts: list[Path], target: Path, _: dict[str, str]) -> None:
 
     with pa.OSFile(str(target), "wb") as sink:
         for k, path in enumerate(parts):
-            pacsv.write_csv(_flat(read_part(path)), sink, pacsv.WriteOptions(include_header=k == 0, quoting_style="needed"))
+            pacsv.write_csv(
+                _flat(read_part(path)), sink, pacsv.WriteOptions(include_header=k == 0, quoting_style="needed")
+            )
 
 
 def _flat(part: Any) -> Any:
@@ -136,7 +138,8 @@ class Rejected:
         import pyarrow as pa
 
         self._schema = pa.schema([("row", pa.int64()), ("file", pa.string()), ("reason", pa.string())])
-        self.path, self._writer, self.count = path, None, 0
+        self.path, self.count = path, 0
+        self._writer: Any = None
         self._rows: list[Any] = []
 
     def add(self, rejects: list[Any]) -> None:
@@ -160,5 +163,7 @@ class Rejected:
         if self._writer is None:
             self._writer = pq.ParquetWriter(self.path, self._schema, compression="zstd")
         columns = zip(*self._rows, strict=True)
-        self._writer.write_table(pa.table([pa.array(c, t) for c, t in zip(columns, self._schema.types, strict=True)], schema=self._schema))
+        self._writer.write_table(
+            pa.table([pa.array(c, t) for c, t in zip(columns, self._schema.types, strict=True)], schema=self._schema)
+        )
         self._rows = []

@@ -7,6 +7,7 @@ from typing import Any
 
 import structlog
 
+FIELDS = (("rows", "rows"), ("rate", "rows/s"), ("engines", "engines"), ("rejected", "rejected"))
 log = structlog.get_logger()
 
 
@@ -26,7 +27,9 @@ class Progress:
             self._task = self._bar.add_task("scoring", total=1.0, rate="", engines=0, rejected=0, rows="0")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -75,6 +78,12 @@ def _bar() -> Any:
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    text = "{task.fields[rows]} rows, {task.fields[rate]}/s, {task.fields[engines]} engines, {task.fields[rejected]} rejected"
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn(text), TimeRemainingColumn())
+    text = ", ".join(f"{{task.fields[{field}]}} {what}" for field, what in FIELDS)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn(text),
+        TimeRemainingColumn(),
+    )
     return Bar(*columns, console=Console(stderr=True))

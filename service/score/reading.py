@@ -4,6 +4,7 @@ A chunk holds what stands in the file, as Arrow arrays; a line that cannot be re
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ LONGEST = 2**26  # bytes of a line; beyond it the file is no text of rows
 
 @dataclass
 class Chunk:
-    """Some rows of one file, in order: a column of Arrow values each, the number of the first row, and unreadable ones."""
+    """Some rows of one file, in order: columns of Arrow values, the number of the first row, unreadable rows."""
 
     columns: dict[str, Any]
     rows: int
@@ -39,11 +40,37 @@ def chunks(source: Source, wanted: list[str]) -> Iterator[Chunk]:
     Raises:
         InvalidInput: the file is not what it says it is, or lacks a column.
     """
+    read = _parquet if source.kind == "parquet" else _text
+    with told_of(source):
+        yield from read(source, wanted)
+
+
+def whole_numbers(sources: list[Source], column: str) -> bool:
+    """Whether the ids of engines are whole numbers by their type, in every file: they are written as such then.
+
+    Raises:
+        InvalidInput: a file cannot be read.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for source in sources:
+        if source.kind != "parquet" or column in source.partition:
+            return False
+        with told_of(source):
+            schema = pq.read_schema(source.path)
+            if column not in schema.names or not pa.types.is_integer(schema.field(column).type):
+                return False
+    return True
+
+
+@contextmanager
+def told_of(source: Source) -> Iterator[None]:
+    """What goes wrong, in one line with the name of the file."""
     import pyarrow as pa
 
-    read = _parquet if source.kind == "parquet" else _text
     try:
-        yield from read(source, wanted)
+        yield
     except (pa.ArrowException, OSError, EOFError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InvalidInput(f"{source.name}: {reason[:300]}") from None
@@ -57,7 +84,9 @@ def _parquet(source: Source, wanted: list[str]) -> Iterator[Chunk]:
         names = file.schema_arrow.names
         _check(source, names, wanted)
         first, total = 0, max(file.metadata.num_rows, 1)
-        for batch in file.iter_batches(ROWS, columns=[name for name in wanted if name not in source.partition], use_threads=False):
+        for batch in file.iter_batches(
+            ROWS, columns=[name for name in wanted if name not in source.partition], use_threads=False
+        ):
             columns = {name: batch.column(name) for name in batch.schema.names}
             columns |= {k: pa.array([v] * len(batch), pa.string()) for k, v in source.partition.items() if k in wanted}
             yield Chunk(columns, len(batch), first, fraction=(first + len(batch)) / total)
@@ -74,7 +103,7 @@ def _text(source: Source, wanted: list[str]) -> Iterator[Chunk]:
         parse: Any = None
         for piece in pieces:
             if parse is None:
-                parse, piece = _parser(source, piece, wanted)  # noqa: PLW2901  # without its header
+                parse, piece = _parser(source, piece, wanted)  # without its header
             columns, rows, reasons = parse(piece)
             given = {k: pa.array([v] * rows, pa.string()) for k, v in source.partition.items() if k in wanted}
             yield Chunk(columns | given, rows, first, reasons, file.tell() / max(source.size, 1))

@@ -1,4 +1,4 @@
-"""The evaluation of a job's labelled rows: the numbers of `GET /v1/calibration`, by its own arithmetic, and pictures of them.
+"""The evaluation of a job's labelled rows: the numbers of `GET /v1/calibration`, by its own arithmetic, and pictures.
 
 While a job runs what an evaluation needs is kept beside its parts. At the end all of it is in memory at once.
 """
@@ -21,7 +21,7 @@ from service.predictor import Predictor
 from service.runtime import Model
 from service.score.outputs import whole
 from service.score.scoring import Scored
-from service.settings import Settings
+from service.settings import read_settings
 from service.storage.queries import Found
 
 FORMS = (".html", ".json")
@@ -37,7 +37,7 @@ def check(path: Path) -> None:
 def predictor_of(model: Model, temperature: float) -> Predictor:
     """What the service would answer with."""
     source = "artefact" if temperature == model.manifest.temperature else "request"
-    return Predictor(model, Metrics(CollectorRegistry()), Settings(), (temperature, source))
+    return Predictor(model, Metrics(CollectorRegistry()), read_settings(), (temperature, source))
 
 
 def side(scored: Scored, predictor: Predictor) -> Any:
@@ -88,7 +88,7 @@ def risk_coverage(found: Labelled) -> list[Json]:
     """Error of the most confident rows, by the share of rows that they are (El-Yaniv and Wiener 2010)."""
     order = np.argsort(-found.top, kind="stable")
     risk = np.cumsum(1 - found.correct[order]) / np.arange(1, len(order) + 1)
-    shown = np.unique(np.linspace(0, len(order) - 1, POINTS).round().astype(int)) if len(order) else []
+    shown: Any = np.unique(np.linspace(0, len(order) - 1, POINTS).round().astype(int)) if len(order) else []
     return [{"coverage": (i + 1) / len(order), "risk": risk[i], "confidence": found.top[order[i]]} for i in shown]
 
 
@@ -108,7 +108,8 @@ def page(body: Json, classes: tuple[str, ...]) -> str:
     head = f"<meta charset='utf-8'><title>Calibration</title><style>{style}</style>"
     raw = json.dumps(body).replace("<", "\\u003c")
     data = f"<script type='application/json' id='report'>{raw}</script>"
-    return f"<!doctype html><html><head>{head}</head><body><h1>Calibration: {escape(body['state'])}</h1><table>{lines}</table>{figure}{data}</body></html>\n"
+    content = f"<h1>Calibration: {escape(body['state'])}</h1><table>{lines}</table>{figure}{data}"
+    return f"<!doctype html><html><head>{head}</head><body>{content}</body></html>\n"
 
 
 def figures(body: Json) -> list[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,13 +47,16 @@ class Layout:
         self.options, self.classes, self.hold = options, model.manifest.classes, options.missing == "hold"
         self.channels = model.channels
         if model.input_shape not in ((len(self.channels),), (model.manifest.window, len(self.channels))):
-            raise InvalidInput(f"{model.manifest.name}: its input {list(model.input_shape)} is no window of named channels")
+            raise InvalidInput(
+                f"{model.manifest.name}: its input {list(model.input_shape)} is no window of named channels"
+            )
         unknown = sorted(set(options.columns) - set(self.channels))
         if unknown:
             raise InvalidInput(f"--map {unknown[0]}: this model has no such channel; it has {', '.join(self.channels)}")
         thresholds = model.manifest.rul_thresholds
         if options.rul and thresholds is None:
             raise InvalidInput("--rul: this model knows no RUL, so that no class follows from it")
+        self.what = "true RUL" if options.rul else f"class among {', '.join(self.classes[:20])}"
         self.truth: Callable[[Any], tuple[Integers, values.Mask]] = (
             (lambda column: values.classes_of_rul(column, lambda rul: health(rul, thresholds or ())))
             if options.rul
@@ -89,13 +93,12 @@ class Layout:
         unfit = np.isinf(telemetry) if self.hold else ~np.isfinite(telemetry)
         if unfit.any() or any(wrong.any() for wrong in no_number):
             for k, name in enumerate(readings):
-                found.add(no_number[k], lambda i, name=name: f"{name}: expected a number, got {found.shown(name, i)}")
-                found.add(unfit[:, k], lambda i, name=name, k=k: f"{name}: {_unfit(telemetry[i, k])}")
+                found.add(no_number[k], partial(found.no_number, name))
+                found.add(unfit[:, k], partial(_unfit, name, telemetry[:, k]))
         label = np.full(chunk.rows, -1, dtype=np.int64)
         for name in truth:
             label, wrong = self.truth(chunk.columns[name])
-            what = "true RUL" if self.options.rul else f"class among {', '.join(self.classes[:20])}"
-            found.add(wrong, lambda i: f"{name}: {found.shown(name, i)} is no {what}")
+            found.add(wrong, partial(found.untrue, name, self.what))
         return self._split(Rows(names, at, telemetry, label, chunk.first + np.arange(chunk.rows)), found, source)
 
     def _split(self, rows: Rows, found: "_Reasons", source: Source) -> tuple[Rows, list[Reject]]:
@@ -124,11 +127,18 @@ class _Reasons:
             if i not in self.reasons:
                 self.reasons[i] = reason(i)
 
+    def no_number(self, name: str, i: int) -> str:
+        return f"{name}: expected a number, got {self.shown(name, i)}"
+
+    def untrue(self, name: str, what: str, i: int) -> str:
+        return f"{name}: {self.shown(name, i)} is no {what}"
+
     def shown(self, name: str, i: int) -> str:
         """A wrong value, in short."""
         value = self._columns[name][i].as_py()
         return "nothing" if value is None else repr(value)[:SHOWN]
 
 
-def _unfit(value: np.float32) -> str:
-    return "missing; --missing hold would repeat the last seen value" if np.isnan(value) else "too large for a 32-bit float"
+def _unfit(name: str, column: npt.NDArray[np.float32], i: int) -> str:
+    missing = "missing; --missing hold would repeat the last seen value"
+    return f"{name}: {missing if np.isnan(column[i]) else 'too large for a 32-bit float'}"

@@ -1,7 +1,6 @@
-"""The job: reading, inference and writing at the same time, resumed where an earlier run stopped. Knows every other room."""
+"""The job: reading, inference and writing at once, resumed where an earlier run stopped. Knows every other room."""
 
 import shutil
-import signal
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from service.score.gather import Gatherer, Unit
 from service.score.job import PART_ROWS, Job, Part, errors_of, fingerprint
 from service.score.options import STDIN, Options
 from service.score.progress import Progress
+from service.score.reading import whole_numbers
 from service.score.rows import Layout, Reject
 from service.score.scoring import Scored, Scorer
 from service.score.sources import Source, find
@@ -38,20 +38,24 @@ def score(options: Options, settings: Settings) -> int:
         ServiceError: the job cannot go on; what was done of it is kept.
     """
     _check(options)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    model = runtime.open_model(settings.model, settings.model_digest, threads=1, batch_rows=scoring.BATCH)
+    proof = (settings.model, settings.model_digest, 1, scoring.BATCH, settings.deterministic)
+    model = runtime.open_model(*proof)
     layout, temperature = Layout(options, model), options.temperature or model.manifest.temperature
+    job = Job(options.output)
     try:
-        with Job(options.output) as job:
+        with job:
             sources = find(options.inputs, _spooled(options, job.folder))
-            identity = _identity(options, sources, model, temperature)
-            code = _already(options, job, identity)
-            if code is None:
+            identity = _identity(options, sources, model, temperature) | {"deterministic": settings.deterministic}
+            code = _already(options, identity)
+            if code is not None:
+                job.forget(identity)
+            else:
                 job.begin(identity, options.restart)
-                code = _Run(options, job, model, layout, sources, temperature, settings.threads).run()
+                code = _Run(options, job, model, layout, sources, temperature, settings).run()
             return code
     except KeyboardInterrupt:
-        raise ServiceError(f"stopped; the same command goes on where {options.output} was left") from None
+        kept = "; the same command goes on from here" if job.folder.exists() else ""
+        raise ServiceError(f"stopped{kept}") from None
     except OSError as error:
         raise ServiceError(f"{error.filename or options.output}: {error.strerror}") from None
 
@@ -60,11 +64,19 @@ class _Run:
     """One run of a job."""
 
     def __init__(
-        self, options: Options, job: Job, model: Model, layout: Layout, sources: list[Source], temperature: float, threads: int
+        self,
+        options: Options,
+        job: Job,
+        model: Model,
+        layout: Layout,
+        sources: list[Source],
+        temperature: float,
+        settings: Settings,
     ) -> None:
         self.options, self.job, self.model, self.layout, self.sources = options, job, model, layout, sources
         self.files = [source.name for source in sources]
-        self.scorer, self.threads = Scorer(model, temperature), threads or allowed_cores()
+        self.scorer, self.threads = Scorer(model, temperature), settings.threads or allowed_cores()
+        self.whole_numbers = whole_numbers(sources, options.engine_column)
         self.labelled = options.truth_column is not None
         self.rejected = outputs.Rejected(job.folder / "rejected.parquet")
         self.progress = Progress(options.quiet, options.interval)
@@ -129,7 +141,7 @@ class _Run:
         """Put a unit into the part that is being filled."""
         unit = scored.unit
         self._reject([*unit.rejects, *scored.unanswered])
-        tables = {"part": scoring.table(scored, self.options, self.model).replace_schema_metadata(self._about)}
+        tables = {"part": self._table(scored).replace_schema_metadata(self._about)}
         if self.options.report:
             tables["report"] = self._side(scored)
         for kind, table in tables.items():
@@ -141,6 +153,11 @@ class _Run:
         self.progress.tell(len(scored.kept), unit.engines, self.rejected.count, unit.fraction)
         if self._part.rows >= PART_ROWS:
             self._close_part()
+
+    def _table(self, scored: Scored) -> Any:
+        options = self.options
+        columns = (options.engine_column, options.cycle_column, self.whole_numbers)
+        return scoring.table(scored, self.model, *columns)
 
     def _close_part(self) -> None:
         """Have the part written, once the one before it is."""
@@ -225,7 +242,7 @@ def _identity(options: Options, sources: list[Source], model: Model, temperature
     return about | options.deciding | {"software": software, "command": options.command}
 
 
-def _already(options: Options, job: Job, identity: dict[str, Any]) -> int | None:
+def _already(options: Options, identity: dict[str, Any]) -> int | None:
     """The exit code of this very job, if its whole result is there already."""
     about = outputs.about_of(options.output)
     missing = options.report is not None and not options.report.exists()

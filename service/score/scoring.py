@@ -82,14 +82,15 @@ def views(unit: Unit, model: Model) -> Batch:
     return np.lib.stride_tricks.sliding_window_view(unit.flat, window, axis=0).transpose(0, 2, 1)
 
 
-def table(scored: Scored, options: Any, model: Model) -> Any:
-    """A unit's rows of the output (pyarrow)."""
+def table(scored: Scored, model: Model, engine: str, cycle: str, whole_numbers: bool) -> Any:
+    """A unit's rows of the output (pyarrow), engine and cycle under the names that they have in the input."""
     import pyarrow as pa
 
     answers, unit, classes = scored.answers, scored.unit, model.manifest.classes
+    names = unit.names.take(pa.array(scored.kept))
     columns: dict[str, Any] = {
-        options.engine_column: unit.names.take(pa.array(scored.kept)),
-        options.cycle_column: unit.cycle[scored.kept],
+        engine: names.cast(pa.int64()) if whole_numbers else names,
+        cycle: unit.cycle[scored.kept],
         "health": pa.array(classes, pa.string()).take(pa.array(answers.logits.argmax(axis=1))),
     }
     columns |= {f"p_{name}": np.ascontiguousarray(answers.probabilities[:, k]) for k, name in enumerate(classes)}

@@ -38,7 +38,7 @@ class States:
         self._owner = np.zeros(0, np.int64)
         self._place_of: dict[int, int] = {}
         self._free: list[int] = []
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # gone with the process, however it ends
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  # gone with the process, however it ends
         self._clock = 0
         self.engines = 0
 

@@ -1,4 +1,4 @@
-"""Arrow values to what is scored: names, whole numbers, readings, classes. Each wrong one is told by its place in a mask.
+"""Arrow values to what is scored: names, whole numbers, readings, classes. Masks tell which ones are wrong.
 
 Works on whole columns; texts that are no numbers cost a regular expression, and only then.
 """
