@@ -1,6 +1,7 @@
 """Rows of many engines, as they come, to windows: in the order of their cycles, laid behind what was before them.
 
-A row waits until `horizon` more rows were read: rows of its engine with earlier cycles may still come before it. Answers are wanted in the order of the rows. Memory is bounded by the horizon and a number of states, not by the rows.
+A row waits until `horizon` more rows were read: rows of its engine with earlier cycles may still come before it.
+Answers are wanted in the order of the rows. Memory is bounded by the horizon and a number of states, not by the rows.
 """
 
 from collections.abc import Iterator
