@@ -61,7 +61,11 @@ def test_random_rows_are_answered_as_the_service_does(
     histories = {h.engine_id: h for subset in cmapss.SUBSETS for h in cmapss.read_test(cmapss_dir, subset)}
     rows = nasa.take(np.sort(np.random.default_rng(6).choice(nasa.num_rows, 500, replace=False))).to_pylist()
     seen = [histories[row["engine_id"]].telemetry[: row["cycle"]][-100:].tolist() for row in rows]
-    answers = [p for i in range(0, 500, 100) for p in service.predict([{"telemetry": t} for t in seen[i : i + 100]])["predictions"]]
+    answers = [
+        p
+        for i in range(0, 500, 100)
+        for p in service.predict([{"telemetry": t} for t in seen[i : i + 100]])["predictions"]
+    ]
     for row, told in zip(rows, answers, strict=True):
         assert (told["health"], told["prediction_set"]) == (row["health"], row["prediction_set"])
         assert told["rul"] == pytest.approx(row["rul"], abs=RUL_UNITS * manifest.tolerance)
@@ -130,7 +134,9 @@ def test_other_names_of_columns_stay_in_the_output(windows: Readings, tmp_path: 
     """Engine and cycle stand in the output as they are called in the input, ids as whole numbers if they are; channels are mapped."""
     some = flights(windows)
     score(write(some, tmp_path / "a.parquet"), tmp_path / "expected.parquet")
-    renamed = some.rename_columns([{"engine_id": "unit", "cycle": "t", "sensor_2": "T24"}.get(n, n) for n in some.column_names])
+    renamed = some.rename_columns(
+        [{"engine_id": "unit", "cycle": "t", "sensor_2": "T24"}.get(n, n) for n in some.column_names]
+    )
     numbered = renamed.set_column(0, "unit", pa.array([ord(one) for one in some["engine_id"].to_pylist()], pa.int32()))
     flags = {"engine_column": "unit", "cycle_column": "t", "columns": {"sensor_2": "T24"}}
     assert 0 == score(write(numbered, tmp_path / "b.parquet"), tmp_path / "out.parquet", **flags)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from service.score.options import HORIZON, INTERVAL, Options
+from service.score.options import HORIZON, INTERVAL, PART_ROWS, Options
 
 PACKAGES = {"pyarrow": "score", "rich": "score", "plotly": "score", "ray": "ray"}
 
@@ -63,6 +63,13 @@ def add_to(commands: Any, temperature: Any) -> None:
         default=HORIZON,
         metavar="ROWS",
         help="by how many rows a cycle may come too late [%(default)s]",
+    )
+    add(
+        "--part-rows",
+        type=_rows,
+        default=PART_ROWS,
+        metavar="ROWS",
+        help="of a part: what a killed job does again at most [%(default)s]",
     )
     add("--strict", action="store_true", help="fail at the first rejected row")
     add("--quiet", action="store_true", help="say nothing but what goes wrong")

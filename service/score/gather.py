@@ -12,13 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from model.windows import Readings, hold_last
+from service.score.options import Options
 from service.score.rows import Reject, Rows
 from service.score.states import States
 
 Integers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 BLOCK = 2**16  # rows after which it is looked whether others have waited long enough
-FLAT = 2**18  # rows that a unit may lay out, those before its own included
+UNIT = 2**14  # rows of a unit
+FLAT = 2**18  # rows that it may lay out, those before its own included
 NO_VALUE = "a value is missing, and no earlier one of its channel was there to hold"
 
 
@@ -39,7 +41,7 @@ class Unit:
     row: Integers
     rejects: list[Reject] = field(default_factory=list)  # that became known since the unit before
     engines: int = 0  # seen so far
-    fraction: float = 0.0  # of the input, read so far
+    fraction: float = 0.0  # of the input, as far as it is known
 
 
 @dataclass
@@ -69,8 +71,9 @@ class Waiting:
 class Gatherer:
     """Rows in, units out. With `latest` units of rows come at the end only: the newest window of each engine."""
 
-    def __init__(self, states: States, files: list[str], horizon: int, latest: bool) -> None:
-        self.states, self.files, self.horizon, self.latest = states, files, horizon, latest
+    def __init__(self, states: States, files: list[str], options: Options) -> None:
+        self.states, self.files, self.horizon, self.latest = states, files, options.horizon, options.latest
+        self._most = min(UNIT, options.part_rows)
         self.window, channels = states.kind["rows"].shape
         self._none = Waiting(np.empty((0, channels), np.float32), *[np.empty(0, np.int64)] * 6)
         self._waiting, self._count = self._none, 0
@@ -120,6 +123,7 @@ class Gatherer:
         until = self._waiting.position[count - 1]
         while len(self._waiting) and self._waiting.position[0] <= until:
             due = int(np.searchsorted(self._waiting.position, until, side="right"))
+            due = min(due, self._most)
             yield self._release(self._fitting(due))
 
     def _fitting(self, count: int) -> int:
@@ -220,5 +224,6 @@ class Gatherer:
         known, index = np.unique(rows.engine, return_inverse=True)
         names = pa.array([self._names[k] for k in known.tolist()], pa.string()).take(pa.array(index))
         rejects, self._rejects = self._rejects, []
-        about = (rejects, len(self._names), self._fraction)
+        scored = 1 - len(self._waiting) / max(self._count, 1)
+        about = (rejects, len(self._names), self._fraction * scored)
         return Unit(flat, starts, names, rows.engine, rows.cycle, rows.label, rows.file, rows.row, *about)

@@ -18,7 +18,6 @@ from service.errors import InvalidInput
 from service.score import outputs
 from service.score.rows import Reject
 
-PART_ROWS = 2**17  # after which a part is closed: what a killed job loses at most, and a row group of Parquet
 RESTART = "--restart begins anew"
 
 

@@ -85,7 +85,7 @@ def _columns(names: list[str], rows: list[list[str | None]]) -> dict[str, Any]:
 
 def numbers(piece: bytes, wanted: list[str]) -> Parsed:
     """Rows of C-MAPSS: unit, cycle, settings and 21 sensors, parted by blanks."""
-    even = _ENDS.sub(b"\n", _GAPS.sub(b" ", piece)).lstrip(b" ")
+    even = _ENDS.sub(b"\n", _GAPS.sub(b" ", piece)).strip(b" ")
     return csv(even, list(COLUMNS), [name for name in COLUMNS if name in wanted], " ")
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 STDIN = "-"
 HORIZON = 2**18  # rows by which a row may come after a later cycle of its engine; 32 MB of pending rows
+PART_ROWS = 2**17  # of a part, and of a row group of Parquet: what a killed job loses at most
 INTERVAL = 10.0  # seconds between two log lines where there is no terminal
 
 
@@ -25,6 +26,7 @@ class Options:
     rul: str | None = None
     temperature: float | None = None
     horizon: int = HORIZON
+    part_rows: int = PART_ROWS
     report: Path | None = None
     strict: bool = False
     quiet: bool = False
@@ -52,6 +54,7 @@ class Options:
             "--rul": self.rul,
             "--temperature": self.temperature,
             "--horizon": self.horizon,
+            "--part-rows": self.part_rows,
             "--report": self.report is not None,
             "OUTPUT": self.form,
         }

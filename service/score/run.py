@@ -17,7 +17,7 @@ from service.predictor import Answers, Predictor
 from service.runtime import Model, allowed_cores
 from service.score import outputs, scoring
 from service.score.gather import Gatherer, Unit
-from service.score.job import PART_ROWS, Job, Part, errors_of, fingerprint
+from service.score.job import Job, Part, errors_of, fingerprint
 from service.score.options import STDIN, Options
 from service.score.progress import Progress
 from service.score.reading import whole_numbers
@@ -122,7 +122,7 @@ class _Run:
                 reader.shutdown(cancel_futures=True)
 
     def _units(self, states: States) -> Iterator[Unit]:
-        gatherer = Gatherer(states, self.files, self.options.horizon, self.options.latest)
+        gatherer = Gatherer(states, self.files, self.options)
         total, before = sum(source.size for source in self.sources), 0
         for k, source in enumerate(self.sources):
             for rows, rejects, fraction in self.layout.read(source):
@@ -151,7 +151,7 @@ class _Run:
         self._part.units += 1
         self._part.rows += len(scored.kept)
         self.progress.tell(len(scored.kept), unit.engines, self.rejected.count, unit.fraction)
-        if self._part.rows >= PART_ROWS:
+        if self._part.rows >= self.options.part_rows:
             self._close_part()
 
     def _table(self, scored: Scored) -> Any:
