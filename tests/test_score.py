@@ -32,7 +32,7 @@ def test_the_official_test_files_give_a_row_for_each_of_theirs(nasa: pa.Table, c
 
 
 def test_the_results_table_follows_from_the_output(nasa: pa.Table, cmapss_dir: Path, manifest: Manifest) -> None:
-    """Every figure of `make evaluate` on every cycle, recomputed from the written probabilities and RUL, is the same."""
+    """Every figure of `make evaluate` on every cycle follows, to all its digits, from the written answers."""
     printed = list(table(cmapss_dir, *open_artefact(ARTEFACT)))
     logits = np.log(probabilities(nasa, manifest)) * manifest.temperature
     begin = 0
@@ -131,7 +131,7 @@ def test_shuffled_rows_are_put_in_order_and_answered_in_theirs(windows: Readings
 
 
 def test_other_names_of_columns_stay_in_the_output(windows: Readings, tmp_path: Path) -> None:
-    """Engine and cycle stand in the output as they are called in the input, ids as whole numbers if they are; channels are mapped."""
+    """Engine and cycle keep their names, ids their being whole numbers, and channels are mapped."""
     some = flights(windows)
     score(write(some, tmp_path / "a.parquet"), tmp_path / "expected.parquet")
     renamed = some.rename_columns(
@@ -161,7 +161,7 @@ def test_latest_is_the_last_row_of_each_engine(windows: Readings, tmp_path: Path
 
 
 def test_labels_and_rul_give_the_same_losses(windows: Readings, tmp_path: Path, manifest: Manifest) -> None:
-    """The loss is -ln of the true class's probability, from names, indices or true RUL, and null where nothing is known."""
+    """The loss is -ln of the true class's probability, from names, indices or true RUL; null where none is known."""
     some, losses = flights(windows), []
     rul = np.random.default_rng(2).uniform(0, 200, some.num_rows)
     index = cmapss.health(rul)
@@ -188,7 +188,7 @@ def test_csv_holds_what_parquet_holds(windows: Readings, tmp_path: Path) -> None
     assert contract.digest(ARTEFACT.read_bytes()) in (tmp_path / "out.csv-metadata.json").read_text()
 
 
-def test_the_file_says_where_it_comes_from(windows: Readings, tmp_path: Path, manifest: Manifest) -> None:
+def test_the_file_says_where_it_comes_from(windows: Readings, tmp_path: Path) -> None:
     """Digest of the model, temperature and command stand in the metadata of a file, and of every part of a folder."""
     path = write(flights(windows), tmp_path / "a.parquet")
     for output in (tmp_path / "out.parquet", tmp_path / "folder"):
@@ -202,7 +202,7 @@ def test_the_file_says_where_it_comes_from(windows: Readings, tmp_path: Path, ma
 
 
 def test_a_temperature_is_that_of_the_arithmetic(windows: Readings, tmp_path: Path, manifest: Manifest) -> None:
-    """Probabilities at another temperature are the softmax of the same logits; sets stay those of the artefact's own."""
+    """Probabilities at another temperature are the softmax of the same logits; sets stay the artefact's own."""
     path = write(flights(windows), tmp_path / "a.parquet")
     score(path, tmp_path / "own.parquet")
     score(path, tmp_path / "out.parquet", temperature=3.0)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from model.windows import hold_last, pad_left
+from model.windows import Readings, hold_last, pad_left
 from service.score import gather
 from service.score.gather import Gatherer, Unit
 from service.score.options import Options
@@ -19,6 +19,12 @@ from service.score.states import States
 
 WINDOW, CHANNELS = 4, 2
 Flight = tuple[str, int]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where states are kept."""
+    return tmp_path_factory.mktemp("states")
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +46,7 @@ def units(
     latest: bool = False,
     places: int = 3,
     piece: int = 7,
-    readings: np.ndarray | None = None,
+    readings: Readings | None = None,
 ) -> list[Unit]:
     """The units of some flights, read in pieces, with room for the states of three engines."""
     size = 8 * 4 + 4 * CHANNELS * (1 + WINDOW)  # bytes of a state
@@ -53,7 +59,7 @@ def units(
         )
 
 
-def _units(gatherer: Gatherer, flights: list[Flight], piece: int, readings: np.ndarray | None) -> list[Unit]:
+def _units(gatherer: Gatherer, flights: list[Flight], piece: int, readings: Readings | None) -> list[Unit]:
     values = np.array([reading(*one) for one in flights], np.float32) if readings is None else readings
 
     def every() -> Iterator[Unit]:
@@ -68,7 +74,7 @@ def _units(gatherer: Gatherer, flights: list[Flight], piece: int, readings: np.n
     return list(every())
 
 
-def windows_of(found: list[Unit]) -> list[tuple[Flight, np.ndarray]]:
+def windows_of(found: list[Unit]) -> list[tuple[Flight, Readings]]:
     """Each row's engine and cycle with its window, in order."""
     return [
         ((unit.names[i].as_py(), int(unit.cycle[i])), unit.flat[start : start + WINDOW])
@@ -95,15 +101,13 @@ fleets = st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(0, 60)), un
 
 @hypothesis_settings(max_examples=150)
 @given(fleet=fleets, piece=st.integers(1, 30))
-def test_a_window_is_the_padded_history_up_to_its_cycle(
-    fleet: list[Flight], piece: int, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """Rows of engines in order, however they interleave and are cut, come out as they came in, with training's windows."""
-    place = {}
+def test_a_window_is_the_padded_history_up_to_its_cycle(fleet: list[Flight], piece: int, folder: Path) -> None:
+    """Rows in order, however engines interleave, come out as they came in, with training's windows."""
+    place: dict[int, int] = {}
     for engine, cycles in histories(fleet).items():
         place |= dict(zip([k for k, one in enumerate(fleet) if one[0] == engine], cycles, strict=True))
     flights = [(engine, place[k]) for k, (engine, _) in enumerate(fleet)]
-    found = units(flights, tmp_path_factory.getbasetemp(), piece=piece)
+    found = units(flights, folder, piece=piece)
     assert flights == [flight for flight, _ in windows_of(found)]
     assert [] == rejects_of(found)
     known = histories(flights)
@@ -115,13 +119,13 @@ def test_a_window_is_the_padded_history_up_to_its_cycle(
 @hypothesis_settings(max_examples=150)
 @given(fleet=fleets, horizon=st.integers(0, 20), data=st.data())
 def test_rows_out_of_order_within_the_horizon_find_their_place(
-    fleet: list[Flight], horizon: int, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+    fleet: list[Flight], horizon: int, data: st.DataObject, folder: Path
 ) -> None:
-    """Moved by no more than the horizon, every row is scored once, with the window that the ordered file would give it."""
+    """Moved by no more than the horizon, every row is scored once, with the window of the ordered file."""
     ordered = sorted(fleet, key=lambda one: (one[1], one[0]))
     shifts = data.draw(st.lists(st.integers(0, horizon), min_size=len(ordered), max_size=len(ordered)))
     flights = [ordered[k] for k in np.argsort([k + shift for k, shift in enumerate(shifts)], kind="stable")]
-    found = units(flights, tmp_path_factory.getbasetemp(), horizon=horizon)
+    found = units(flights, folder, horizon=horizon)
     assert [] == rejects_of(found)
     assert sorted(flights) == sorted(flight for flight, _ in windows_of(found))
     known = histories(flights)
@@ -132,11 +136,9 @@ def test_rows_out_of_order_within_the_horizon_find_their_place(
 
 @hypothesis_settings(max_examples=50)
 @given(fleet=fleets)
-def test_latest_is_the_newest_window_of_each_engine(
-    fleet: list[Flight], tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_latest_is_the_newest_window_of_each_engine(fleet: list[Flight], folder: Path) -> None:
     """One window an engine, by first appearance, whatever the order of its rows."""
-    found = windows_of(units(fleet, tmp_path_factory.getbasetemp(), horizon=100, latest=True))
+    found = windows_of(units(fleet, folder, horizon=100, latest=True))
     known = histories(fleet)
     assert [(e, known[e][-1]) for e in dict.fromkeys(e for e, _ in fleet)] == [flight for flight, _ in found]
     for (engine, _), window in found:
@@ -148,21 +150,21 @@ def test_latest_is_the_newest_window_of_each_engine(
 @hypothesis_settings(max_examples=100)
 @given(fleet=fleets, gaps=st.sets(st.tuples(st.integers(0, 79), st.integers(0, 1))))
 def test_missing_values_are_held_over_any_boundary(
-    fleet: list[Flight], gaps: set[tuple[int, int]], tmp_path_factory: pytest.TempPathFactory
+    fleet: list[Flight], gaps: set[tuple[int, int]], folder: Path
 ) -> None:
-    """A missing value is the last seen one of its engine and channel, in an earlier block too; before the first a row is rejected."""
+    """A missing value is the last seen one of its engine and channel; before the first, its row is rejected."""
     flights = sorted(fleet, key=lambda one: (one[1], one[0]))
     values = np.array([reading(*one) for one in flights], np.float32).reshape(-1, CHANNELS)
     for row, channel in gaps:
         if row < len(flights):
             values[row, channel] = np.nan
-    found = units(flights, tmp_path_factory.getbasetemp(), readings=values)
+    found = units(flights, folder, readings=values)
     answered = dict(windows_of(found))
     lacking = {one.row for one in rejects_of(found)}
     for engine in {e for e, _ in flights}:
         mine = [k for k, one in enumerate(flights) if one[0] == engine]
         filled = hold_last(values[mine])[0]
-        whole = ~np.isnan(filled).any(axis=1)
+        whole = np.asarray(~np.isnan(filled).any(axis=1))
         assert {k for k, fit in zip(mine, whole, strict=True) if not fit} == lacking & set(mine)
         for n, k in enumerate(mine):
             if whole[n]:

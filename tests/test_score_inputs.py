@@ -1,3 +1,4 @@
+import gzip
 import io
 import sys
 from pathlib import Path
@@ -52,7 +53,7 @@ WRONG = [
 
 
 def test_every_wrong_value_is_a_rejected_row(windows: Readings, tmp_path: Path) -> None:
-    """A row with a wrong id, cycle or reading is named with its place and reason; all others are scored, exit code 3."""
+    """A row with a wrong id, cycle or reading is named with its reason; all others are scored, exit code 3."""
     some = flights(windows)
     lines = {10 * k: changed(some, column, 10 * k, value) for k, (column, value, _) in enumerate(WRONG)}
     path = csv_with(some, tmp_path / "a.csv", lines)
@@ -66,7 +67,7 @@ def test_every_wrong_value_is_a_rejected_row(windows: Readings, tmp_path: Path) 
 
 
 def test_broken_lines_of_csv_cost_nothing_but_themselves(windows: Readings, tmp_path: Path) -> None:
-    """Lines with too few or many fields, an open quote or no UTF-8 are rejected by their row; the rest is as without them."""
+    """Lines with too few or many fields, an open quote or no UTF-8 are rejected; the rest is as without them."""
     some = flights(windows)
     path = csv_with(some, tmp_path / "a.csv", {3: "a,1", 50: "a," * 30, 70: 'a,"1', 90: "@@"})
     path.write_bytes(
@@ -83,7 +84,7 @@ def test_broken_lines_of_csv_cost_nothing_but_themselves(windows: Readings, tmp_
 
 
 def test_broken_lines_of_json_cost_nothing_but_themselves(windows: Readings, tmp_path: Path) -> None:
-    """Lines that are no JSON, no object, or hold a list for a number are rejected by their row; blank lines are no rows."""
+    """Lines that are no JSON, no object, or hold a list for a number are rejected; blank lines are no rows."""
     some = flights(windows)
     lines = write(some, tmp_path / "a.jsonl").read_text().splitlines()
     lines[3], lines[50] = lines[3][:-5], "[1, 2]"
@@ -103,9 +104,7 @@ def test_broken_lines_of_json_cost_nothing_but_themselves(windows: Readings, tmp
 
 def test_broken_lines_of_cmapss_text_cost_nothing_but_themselves(cmapss_dir: Path, tmp_path: Path) -> None:
     """A line of NASA's text with a word or without a number is rejected by its row."""
-    import gzip
-
-    lines = gzip.open(cmapss_dir / "test_FD001.txt.gz", "rt").read().splitlines()[:60]
+    lines = gzip.decompress((cmapss_dir / "test_FD001.txt.gz").read_bytes()).decode().splitlines()[:60]
     lines[7], lines[9] = lines[7].replace("100.0", "full", 1), " ".join(lines[9].split()[:20])
     (tmp_path / "test_FD001.txt").write_text("\n".join(lines))
     assert 3 == score(tmp_path / "test_FD001.txt", tmp_path / "out.parquet")
@@ -206,7 +205,7 @@ def test_standard_input_is_a_file_like_any_other(
 
 
 def test_a_folder_is_its_data_and_not_its_notes(cmapss_dir: Path, tmp_path: Path) -> None:
-    """NASA's folder holds a readme, sums, truths and two kinds of engines of the same numbers: that last thing is refused."""
+    """Notes, sums and truths are passed over; NASA's own folder has two kinds of engines of one name: refused."""
     with pytest.raises(InvalidInput, match="its units are not those of"):
         score(cmapss_dir, tmp_path / "out.parquet")
     for name in ("readme.txt", "RUL_FD001.txt.gz", "SHA256SUMS", "test_FD001.txt.gz"):
@@ -268,7 +267,7 @@ UNUSABLE = [
 
 @pytest.mark.parametrize(("make", "said"), UNUSABLE)
 def test_a_file_that_cannot_be_read_is_one_line(make: Any, said: str, windows: Readings, tmp_path: Path) -> None:
-    """Absent, empty, broken and cut files, and absent columns, fail with one line that names the file and what is wrong."""
+    """Absent, empty, broken, cut files and absent columns fail with one line: the file and what is wrong."""
     with pytest.raises(InvalidInput) as refused:
         score(make(flights(windows), tmp_path), tmp_path / "out.parquet")
     assert said in refused.value.detail

@@ -3,7 +3,6 @@ import json
 import os
 import pty
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -75,14 +74,14 @@ def parts_of(output: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_killed_again_and_again_the_result_is_the_same_bytes(name: str, fleet: Path, tmp_path: Path) -> None:
-    """`kill -9` at random moments, then the same command: nothing whole is written again, and no byte differs in the end."""
+    """`kill -9` at random moments, then the same command: nothing whole is written again, no byte differs."""
     flags = ("--quiet", "--part-rows", PART, "--labels", "truth", "--report")
     (tmp_path / "whole").mkdir()
     code, said = finished(fleet, tmp_path / "whole" / name, *flags, tmp_path / "whole" / "report.json")
     assert (3, "") == (code, said)
     output, moments = tmp_path / "killed" / name, random.Random(name)
     output.parent.mkdir()
-    kills, before = 0, {}
+    kills, before = 0, parts_of(output)
     for _ in range(40):
         with job(fleet, output, *flags, tmp_path / "killed" / "report.json") as process:
             aim = len(before) + moments.randint(1, 6)
@@ -103,7 +102,7 @@ def test_killed_again_and_again_the_result_is_the_same_bytes(name: str, fleet: P
 
 
 def test_ctrl_c_stops_and_the_same_command_goes_on(fleet: Path, tmp_path: Path) -> None:
-    """SIGINT and SIGTERM end a job with one line, exit code 1 and its whole parts kept; nothing has the output's name."""
+    """SIGINT and SIGTERM end a job with one line, exit code 1, whole parts kept, nothing under the output's name."""
     output, seen = tmp_path / "out.parquet", 0
     for number in (signal.SIGINT, signal.SIGTERM):
         with job(fleet, output, "--part-rows", PART) as process:
@@ -134,12 +133,13 @@ def test_stopped_before_the_first_part_leaves_nothing(fleet: Path, tmp_path: Pat
 @pytest.fixture
 def begun(windows: Readings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A job over `a.parquet` that failed after its first part; the path of its output."""
-    path, written = write(flights(windows), tmp_path / "a.parquet"), []
+    path, written = write(flights(windows), tmp_path / "a.parquet"), list[Path]()
 
     def full(table: pa.Table, path: Path, write: Any = outputs.write_part) -> None:
         if len(written) == 1:
             raise OSError(28, "No space left on device", str(path))
-        written.append(write(table, path))
+        write(table, path)
+        written.append(path)
 
     monkeypatch.setattr(outputs, "write_part", full)
     with pytest.raises(ServiceError, match="No space left on device"):
@@ -188,13 +188,13 @@ def test_another_option_is_noticed_and_refused(said: str, begun: Path) -> None:
 
 
 def test_a_changed_input_is_noticed_and_refused(begun: Path, windows: Readings) -> None:
-    """One reading in the file changed, its size and time as before: the job does not go on; with --restart it begins anew."""
+    """One byte changed, size and time as before: the job does not go on; with --restart it begins anew."""
     path = begun.with_name("a.parquet")
     times, content = path.stat(), bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    with pytest.raises(InvalidInput, match="a.parquet has changed"):
+    with pytest.raises(InvalidInput, match=r"a\.parquet has changed"):
         score(path, begun, part_rows=100)
     write(flights(windows + np.float32(1)), path)
     assert 0 == score(path, begun, part_rows=100, restart=True)
@@ -223,7 +223,7 @@ def test_a_torn_journal_costs_one_part(begun: Path) -> None:
 
 
 def test_a_finished_job_is_not_done_again(windows: Readings, tmp_path: Path) -> None:
-    """The same command over the same input leaves a whole result untouched and gives its exit code; a changed input does not."""
+    """The same command leaves a whole result untouched and gives its exit code; over a changed input it does not."""
     some = flights(windows).to_pydict()
     some["sensor_2"][7] = None
     path = write(pa.table(some), tmp_path / "a.parquet")
@@ -321,7 +321,7 @@ def test_a_failed_job_is_exit_code_1_and_one_line(tmp_path: Path) -> None:
 
 
 def test_without_a_terminal_there_is_a_line_of_the_log_now_and_then(fleet: Path, tmp_path: Path) -> None:
-    """Off a terminal: JSON lines with rows, rate, engines and rejected rows, the last one at the end; none with --quiet."""
+    """Off a terminal: JSON lines with rows, rate, engines, rejected rows, the last one at the end; none if quiet."""
     flags = ("--interval", "0.1", "--part-rows", PART)
     code, said = finished(fleet, tmp_path / "out.csv", *flags, ENGINE_HEALTH_LOG_LEVEL="info")
     lines = [json.loads(line) for line in said.splitlines()]
@@ -360,10 +360,8 @@ def test_without_its_packages_the_command_says_what_to_install(windows: Readings
 
 
 def test_serving_needs_nothing_of_scoring() -> None:
-    """The command line imports neither pyarrow nor rich nor plotly before it is asked to score."""
-    probe = (
-        "import sys, service.cli; print([x for x in ('pyarrow', 'rich', 'plotly', 'ray', 'torch') if x in sys.modules])"
-    )
+    """The command line imports neither pyarrow nor plotly nor ray before it is asked to score."""
+    probe = "import sys, service.cli; print([x for x in ('pyarrow', 'plotly', 'ray', 'torch') if x in sys.modules])"
     assert "[]\n" == subprocess.check_output([sys.executable, "-c", probe], text=True)
 
 
@@ -371,17 +369,27 @@ def test_rows_without_a_finite_answer_are_rejected(
     windows: Readings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the network overflows, the row is rejected with that reason, in a resumed job too."""
+    from service import predictor
     from service.score import scoring
 
-    def answer(model: Any, batch: Any, temperature: float, real: Any = scoring.answer) -> Any:
-        found = real(model, batch, temperature)
+    def answer(model: Any, batch: Any, temperature: float) -> Any:
+        found = predictor.answer(model, batch, temperature)
         return found._replace(finite=batch[:, -1, 3] != windows[1, 50, 3])
 
     monkeypatch.setattr(scoring, "answer", answer)
-    path = write(flights(windows), tmp_path / "a.parquet")
-    assert 3 == score(path, tmp_path / "out.parquet", part_rows=100)
-    assert "the model has no finite answer for these readings" in {
-        one["reason"] for one in rejected(tmp_path / "out.parquet")
-    }
-    assert 150 in {one["row"] for one in rejected(tmp_path / "out.parquet")}
-    shutil.rmtree(tmp_path / "out.parquet.partial", ignore_errors=True)
+    path, output = write(flights(windows), tmp_path / "a.parquet"), tmp_path / "out.parquet"
+    assert 3 == score(path, output, part_rows=100)
+    whole, found = output.read_bytes(), rejected(output)
+    assert 150 in {one["row"] for one in found}
+    assert {"the model has no finite answer for these readings"} == {one["reason"] for one in found}
+    output.unlink()
+    monkeypatch.setattr(outputs, "assemble", full_disk)
+    with pytest.raises(ServiceError, match="No space left"):
+        score(path, output, part_rows=100)
+    monkeypatch.undo()  # nothing is scored again, so that nobody overflows
+    assert 3 == score(path, output, part_rows=100)
+    assert (whole, found) == (output.read_bytes(), rejected(output))
+
+
+def full_disk(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
