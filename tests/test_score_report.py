@@ -46,11 +46,10 @@ def same(expected: Any, found: Any, place: str = "") -> None:
 
 
 def test_a_report_says_what_the_service_says(labelled: pa.Table, tmp_path: Path) -> None:
-    """The same rows sent to `/v1/cycles`, their labels to `/v1/labels`: `/v1/calibration` has every figure of the report."""
+    """The same rows sent to `/v1/cycles` and `/v1/labels`: `/v1/calibration` has every figure of the report."""
     rows = labelled.to_pylist()
-    assert 0 == score(
-        write(labelled, tmp_path / "a.parquet"), tmp_path / "out.parquet", labels="truth", report=tmp_path / "r.json"
-    )
+    path = write(labelled, tmp_path / "a.parquet")
+    assert 0 == score(path, tmp_path / "out.parquet", labels="truth", report=tmp_path / "r.json")
     found = json.loads((tmp_path / "r.json").read_text())
     names = {"engine_id", "cycle"}
     with running(ENGINE_HEALTH_MAX_INSTANCES="4096") as service:
@@ -109,9 +108,7 @@ def test_a_report_without_any_label_says_so(labelled: pa.Table, tmp_path: Path) 
     assert (0, "insufficient_data", None) == (found["n"], found["state"], found["accuracy"])
 
 
-def test_a_report_of_the_newest_rows_counts_one_row_an_engine(
-    labelled: pa.Table, manifest: Manifest, tmp_path: Path
-) -> None:
+def test_a_report_of_the_newest_rows_counts_one_row_an_engine(labelled: pa.Table, tmp_path: Path) -> None:
     """With `--latest` the evaluation is of the rows that are written."""
     path = write(labelled, tmp_path / "a.parquet")
     score(path, tmp_path / "out.parquet", labels="truth", report=tmp_path / "r.json", latest=True)
