@@ -55,8 +55,8 @@ def test_a_report_says_what_the_service_says(labelled: pa.Table, tmp_path: Path)
     with running(ENGINE_HEALTH_MAX_INSTANCES="4096") as service:
         cycles = [{k: row[k] for k in names} | {"telemetry": [row[c] for c in CHANNELS]} for row in rows]
         labels = [{k: row[k] for k in names} | {"label": row["truth"]} for row in rows if row["truth"] is not None]
-        for path, field, sent in (("/v1/cycles", "cycles", cycles), ("/v1/labels", "labels", labels)):
-            answer = service.client.post(path, json={field: sent})
+        for call, field, sent in (("/v1/cycles", "cycles", cycles), ("/v1/labels", "labels", labels)):
+            answer = service.client.post(call, json={field: sent})
             assert 200 == answer.status_code, answer.text
         expected = service.client.get("/v1/calibration").json()
     assert expected["model"] == found["model"]
