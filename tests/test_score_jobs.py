@@ -298,6 +298,8 @@ USAGE = [
     (("in.csv", "out.csv", "--report", "r.json"), "--report needs --labels or --rul"),
     (("in.csv", "out.csv", "--labels", "a", "--report", "r.pdf"), "write .html or .json"),
     (("in.csv", "out.csv", "--horizon", "-1"), "expected rows from 0"),
+    (("in.csv", "out.csv", "--engine-column", "cycle"), "are two columns"),
+    (("in.csv", "out.csv", "--workers", "2"), "go with --engine ray"),
     (("in.csv", "out.csv", "--interval", "0"), "expected seconds above 0"),
     (("in.csv", "out.csv", "--temperature", "0"), "expected a number from 0.01"),
 ]

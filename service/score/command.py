@@ -71,6 +71,14 @@ def add_to(commands: Any, temperature: Any) -> None:
         metavar="ROWS",
         help="of a part: what a killed job does again at most [%(default)s]",
     )
+    add(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="where it runs: on this machine, or on a Ray cluster",
+    )
+    add("--address", help="of the Ray cluster; RAY_ADDRESS, or one on this machine, if not given")
+    add("--workers", type=_workers, help="actors of Ray; one for each core but one if not given")
     add("--strict", action="store_true", help="fail at the first rejected row")
     add("--quiet", action="store_true", help="say nothing but what goes wrong")
     add(
@@ -87,8 +95,12 @@ def options_of(flags: dict[str, Any], parser: argparse.ArgumentParser) -> Option
     """The options, of which some contradict others; those exit with 2."""
     flags["columns"] = dict(flags["columns"])
     options = Options(**{**flags, "inputs": tuple(flags["inputs"])})
+    if options.engine_column == options.cycle_column:
+        parser.error("--engine-column and --cycle-column are two columns")
     if options.report and not options.truth_column:
         parser.error("--report needs --labels or --rul")
+    if options.engine == "local" and (options.address or options.workers):
+        parser.error("--address and --workers go with --engine ray")
     if options.report and options.report.suffix.lower() not in (".html", ".json"):
         parser.error(f"--report {options.report}: write .html or .json")
     if options.output.suffix.lower() not in (".parquet", ".csv", ""):
@@ -107,6 +119,13 @@ def _rows(text: str) -> int:
     value = int(text)
     if not 0 <= value <= 2**30:
         raise argparse.ArgumentTypeError("expected rows from 0 to 2^30")
+    return value
+
+
+def _workers(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 10_000:
+        raise argparse.ArgumentTypeError("expected actors from 1 to 10000")
     return value
 
 

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from model.windows import Readings, hold_last
 from service.score.options import Options
-from service.score.rows import Reject, Rows
+from service.score.rows import Layout, Reject, Rows
+from service.score.sources import Source
 from service.score.states import States
 
 Integers = npt.NDArray[np.int64]
@@ -227,3 +228,18 @@ class Gatherer:
         scored = 1 - len(self._waiting) / max(self._count, 1)
         about = (rejects, len(self._names), self._fraction * scored)
         return Unit(flat, starts, names, rows.engine, rows.cycle, rows.label, rows.file, rows.row, *about)
+
+
+def units(options: Options, layout: Layout, sources: list[Source], states: States) -> Iterator[Unit]:
+    """All units of a job, in order.
+
+    Raises:
+        InvalidInput: a file cannot be read.
+    """
+    gatherer = Gatherer(states, [source.name for source in sources], options)
+    total, before = sum(source.size for source in sources), 0
+    for k, source in enumerate(sources):
+        for rows, rejects, fraction in layout.read(source):
+            yield from gatherer.add(rows, k, rejects, (before + fraction * source.size) / total)
+        before += source.size
+    yield from gatherer.end()

@@ -135,8 +135,10 @@ def _schema(piece: bytes, wanted: list[str]) -> Any:
         first = _object(piece.lstrip().partition(b"\n")[0])
     except ValueError as error:
         raise pa.ArrowInvalid(str(error)) from None
-    whole = {name: type(first.get(name)) for name in wanted}
-    return pa.schema([(name, kinds.get(kind, pa.float64())) for name, kind in whole.items()])
+    found = {name: kinds.get(type(first.get(name)), pa.float64()) for name in wanted}
+    if isinstance(first.get(wanted[0]), int):
+        found[wanted[0]] = pa.int64()  # the id of an engine keeps all its digits
+    return pa.schema(list(found.items()))
 
 
 def _json_by_line(piece: bytes, wanted: list[str]) -> Parsed:

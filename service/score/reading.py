@@ -59,7 +59,8 @@ def whole_numbers(sources: list[Source], column: str) -> bool:
             return False
         with told_of(source):
             schema = pq.read_schema(source.path)
-            if column not in schema.names or not pa.types.is_integer(schema.field(column).type):
+            kind = schema.field(column).type if column in schema.names else None
+            if kind is None or not pa.types.is_integer(kind) or kind == pa.uint64():  # whose largest fit no int64
                 return False
     return True
 

@@ -50,6 +50,10 @@ class Layout:
             raise InvalidInput(
                 f"{model.manifest.name}: its input {list(model.input_shape)} is no window of named channels"
             )
+        made = {"health", "rul", "prediction_set", "expected_loss", "loss", *(f"p_{name}" for name in self.classes)}
+        for flag, name in (("--engine-column", options.engine_column), ("--cycle-column", options.cycle_column)):
+            if name in made:
+                raise InvalidInput(f"{flag} {name}: the output has a column of its own of this name")
         unknown = sorted(set(options.columns) - set(self.channels))
         if unknown:
             raise InvalidInput(f"--map {unknown[0]}: this model has no such channel; it has {', '.join(self.channels)}")

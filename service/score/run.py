@@ -3,7 +3,7 @@
 import shutil
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +16,7 @@ from service.errors import InvalidInput, ServiceError
 from service.predictor import Answers, Predictor
 from service.runtime import Model, allowed_cores
 from service.score import outputs, scoring
-from service.score.gather import Gatherer, Unit
+from service.score.gather import Unit, units
 from service.score.job import Job, Part, errors_of, fingerprint
 from service.score.options import STDIN, Options
 from service.score.progress import Progress
@@ -57,7 +57,7 @@ def score(options: Options, settings: Settings) -> int:
         kept = "; the same command goes on from here" if job.folder.exists() else ""
         raise ServiceError(f"stopped{kept}") from None
     except OSError as error:
-        raise ServiceError(f"{error.filename or options.output}: {error.strerror}") from None
+        raise ServiceError(f"{error.filename or options.output}: {error.strerror or error}") from None
 
 
 class _Run:
@@ -75,7 +75,7 @@ class _Run:
     ) -> None:
         self.options, self.job, self.model, self.layout, self.sources = options, job, model, layout, sources
         self.files = [source.name for source in sources]
-        self.scorer, self.threads = Scorer(model, temperature), settings.threads or allowed_cores()
+        self.scorer, self.settings = Scorer(model, temperature), settings
         self.whole_numbers = whole_numbers(sources, options.engine_column)
         self.labelled = options.truth_column is not None
         self.rejected = outputs.Rejected(job.folder / "rejected.parquet")
@@ -103,39 +103,42 @@ class _Run:
 
     def _scored(self) -> Iterator[Scored]:
         """Every unit that stands in no part yet, with its answers."""
-        done, unanswered, waiting = self.job.units, self.job.unanswered(), deque[tuple[Unit, list[Future[Answers]]]]()
-        window = self.model.manifest.window or 1
-        reader, pool = ThreadPoolExecutor(1), ThreadPoolExecutor(self.threads)
-        with closing(States(window, len(self.model.channels), self.job.folder)) as states:
+        done, unanswered = self.job.units, self.job.unanswered()
+        with closing(self._answered(done)) as answered:
+            for number, (unit, parts) in enumerate(answered):
+                if number < done:
+                    self._skip(unit, unanswered.get(number, []))
+                else:
+                    yield self.scorer.end(unit, parts, self.files, self.labelled)
+
+    def _answered(self, done: int) -> Generator[tuple[Unit, list[Answers]]]:
+        if self.options.engine == "ray":
+            from service.score import ray_job
+
+            about = (self.settings.model, self.settings.deterministic, self.scorer.temperature, done)
+            return ray_job.answered(self.options, self.sources, *about)
+        return self._locally(done)
+
+    def _locally(self, done: int) -> Generator[tuple[Unit, list[Answers]]]:
+        """One thread reads, some infer, and whoever asks here writes."""
+        waiting = deque[tuple[Unit, list[Future[Answers]]]]()
+        reader, pool = ThreadPoolExecutor(1), ThreadPoolExecutor(self.settings.threads or allowed_cores())
+        with closing(States.of(self.model, self.job.folder)) as states:
             try:
-                for number, unit in enumerate(_prefetched(reader, self._units(states))):
-                    if number < done:
-                        self._skip(unit, unanswered.get(number, []))
-                        continue
-                    waiting.append((unit, self.scorer.begin(unit, pool)))
+                found = units(self.options, self.layout, self.sources, states)
+                for number, unit in enumerate(_prefetched(reader, found)):
+                    waiting.append((unit, [] if number < done else self.scorer.begin(unit, pool)))
                     if len(waiting) > AHEAD:
-                        yield self._end(*waiting.popleft())
+                        yield _waited(*waiting.popleft())
                 while waiting:
-                    yield self._end(*waiting.popleft())
+                    yield _waited(*waiting.popleft())
             finally:
                 pool.shutdown(cancel_futures=True)
                 reader.shutdown(cancel_futures=True)
 
-    def _units(self, states: States) -> Iterator[Unit]:
-        gatherer = Gatherer(states, self.files, self.options)
-        total, before = sum(source.size for source in self.sources), 0
-        for k, source in enumerate(self.sources):
-            for rows, rejects, fraction in self.layout.read(source):
-                yield from gatherer.add(rows, k, rejects, (before + fraction * source.size) / total)
-            before += source.size
-        yield from gatherer.end()
-
     def _skip(self, unit: Unit, unanswered: list[Reject]) -> None:
         self._reject([*unit.rejects, *unanswered])
         self.progress.skip(len(unit.starts) - len(unanswered), unit.fraction)
-
-    def _end(self, unit: Unit, futures: list[Future[Answers]]) -> Scored:
-        return self.scorer.end(unit, [future.result() for future in futures], self.files, self.labelled)
 
     def _keep(self, scored: Scored) -> None:
         """Put a unit into the part that is being filled."""
@@ -200,6 +203,10 @@ class _Run:
         manifest = self.model.manifest
         names = {"model_name": manifest.name, "model_version": manifest.version, "model_digest": self.model.digest}
         return names | {"temperature": repr(self.scorer.temperature), "command": self.options.command}
+
+
+def _waited(unit: Unit, futures: list[Future[Answers]]) -> tuple[Unit, list[Answers]]:
+    return unit, [future.result() for future in futures]
 
 
 def _prefetched(reader: ThreadPoolExecutor, units: Iterator[Unit]) -> Iterator[Unit]:

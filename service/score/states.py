@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from service.runtime import Model
+
 Integers = npt.NDArray[np.int64]
 MOST_BYTES = 2**26  # of states in memory
 ROOM = 4  # of the places are freed at once: one in so many
@@ -41,6 +43,11 @@ class States:
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  # gone with the process, however it ends
         self._clock = 0
         self.engines = 0
+
+    @classmethod
+    def of(cls, model: Model, folder: Path) -> "States":
+        """Those that a model needs: windows of its channels, or single rows."""
+        return cls(model.manifest.window or 1, len(model.channels), folder)
 
     def close(self) -> None:
         """Forget everything."""

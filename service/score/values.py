@@ -74,7 +74,10 @@ def names(values: Values) -> tuple[Values, Mask]:
         whole = pc.and_(pc.equal(values, pc.floor(values)), pc.less(pc.abs(values), float(MOST_CYCLE)))
         digits = pc.cast(pc.cast(pc.if_else(whole, values, pa.scalar(None, values.type)), pa.int64()), pa.string())
         values = pc.if_else(whole, digits, pc.cast(values, pa.string()))
-    texts = values if pa.types.is_string(values.type) else pc.cast(values, pa.string())
+    try:
+        texts = pc.cast(values, pa.string())
+    except pa.ArrowException:  # lists and the like
+        return pa.nulls(len(values), pa.string()), np.ones(len(values), dtype=np.bool_)
     length = pc.fill_null(pc.utf8_length(texts), 0).to_numpy(zero_copy_only=False)
     wrong = (length < 1) | (length > MOST_NAME)
     nul = pc.fill_null(pc.match_substring(texts, "\0"), False).to_numpy(zero_copy_only=False)

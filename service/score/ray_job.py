@@ -1,0 +1,129 @@
+"""The same job on a cluster: Ray Data streams units through a pool of actors. The answers are those of one machine.
+
+One task reads and gathers, so that engines stay together; each actor opens the model once and scores a unit at a time;
+the driver gets the units in their order and writes. A killed actor costs what it had in hand, which is done again.
+"""
+
+import logging
+import os
+import pickle
+import tempfile
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from service import runtime
+from service.errors import InvalidInput, ServiceError
+from service.predictor import Answers
+from service.runtime import Model
+from service.score import scoring
+from service.score.gather import Unit, units
+from service.score.options import Options
+from service.score.rows import Layout
+from service.score.scoring import BATCH, Scorer
+from service.score.sources import Source
+from service.score.states import States
+
+READER_CORES = 0  # beside the actors, which may have all; with as many as theirs Ray would make one task of both
+UNIT_BYTES = 2**16  # after which Ray passes a block on: every unit is one
+
+
+class Worker:
+    """An actor: the model, opened once from its bytes, at one temperature. A list holds the reference to them."""
+
+    def __init__(self, content: list[Any], deterministic: bool, temperature: float) -> None:
+        import ray
+
+        self.scorer = Scorer(opened(ray.get(content[0]), deterministic), temperature)
+
+    def __call__(self, rows: Any) -> Any:
+        """A table of units to the same with their answers."""
+        import pyarrow as pa
+
+        done = [pickle.dumps(self.answered(*pickle.loads(unit.as_py()))) for unit in rows["unit"]]
+        return pa.table({"unit": pa.array(done, pa.large_binary())})
+
+    def answered(self, unit: Unit, wanted: bool) -> tuple[Unit, list[Answers]]:
+        """A unit and the answers of its batches; none if they are known."""
+        if not wanted:
+            return unit, []
+        windows, cuts = scoring.views(unit, self.scorer.model), range(0, len(unit.starts), BATCH)
+        return unit, [self.scorer.batch(windows, unit.starts[i : i + BATCH]) for i in cuts]
+
+
+def answered(
+    options: Options, sources: list[Source], path: Path, deterministic: bool, temperature: float, done: int
+) -> Generator[tuple[Unit, list[Answers]]]:
+    """Every unit in order, with the answers of its batches; none for the first `done` units."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+    import ray.data
+
+    content = path.read_bytes()
+    began = not ray.is_initialized()
+    if began:
+        try:
+            ray.init(options.address, log_to_driver=False, logging_level="ERROR")
+            logging.getLogger("ray.data").setLevel(logging.ERROR)
+        except (ConnectionError, ValueError) as error:
+            raise InvalidInput(f"--address {options.address}: {str(error).strip().splitlines()[0]}") from None
+    try:
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = True
+        context.target_max_block_size = UNIT_BYTES
+        cores = int(ray.cluster_resources().get("CPU", 1))
+        workers = options.workers or max(cores - 1, 1)
+        if workers > cores:
+            raise InvalidInput(f"--workers {workers}: the cluster has {cores} cores")
+        reading = _datasource(options, sources, content, deterministic, done)
+        found = ray.data.read_datasource(reading, override_num_blocks=1, num_cpus=READER_CORES)
+        scored = found.map_batches(
+            Worker,
+            fn_constructor_args=([ray.put(content)], deterministic, temperature),
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=1,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+        )
+        for batch in scored.iter_batches(batch_size=1, batch_format="pyarrow"):
+            yield pickle.loads(batch["unit"][0].as_py())
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        detail = cause.detail if isinstance(cause, ServiceError) else str(error).strip().splitlines()[-1]
+        raise InvalidInput(detail) from None
+    finally:
+        if began:
+            ray.shutdown()
+
+
+def opened(content: bytes, deterministic: bool) -> Model:
+    """The model of some bytes, proven."""
+    with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+        file.write(content)
+        file.flush()
+        return runtime.open_model(Path(file.name), "", 1, BATCH, deterministic)
+
+
+def _datasource(options: Options, sources: list[Source], content: bytes, deterministic: bool, done: int) -> Any:
+    """One task that reads everything and gives a block for each unit, whether it is to be scored within."""
+    from ray.data import Datasource, ReadTask
+    from ray.data.block import BlockMetadata
+
+    def read() -> Iterator[Any]:
+        import pyarrow as pa
+
+        model = opened(content, deterministic)
+        with tempfile.TemporaryDirectory() as folder, closing(States.of(model, Path(folder))) as states:
+            for number, unit in enumerate(units(options, Layout(options, model), sources, states)):
+                yield pa.table({"unit": pa.array([pickle.dumps((unit, number >= done))], pa.large_binary())})
+
+    class Units(Datasource):  # type: ignore[misc]  # ray may be absent where types are checked
+        def estimate_inmemory_data_size(self) -> int | None:
+            return None
+
+        def get_read_tasks(self, *_: Any, **__: Any) -> list[Any]:
+            return [ReadTask(read, BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None))]
+
+    return Units()

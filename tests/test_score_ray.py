@@ -1,0 +1,85 @@
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from model.contract import CHANNELS
+from tests.conftest import start
+from tests.scoring import write
+
+ray = pytest.importorskip("ray", reason="ray is not installed: pip install engine-health[ray]")
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty thousand flights of two hundred engines, one of them wrong."""
+    random, n, length = np.random.default_rng(0), 200, 100
+    columns: dict[str, Any] = {"engine_id": [f"e{i % n}" for i in range(n * length)]}
+    columns["cycle"] = [i // n for i in range(n * length)]
+    columns |= {name: random.normal(500, 5, n * length) for name in CHANNELS}
+    columns["sensor_2"][777] = np.nan
+    return write(pa.table(columns), tmp_path_factory.mktemp("fleet") / "fleet.parquet")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of a cluster of two workers, on this machine."""
+    from ray.cluster_utils import Cluster
+
+    root = str(Path(__file__).parent.parent)
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": root}  # its processes import this code
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        for _ in range(2):
+            found.add_node(num_cpus=1)
+        found.wait_for_nodes()
+        yield found.address
+    finally:
+        found.shutdown()
+
+
+def score(*arguments: object) -> tuple[int, str]:
+    """A job in a process of its own."""
+    process = start("score", *map(str, arguments), "--quiet", "--part-rows", "1500")
+    said, errors = process.communicate(timeout=300)
+    return process.returncode, said + errors
+
+
+def test_a_cluster_gives_the_bytes_of_one_machine(fleet: Path, cluster: str, tmp_path: Path) -> None:
+    """On a local cluster of two workers the output and the rejected rows are those of `--engine local`, byte for byte."""
+    assert (3, "") == score(fleet, tmp_path / "local.parquet")
+    assert (3, "") == score(fleet, tmp_path / "ray.parquet", "--engine", "ray", "--address", cluster, "--workers", "2")
+    for suffix in ("", ".errors.parquet"):
+        local, there = tmp_path / f"local.parquet{suffix}", tmp_path / f"ray.parquet{suffix}"
+        assert local.read_bytes() == there.read_bytes()
+
+
+def workers() -> list[int]:
+    """The actors that score, by their process ids."""
+    found = subprocess.run(
+        ["pgrep", "-f", "ray::MapBatches|ray::MapWorker"], capture_output=True, text=True, check=False
+    )
+    return [int(line) for line in found.stdout.split()]
+
+
+def test_a_killed_actor_costs_a_retry_and_nothing_else(fleet: Path, cluster: str, tmp_path: Path) -> None:
+    """One of two actors killed with SIGKILL at work: the job ends as if nothing had happened, with the same bytes."""
+    assert (3, "") == score(fleet, tmp_path / "local.parquet")
+    flags = ("--engine", "ray", "--address", cluster, "--workers", "2", "--quiet", "--part-rows", "1500")
+    output = tmp_path / "ray.parquet"
+    process = start("score", str(fleet), str(output), *flags)
+    journal = tmp_path / "ray.parquet.partial" / "journal"
+    while not journal.exists() or not workers():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.kill(workers()[0], signal.SIGKILL)
+    said, errors = process.communicate(timeout=300)
+    assert 3 == process.returncode, said + errors
+    assert (tmp_path / "local.parquet").read_bytes() == output.read_bytes()
