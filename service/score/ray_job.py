@@ -30,12 +30,10 @@ UNIT_BYTES = 2**16  # after which Ray passes a block on: every unit is one
 
 
 class Worker:
-    """An actor: the model, opened once from its bytes, at one temperature. A list holds the reference to them."""
+    """An actor: the model, opened once from its bytes, at one temperature."""
 
-    def __init__(self, content: list[Any], deterministic: bool, temperature: float) -> None:
-        import ray
-
-        self.scorer = Scorer(opened(ray.get(content[0]), deterministic), temperature)
+    def __init__(self, content: bytes, deterministic: bool, temperature: float) -> None:
+        self.scorer = Scorer(opened(content, deterministic), temperature)
 
     def __call__(self, rows: Any) -> Any:
         """A table of units to the same with their answers."""
@@ -81,7 +79,7 @@ def answered(
         found = ray.data.read_datasource(reading, override_num_blocks=1, num_cpus=READER_CORES)
         scored = found.map_batches(
             Worker,
-            fn_constructor_args=([ray.put(content)], deterministic, temperature),
+            fn_constructor_args=(content, deterministic, temperature),
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=1,
