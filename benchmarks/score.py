@@ -10,6 +10,7 @@ script of pandas runs in an environment of its own, build/venv, if that is there
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -57,16 +58,18 @@ def fleet(path: Path, rows: int) -> Path:
 
     if path.exists():
         return path
-    random, usual = np.random.default_rng(0), _usual()
+    generator, usual = np.random.default_rng(0), _usual()
     writer: Any = None
     engine = written = 0
     while written < rows:
         columns: dict[str, list[Any]] = {name: [] for name in ("engine_id", "cycle", *CHANNELS)}
         size = 0
         while size < min(PIECE, rows - written):
-            cycles = min(int(random.integers(SHORT, LONG)), rows - written - size)
+            cycles = min(int(generator.integers(SHORT, LONG)), rows - written - size)
             wear = np.linspace(0, 1, cycles)[:, None] ** 2
-            values = usual * (1 + 0.002 * wear * random.normal(size=17) + 0.0005 * random.normal(size=(cycles, 17)))
+            values = usual * (
+                1 + 0.002 * wear * generator.normal(size=17) + 0.0005 * generator.normal(size=(cycles, 17))
+            )
             columns["engine_id"].append(np.full(cycles, f"engine-{engine:06d}"))
             columns["cycle"].append(np.arange(1, cycles + 1))
             for k, name in enumerate(CHANNELS):
@@ -120,9 +123,10 @@ def naive(source: Path) -> Run | None:
 
 def alone(threads: int) -> Alone:
     """Rows a second of ONNX Runtime on windows that are laid out already, the better of two ways."""
-    random = np.random.default_rng(1)
+    generator = np.random.default_rng(1)
     histories = [
-        (_usual() * (1 + 0.0005 * random.normal(size=(256, 17)))).astype(np.float32) for _ in range(ALONE_ROWS // 256)
+        (_usual() * (1 + 0.0005 * generator.normal(size=(256, 17)))).astype(np.float32)
+        for _ in range(ALONE_ROWS // 256)
     ]
     windows = np.concatenate([every_window(history, 100) for history in histories])
     batches = [windows[i : i + BATCH] for i in range(0, len(windows), BATCH)]
@@ -144,7 +148,7 @@ def _rate(way: Any) -> Alone:
 
 def table(found: dict[int, dict[str, Any]]) -> Iterator[str]:
     """Lines of Markdown: rows a second and processor time a row, here and there."""
-    yield "| rows | here, rows/s | ONNX Runtime alone | ratio | its processor time / here | peak MB | pandas script | ratio |"
+    yield "| rows | here, rows/s | ONNX Runtime alone | ratio | of processor time | peak MB | pandas script | ratio |"
     yield "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     for rows, figures in found.items():
         here, best, script = figures["ours"], figures["alone"], figures["naive"]
@@ -159,13 +163,40 @@ def _script(rows: int, script: Run, here: Run) -> list[str]:
     return [f"{rows / script.seconds:,.0f}", f"**{script.seconds / here.seconds:.1f}**"]
 
 
+def killed(source: Path, times: int) -> Iterator[str]:
+    """Kill a job at random moments of its life, each time another job, and start it again: how often the bytes are the same.
+
+    Raises:
+        RuntimeError: a job that was started again failed.
+    """
+    moments, target = random.Random(0), BUILD / "killed.parquet"
+    command = [sys.executable, "-m", "service.cli", "score", str(source), str(target), "--quiet", "--part-rows", "8192"]
+    usual = measured([*command, "--restart"]).seconds
+    expected, same, kept = target.read_bytes(), 0, 0
+    for _ in range(times):
+        target.unlink()
+        process = subprocess.Popen(command)
+        time.sleep(moments.random() * usual)
+        process.kill()
+        process.wait()
+        journal = target.with_name(target.name + ".partial") / "journal"
+        kept += journal.read_bytes().count(b"\n") if journal.exists() else 0
+        measured(command)
+        same += target.read_bytes() == expected
+    yield f"{times} jobs killed and started again: {same} gave the same bytes; {kept} finished parts were kept"
+
+
 def main() -> None:
     """Measure, print the table and keep the figures."""
     parser = argparse.ArgumentParser(description="Batch scoring against ONNX Runtime alone and a script of pandas.")
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 10_000_000])
     parser.add_argument("--rounds", type=int, default=1, help="of each; the quickest counts")
+    parser.add_argument("--kills", type=int, default=0, help="instead: kill so many jobs, start them again, compare")
     chosen, found = parser.parse_args(), dict[int, dict[str, Any]]()
     BUILD.mkdir(exist_ok=True)
+    if chosen.kills:
+        print("\n".join(killed(fleet(BUILD / "fleet-100000.parquet", 100_000), chosen.kills)))
+        return
     for rows in chosen.rows:
         source = fleet(BUILD / f"fleet-{rows}.parquet", rows)
         small = rows <= 1_000_000  # the script holds everything in memory

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from service.runtime import Model
 
 Integers = npt.NDArray[np.int64]
-MOST_BYTES = 2**26  # of states in memory
+MOST_BYTES = 2**25  # of states in memory
 ROOM = 4  # of the places are freed at once: one in so many
 
 
@@ -35,11 +35,11 @@ class States:
         self.places = max(most_bytes // self.kind.itemsize, 1)
         self._blank = np.zeros((), self.kind)
         self._blank["cycle"], self._blank["seen"] = -1, np.nan
-        self._records = np.zeros(0, self.kind)
-        self._used = np.zeros(0, np.int64)  # when each place was last asked for
-        self._owner = np.zeros(0, np.int64)
+        self._records = np.zeros(self.places, self.kind)  # of which only what is used takes memory
+        self._used = np.zeros(self.places, np.int64)  # when each place was last asked for
+        self._owner = np.full(self.places, -1, np.int64)
         self._place_of: dict[int, int] = {}
-        self._free: list[int] = []
+        self._free = list(range(self.places))
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  # gone with the process, however it ends
         self._clock = 0
         self.engines = 0
@@ -55,13 +55,11 @@ class States:
 
     def records_of(self, engines: Integers) -> npt.NDArray[Any]:
         """The records of some engines, at most `places` of them, to be changed and kept; of new ones blank."""
-        places = self._places_of(engines)  # first: the records may move
-        return self._records[places]
+        return self._records[self._places_of(engines)]
 
     def keep(self, engines: Integers, records: npt.NDArray[Any]) -> None:
         """Take over what was changed in some records."""
-        places = self._places_of(engines)
-        self._records[places] = records
+        self._records[self._places_of(engines)] = records
 
     def _places_of(self, engines: Integers) -> Integers:
         self._clock += 1
@@ -87,19 +85,11 @@ class States:
         return places
 
     def _make_room(self, wanted: int) -> None:
-        """Grow up to the limit; then write the places that were not asked for longest to the file."""
-        size = len(self._records)
-        if size < self.places:
-            new = min(max(2 * size, wanted, 64), self.places)
-            self._records = np.concatenate([self._records, np.zeros(new - size, self.kind)])
-            self._used = np.concatenate([self._used, np.zeros(new - size, np.int64)])
-            self._owner = np.concatenate([self._owner, np.full(new - size, -1)])
-            self._free += range(size, new)
-            return
+        """Write the states that were not asked for longest to the file."""
         idle = np.flatnonzero((self._used < self._clock) & (self._owner >= 0))
         if not len(idle):
             raise ValueError(f"{wanted} more engines at once than {self.places} places")
-        oldest = idle[np.argsort(self._used[idle], kind="stable")][: max(size // ROOM, wanted)]
+        oldest = idle[np.argsort(self._used[idle], kind="stable")][: max(self.places // ROOM, wanted)]
         for place in oldest.tolist():
             engine = int(self._owner[place])
             del self._place_of[engine]
