@@ -57,6 +57,9 @@ class RollingMlp(nn.Module):
         spans = [*(span for span in SPANS if span < window), window]
         newest = torch.arange(window, 0, -1).unsqueeze(1) <= torch.tensor(spans)  # (T, N)
         self.register_buffer("newest", newest.float())
+        # A table: ONNX Runtime's logarithm rounds by the place in the batch, and a length is one of a few.
+        lengths = 2 * torch.log(torch.arange(window + 1) + 1.0) / math.log(window + 1) - 1
+        self.register_buffer("lengths", lengths, persistent=False)
         self.first = nn.Linear(sensors * len(spans) + 2, hidden)
         self.second = nn.Linear(hidden, hidden // 2)
         self.dropout = nn.Dropout(dropout)
@@ -73,14 +76,14 @@ class RollingMlp(nn.Module):
         means = torch.where(empty, means.gather(-1, shortest), means).transpose(1, 2).flatten(1)
         length = real.sum(1, keepdim=True)  # (B, 1)
         share = counts[:, :, -1].mean(1, keepdim=True) / length.clamp(min=1)
-        scaled = torch.log(length + 1) / math.log(x.shape[1] + 1)
-        return torch.cat([means, 2 * scaled - 1, 2 * share - 1], dim=1)
+        return torch.cat([means, self.lengths[length.long()], 2 * share - 1], dim=1)
 
     def forward(self, rows: Rows) -> Tensor:  # (B, T, S) -> (B, H / 2)
         """What the window shows, as one vector."""
         return F.relu(self.second(self.dropout(F.relu(self.first(self.features(rows))))))
 
     newest: Tensor
+    lengths: Tensor
 
 
 class ConvGru(nn.Module):

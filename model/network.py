@@ -177,8 +177,11 @@ class DistributionHead(nn.Module):
         return torch.stack([log_p[:, run].logsumexp(-1) for run in self.runs], dim=-1)
 
     def mean_of(self, p: Tensor) -> Tensor:  # (B, R) -> (B,)
-        """Mean RUL in cycles; more than 125 counts as 125."""
-        return (p * self.centres).sum(-1)
+        """Mean RUL in cycles; more than 125 counts as 125.
+
+        A product of matrices, whose rows ONNX Runtime adds up in one order; a sum's depends on the place in the batch.
+        """
+        return p @ self.centres
 
     centres: Tensor
 

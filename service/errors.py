@@ -109,8 +109,8 @@ class NoMemory(ServiceError):
     """The service is stateless: no database is configured."""
 
 
-class SchemaRejected(ServiceError):
-    """A database that this code does not understand; the service does not start."""
+class SchemaRejected(MemoryUnavailable):
+    """A database that this code does not understand; a service that finds it at its start does not start."""
 
 
 class Conflict(InputRejected):

@@ -37,7 +37,11 @@ class Loop(uvloop.Loop):
         if not others or not server.is_serving():
             return
         for listening in server.sockets:
-            with socket.socket(fileno=os.dup(listening.fileno())) as also:
+            try:
+                copy = os.dup(listening.fileno())
+            except OSError:  # as many files are open as may be: nobody else can be accepted
+                return
+            with socket.socket(fileno=copy) as also:
                 also.setblocking(False)
                 for _ in range(others):
                     try:

@@ -14,7 +14,7 @@ import numpy as np
 from model import conformal
 from model.numerics import Floats
 from model.windows import Readings
-from service.errors import MemoryUnavailable
+from service.errors import Fault, InvalidInput, MemoryUnavailable
 from service.metrics import Metrics, observe_all
 from service.predictor import Answers, Prediction, Predictor, calibrated, joined, measured, rows_of
 from service.runtime import Model
@@ -106,6 +106,8 @@ class Memory:
         made = _made(rows, telemetry, found.answers, targets, ids)
         batch = remember.Batch(_by(predictor), now, made)
         try:
+            if not self.database.up:  # it is asked every second; no prediction waits for it meanwhile
+                raise MemoryUnavailable("the database does not answer")
             self._count(await self.database.write(self._remember, batch))
         except MemoryUnavailable:
             self._metrics.unremembered.inc(len(made))
@@ -124,7 +126,10 @@ class Memory:
 
         def answer(rows: Sequence[Flight], windows: Readings) -> Sequence[remember.Made]:
             started = time.perf_counter()
-            found = predictor.answer(windows)
+            try:
+                found = predictor.answer(windows)
+            except InvalidInput as error:
+                raise _of_flight(error, rows, flights) from None
             answered.append((windows, found, time.perf_counter() - started))
             return _made(rows, windows, found, None, prediction_ids(len(rows), time.time()))
 
@@ -190,6 +195,15 @@ def _made(
         for i, row in enumerate(rows)
         if row.engine_id is not None
     ]
+
+
+def _of_flight(error: InvalidInput, answered: Sequence[Flight], told: Sequence[Flight]) -> InvalidInput:
+    """The same, by the place that the flight has in its own request; of another one's it is asked again, alone."""
+    (fault,) = error.faults
+    place = next((i for i, flight in enumerate(told) if flight is answered[int(fault.loc[1])]), None)
+    if place is None:
+        return error
+    return InvalidInput(f"cycles[{place}].telemetry: {fault.msg}", (Fault(("cycles", place, "telemetry"), fault.msg),))
 
 
 def _together(predictor: Predictor, landed: Sequence[Landed]) -> tuple[Prediction | None, list[str]]:

@@ -17,6 +17,7 @@ from service.errors import ArtefactRejected
 
 Batch = npt.NDArray[np.float32]
 PROBES = 3  # windows that prove a batch, beside the golden ones
+FEWER = (0, 1, 3)  # rows less than a bucket: kernels treat what is left over in another way
 RUL_UNITS = 100  # cycles are a hundred times as large as logits, and so is their rounding
 FATAL_ONLY = 4  # ONNX Runtime's log severity: what goes wrong is raised, and said once
 
@@ -54,7 +55,7 @@ class Model:
     digest: str
     input_shape: tuple[int, ...]
     run: Callable[[Batch], Outputs]
-    batch_difference: float = 0.0  # the most that logits were seen to differ between batch sizes
+    batch_difference: float = 0.0  # the most that logits, and RUL in hundreds of cycles, were seen to differ
 
     @cached_property
     def channels(self) -> tuple[str, ...]:
@@ -168,28 +169,29 @@ def _check_golden(model: Model) -> None:
 
 
 def _warm(model: Model, batch_rows: int, deterministic: bool) -> Model:
-    """Run every bucket at least once; know how far their answers lie apart; choose those that agree if asked."""
+    """Run every bucket at least once; know how far answers in company lie from those alone; run alone if asked."""
     golden = np.array([g.telemetry for g in model.manifest.golden], dtype=np.float32)
-    probe = _probes(model, golden.reshape(len(golden), *model.input_shape))
+    golden = golden.reshape(len(golden), *model.input_shape)
+    probes = np.concatenate([golden, _probes(model, golden)])
+    alone = [model.run(probes[i : i + 1]) for i in range(len(probes))]
     sizes = sorted({1 << k for k in range(batch_rows.bit_length()) if 1 << k <= batch_rows} | {batch_rows})
-    found = {size: _at_every_place(model, probe, size) for size in sizes}
-    largest = found[batch_rows]
-    answers = np.concatenate([answer for answers in found.values() for answer in answers])
-    difference = float(np.abs(answers - largest[0]).max())
+    differences = [
+        _difference(model, probes, alone, size - less, less) for size in sizes for less in FEWER if less < size
+    ]
     if not deterministic:
-        return replace(model, batch_difference=difference)
+        return replace(model, batch_difference=max(differences))
     return replace(model, run=_singly(model.run), batch_difference=0.0)
 
 
-def _at_every_place(model: Model, probe: Batch, size: int) -> list[Batch]:
-    """The first probe's logits at each place of a batch of that size, among the others."""
-    others = probe[1 + np.arange(size) % (PROBES - 1)]
-    answers = []
-    for place in {0, 1, size // 2, size - 2, size - 1} if size > 1 else {0}:
-        batch = others.copy()
-        batch[place] = probe[0]
-        answers.append(model.run(batch).logits[[place]])
-    return answers
+def _difference(model: Model, probes: Batch, alone: list[Outputs], size: int, first: int) -> float:
+    """How far the answers of a batch of probes, in turn from the `first`, lie from those alone; RUL in its units."""
+    turn = (np.arange(size) + first) % len(probes)
+    found = model.run(probes[turn])
+    logits = found.logits - np.concatenate([answer.logits for answer in alone])[turn]
+    if found.rul is None:
+        return float(np.abs(logits).max())
+    rul = found.rul - np.concatenate([answer.rul for answer in alone if answer.rul is not None])[turn]
+    return float(max(np.abs(logits).max(), np.abs(rul).max() / RUL_UNITS))
 
 
 def _singly(run: Callable[[Batch], Outputs]) -> Callable[[Batch], Outputs]:

@@ -115,6 +115,12 @@ class Supervisor(Multiprocess):
             process.child_conn.close()
         super().keep_subprocess_alive()
 
+    def terminate_all(self) -> None:
+        """Stop the workers, and listen no longer than they do: nobody would ever accept who connects after that."""
+        super().terminate_all()
+        for listening in self.sockets:
+            listening.close()
+
     def handle_hup(self) -> None:
         """Pass it on; who is only starting has no model yet that could be opened again, and would be ended by it."""
         for process in self.processes:

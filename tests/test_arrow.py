@@ -161,15 +161,15 @@ def test_options_stand_in_the_query(service: Service, fleet: dict[str, Readings]
         ("?temperature=1&temperature=2", "temperature"),
         ("?missing=guess", "missing"),
         ("?explain=maybe", "explain"),
-        ("?%ff=1", None),
-        ("?temprature=2", None),
-        ("?instances=1", None),
+        ("?%ff=1", "\ufffd"),
+        ("?temprature=2", "temprature"),
+        ("?instances=1", "instances"),
     ],
 )
-def test_a_wrong_option_is_named(service: Service, windows: Readings, query: str, place: str | None) -> None:
+def test_a_wrong_option_is_named(service: Service, windows: Readings, query: str, place: str) -> None:
     """Options out of range, unknown or told twice are a 422 that names them, as in JSON."""
     answer = post(service, stream(flights({"A": windows[0]})), query)
-    assert (422, [] if place is None else [place]) == (answer.status_code, answer.json()["errors"][0]["loc"])
+    assert (422, [place]) == (answer.status_code, answer.json()["errors"][0]["loc"])
 
 
 def test_missing_values_are_named_or_held(service: Service, fleet: dict[str, Readings]) -> None:

@@ -1,4 +1,6 @@
 import json
+import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -6,9 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.evaluate import ARTEFACT
 from service.api import numbers as arrays
-from service.api.cuts import LONG, cut
+from service.api.calls import evaluate_json, read_predict
+from service.api.cuts import LONG, Cuts, cut
 from service.api.numbers import FLOAT32_MOST, PIECE, columns, fits_float32, numbers, table, to_float32
+from service.api.tensors import read
+from service.errors import InputRejected
+from service.runtime import open_model
 
 NAMES = {b"telemetry", b"data", b"a", b"b"}
 ROWS = np.random.default_rng(0).normal(500, 100, (PIECE // 10, 3)).round(3)
@@ -19,7 +26,7 @@ def mended(body: bytes) -> bytes:
     short, cuts = cut(body, NAMES)
     for mark, found in cuts.items():
         assert 1 == short.count(mark)
-        short = short.replace(mark, found)
+        short = short.replace(mark, bytes(found))
     return short
 
 
@@ -47,7 +54,7 @@ def test_long_lists_are_cut_out_and_nothing_is_lost(body: Any, lists: int, inden
     short, cuts = cut(text, NAMES)
     assert lists == len(cuts)
     assert json.loads(short).keys() == body.keys()
-    assert all(isinstance(json.loads(found), list) for found in cuts.values())
+    assert all(isinstance(json.loads(bytes(found)), list) for found in cuts.values())
     assert text == mended(text)
 
 
@@ -66,7 +73,7 @@ def test_long_tables_are_what_short_ones_are() -> None:
     assert found is not None
     assert np.array_equal(ROWS, found)
     by_name = json.dumps({name: ROWS[:, k].tolist() for k, name in enumerate("abc")}).encode()
-    for body, cuts in ((by_name, {}), cut(by_name, {b"a", b"b", b"c"})):
+    for body, cuts in ((by_name, Cuts()), cut(by_name, {b"a", b"b", b"c"})):
         found = columns(body, ("a", "b", "c"), cuts)
         assert found is not None
         assert np.array_equal(ROWS, found)
@@ -87,6 +94,67 @@ def test_a_wrong_value_anywhere_in_a_long_table_is_seen(place: int, wrong: str) 
     flat[3 * place] = wrong
     if wrong != "[1]":  # which is flattened
         assert numbers(f"[{', '.join(flat)}]".encode(), "d") is None
+
+
+def parsed(text: str) -> Any:
+    """As Python's own parser reads it; None if it does not."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+@given(st.lists(st.sampled_from(["[", "]", ",", "1", "[1,2]", "[3]", "1,", " "]), max_size=12).map("".join))
+def test_nested_lists_in_pieces_are_read_if_and_only_if_they_are_json(inside: str) -> None:
+    """A list that is cut at its commas has the numbers that Python's parser finds, and is refused where that does."""
+    text = f"[[1,{inside}],2]"
+    with pytest.MonkeyPatch.context() as patch:
+        for size in (1, 2, 5):
+            patch.setattr(arrays, "PIECE", size)
+            found = numbers(text.encode(), "d")
+            assert isinstance(parsed(text), list) == (found is not None)
+            if found is not None:
+                assert re.findall(r"\d+", text) == [str(int(value)) for value in found.tolist()]
+
+
+ROW = f"[{','.join(['1.5'] * 17)}]"
+WINDOW = f"[{','.join([ROW] * 100)}]"
+NEARLY_NULL = f"[1e300,{'1,' * 15}0.{'0' * 290}null]"
+PAD, GARBAGE = " " * PIECE, "[@@" + " x" * LONG + "]"
+TENSOR = '{"inputs":[{"name":"telemetry","datatype":"FP32","shape":[1,100,17],"parameters":{"data":%s},"data":%s}]}'
+
+
+def predicted(body: bytes) -> None:
+    read_predict(body, open_model(ARTEFACT), 10)
+
+
+def evaluated(body: bytes) -> None:
+    evaluate_json(body, ("a", "b", "c"), 10)
+
+
+def inferred(body: bytes) -> None:
+    read(body, None, {"telemetry": "FP32"})
+
+
+@pytest.mark.parametrize(
+    ("reads", "body"),
+    [
+        (predicted, f'{{"instances":[{{"telemetry":{GARBAGE},"telemetry":{WINDOW}}}]}}{PAD}'),
+        (predicted, f'{{"instances":[{{"telemetry":{WINDOW}}},{{"telemetry":{ROW[:-1]},{PAD}]}}]}}'),
+        (predicted, f'{{"instances":[{{"telemetry":[{ROW}{PAD},{NEARLY_NULL}]}}],"missing":"hold"}}'),
+        (evaluated, f'{{"logits":{GARBAGE},"logits":[[1,2,3]],"labels":[0]}}{PAD}'),
+        (inferred, TENSOR % (GARBAGE, WINDOW + PAD)),
+        (inferred, TENSOR % ("[]", f"{WINDOW[:-1]}[]{PAD}]")),
+        (inferred, TENSOR % ("[]", f"[[]{WINDOW}{PAD}]")),
+        (inferred, TENSOR % ("[]", f"{WINDOW[:-1]},{PAD}]")),
+    ],
+)
+def test_a_long_body_that_is_no_json_is_never_read(reads: Callable[[bytes], None], body: str) -> None:
+    """What a parser refuses whole is refused in pieces, also in a place that nobody reads."""
+    assert len(body) > PIECE
+    assert not isinstance(parsed(body), dict)
+    with pytest.raises(InputRejected):
+        reads(body.encode())
 
 
 def test_missing_values_are_read_as_fast_as_others_and_only_where_they_may() -> None:

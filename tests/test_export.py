@@ -16,7 +16,8 @@ from model import cmapss
 from model.evaluate import ARTEFACT, open_artefact
 from model.fit import load
 from model.network import EngineHealth, NetworkConfig
-from model.windows import Readings, every_window
+from model.windows import Readings, every_window, pad_left
+from service.runtime import open_model
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +171,20 @@ def test_every_command_refuses_in_one_line(cmapss_dir: Path, tmp_path: Path, mod
         command, capture_output=True, text=True, env=os.environ | {"CMAPSS_DIR": str(cmapss_dir)}, check=False
     )
     assert (1, 1) == (found.returncode, len(found.stderr.splitlines())), found.stderr
+
+
+def test_the_artefact_answers_a_window_alike_in_any_company(cmapss_dir: Path) -> None:
+    """Windows of real engines, short histories too, have the bits that they have alone, at any place of any batch."""
+    model, random = open_model(ARTEFACT, threads=1), np.random.default_rng(0)
+    histories = cmapss.read_test(cmapss_dir, "FD004")[:40]
+    ends = [int(random.integers(1, len(history.telemetry) + 1)) for history in histories]
+    windows = np.stack([pad_left(h.telemetry[:end], 100) for h, end in zip(histories, ends, strict=True)])
+    alone = [model.run(window[None]) for window in windows]
+    logits = np.concatenate([answer.logits for answer in alone])
+    rul = np.concatenate([answer.rul for answer in alone if answer.rul is not None])
+    for size in (2, 3, 5, 8, 15, 16, 33, 64, 100):
+        some = random.integers(0, len(windows), size)
+        together = model.run(windows[some])
+        assert np.array_equal(logits[some], together.logits)
+        assert together.rul is not None
+        assert np.array_equal(rul[some], together.rul)

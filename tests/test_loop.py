@@ -1,7 +1,11 @@
 import asyncio
+import os
+import resource
 import socket
 import time
-from typing import cast
+from typing import Any, cast
+
+import pytest
 
 from service.loop import MOST_AT_ONCE, Loop
 
@@ -51,10 +55,45 @@ def test_all_who_connected_while_the_loop_was_busy_are_accepted_at_once() -> Non
     assert CLIENTS < MOST_AT_ONCE
 
 
-def test_an_idle_loop_leaves_connections_to_others() -> None:
+def test_an_idle_loop_leaves_connections_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where turns are short each takes a connection or two, so that several workers share those who come at once."""
+    monkeypatch.setattr("service.loop.SECONDS_EACH", 60.0)  # however busy this machine is, a turn is short beside it
     with asyncio.Runner(loop_factory=Loop) as runner:
         assert CLIENTS / 10 < runner.run(turns_until_all_are_in(0))
+
+
+def test_a_busy_loop_with_no_descriptor_left_goes_on() -> None:
+    """When as many files are open as may be, nothing is raised in the loop, and who comes later is accepted."""
+
+    async def scene() -> list[dict[str, Any]]:
+        raised: list[dict[str, Any]] = []
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: raised.append(context))
+        server = await loop.create_server(Echo, "127.0.0.1", 0)
+        address = server.sockets[0].getsockname()
+        clients = [socket.create_connection(address) for _ in range(3)]
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        free = os.dup(0)
+        os.close(free)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, hard))  # one more may be opened
+            for _ in range(20):
+                time.sleep(0.005)
+                await asyncio.sleep(0)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        clients.append(socket.create_connection(address))
+        clients[-1].setblocking(False)
+        await loop.sock_sendall(clients[-1], b"x")
+        assert b"x" == await asyncio.wait_for(loop.sock_recv(clients[-1], 1), 30)
+        for client in clients:
+            client.close()
+        server.close()
+        await server.wait_closed()
+        return raised
+
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        assert [] == runner.run(scene())
 
 
 def test_a_server_that_is_closed_accepts_nobody_more() -> None:

@@ -8,11 +8,14 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.kills import survive_in
-from model import numerics
+from model import contract, numerics
 from model.contract import Manifest
 from model.windows import Readings, pad_left
+from service.api.recall import read_cursor, write_cursor
+from service.api.schemas import MOST_NAME
 from tests.conftest import Service, running
 from tests.postgres import Postgres, postgres
 from tests.test_runtime import identity_classifier
@@ -75,6 +78,20 @@ def test_a_flight_is_answered_as_its_window(kept: Service, windows: Readings, ma
             found["rul"],
             found["probabilities"],
         )
+
+
+def test_an_engine_that_no_path_could_name_is_refused(kept: Service, windows: Readings) -> None:
+    """Ids with control characters are a 422 by their place in every call, as their histories could not be asked for."""
+    row = windows[0][0].tolist()
+    for name in ("a\0b", "a\n", "\r", "\x7f", "\tid"):
+        for path, body, place in (
+            ("/v1/predict", {"instances": [{"engine_id": name, "telemetry": [row]}]}, ["instances", 0, "engine_id"]),
+            ("/v1/cycles", {"cycles": [{"engine_id": name, "cycle": 1, "telemetry": row}]}, ["cycles", 0, "engine_id"]),
+            ("/v1/labels", {"labels": [{"engine_id": name, "cycle": 1, "label": 0}]}, ["labels", 0, "engine_id"]),
+            ("/v1/outcomes", {"engine_id": name, "failed_at_cycle": 9}, ["engine_id"]),
+        ):
+            answer = kept.client.post(path, json=body)
+            assert (422, place) == (answer.status_code, answer.json()["errors"][0]["loc"])
 
 
 def test_late_flights_find_their_place(kept: Service, windows: Readings) -> None:
@@ -151,6 +168,14 @@ def test_a_wrong_flight_is_refused_by_its_place(kept: Service, flight: dict[str,
     assert 422 == answer.status_code, answer.text
     assert loc == answer.json()["errors"][0]["loc"]
     assert 404 == kept.client.get("/v1/engines/not kept").status_code
+
+
+@pytest.mark.parametrize("telemetry", [b'"\xff"', b'{"\xff": 1}', b'["\xff"]'])
+def test_a_flight_of_broken_text_is_no_json(kept: Service, telemetry: bytes) -> None:
+    """Bytes that are no UTF-8 within a flight's readings are a 400, as they are anywhere else."""
+    body = b'{"cycles": [{"engine_id": "x", "cycle": 1, "telemetry": ' + telemetry + b"}]}"
+    answer = kept.client.post("/v1/cycles", content=body, headers={"Content-Type": "application/json"})
+    assert 400 == answer.status_code, answer.text
 
 
 def test_labels_have_each_a_result(kept: Service, windows: Readings) -> None:
@@ -295,6 +320,12 @@ def test_engines_come_worst_first_by_pages(windows: Readings) -> None:
             assert 422 == service.client.get(f"/v1/engines?{query}").status_code
 
 
+@pytest.mark.parametrize("name", ["a", "\U0001f680" * MOST_NAME, "\x01" * MOST_NAME, '"' * MOST_NAME])
+def test_every_page_has_a_next_that_is_understood(name: str) -> None:
+    """Where a page ends is told and taken back whatever the last engine is called."""
+    assert (1 / 3, name) == read_cursor(write_cursor(1 / 3, name))
+
+
 def test_without_a_database_it_is_said(windows: Readings) -> None:
     """Stateless: predictions are answered as ever, and every call that needs memory is a 501 that says why."""
     with running(ENGINE_HEALTH_DATABASE_URL="") as service:
@@ -400,3 +431,27 @@ def test_postgresql_may_go_and_come_back(windows: Readings, cluster: Postgres) -
         cluster.start()
         until(lambda: service.client.post("/v1/cycles", json={"cycles": [flight]}).status_code == 200)
         assert [1, 2] == [row["cycle"] for row in history(service, "a")]
+
+
+def test_a_flight_without_an_answer_is_named_by_its_own_place(tmp_path: Path) -> None:
+    """Readings on which the network overflows are a 422 at their row of `cycles`, and nothing of the call is kept."""
+    window = helper.make_tensor_value_info("telemetry", TensorProto.FLOAT, ["n", 2, 2])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 2])
+    parts = [numpy_helper.from_array(np.array(10, np.float32), "ten"), numpy_helper.from_array(np.array([1]), "time")]
+    nodes = [
+        helper.make_node("ReduceMax", ["telemetry", "time"], ["newest"], keepdims=0),
+        helper.make_node("Mul", ["newest", "ten"], ["logits"]),
+    ]
+    graph = helper.make_graph(nodes, "g", [window], [logits], parts)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    said = {"name": "over", "version": "1", "classes": ("a", "b"), "window": 2}
+    manifest = Manifest.model_validate(said | {"channels": [{"name": "x"}, {"name": "y"}]})
+    contract.write(proto.SerializeToString(), manifest, tmp_path / "over.onnx")
+    with running(ENGINE_HEALTH_MODEL=str(tmp_path / "over.onnx")) as service:
+        rows = [("b", 7, [1, 2]), ("a", 3, [1, 2]), ("b", 2, [3e38, 1]), ("a", 1, [2, 1])]
+        cycles = [{"engine_id": e, "cycle": c, "telemetry": row} for e, c, row in rows]
+        answer = service.client.post("/v1/cycles", json={"cycles": cycles})
+        assert 422 == answer.status_code, answer.text
+        assert answer.json()["detail"].startswith("cycles[")
+        assert answer.json()["errors"][0]["loc"] in (["cycles", 2, "telemetry"], ["cycles", 0, "telemetry"])
+        assert 404 == service.client.get("/v1/engines/b").status_code

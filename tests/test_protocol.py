@@ -10,7 +10,7 @@ import pytest
 
 from model.windows import Readings
 from tests.conftest import Service, running
-from tests.test_serving import one, until
+from tests.test_serving import one, until, until_all_are_ready
 from tests.test_strain import HEAD, connected
 
 LIVEZ = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -79,6 +79,14 @@ def test_an_offer_of_another_protocol_is_not_taken_up(service: Service, windows:
             assert 200 == hear(ear)[0]
         connection.sendall(chunked)
         assert 422 == hear(ear)[0]
+
+
+def test_any_number_of_offers_may_come_together(service: Service) -> None:
+    """Requests that each offer another protocol are all answered, however many are sent at once."""
+    many = 1500
+    with talking(service) as (connection, ear):
+        connection.sendall(LIVEZ.replace(b"\r\n\r\n", b"\r\n" + OFFER + b"\r\n") * many)
+        assert [200] * many == [hear(ear)[0] for _ in range(many)]
 
 
 def test_headers_that_follow_a_large_body_are_counted_without_it(service: Service, windows: Readings) -> None:
@@ -152,6 +160,41 @@ def test_who_asked_before_is_answered_before_a_refusal(service: Service, windows
         connection.sendall(asked * 2 + b"nonsense\r\n\r\n")
         assert [200, 200] == [hear(ear)[0] for _ in range(2)]
         assert ends(ear)
+
+
+def test_nobody_is_let_in_who_would_not_be_answered(windows: Readings) -> None:
+    """Told to stop, workers answer who is there, and whoever connects then hears at once that nobody listens."""
+    asked = predicting(windows)
+    with running(ENGINE_HEALTH_WORKERS="2") as service, talking(service) as (connection, ear):
+        until_all_are_ready(service, 2)
+        connection.sendall(asked[:-9])
+        service.process.terminate()
+
+        def refused() -> bool:
+            try:
+                with connected(service):
+                    return False
+            except ConnectionRefusedError:
+                return True
+
+        until(refused)
+        connection.sendall(asked[-9:])
+        assert 200 == hear(ear)[0]
+        assert 0 == service.process.wait(timeout=20)
+
+
+def test_who_is_not_done_when_the_process_ends_is_told_so(windows: Readings) -> None:
+    """A request that is not whole at the end of the grace time is 503 like any that comes too late, and no fault."""
+    with running() as service, talking(service) as (connection, ear):
+        connection.sendall(predicting(windows)[:-9])
+        service.metrics()  # by now it has begun to read
+        service.process.terminate()
+        status, headers, body = hear(ear)
+        assert (503, "1") == (status, headers["retry-after"])
+        assert 503 == json.loads(body)["status"]
+        _, log = service.process.communicate(timeout=20)
+        assert 0 == service.process.returncode
+    assert "Traceback" not in log
 
 
 def test_blanks_around_a_value_are_not_the_value() -> None:

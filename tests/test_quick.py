@@ -80,6 +80,7 @@ def test_the_quick_way_says_what_the_schemas_say_or_nothing(model: Model, asked:
         b'{"instances":[{"telemetry":%s}],"instances":[{"telemetry":%s}]}',
         b'{"instances":[{"telemetry":%s,"telemetry":[[1]]}]}',
         b'\xff{"instances":[{"telemetry":%s}]}',
+        b'\xef\xbb\xbf{"instances":[{"telemetry":%s}]}',
         b'{"instances":[{"telemetry":%s,"engine_id":"\xff"}]}',
         *(b"", b"[]", b"3", b"null", b'{"instances":3}', b'{"instances":[3]}', b'{"instances":{"a":{"telemetry":%s}}}'),
         *(b'{"instances":[{"telemetry":3}]}', b'{"instances":[{"telemetry":{"seventeen_letters":[1]}}]}'),

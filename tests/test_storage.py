@@ -158,6 +158,19 @@ def test_truths_join_in_any_order(
     assert len(labels_found) == len(found.logits)  # each engine and cycle counts once
 
 
+def test_the_order_of_telling_changes_no_figure(template: Path, tmp_path: Path) -> None:
+    """Rows come by engine and cycle and engines by name, so that sums and resampled engines are the same bits."""
+    steps: list[Step] = [("predict", e, c) for e in ("b", "ä c", "a") for c in (7, 1, 130)]
+    steps += [("label", "b", 7, 1, False), ("end", "a", 140, False)]
+    found = []
+    for k, order in enumerate((steps, steps[::-1])):
+        shutil.copy(template, tmp_path / f"{k}.db")
+        found.append(asyncio.run(told(f"sqlite:///{tmp_path}/{k}.db", order)))
+    assert [0, 0, 0, 1, 1, 1, 2, 2, 2] == found[0].engine.tolist()
+    for name in ("logits", "temperature", "label", "engine", "source"):
+        np.testing.assert_array_equal(getattr(found[0], name), getattr(found[1], name))
+
+
 def test_both_databases_have_the_schema_that_the_code_has(cluster: Postgres, template: Path) -> None:
     """The migrations make exactly the tables that the code uses, and taking them twice changes nothing."""
     url = cluster.url("schema").replace("postgresql:", "postgresql+psycopg:")
@@ -281,3 +294,58 @@ def test_what_is_stored_of_a_model_reads_its_logits_again(template: Path, tmp_pa
     kept = json.loads(text)
     assert list(MANIFEST.classes) == kept["classes"]
     assert [125.0, 50.0] == kept["rul_thresholds"]
+
+
+def test_whatever_was_said_before_is_kept(template: Path, tmp_path: Path) -> None:
+    """Each label that was revised is in the history, also where all were said within one transaction."""
+    path = tmp_path / "memory.db"
+    shutil.copy(template, path)
+    rows = [Said(None, "a", 1, one_hot(k), True) for k in (0, 1, 2)]
+
+    async def ask() -> list[str]:
+        database, book = opened(f"sqlite:///{path}")
+        answered = await database.write(partial(labels.label, book), Labels(rows, 1.0))
+        again = [Said(None, "a", 1, one_hot(0), True), Said(None, "a", 1, one_hot(1), True)]
+        answered_then = await database.write(partial(labels.label, book), Labels(again, 2.0))
+        await database.close()
+        return [result for result, _ in [*answered.results, *answered_then.results]]
+
+    assert ["pending", *["revised"] * 4] == asyncio.run(ask())
+    with sqlite3.connect(path) as connection:
+        found = connection.execute("SELECT label, told, revised FROM revisions ORDER BY id").fetchall()
+        ((stands,),) = connection.execute("SELECT label FROM truths").fetchall()
+    expected = [(0, 1.0, 1.0), (1, 1.0, 1.0), (2, 1.0, 2.0), (0, 2.0, 2.0)]
+    assert expected == [(int(np.frombuffer(label).argmax()), told, revised) for label, told, revised in found]
+    assert 1 == np.frombuffer(stands).argmax()
+
+
+def test_a_truth_is_not_forgotten_before_its_prediction(tmp_path: Path) -> None:
+    """An inspection that came long before its prediction still counts first when the engine's end is told."""
+    steps: list[Step] = [("label", "a", 1, 2, False), ("predict", "a", 5), ("predict", "a", 1)]
+
+    async def ask() -> Floats:
+        await told(f"sqlite:///{tmp_path}/memory.db", steps)
+        database, book = opened(f"sqlite:///{tmp_path}/memory.db")
+        assert 0 == await database.write(queries.prune, 1.0)
+        await database.write(partial(labels.end, book), End("a", 200, False, 9.0))
+        left = await database.read(lambda connection: queries.counted(connection, DIGEST, CLASSES, None))
+        await database.close()
+        return np.asarray(left.label[left.source == 0])
+
+    assert one_hot(2).tolist() == asyncio.run(ask())[0].tolist()
+
+
+def test_a_page_counts_the_engines_that_it_shows(tmp_path: Path) -> None:
+    """An engine whose latest prediction was forgotten is neither shown nor counted."""
+    steps: list[Step] = [("predict", "a", 5), ("predict", "b", 5)]
+
+    async def ask() -> queries.Page:
+        await told(f"sqlite:///{tmp_path}/memory.db", steps)
+        database, _ = opened(f"sqlite:///{tmp_path}/memory.db")
+        assert 1 == await database.write(queries.prune, 1.0)
+        found = await database.read(lambda connection: queries.page(connection, None, None))
+        await database.close()
+        return found
+
+    found = asyncio.run(ask())
+    assert (1, ["b"]) == (found.total, [row.engine_id for row in found.rows])

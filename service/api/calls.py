@@ -9,7 +9,7 @@ from model import numerics
 from service.api import schemas
 from service.api.answers import prediction_rows
 from service.api.arrow import read_table
-from service.api.cuts import whole
+from service.api.cuts import check_unread, whole
 from service.api.decode import Decoded, decode_instances, decode_labels, decode_logits, parse_long, refuse
 from service.api.depth import JSON_DEPTH
 from service.api.flights import decode_histories, histories
@@ -47,6 +47,7 @@ def read_predict(body: bytes, model: Model, most: int) -> Asked:
     asked, cuts, _ = parse_long(body, schemas.PredictRequest, names)
     _admit(len(asked.instances), asked.explain, model, most)
     decoded = decode_instances(asked.instances, model, asked.missing == "hold", cuts)
+    check_unread(cuts)
     return Asked(asked.instances, decoded, asked.temperature, asked.explain)
 
 
@@ -103,6 +104,7 @@ def evaluate_json(body: bytes, classes: tuple[str, ...], most: int) -> dict[str,
     """The whole of `/v1/evaluate` between its bytes."""
     asked, cuts, _ = parse_long(body, schemas.EvaluateRequest, {b"logits"})
     logits = decode_logits(whole(asked.logits, cuts), most)
+    check_unread(cuts)
     names = classes if logits.shape[1] == len(classes) else tuple(str(k) for k in range(logits.shape[1]))
     faults: list[Fault] = []
     if len(asked.labels) != len(logits):

@@ -1,26 +1,37 @@
 """Long lists of numbers cut out of a JSON body before it is parsed, so that no parser holds the interpreter for long.
 
 What is left is parsed at once, and is short; the lists are read afterwards, a piece at a time. Nothing goes unread:
-what was cut out stands in its list to the last character, and is refused there if it is no list.
+what was cut out stands in its list to the last character, and is refused there if it is no list. A list that nobody
+asks for, of a name told twice say, is looked at in the end.
 """
 
 import re
 import secrets
 from collections.abc import Collection
 
+import msgspec
 from msgspec import Raw
+
+from service.errors import NotJson
 
 LONG = 4096  # bytes; a shorter list stays where it is
 TAIL = 256  # bytes behind a list in which its end is looked for
 _MARK = secrets.token_hex(16).encode()  # nobody can send what stands for a list
 _BETWEEN = b" \t\r\n,{}"
 _BEGIN = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*\[")
-Cuts = dict[bytes, bytes]
+
+
+class Cuts(dict[bytes, memoryview]):
+    """Lists of a body by the marks that stand for them; `read` are the marks of those that somebody asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: set[bytes] = set()
 
 
 def cut(body: bytes, names: Collection[bytes]) -> tuple[bytes, Cuts]:
     """A body whose long lists of numbers under some names are short marks, and the lists by their marks."""
-    cuts: Cuts = {}
+    cuts = Cuts()
     if b"\\" in body:  # a quote might be part of a text
         return body, cuts
     kept, done, begin = [], 0, body.find(b'"')
@@ -30,7 +41,7 @@ def cut(body: bytes, names: Collection[bytes]) -> tuple[bytes, Cuts]:
         until = len(body) if following < 0 else following
         if until - end > LONG and body[begin + 1 : end] in names and (found := _list(body, end + 1, until)):
             mark = b'"%s-%d"' % (_MARK, len(cuts))
-            cuts[mark] = body[found[0] : found[1]]
+            cuts[mark] = memoryview(body)[found[0] : found[1]]
             kept += [body[done : found[0]], mark]
             done = found[1]
         begin = following
@@ -40,7 +51,23 @@ def cut(body: bytes, names: Collection[bytes]) -> tuple[bytes, Cuts]:
 def whole(raw: Raw, cuts: Cuts) -> bytes:
     """What stood there before anything was cut out."""
     text = bytes(raw)
-    return cuts.get(text, text)
+    if text not in cuts:
+        return text
+    cuts.read.add(text)
+    return bytes(cuts[text])
+
+
+def check_unread(cuts: Cuts) -> None:
+    """Refuse what was cut out of a body, read by nobody, and is no JSON.
+
+    Raises:
+        NotJson: there is such a thing.
+    """
+    for mark in cuts.keys() - cuts.read:
+        try:
+            msgspec.json.decode(cuts[mark], type=Raw)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise NotJson(f"the body is not JSON: {error}") from None
 
 
 def _list(body: bytes, begin: int, end: int) -> tuple[int, int] | None:

@@ -43,13 +43,13 @@ def parse_long(body: bytes, kind: type[Body], names: Collection[bytes]) -> tuple
         NotJson: what its bytes are not.
         InvalidInput: JSON of another shape; names the first place.
     """
-    short, cuts = cut(body, names) if len(body) > PIECE else (body, {})
+    short, cuts = cut(body, names) if len(body) > PIECE else (body, Cuts())
     try:
         return parse(short, kind), cuts, short
     except (NotJson, InvalidInput):
         if not cuts:
             raise
-        return parse(body, kind), {}, body  # which says what is wrong with what was sent
+        return parse(body, kind), Cuts(), body  # which says what is wrong with what was sent
 
 
 def decode_instances(instances: list[Instance], model: Model, hold: bool, cuts: Cuts | None = None) -> Decoded:
@@ -68,13 +68,13 @@ def decode_instances(instances: list[Instance], model: Model, hold: bool, cuts: 
     channels = model.channels
     batch = np.empty((len(instances), *model.input_shape), dtype=np.float32)
     imputed = np.zeros(len(channels), dtype=np.int64)
-    window = model.manifest.window
+    window, cuts = model.manifest.window, Cuts() if cuts is None else cuts
     for i, instance in enumerate(instances):
         loc = ("instances", i, "telemetry")
         if window is None:
-            values = _tensor(whole(instance.telemetry, cuts or {}), model.input_shape, loc, faults)
+            values = _tensor(whole(instance.telemetry, cuts), model.input_shape, loc, faults)
         else:
-            values, held = _window(instance.telemetry, cuts or {}, window, channels, hold, loc, faults)
+            values, held = _window(instance.telemetry, cuts, window, channels, hold, loc, faults)
             if held is not None:
                 imputed += held
         if values is not None:
@@ -102,7 +102,7 @@ def _window(
     values = _history(text, channels, hold, cuts)
     if values is None:
         for mark, found in cuts.items() if text[:1] == b"{" else ():
-            text = text.replace(mark, found)
+            text = text.replace(mark, bytes(found))
         values = _suspicious(text, channels, hold, loc, faults)
     if values is None:
         return None, None

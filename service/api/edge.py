@@ -3,6 +3,7 @@
 Paths that are asked very often go straight to their endpoint; everything else through FastAPI's router.
 """
 
+import asyncio
 import os
 import re
 import time
@@ -22,11 +23,12 @@ from service.api.body import HELD, Buffer, Held
 from service.api.keys import Keys, RawHeaders
 from service.api.problems import problem
 from service.api.routes import Endpoint
+from service.api.schemas import CONTROL
+from service.errors import NotReady
 from service.metrics import Metrics
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})  # other words are one label
 PREFLIGHT = {b"origin", b"access-control-request-method"}  # the headers that make OPTIONS one
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _TRACE = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}")  # W3C, level 1
 
@@ -64,7 +66,7 @@ class Edge:
         method, path, headers = scope["method"], scope["path"], dict(scope["headers"])  # the last of a name counts
         request_id = _request_id(headers)
         held = scope[HELD] = Held(self._buffer)
-        lane = self._lane(path) if method == "POST" and not _CONTROL.search(path) else None
+        lane = self._lane(path) if method == "POST" and not CONTROL.search(path) else None
         if method == "HEAD":  # as GET; the server, whose scope is another one, sends no body
             scope = {**scope, "method": "GET"}
 
@@ -89,7 +91,7 @@ class Edge:
         if self._origins:  # whose headers errors have too
             tell = partial(self._origins.send, send=watched, request_headers=Headers(scope=scope))
         try:
-            if _CONTROL.search(path):  # some patterns match before a last newline, and others do not
+            if CONTROL.search(path):  # some patterns match before a last newline, and others do not
                 raise HTTPException(404, "no path has control characters")
             if self._origins and method == "OPTIONS" and headers.keys() >= PREFLIGHT:  # browsers show no key here
                 await _preflight(self._origins, scope)(scope, receive, watched)
@@ -100,6 +102,11 @@ class Edge:
             else:
                 response = await lane.endpoint(Request(scope, receive))
                 await response(scope, receive, tell)
+        except asyncio.CancelledError:  # the process closes, and can wait no longer for what is not whole yet
+            if begun:
+                raise
+            late = NotReady("this process closes before the request was answered")
+            await problem(late, path, self._metrics)(scope, receive, tell)
         except Exception as error:  # the last room: nothing leaves it unanswered
             if not begun:
                 await problem(error, path, self._metrics)(scope, receive, tell)

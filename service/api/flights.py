@@ -10,7 +10,7 @@ import numpy.typing as npt
 from model import windows
 from service.api.arrow import ARROW, INTEGERS, NULLS, NUMBERS, TEXTS, Column, Table
 from service.api.decode import MOST_FAULTS, Decoded, decode_labels, hold_window, refuse
-from service.api.schemas import MOST_CYCLE, MOST_NAME, Label
+from service.api.schemas import CONTROL, MOST_CYCLE, MOST_NAME, Label
 from service.errors import Fault, UnsupportedMediaType
 from service.runtime import Batch, Model
 
@@ -107,8 +107,8 @@ def _engines(columns: dict[str, Column], rows: int) -> tuple[list[str | None], P
         if not name or len(name) > MOST_NAME:
             what = "missing" if name is None else f"expected 1 to {MOST_NAME} characters, got {len(name)}"
             refuse([Fault((ENGINE, row), what)])
-        if "\0" in name:
-            refuse([Fault((ENGINE, row), "a name may not have a NUL")])
+        if CONTROL.search(name):
+            refuse([Fault((ENGINE, row), "a name may not have control characters")])
         rank[codes[row]] = seen.setdefault(name, len(seen))  # a dictionary may hold a name twice
     return list(seen), rank[codes]
 

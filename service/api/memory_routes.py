@@ -90,8 +90,7 @@ def build_router(lifecycle: Lifecycle, aside: Aside, cycles: Endpoint) -> APIRou
         """Everything that was predicted of an engine, oldest first; with `superseded=true` also what counts no more."""
         asked = schemas.parse_query(request.query_params.multi_items(), schemas.HistoryQuery)
         database = lifecycle.memory().database
-        known = "\0" not in engine_id
-        found = await database.read(lambda c: queries.history(c, engine_id, asked.superseded)) if known else None
+        found = await database.read(lambda c: queries.history(c, engine_id, asked.superseded))
         if found is None:
             raise Unknown(f"nothing is remembered of an engine {engine_id[:200]!r}")
         rows, kinds = found

@@ -13,13 +13,11 @@ import numpy.typing as npt
 import simdjson
 
 from service.api.cuts import Cuts, whole
-from service.api.depth import OPENS
 from service.runtime import Batch
 
 PIECE = 1 << 20  # bytes parsed at a time; a millisecond or two
 FLOAT32_MOST = float(np.finfo(np.float32).max) + 2.0**103  # less than this is rounded to the largest float32
-FLAT = bytes.maketrans(b"[]", b"  ")
-MISSING = b"1e300"  # what stands for null while it is parsed: no float32
+MISSING = b" 1e300 "  # what stands for null while it is parsed: no float32, and part of nothing that is beside it
 Flat = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 
@@ -41,7 +39,7 @@ def parser() -> simdjson.Parser:
 def table(text: bytes, width: int, hold: bool = False) -> Floats | None:
     """A list of rows of `width` numbers, (T, width); null as NaN if it may be held."""
     parts = []
-    for piece in [text] if len(text) <= PIECE else pieces(text, b"]"):
+    for piece in [text] if len(text) <= PIECE else pieces(text):
         part = _flat(piece, "d", width, hold)
         if part is None:
             return None
@@ -66,24 +64,13 @@ def columns(text: bytes, names: tuple[str, ...], cuts: Cuts, hold: bool = False)
 
 def numbers(text: bytes, kind: Literal["d", "i"], hold: bool = False) -> Flat | None:
     """All numbers of a flat or nested list in their order, as float64 or int64; null as NaN if it may be held."""
-    if len(text) > PIECE:
-        if not _is_list(text):
-            return None
-        text = b"[" + text.translate(FLAT) + b"]"  # so that it can be cut at any comma
     parts = []
-    for piece in [text] if len(text) <= PIECE else pieces(text, b","):
+    for piece in [text] if len(text) <= PIECE else nested_pieces(text):
         part = _flat(piece, kind, None, hold)
         if part is None:
             return None
         parts.append(part)
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _is_list(text: bytes) -> bool:
-    """Whether the brackets are those of one list."""
-    steps = OPENS[np.frombuffer(text, dtype=np.uint8)]
-    depths = np.cumsum(steps[steps != 0], dtype=np.int32)
-    return len(depths) > 0 and depths[-1] == 0 and bool((depths[:-1] > 0).all())
 
 
 def _flat(text: bytes, kind: Literal["d", "i"], width: int | None, hold: bool) -> Flat | None:
@@ -124,20 +111,44 @@ def flat_rows(rows: Any, width: int | None) -> Floats:
 
 def brackets(text: bytes) -> int:
     """How many opening brackets there are, in half the time that `bytes.count` needs for so many."""
-    return int(np.count_nonzero(np.frombuffer(text, dtype=np.uint8) == ord("[")))
+    return _count(text, b"[")
 
 
-def pieces(text: bytes, end: Literal[b"]", b","]) -> list[bytes]:
-    """A list cut behind its rows, or at its commas, each piece a list; of anything else nonsense, as a parser finds."""
+def _count(text: bytes, one: bytes) -> int:
+    return int(np.count_nonzero(np.frombuffer(text, dtype=np.uint8) == ord(one)))
+
+
+def pieces(text: bytes) -> list[bytes]:
+    """A list cut behind its rows, each piece a list; of anything else nonsense, as a parser finds."""
     found, begin = [], 0
     while len(text) - begin > PIECE:
-        stop = text.find(end, begin + PIECE)
+        stop = text.find(b"]", begin + PIECE)
         comma = text.find(b",", stop) if stop >= 0 else -1
-        if comma < 0 or (end == b"]" and text[stop + 1 : comma].strip()):
+        if comma < 0 or text[stop + 1 : comma].strip():
             break  # whoever reads the rest as a whole finds what is wrong with it
-        found.append((b"" if begin == 0 else b"[") + text[begin : stop + (end == b"]")] + b"]")
+        found.append((b"" if begin == 0 else b"[") + text[begin : stop + 1] + b"]")
         begin = comma + 1
     return [*found, (b"" if begin == 0 else b"[") + text[begin:]]
+
+
+def nested_pieces(text: bytes) -> list[bytes]:
+    """A list of numbers or of lists cut at its commas, each piece in as many brackets as were open there.
+
+    Every piece is JSON if, and only if, the text is; of what cannot be told so, the last piece is not.
+    """
+    found: list[bytes] = []
+    begin = depth = 0
+    while True:
+        comma = text.find(b",", begin + PIECE)
+        piece, opened = text[begin : comma if comma >= 0 else len(text)], depth
+        depth += _count(piece, b"[") - _count(piece, b"]")
+        ends = piece.strip()
+        if not ends or ends.startswith(b"]") or (depth < 1 or ends.endswith(b"[") if comma >= 0 else depth):
+            return [*found, b""]  # a comma beside which there is no value, or behind the list; or it never ends
+        found.append(b"[" * opened + piece + b"]" * depth)
+        if comma < 0:
+            return found
+        begin = comma + 1
 
 
 def to_float32(values: Flat, missing: bool = False) -> Batch | None:

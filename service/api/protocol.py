@@ -53,12 +53,15 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._deaf:
             return
         self._words += len(data)  # whatever of a body is among them makes it 0 again
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as offer:
-            self._decline(data[offer.args[0] :])
-        except httptools.HttpParserError:
-            self._refuse(400, "this is no HTTP request")
+        while data:
+            try:
+                self.parser.feed_data(data)
+                break
+            except httptools.HttpParserUpgrade as offer:
+                data = self._declined(data[offer.args[0] :])
+            except httptools.HttpParserError:
+                self._refuse(400, "this is no HTTP request")
+                break
         if self._words > HEADER_BYTES:
             self._refuse(431, f"more than {HEADER_BYTES} bytes of headers")
 
@@ -125,16 +128,17 @@ class BoundedProtocol(HttpToolsProtocol):
     def _head_bytes(self) -> int:
         return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
 
-    def _decline(self, rest: bytes) -> None:
-        """Read a request again as if it had offered no other protocol: its parser has given up by now."""
+    def _declined(self, rest: bytes) -> bytes:
+        """A request to be read again as if it had offered no other protocol: its parser has given up by now."""
         version = self.parser.get_http_version().encode()
         head = [self.parser.get_method(), b" ", self.url, b" HTTP/", version, b"\r\n"]
         for name, value in self.headers:
             if name != b"upgrade":
                 head += [name, b": ", value, b"\r\n"]
         self.parser = httptools.HttpRequestParser(self)
-        self._words = 0
-        self.data_received(b"".join((*head, b"\r\n", rest)))
+        again = b"".join((*head, b"\r\n", rest))
+        self._words = len(again)
+        return again
 
     def _too_late(self) -> None:
         if self._asking:

@@ -4,6 +4,7 @@ They parse twice, which lets them name the place of any fault: first what an ins
 rows of numbers and of names has no fault to be named, and is parsed here once, straight into an array.
 """
 
+from codecs import BOM_UTF8
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from model import windows
 from service.api.decode import Decoded
 from service.api.flights import Flight
 from service.api.numbers import PIECE, Unusual, brackets, flat_rows, parser, to_float32
-from service.api.schemas import MOST_CYCLE, MOST_NAME
+from service.api.schemas import CONTROL, MOST_CYCLE, MOST_NAME
 from service.runtime import Batch, Model
 
 TELEMETRY, ENGINE, CYCLE = "telemetry", "engine_id", "cycle"
@@ -29,7 +30,7 @@ class Quick(NamedTuple):
 def read_quickly(body: bytes, model: Model, most: int) -> Quick | None:
     """A body of nothing but instances of rows of numbers, perhaps with engine and cycle; None if it is any other."""
     window = model.manifest.window
-    if window is None or len(body) > PIECE:
+    if window is None or len(body) > PIECE or body.startswith(BOM_UTF8):  # which this parser would read over
         return None
     try:
         flights, tables = _instances(body, len(model.channels), most)
@@ -74,7 +75,7 @@ def _flight(instance: simdjson.Object, names: list[str]) -> Flight:
         raise Unusual
     engine: Any = instance.get(ENGINE)
     cycle: Any = instance.get(CYCLE)
-    named = engine is None or (isinstance(engine, str) and 0 < len(engine) <= MOST_NAME and "\0" not in engine)
+    named = engine is None or (isinstance(engine, str) and 0 < len(engine) <= MOST_NAME and not CONTROL.search(engine))
     dated = cycle is None or (type(cycle) is int and 0 <= cycle <= MOST_CYCLE)
     if not (named and dated):
         raise Unusual

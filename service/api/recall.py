@@ -26,7 +26,7 @@ from service.storage.queries import Page
 from service.storage.readings import Flight
 from service.truth import Source
 
-CURSOR_BYTES = 1024
+CURSOR_BYTES = 2048  # the longest name, escaped as JSON, in base64, is 1632
 Stored = Any  # a row of the table of predictions
 
 
@@ -68,7 +68,7 @@ def _reading(raw: msgspec.Raw, channels: tuple[str, ...], loc: Loc, faults: list
     """The values of one flight by position or by name; None after naming what is wrong."""
     try:
         values = msgspec.json.decode(raw)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:  # a raw string was not looked into before
         raise NotJson(f"{schemas.describe(loc)} is not JSON: {error}") from None
     before = len(faults)
     if isinstance(values, dict):

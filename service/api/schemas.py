@@ -57,7 +57,9 @@ Label = str | int | list[float]
 Temperature = Annotated[float, Meta(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, description="Divides the logits.")]
 
 
-EngineId = Annotated[str, Meta(min_length=1, max_length=MOST_NAME, pattern="^[^\\x00]*$")]
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # no path has them, so that nothing could be asked of such an engine
+_PRINTED = "^[^\\x00-\\x1f\\x7f]*$(?!\\n)"  # the last: for Python `$` is also before a last newline
+EngineId = Annotated[str, Meta(min_length=1, max_length=MOST_NAME, pattern=_PRINTED)]
 Cycle = Annotated[int, Meta(ge=0, le=MOST_CYCLE)]
 TABLE = {
     "type": "string",
@@ -296,7 +298,7 @@ class PastBody(Struct):
     rul: float | None
     prediction_set: list[str] | None
     expected_loss: float
-    label: dict[str, float] | None
+    label: str | dict[str, float] | None
     source: Literal["inspection", "outcome", "survival"] | None
     labelled_at: str | None
     loss: float | None

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import orjson
 from msgspec import UnsetType
 
-from service.api.cuts import Cuts, whole
+from service.api.cuts import Cuts, check_unread, whole
 from service.api.decode import parse_long
 from service.api.depth import check_depth
 from service.api.numbers import numbers, to_float32
@@ -53,7 +53,7 @@ def read(body: bytes, header_length: str | None, dtypes: dict[str, str]) -> Infe
     text = body[:size] if size < len(body) else body
     asked, cuts, left = parse_long(text, InferRequest, {b"data"})
     for part in (left, *cuts.values()):
-        check_depth(part)
+        check_depth(bytes(part))
     inputs: dict[str, Array] = {}
     at = size
     for tensor in asked.inputs:
@@ -63,6 +63,7 @@ def read(body: bytes, header_length: str | None, dtypes: dict[str, str]) -> Infe
         if tensor.datatype != dtypes[tensor.name]:
             raise InvalidInput(f"input {tensor.name!r}: datatype {tensor.datatype[:20]!r}, not {dtypes[tensor.name]}")
         inputs[tensor.name], at = _array(tensor, cuts, body, at)
+    check_unread(cuts)
     if at != len(body):
         raise InvalidInput(f"{len(body) - at} bytes are left behind the last binary tensor")
     return Inference(asked, inputs)

@@ -10,6 +10,7 @@ import queue
 import sqlite3
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -64,10 +65,11 @@ class Database:
     def __init__(self, url: str, failed: Callable[[], None], max_queue: int, max_seconds: float) -> None:
         self._url = address(url)
         self._file = str(self._url.database) if self._url.get_backend_name() == "sqlite" else None
-        self._writing, self._reading = _engine(self._url, "BEGIN IMMEDIATE", 1), _engine(self._url, "BEGIN", 4)
+        self._writing = _engine(self._url, "BEGIN IMMEDIATE", 1)
+        self._reading = _engine(_there_only(self._url), "BEGIN", 4)
         self._failed = failed  # told of a transaction that was not committed
         self._inode: int | None = None  # of the file that was migrated
-        self.up = False
+        self.up, self._reason = False, "the database does not answer"
         self._queue: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
         self._most, self._seconds = max_queue, max_seconds
         self._thread = threading.Thread(target=self._write, name="memory", daemon=True)
@@ -77,7 +79,7 @@ class Database:
         """Do work in a transaction shared with whatever else waits; answered once that is committed.
 
         Raises:
-            MemoryUnavailable: the database cannot be reached, is locked, or is full.
+            MemoryUnavailable: the database cannot be reached, is locked, or is full, or this waited for one that is.
             Overloaded: too many wait already, or this waited too long.
         """
         if self._queue.qsize() >= self._most:
@@ -104,7 +106,7 @@ class Database:
     def _read(self, work: Callable[[Connection], Result]) -> Result:
         try:
             if not self.up:
-                raise MemoryUnavailable("the database does not answer")
+                raise MemoryUnavailable(self._reason)
             with self._reading.begin() as connection:
                 return work(connection)
         except (SQLAlchemyError, sqlite3.Error) as error:
@@ -120,12 +122,17 @@ class Database:
                 asked += [found] if found else []
             late = time.monotonic() - self._seconds
             told = self._committed([one for one in asked if one.since >= late])
-            waited = f"waited {self._seconds:g} s for the database, no longer is waited"
-            told += [(one, Overloaded(waited, self._seconds)) for one in asked if one.since < late]
+            told += [(one, self._too_late()) for one in asked if one.since < late]
             for loop in {one.done.get_loop() for one in asked}:
                 loop.call_soon_threadsafe(_tell, [pair for pair in told if pair[0].done.get_loop() is loop])
             if last:
                 return
+
+    def _too_late(self) -> Exception:
+        """What to tell who waited too long: for others, or for a database that does not answer."""
+        if not self.up:
+            return MemoryUnavailable(self._reason)
+        return Overloaded(f"waited {self._seconds:g} s for the database, no longer is waited", self._seconds)
 
     def _committed(self, asked: list[_Asked]) -> list[tuple[_Asked, Any]]:
         """The results, committed. What cannot be done together is done one by one, so that one fails nobody else."""
@@ -138,6 +145,8 @@ class Database:
             return self._transaction(kinds, TRIES)
         except (SQLAlchemyError, sqlite3.Error, OSError) as error:
             failure = self._unavailable(error)
+        except MemoryUnavailable as error:
+            failure, self.up, self._reason = error, False, error.detail
         except Exception as error:  # of one item, it may be; the others are not to suffer
             failure = error
         self._failed()
@@ -176,6 +185,7 @@ class Database:
                 raise MemoryUnavailable(f"the database file {self._file} is gone") from None
             inode = None  # it is created
         if inode is None or inode != self._inode:
+            self._failed()  # what is in mind is of the file before
             self._writing.dispose()
             self._reading.dispose()
             migrate(self._writing)
@@ -187,8 +197,8 @@ class Database:
         if isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError):
             return error
         self.up = False
-        reason = str(cause).strip().partition("\n")[0]
-        return MemoryUnavailable(f"the database does not answer: {reason}")
+        self._reason = f"the database does not answer: {str(cause).strip().partition(chr(10))[0]}"
+        return MemoryUnavailable(self._reason)
 
 
 def _tell(told: Sequence[tuple[_Asked, Any]]) -> None:
@@ -199,6 +209,14 @@ def _tell(told: Sequence[tuple[_Asked, Any]]) -> None:
             one.done.set_exception(result)
         else:
             one.done.set_result(result)
+
+
+def _there_only(url: URL) -> URL:
+    """The same database, but that looking something up makes no file where none is."""
+    if url.get_backend_name() != "sqlite":
+        return url
+    query = {**url.query, "mode": "rw", "uri": "true"}
+    return url.set(database=f"file:{urllib.parse.quote(str(url.database))}", query=query)
 
 
 def _engine(url: URL, begin: str, connections: int) -> Engine:

@@ -1,6 +1,6 @@
 """The newest flights of one engine, in the order of their cycles, kept in mind between transactions. numpy only."""
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from typing import Literal
 
 import numpy as np
@@ -30,19 +30,20 @@ class History:
 
     def reaches(self, cycle: int, window: int) -> bool:
         """Whether the window up to some cycle, and every flight after it, is here."""
-        return self.whole or bisect_left(self.cycles, cycle) >= window - 1
+        return self.whole or bisect_right(self.cycles, cycle) >= window
 
     def add(self, cycle: int, row: Readings) -> Result:
         """Put a flight in its place, unless there is one for its cycle."""
         n, at = len(self.cycles), bisect_left(self.cycles, cycle)
         if at < n and self.cycles[at] == cycle:
             return "unchanged" if (self._values[at] == row).all() else "conflict"
-        if n == len(self._values):
-            room = np.empty((n + max(ROOM, n), len(row)), dtype=np.float32)
-            room[:n] = self._values.reshape(n, len(row))
+        if n == len(self._values) or at < n:  # not moved in place: windows that were given away are views
+            room, before = (
+                np.empty((n + max(ROOM, n), len(row)), dtype=np.float32),
+                self._values[:n].reshape(n, len(row)),
+            )
+            room[:at], room[at + 1 : n + 1] = before[:at], before[at:]
             self._values = room
-        if at < n:
-            self._values[at + 1 : n + 1] = self._values[at:n].copy()
         self._values[at] = row
         self.cycles.insert(at, cycle)
         return "joined"

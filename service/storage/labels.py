@@ -1,7 +1,7 @@
 """Truths that arrive late: labels of single predictions, and ends of engines. Both idempotent, in any order."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -71,7 +71,7 @@ class _Known:
     label: Floats
     told: float
     id: int | None = None
-    before: tuple[Floats, float] | None = None  # what it said until now
+    before: list[tuple[Floats, float]] = field(default_factory=list)  # what it said until now, and since when
 
 
 def label(book: Book, connection: Connection, items: Sequence[Labels]) -> list[Answered]:
@@ -93,7 +93,7 @@ def label(book: Book, connection: Connection, items: Sequence[Labels]) -> list[A
         results = [_say(known, there, key, row, item.told, made, rows) for key, row in entries]
         answered.append(Answered(results, []))
     _write(connection, known, max(item.told for item in items))
-    changed = [key for key, one in known.items() if one.id is None or one.before is not None]
+    changed = [key for key, one in known.items() if one.id is None or one.before]
     now = max(item.told for item in items)
     answered[0].joined.extend(_join(book, connection, changed, rows, now))
     book.keep(connection, rows.values())
@@ -177,8 +177,7 @@ def _say(
         return "unchanged", None
     if not row.revise:
         return "conflict", standing.label
-    if standing.id is not None and standing.before is None:
-        standing.before = (standing.label, standing.told)
+    standing.before.append((standing.label, standing.told))
     standing.label, standing.told = row.label, told
     return "revised", None
 
@@ -190,13 +189,14 @@ def _write(connection: Connection, known: dict[Key, _Known], now: float) -> None
         place = {"engine": one.engine, "cycle": cycle, "prediction": prediction}
         if one.id is None:
             new.append(place | {"label": one.label.tobytes(), "told": one.told})
-        elif one.before is not None:
+        elif one.before:
             changed.append({"key": one.id, "label": one.label.tobytes(), "told": one.told})
-            old.append(place | {"label": one.before[0].tobytes(), "told": one.before[1], "revised": now})
+        old += [place | {"label": said.tobytes(), "told": told, "revised": now} for said, told in one.before]
     if new:
         connection.execute(insert(truths), new)
     if changed:
         connection.execute(_REVISE, changed)
+    if old:
         connection.execute(insert(revisions), old)
 
 

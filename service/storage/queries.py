@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from sqlalchemy import Connection, Row, and_, delete, func, or_, select, tuple_
+from sqlalchemy import Connection, Row, and_, delete, exists, func, or_, select, tuple_, update
 
 from model.numerics import Floats
 from service.storage.book import Kind, parts, read_kind
@@ -12,6 +12,11 @@ from service.storage.tables import engines, models, predictions, readings, truth
 
 PAGE = 100
 PRUNE_ROWS = 1000  # of a table in one transaction, so that nobody waits for a large one
+_OF_TRUTH = or_(
+    exists().where(predictions.c.engine == truths.c.engine, predictions.c.cycle == truths.c.cycle),
+    exists().where(predictions.c.id == truths.c.prediction),
+)
+_NO_LATEST = update(engines).values(latest=None, health=None, risk=None)  # its cycle stays: older ones may be there
 
 
 class Page(NamedTuple):
@@ -63,7 +68,10 @@ def all_kinds(connection: Connection) -> dict[int, Kind]:
 
 
 class Found(NamedTuple):
-    """Predictions that count, in the order in which their labels became known; labels (N, C), NaN where none is."""
+    """Predictions that count, by engine and cycle, so that the order of telling changes no bit of any figure.
+
+    Labels (N, C), NaN where none is. Engines are numbered in the order of their names.
+    """
 
     logits: Floats
     temperature: Floats
@@ -80,8 +88,8 @@ def counted(connection: Connection, digest: str, classes: int, since: float | No
     c = predictions.c
     columns = (c.logits, c.temperature, c.label, c.engine, c.made, c.labelled, c.source, c.inputs)
     which = [c.counts, models.c.digest == digest] + ([c.made >= since] if since is not None else [])
-    asked = select(*columns).join(models, models.c.id == c.model).where(*which).order_by(c.labelled.nulls_last(), c.id)
-    rows = connection.execute(asked).all()
+    asked = select(*columns).join(models, models.c.id == c.model).join(engines, engines.c.id == c.engine).where(*which)
+    rows = connection.execute(asked.order_by(engines.c.engine_id, c.cycle.nulls_last(), c.id)).all()
     columns_ = list(zip(*rows, strict=True)) or [()] * len(columns)
     logits, temperature, label, engine, made, labelled, source, inputs = columns_
     unknown = np.full(classes, np.nan).tobytes()
@@ -90,7 +98,7 @@ def counted(connection: Connection, digest: str, classes: int, since: float | No
         np.frombuffer(b"".join(logits), dtype=np.float32).reshape(-1, classes).astype(np.float64),
         np.array(temperature, dtype=np.float64),
         np.frombuffer(b"".join(unknown if one is None else one for one in label)).reshape(-1, classes),
-        np.array(engine, dtype=np.int64),
+        np.cumsum(np.diff(np.array(engine, dtype=np.int64), prepend=engine[:1]) != 0),
         np.array(made, dtype=np.float64),
         np.array([nan if one is None else one for one in labelled], dtype=np.float64),
         np.array([-1 if one is None else one for one in source], dtype=np.int64),
@@ -99,12 +107,23 @@ def counted(connection: Connection, digest: str, classes: int, since: float | No
 
 
 def prune(connection: Connection, items: Sequence[float]) -> list[int]:
-    """Forget predictions, flights and truths from before some time, a little of each; how much it was."""
+    """Forget predictions, flights and truths from before some time, a little of each; how much it was.
+
+    A truth stays as long as a prediction that it is of. Who remembers flights reads them again.
+    """
     before, gone = max(items), 0
-    for table, told in ((predictions, "made"), (readings, "told"), (truths, "told")):
+    for table, old in (
+        (predictions, predictions.c.made < before),
+        (readings, readings.c.told < before),
+        (truths, (truths.c.told < before) & ~_OF_TRUTH),
+    ):
         keys = list(table.primary_key.columns)
-        old = select(*keys).where(table.c[told] < before).limit(PRUNE_ROWS)
-        found = [tuple(row) for row in connection.execute(old)]
+        found = [tuple(row) for row in connection.execute(select(*keys).where(old).limit(PRUNE_ROWS))]
         for part in parts(found, 200):
             gone += connection.execute(delete(table).where(tuple_(*keys).in_(part))).rowcount
+            if table is predictions:
+                connection.execute(_NO_LATEST.where(engines.c.latest.in_([key for (key,) in part])))
+            if table is readings:
+                ids = sorted({engine for engine, _ in part})
+                connection.execute(update(engines).where(engines.c.id.in_(ids)).values(revision=engines.c.revision + 1))
     return [gone for _ in items]

@@ -18,6 +18,7 @@ from service.storage.history import History, Result
 from service.storage.remember import Batch, By, Made, add
 from service.storage.tables import layouts, models, predictions, readings
 
+Place = tuple[int, int]  # a request of the transaction, and a row of it
 _NONE = np.empty((0, 0), dtype=np.float32)
 
 _ADD = insert(readings)
@@ -72,12 +73,17 @@ def store(book: Book, connection: Connection, items: Sequence[Flights]) -> list[
     by_name = book.engines(connection, (row.engine_id for item in items for row in item.rows))
     before = {engine.id: engine.newest_cycle for engine in by_name.values()}
     new: list[dict[str, object]] = []
-    windows: dict[tuple[int, int], Readings] = {}
+    windows: dict[Place, Readings] = {}
     landed = [_place(book, connection, k, item, by_name, new, windows) for k, item in enumerate(items)]
     if new:
         connection.execute(_ADD, new)
-    _recall(connection, items, landed, by_name)
+    again = _told_again(items, windows)
+    for place in again:
+        del windows[place]
+    _recall(connection, items, landed, windows, by_name)
     joined = _answer(book, connection, items, landed, windows, by_name)
+    for (k, i), (first, row) in again.items():
+        landed[k][i] = landed[k][i]._replace(made=landed[first][row].made, kept=landed[first][row].kept)
     joined += book.survivors(connection, before, by_name.values(), max(item.told for item in items))
     book.keep(connection, by_name.values())
     return [(one, joined if k == 0 else []) for k, one in enumerate(landed)]
@@ -90,7 +96,7 @@ def _place(
     item: Flights,
     by_name: dict[str, EngineRow],
     new: list[dict[str, object]],
-    windows: dict[tuple[int, int], Readings],
+    windows: dict[Place, Readings],
 ) -> list[Landed]:
     """Find the place of each flight of request k; what is to be stored is added to `new`, each window to `windows`."""
     window, layout = item.by.manifest.window or 1, _layout(book, connection, item.by)
@@ -120,16 +126,29 @@ def _place(
     return [landed[i] for i in range(len(item.rows))]
 
 
+def _told_again(items: Sequence[Flights], windows: dict[Place, Readings]) -> dict[Place, Place]:
+    """Flights that stand twice in one transaction, each with the place whose answer is theirs too."""
+    first: dict[tuple[str, float, str, int], Place] = {}
+    again = {}
+    for k, item in enumerate(items):
+        for i, row in enumerate(item.rows):
+            if (k, i) in windows:
+                at = first.setdefault((item.by.digest, item.by.temperature, row.engine_id, row.cycle), (k, i))
+                if at != (k, i):
+                    again[k, i] = at
+    return again
+
+
 def _answer(
     book: Book,
     connection: Connection,
     items: Sequence[Flights],
     landed: list[list[Landed]],
-    windows: dict[tuple[int, int], Readings],
+    windows: dict[Place, Readings],
     by_name: dict[str, EngineRow],
 ) -> list[Joined]:
     """Predict what was not predicted before, all that one model answers together, and keep it."""
-    groups: dict[tuple[str, float], list[tuple[int, int]]] = {}
+    groups: dict[tuple[str, float], list[Place]] = {}
     for k, i in windows:
         if landed[k][i].kept is None:
             groups.setdefault((items[k].by.digest, items[k].by.temperature), []).append((k, i))
@@ -145,14 +164,18 @@ def _answer(
 
 
 def _recall(
-    connection: Connection, items: Sequence[Flights], landed: list[list[Landed]], by_name: dict[str, EngineRow]
+    connection: Connection,
+    items: Sequence[Flights],
+    landed: list[list[Landed]],
+    windows: dict[Place, Readings],
+    by_name: dict[str, EngineRow],
 ) -> None:
     """Put beside flights that were told twice what was answered the first time, if it would be answered today."""
     again = [
         (k, i, by_name[item.rows[i].engine_id].id, item.rows[i].cycle)
         for k, item in enumerate(items)
         for i, one in enumerate(landed[k])
-        if one.result == "unchanged"
+        if one.result == "unchanged" and (k, i) in windows
     ]
     kept = _kept(connection, {(engine, cycle) for _, _, engine, cycle in again})
     for k, i, engine, cycle in again:
