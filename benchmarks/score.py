@@ -164,7 +164,7 @@ def _script(rows: int, script: Run, here: Run) -> list[str]:
 
 
 def killed(source: Path, times: int) -> Iterator[str]:
-    """Kill a job at random moments of its life, each time another job, and start it again: how often the bytes are the same.
+    """Kill jobs at random moments of their lives and start them again: how often the bytes are the same.
 
     Raises:
         RuntimeError: a job that was started again failed.

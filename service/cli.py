@@ -24,12 +24,11 @@ SWITCHES = tuple(Settings.model_fields)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 wrong usage."""
-    parser = _parser()
-    flags = vars(parser.parse_args(arguments))
+    flags = vars(_parser().parse_args(arguments))
     command = flags.pop("command")
     try:
         if command == "score":
-            return score(flags, parser)
+            return score(flags)
         return calibrate(**flags) if command == "calibrate" else serve(read_settings(**flags))
     except ServiceError as error:
         return _failed(error.detail)
@@ -49,10 +48,10 @@ def calibrate(file: Path, model: Path | None, temperature: float | None, as_json
     return 0
 
 
-def score(flags: dict[str, Any], parser: argparse.ArgumentParser) -> int:
+def score(flags: dict[str, Any]) -> int:
     """Score a file to a file."""
     settings = read_settings(model=flags.pop("model"), threads=flags.pop("threads"))
-    options = score_command.options_of(flags, parser)
+    options = score_command.options_of(flags)
     logs.configure(settings)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:

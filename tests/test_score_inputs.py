@@ -1,5 +1,6 @@
 import gzip
 import io
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,11 @@ def twice(table: pa.Table, folder: Path) -> Path:
     return path
 
 
+def pipe(_: pa.Table, folder: Path) -> Path:
+    os.mkfifo(folder / "in.csv")
+    return folder / "in.csv"
+
+
 UNUSABLE = [
     (parquet_without("sensor_4"), "no column 'sensor_4'"),
     (parquet_without("engine_id"), "no column 'engine_id'"),
@@ -262,6 +268,11 @@ UNUSABLE = [
     (lambda _table, folder: folder / "none.csv", "none.csv: No such file"),
     (lambda _table, folder: folder / "no*.csv", "no file that could be scored"),
     (lambda _table, folder: folder, "lies in the input"),
+    (lambda _table, folder: folder / "*.parquet", "lies in the input"),
+    (lambda _table, folder: folder / "**", "lies in the input"),
+    (named("in.csv.gz", gzip.compress(b"")), "in.csv.gz: is empty"),
+    (named("in", gzip.compress(b"")), "in: is empty"),
+    (pipe, "is no regular file; - reads what is piped in"),
 ]
 
 

@@ -256,6 +256,21 @@ def test_a_folder_with_other_things_in_it_is_left_alone(windows: Readings, tmp_p
     assert "years of work" == (tmp_path / "out" / "thesis.txt").read_text()
 
 
+def test_where_nothing_can_be_written_a_job_does_not_begin(windows: Readings, tmp_path: Path) -> None:
+    """An output or a report in a folder that is not there, or that is the input itself, is refused before any work."""
+    path = write(flights(windows), tmp_path / "a.parquet")
+    before = path.read_bytes()
+    for output, report, said in (
+        (tmp_path / "none" / "out.parquet", None, "none/out.parquet: its folder is not there"),
+        (tmp_path / "out.parquet", tmp_path / "none" / "r.json", "none/r.json: its folder is not there"),
+        (path, None, "a.parquet: lies in the input"),
+        (tmp_path / "out.parquet", path, "a.parquet: lies in the input"),
+    ):
+        with pytest.raises(InvalidInput, match=said):
+            score(path, output, report=report, labels="cycle")
+    assert (before, ["a.parquet"]) == (path.read_bytes(), os.listdir(tmp_path))
+
+
 def test_parts_of_a_folder_are_a_data_set(windows: Readings, tmp_path: Path) -> None:
     """Several part files in a folder read as one table, that of a single file."""
     path = write(flights(windows), tmp_path / "a.parquet")
@@ -298,6 +313,11 @@ USAGE = [
     (("in.csv", "out.csv", "--report", "r.json"), "--report needs --labels or --rul"),
     (("in.csv", "out.csv", "--labels", "a", "--report", "r.pdf"), "write .html or .json"),
     (("in.csv", "out.csv", "--horizon", "-1"), "expected rows from 0"),
+    (("in.csv", "out.csv", "--part-rows", "0"), "expected rows from 1"),
+    (("in.csv", "out.csv", "--threads", "x"), "expected threads from 1 to 1024, got 'x'"),
+    (("in.csv", "-"), "not to standard output"),
+    (("", "out.csv"), "INPUT and OUTPUT need names"),
+    (("in.csv", "."), "INPUT and OUTPUT need names"),
     (("in.csv", "out.csv", "--engine-column", "cycle"), "are two columns"),
     (("in.csv", "out.csv", "--workers", "2"), "go with --engine ray"),
     (("in.csv", "out.csv", "--interval", "0"), "expected seconds above 0"),

@@ -1,15 +1,17 @@
 """The words of `engine-health score`. Imports nothing that only scoring needs."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from service.score.options import HORIZON, INTERVAL, PART_ROWS, Options
+from service.score.options import HORIZON, INTERVAL, PART_ROWS, STDIN, Options
 
+MOST_ROWS = 2**30
 PACKAGES = {"pyarrow": "score", "rich": "score", "plotly": "score", "ray": "ray"}
 
 
-def add_to(commands: Any, temperature: Any) -> None:
+def add_to(commands: Any, temperature: Callable[[str], float]) -> None:
     """The command and its flags; `temperature` reads one."""
     command = commands.add_parser(
         "score",
@@ -56,17 +58,17 @@ def add_to(commands: Any, temperature: Any) -> None:
     add("--report", type=Path, metavar="FILE", help="evaluate the labelled rows: .html or .json")
     add("--temperature", type=temperature, help="in place of the model's own")
     add("--model", type=Path, help="artefact; the configured one if not given")
-    add("--threads", type=int, help="inferences at once; the allowed cores if not given")
+    add("--threads", type=_whole("threads", 1, 1024), help="inferences at once; the allowed cores if not given")
     add(
         "--horizon",
-        type=_rows,
+        type=_whole("rows", 0, MOST_ROWS),
         default=HORIZON,
         metavar="ROWS",
         help="by how many rows a cycle may come too late [%(default)s]",
     )
     add(
         "--part-rows",
-        type=_rows,
+        type=_whole("rows", 1, MOST_ROWS),
         default=PART_ROWS,
         metavar="ROWS",
         help="of a part: what a killed job does again at most [%(default)s]",
@@ -78,7 +80,7 @@ def add_to(commands: Any, temperature: Any) -> None:
         help="where it runs: on this machine, or on a Ray cluster",
     )
     add("--address", help="of the Ray cluster; RAY_ADDRESS, or one on this machine, if not given")
-    add("--workers", type=_workers, help="actors of Ray; one for each core but one if not given")
+    add("--workers", type=_whole("actors", 1, 10_000), help="actors of Ray; one for each core but one if not given")
     add("--strict", action="store_true", help="fail at the first rejected row")
     add("--quiet", action="store_true", help="say nothing but what goes wrong")
     add(
@@ -89,10 +91,12 @@ def add_to(commands: Any, temperature: Any) -> None:
         help="between log lines where there is no terminal [%(default)g]",
     )
     add("--restart", action="store_true", help="forget what an earlier, unfinished job to OUTPUT has done")
+    command.set_defaults(parser=command)
 
 
-def options_of(flags: dict[str, Any], parser: argparse.ArgumentParser) -> Options:
+def options_of(flags: dict[str, Any]) -> Options:
     """The options, of which some contradict others; those exit with 2."""
+    parser = flags.pop("parser")
     flags["columns"] = dict(flags["columns"])
     options = Options(**{**flags, "inputs": tuple(flags["inputs"])})
     if options.engine_column == options.cycle_column:
@@ -103,8 +107,12 @@ def options_of(flags: dict[str, Any], parser: argparse.ArgumentParser) -> Option
         parser.error("--address and --workers go with --engine ray")
     if options.report and options.report.suffix.lower() not in (".html", ".json"):
         parser.error(f"--report {options.report}: write .html or .json")
+    if "" in options.inputs or options.output.name in ("", ".."):
+        parser.error("INPUT and OUTPUT need names")
+    if str(options.output) == STDIN:
+        parser.error("-: a job that can be killed and go on writes to a file, not to standard output")
     if options.output.suffix.lower() not in (".parquet", ".csv", ""):
-        parser.error(f"{options.output}: write .parquet, .csv, or a folder")
+        parser.error(f"{options.output}: write .parquet, .csv, or a folder, whose name has no ending")
     return options
 
 
@@ -115,22 +123,22 @@ def _pair(text: str) -> tuple[str, str]:
     return channel, column
 
 
-def _rows(text: str) -> int:
-    value = int(text)
-    if not 0 <= value <= 2**30:
-        raise argparse.ArgumentTypeError("expected rows from 0 to 2^30")
-    return value
+def _whole(what: str, least: int, most: int) -> Callable[[str], int]:
+    """What reads a whole number within bounds."""
 
+    def read(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and least <= int(text) <= most):
+            raise argparse.ArgumentTypeError(f"expected {what} from {least} to {most}, got {text!r}")
+        return int(text)
 
-def _workers(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= 10_000:
-        raise argparse.ArgumentTypeError("expected actors from 1 to 10000")
-    return value
+    return read
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError("expected seconds above 0")
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r}")
     return value

@@ -7,17 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from service.errors import InvalidInput
-
-FORMS = (".parquet", ".csv", "")
 REJECT_ROWS = 2**16  # of a row group of the rejected rows
 BETWEEN = "|"  # the classes of a prediction set in CSV, which knows no lists
-
-
-def check(output: Path) -> None:
-    """Refuse a name from which no form follows."""
-    if output.suffix.lower() not in FORMS:
-        raise InvalidInput(f"{output}: write .parquet, .csv, or a folder")
 
 
 @contextmanager

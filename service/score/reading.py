@@ -109,6 +109,8 @@ def _text(source: Source, wanted: list[str]) -> Iterator[Chunk]:
             given = {k: pa.array([v] * rows, pa.string()) for k, v in source.partition.items() if k in wanted}
             yield Chunk(columns | given, rows, first, reasons, file.tell() / max(source.size, 1))
             first += rows
+        if parse is None:
+            raise ValueError("is empty")
 
 
 def _parser(source: Source, piece: bytes, wanted: list[str]) -> tuple[Any, bytes]:

@@ -14,7 +14,6 @@ from prometheus_client import CollectorRegistry
 from model import numerics
 from model.report import Json, Labelled, finite, labelled
 from service.calibration import watched
-from service.errors import InvalidInput
 from service.metrics import Metrics
 from service.monitor import SOURCES
 from service.predictor import Predictor
@@ -24,14 +23,7 @@ from service.score.scoring import Scored
 from service.settings import read_settings
 from service.storage.queries import Found
 
-FORMS = (".html", ".json")
 POINTS = 200  # of the risk-coverage curve
-
-
-def check(path: Path) -> None:
-    """Refuse a name from which no form follows."""
-    if path.suffix.lower() not in FORMS:
-        raise InvalidInput(f"{path}: a report is .html or .json")
 
 
 def predictor_of(model: Model, temperature: float) -> Predictor:
@@ -94,7 +86,6 @@ def risk_coverage(found: Labelled) -> list[Json]:
 
 def write(path: Path, body: Json, classes: tuple[str, ...]) -> None:
     """Keep a report, as JSON or as a page that needs nothing beside itself."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(body, indent=1) + "\n" if path.suffix.lower() == ".json" else page(body, classes)
     with whole(path) as beside:
         beside.write_text(text)

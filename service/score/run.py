@@ -1,5 +1,6 @@
 """The job: reading, inference and writing at once, resumed where an earlier run stopped. Knows every other room."""
 
+import os
 import shutil
 import sys
 from collections import deque
@@ -23,7 +24,7 @@ from service.score.progress import Progress
 from service.score.reading import whole_numbers
 from service.score.rows import Layout, Reject
 from service.score.scoring import Scored, Scorer
-from service.score.sources import Source, find
+from service.score.sources import Source, find, means
 from service.score.states import States
 from service.settings import Settings
 
@@ -220,14 +221,22 @@ def _prefetched(reader: ThreadPoolExecutor, units: Iterator[Unit]) -> Iterator[U
 def _check(options: Options) -> None:
     """Refuse an output that could not be written, or that would be read next time."""
     output = options.output
-    outputs.check(output)
     if output.suffix and output.is_dir():
         raise InvalidInput(f"{output}: is a folder")
     if not output.suffix and output.exists() and not outputs.is_ours(output):
         raise InvalidInput(f"{output}: is no folder that a job wrote; it is left as it is")
-    for name in options.inputs:
-        if name != STDIN and output.resolve().is_relative_to(Path(name).resolve()):
-            raise InvalidInput(f"{output}: lies in the input {name}, and would be read the next time")
+    for path in _left(options):
+        if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+            raise InvalidInput(f"{path}: its folder is not there, or cannot be written to")
+        for name in options.inputs:
+            if name != STDIN and means(name, path):
+                raise InvalidInput(f"{path}: lies in the input {name}, and would be read the next time")
+
+
+def _left(options: Options) -> list[Path]:
+    """The files that a job leaves."""
+    beside = [] if options.report is None else [options.report]
+    return [options.output, errors_of(options.output), *beside]
 
 
 def _spooled(options: Options, folder: Path) -> Path:

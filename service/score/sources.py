@@ -2,8 +2,10 @@
 
 import glob
 import hashlib
+import os
 import re
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -73,6 +75,16 @@ def find(inputs: tuple[str, ...], spooled: Path) -> list[Source]:
     return found
 
 
+def means(name: str, path: Path) -> bool:
+    """Whether an input would be, or hold, a file: by its name alone, since the file may not be there yet."""
+    if Path(name).exists() or not glob.has_magic(name):
+        return path.resolve().is_relative_to(Path(name).resolve())
+    parts, pattern = (Path(os.path.abspath(one)).parts for one in (path, name))
+    if "**" in pattern:
+        return fnmatch(str(Path(*parts)), str(Path(*pattern)))
+    return len(parts) == len(pattern) and all(map(fnmatch, parts, pattern))
+
+
 def _sources(name: str, spooled: Path) -> list[Source]:
     if name == STDIN:
         return [_source(spooled, "standard input", {})]
@@ -88,6 +100,8 @@ def _sources(name: str, spooled: Path) -> list[Source]:
 
 def _source(path: Path, name: str, partition: dict[str, str | None]) -> Source:
     try:
+        if path.exists() and not path.is_file():  # a pipe can be read once, and a resumed job reads again
+            raise InvalidInput(f"{name}: is no regular file; - reads what is piped in")
         with path.open("rb") as file:
             first = file.read(4)
         size = path.stat().st_size
@@ -108,6 +122,8 @@ def _sniffed(source: Source) -> str:
             head: bytes = stream.read(SNIFFED)
     except (OSError, ValueError) as error:
         raise InvalidInput(f"{source.name}: {_line(error)}") from None
+    if not head.strip():
+        raise InvalidInput(f"{source.name}: is empty")
     if head.startswith(b"PAR1"):
         return "parquet"
     if head.lstrip().startswith(b"{"):
