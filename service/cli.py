@@ -9,15 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
 from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE
 from service import logs
-from service.api.app import create_app
 from service.errors import ServiceError
 from service.score import command as score_command
 from service.settings import PREFIX, Settings, read_settings
-from service.workers import configuration, serve_many
 
 SWITCHES = tuple(Settings.model_fields)
 
@@ -66,6 +62,11 @@ def score(flags: dict[str, Any]) -> int:
 
 def serve(settings: Settings) -> int:
     """Serve until told to stop; 1 if the artefact or the address cannot be used."""
+    import uvicorn  # what no other command has need of, and a second to import
+
+    from service.api.app import create_app
+    from service.workers import configuration, serve_many
+
     logs.configure(settings)
     # uvicorn raises the signal again once it has stopped: to be told to stop is no failure
     signal.signal(signal.SIGTERM, signal.default_int_handler)
