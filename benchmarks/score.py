@@ -186,16 +186,34 @@ def killed(source: Path, times: int) -> Iterator[str]:
     yield f"{times} jobs killed and started again: {same} gave the same bytes; {kept} finished parts were kept"
 
 
+def on_ray(source: Path, workers: list[int]) -> Iterator[str]:
+    """Jobs on a Ray cluster of this machine, begun with each, against the local one, and whether the bytes agree.
+
+    Raises:
+        RuntimeError: a job failed.
+    """
+    target = BUILD / "scored.parquet"
+    yield f"local: {ours(source).seconds:.1f} s"
+    expected = target.read_bytes()
+    for number in workers:
+        seconds = ours(source, "--engine", "ray", "--workers", str(number)).seconds
+        yield f"{number} workers of Ray: {seconds:.1f} s, the same bytes: {target.read_bytes() == expected}"
+
+
 def main() -> None:
     """Measure, print the table and keep the figures."""
     parser = argparse.ArgumentParser(description="Batch scoring against ONNX Runtime alone and a script of pandas.")
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 10_000_000])
     parser.add_argument("--rounds", type=int, default=1, help="of each; the quickest counts")
     parser.add_argument("--kills", type=int, default=0, help="instead: kill so many jobs, start them again, compare")
+    parser.add_argument("--workers", type=int, nargs="+", help="instead: on Ray, with so many actors each")
     chosen, found = parser.parse_args(), dict[int, dict[str, Any]]()
     BUILD.mkdir(exist_ok=True)
     if chosen.kills:
         print("\n".join(killed(fleet(BUILD / "fleet-100000.parquet", 100_000), chosen.kills)))
+        return
+    if chosen.workers:
+        print("\n".join(on_ray(fleet(BUILD / f"fleet-{chosen.rows[0]}.parquet", chosen.rows[0]), chosen.workers)))
         return
     for rows in chosen.rows:
         source = fleet(BUILD / f"fleet-{rows}.parquet", rows)

@@ -9,7 +9,7 @@ import os
 import pickle
 import tempfile
 from collections.abc import Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from service.score.sources import Source
 from service.score.states import States
 
 READER_CORES = 0  # beside the actors, which may have all; with as many as theirs Ray would make one task of both
+OWN = {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
 UNIT_BYTES = 2**16  # after which Ray passes a block on: every unit is one
 
 
@@ -53,28 +54,13 @@ class Worker:
 def answered(
     options: Options, sources: list[Source], path: Path, deterministic: bool, temperature: float, done: int
 ) -> Generator[tuple[Unit, list[Answers]]]:
-    """Every unit in order, with the answers of its batches; none for the first `done` units."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-    import ray.data
+    """Every unit in order, with the answers of its batches; none for the first `done` units.
 
+    Raises:
+        InvalidInput: there is no such cluster, it is too small, or a task failed on it more often than it is retried.
+    """
     content = path.read_bytes()
-    began = not ray.is_initialized()
-    if began:
-        try:
-            ray.init(options.address, log_to_driver=False, logging_level="ERROR")
-            logging.getLogger("ray.data").setLevel(logging.ERROR)
-        except (ConnectionError, ValueError) as error:
-            raise InvalidInput(f"--address {options.address}: {str(error).strip().splitlines()[0]}") from None
-    try:
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.execution_options.preserve_order = True
-        context.target_max_block_size = UNIT_BYTES
-        cores = int(ray.cluster_resources().get("CPU", 1))
-        workers = options.workers or max(cores - 1, 1)
-        if workers > cores:
-            raise InvalidInput(f"--workers {workers}: the cluster has {cores} cores")
+    with _connected(options) as ray:
         reading = _datasource(options, sources, content, deterministic, done)
         found = ray.data.read_datasource(reading, override_num_blocks=1, num_cpus=READER_CORES)
         scored = found.map_batches(
@@ -83,17 +69,52 @@ def answered(
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=1,
-            compute=ray.data.ActorPoolStrategy(size=workers),
+            compute=ray.data.ActorPoolStrategy(size=_actors(options, ray)),
         )
         for batch in scored.iter_batches(batch_size=1, batch_format="pyarrow"):
             yield pickle.loads(batch["unit"][0].as_py())
+
+
+@contextmanager
+def _connected(options: Options) -> Iterator[Any]:
+    """Ray, connected to the cluster that is meant, or to one of this job's own; its failures in one line."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read as Ray is imported: it tells nobody of this job
+    import ray
+    import ray.data
+
+    try:
+        _connect(options, ray)
+        yield ray
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None)
         detail = cause.detail if isinstance(cause, ServiceError) else str(error).strip().splitlines()[-1]
         raise InvalidInput(detail) from None
     finally:
-        if began:
-            ray.shutdown()
+        ray.shutdown()
+
+
+def _connect(options: Options, ray: Any) -> None:
+    """To the cluster of the address; without one to a cluster begun here, that listens on this machine only."""
+    address = options.address or os.environ.get("RAY_ADDRESS")
+    where = {"address": address} if address else OWN
+    try:
+        ray.init(**where, log_to_driver=False, logging_level="ERROR")
+    except Exception as error:  # Ray raises bare ones too, where a cluster does not come up in time
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InvalidInput(f"Ray, {where['address']}: {reason}") from None
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = UNIT_BYTES
+
+
+def _actors(options: Options, ray: Any) -> int:
+    cores = int(ray.cluster_resources().get("CPU", 1))
+    workers = options.workers or max(cores - 1, 1)
+    if workers > cores:
+        raise InvalidInput(f"--workers {workers}: the cluster has {cores} cores")
+    return workers
 
 
 def opened(content: bytes, deterministic: bool) -> Model:
