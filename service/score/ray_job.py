@@ -7,6 +7,7 @@ the driver gets the units in their order and writes. A killed actor costs what i
 import logging
 import os
 import pickle
+import socket
 import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
@@ -27,6 +28,8 @@ from service.score.states import States
 
 READER_CORES = 0  # beside the actors, which may have all; with as many as theirs Ray would make one task of both
 OWN = {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+KEYWORDS = ("auto", "local")  # addresses that Ray finds by itself
+REACH_SECONDS = 10.0
 UNIT_BYTES = 2**16  # after which Ray passes a block on: every unit is one
 
 
@@ -98,6 +101,8 @@ def _connect(options: Options, ray: Any) -> None:
     address = options.address or os.environ.get("RAY_ADDRESS")
     where = {"address": address} if address else OWN
     try:
+        if address and address not in KEYWORDS:
+            _reach(address)
         ray.init(**where, log_to_driver=False, logging_level="ERROR")
     except Exception as error:  # Ray raises bare ones too, where a cluster does not come up in time
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -107,6 +112,14 @@ def _connect(options: Options, ray: Any) -> None:
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.target_max_block_size = UNIT_BYTES
+
+
+def _reach(address: str) -> None:
+    """Fail within seconds where nobody listens; Ray itself tries for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal()):
+        raise ValueError("expected HOST:PORT or ray://HOST:PORT")
+    socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
 
 
 def _actors(options: Options, ray: Any) -> int:
