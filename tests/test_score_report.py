@@ -108,6 +108,18 @@ def test_a_report_without_any_label_says_so(labelled: pa.Table, tmp_path: Path) 
     assert (0, "insufficient_data", None) == (found["n"], found["state"], found["accuracy"])
 
 
+def test_a_report_of_another_job_is_written_again(labelled: pa.Table, tmp_path: Path) -> None:
+    """A job that is done is done again if the report under its name is that of another one."""
+    found = []
+    for part in (labelled, labelled.slice(100), labelled):
+        path = write(part, tmp_path / f"{part.num_rows}.parquet")
+        report = tmp_path / "r.json"
+        assert 0 == score(path, tmp_path / f"out-{part.num_rows}.parquet", labels="truth", report=report)
+        found.append(report.read_bytes())
+    assert found[0] == found[2]
+    assert found[0] != found[1]
+
+
 def test_a_report_of_the_newest_rows_counts_one_row_an_engine(labelled: pa.Table, tmp_path: Path) -> None:
     """With `--latest` the evaluation is of the rows that are written."""
     path = write(labelled, tmp_path / "a.parquet")

@@ -197,7 +197,8 @@ class _Run:
         predictor = self._predictor or report.predictor_of(self.model, self.scorer.temperature)
         table = pa.concat_tables([outputs.read_part(self.job.part(k, "report")) for k in range(len(self.job.parts))])
         source = "outcome" if self.options.rul else "inspection"
-        report.write(path, report.measured(table, predictor, source), self.model.manifest.classes)
+        body = report.measured(table, predictor, source) | {"fingerprint": fingerprint(self.job.identity)}
+        report.write(path, body, self.model.manifest.classes)
 
     @property
     def _about(self) -> dict[str, str]:
@@ -260,9 +261,10 @@ def _identity(options: Options, sources: list[Source], model: Model, temperature
 
 def _already(options: Options, identity: dict[str, Any]) -> int | None:
     """The exit code of this very job, if its whole result is there already."""
-    about = outputs.about_of(options.output)
-    missing = options.report is not None and not options.report.exists()
-    if options.restart or missing or about.get("fingerprint") != fingerprint(identity) or not options.output.exists():
+    about, mark = outputs.about_of(options.output), fingerprint(identity)
+    if options.restart or about.get("fingerprint") != mark or not options.output.exists():
+        return None
+    if options.report and not (options.report.exists() and mark in options.report.read_text(errors="replace")):
         return None
     if about.get("rejected") == "0":
         return DONE
