@@ -99,7 +99,7 @@ def histories(flights: list[Flight]) -> dict[str, list[int]]:
 fleets = st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(0, 60)), unique=True, max_size=80)
 
 
-@hypothesis_settings(max_examples=150)
+@hypothesis_settings(max_examples=80)
 @given(fleet=fleets, piece=st.integers(1, 30))
 def test_a_window_is_the_padded_history_up_to_its_cycle(fleet: list[Flight], piece: int, folder: Path) -> None:
     """Rows in order, however engines interleave, come out as they came in, with training's windows."""
@@ -116,7 +116,7 @@ def test_a_window_is_the_padded_history_up_to_its_cycle(fleet: list[Flight], pie
         assert np.array_equal(pad_left(history, WINDOW), window)
 
 
-@hypothesis_settings(max_examples=150)
+@hypothesis_settings(max_examples=80)
 @given(fleet=fleets, horizon=st.integers(0, 20), data=st.data())
 def test_rows_out_of_order_within_the_horizon_find_their_place(
     fleet: list[Flight], horizon: int, data: st.DataObject, folder: Path
@@ -147,7 +147,7 @@ def test_latest_is_the_newest_window_of_each_engine(fleet: list[Flight], folder:
         )
 
 
-@hypothesis_settings(max_examples=100)
+@hypothesis_settings(max_examples=60)
 @given(fleet=fleets, gaps=st.sets(st.tuples(st.integers(0, 79), st.integers(0, 1))))
 def test_missing_values_are_held_over_any_boundary(
     fleet: list[Flight], gaps: set[tuple[int, int]], folder: Path

@@ -78,8 +78,8 @@ def test_killed_again_and_again_the_result_is_the_same_bytes(name: str, most: in
     """`kill -9` at random moments, then the same command: nothing whole is written again, no byte differs."""
     flags = ("--quiet", "--part-rows", PART, "--labels", "truth", "--report")
     (tmp_path / "whole").mkdir()
-    code, said = finished(fleet, tmp_path / "whole" / name, *flags, tmp_path / "whole" / "report.json")
-    assert (3, "") == (code, said)
+    about = {"part_rows": int(PART), "labels": "truth", "report": tmp_path / "whole" / "report.json"}
+    assert 3 == score(fleet, tmp_path / "whole" / name, **about)
     output, moments = tmp_path / "killed" / name, random.Random(name)
     output.parent.mkdir()
     kills, before = 0, parts_of(output)
@@ -343,7 +343,9 @@ def test_a_failed_job_is_exit_code_1_and_one_line(tmp_path: Path) -> None:
     assert (1, f"engine-health: {tmp_path}/none.csv: No such file or directory\n") == (code, said)
 
 
-def test_without_a_terminal_there_is_a_line_of_the_log_now_and_then(fleet: Path, tmp_path: Path) -> None:
+def test_without_a_terminal_there_is_a_line_of_the_log_now_and_then(
+    fleet: Path, windows: Readings, tmp_path: Path
+) -> None:
     """Off a terminal: JSON lines with rows, rate, engines, rejected rows, the last one at the end; none if quiet."""
     flags = ("--interval", "0.1", "--part-rows", PART)
     code, said = finished(fleet, tmp_path / "out.csv", *flags, ENGINE_HEALTH_LOG_LEVEL="info")
@@ -353,7 +355,8 @@ def test_without_a_terminal_there_is_a_line_of_the_log_now_and_then(fleet: Path,
     assert {"scoring"} == {line["event"] for line in lines[:-1]}
     assert ("scored", 14_985, 150, 15) == tuple(lines[-1][key] for key in ("event", "rows", "engines", "rejected"))
     assert sorted(line["rows"] for line in lines) == [line["rows"] for line in lines]
-    assert (3, "") == finished(fleet, tmp_path / "quiet.csv", *flags, "--quiet", ENGINE_HEALTH_LOG_LEVEL="info")
+    few = write(flights(windows), tmp_path / "few.parquet")
+    assert (0, "") == finished(few, tmp_path / "quiet.csv", *flags, "--quiet", ENGINE_HEALTH_LOG_LEVEL="info")
 
 
 def test_on_a_terminal_there_is_a_bar(windows: Readings, tmp_path: Path) -> None:
