@@ -1,6 +1,6 @@
 """What the console costs: the browser for each look at a thousand engines, and the service for being looked at.
 
-A thousand engines fly 200 cycles a second (`POST /v1/cycles`, open loop: a late answer delays no later flight, and is
+A thousand simulated engines fly 200 cycles a second (`POST /v1/cycles`, open loop: a late answer delays no later flight, and is
 timed from when its flight was due). The service has one core, load and browser share the other. Rounds with the Fleet
 page open and without take turns, so that a noisy neighbour meets both.
 """
@@ -20,10 +20,12 @@ import numpy as np
 import orjson
 from playwright.sync_api import Browser, Page
 
-from benchmarks.load import CLIENT_CORE, JSON_HEADERS, SERVER_CORE, free_port, golden, served
+from benchmarks.load import CLIENT_CORE, JSON_HEADERS, SERVER_CORE, free_port, served
+from model.simulate import histories
 from tests.browser import chromium
 
 ENGINES, PER_SECOND, SENDERS = 1000, 200, 8
+LEFT = 60  # flights that an engine has before it when it is first seen
 READY = ".rows .row"
 
 
@@ -38,11 +40,12 @@ class Round(NamedTuple):
 
 
 class Fleet:
-    """A thousand engines that fly in turn."""
+    """A thousand engines that fly in turn, each from another point of its life."""
 
     def __init__(self, port: int) -> None:
         self._port, self._sent = port, 0
-        self._rows = np.concatenate(golden()[0])
+        self._engines = list(histories(ENGINES, mixed=True))
+        self._begins = [(37 * k) % max(1, len(one.cycle) - LEFT) for k, one in enumerate(self._engines)]
 
     def fly(self, seconds: float) -> tuple[list[float], int]:
         """Milliseconds of each flight that was answered, and how many were not."""
@@ -72,10 +75,15 @@ class Fleet:
         connection.close()
 
     def _body(self, i: int) -> bytes:
-        row = self._rows[(37 * i) % len(self._rows)].tolist()
-        return orjson.dumps(
-            {"cycles": [{"engine_id": f"bench-{i % ENGINES:04}", "cycle": i // ENGINES, "telemetry": row}]}
-        )
+        k, turn = i % ENGINES, i // ENGINES
+        engine = self._engines[k]
+        at = min(self._begins[k] + turn, len(engine.cycle) - 1)  # who failed meanwhile goes on as it was
+        flight = {
+            "engine_id": engine.engine_id,
+            "cycle": self._begins[k] + turn,
+            "telemetry": engine.telemetry[at].tolist(),
+        }
+        return orjson.dumps({"cycles": [flight]})
 
 
 def unseen(fleet: Fleet, seconds: float) -> Round:

@@ -2,32 +2,43 @@
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-
-import uvicorn
+from typing import Any
 
 from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE
 from service import logs
-from service.api.app import create_app
 from service.errors import ServiceError
+from service.replay import options as replay_options
+from service.score import command as score_command
 from service.settings import PREFIX, Settings, read_settings
-from service.workers import configuration, serve_many
 
 SWITCHES = tuple(Settings.model_fields)
+INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 failed, 2 wrong usage."""
-    flags = vars(_parser().parse_args(arguments))
+    """Run one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted half-way."""
+    parser = _parser()
+    flags = vars(parser.parse_args(arguments))
     command = flags.pop("command")
     try:
+        if command in ("predict", "replay"):
+            return predict(**flags) if command == "predict" else replay(parser, **flags)
+        if command == "score":
+            return score(flags)
         return calibrate(**flags) if command == "calibrate" else serve(read_settings(**flags))
     except ServiceError as error:
         return _failed(error.detail)
+    except BrokenPipeError:  # whoever read what is printed has had enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing is left to flush
+        return 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def calibrate(file: Path, model: Path | None, temperature: float | None, as_json: bool) -> int:
@@ -44,8 +55,48 @@ def calibrate(file: Path, model: Path | None, temperature: float | None, as_json
     return 0
 
 
+def predict(file: str, model: Path | None, temperature: float | None, missing: str, as_json: bool) -> int:
+    """Print the newest health of each engine of a file."""
+    from service.predict import predict as of_file  # as in `calibrate`
+
+    return of_file(file, read_settings(model=model), temperature, missing, as_json)
+
+
+def replay(parser: argparse.ArgumentParser, **flags: Any) -> int:
+    """Send a fleet to a running service."""
+    options = replay_options.options_of(flags, read_settings())
+    wrong = replay_options.wrong(options)
+    if wrong:
+        parser.error(wrong)
+    from service.replay.run import replay as of_fleet  # as in `calibrate`
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    return of_fleet(options)
+
+
+def score(flags: dict[str, Any]) -> int:
+    """Score a file to a file."""
+    settings = read_settings(model=flags.pop("model"), threads=flags.pop("threads"))
+    options = score_command.options_of(flags)
+    logs.configure(settings)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        from service.score import run  # what serving has no need of
+
+        return run.score(options, settings)
+    except ModuleNotFoundError as error:
+        if error.name not in score_command.PACKAGES:
+            raise
+        return _failed(f"score needs {error.name}: install engine-health[{score_command.PACKAGES[error.name]}]")
+
+
 def serve(settings: Settings) -> int:
     """Serve until told to stop; 1 if the artefact or the address cannot be used."""
+    import uvicorn  # what no other command has need of, and a second to import
+
+    from service.api.app import create_app
+    from service.workers import configuration, serve_many
+
     logs.configure(settings)
     # uvicorn raises the signal again once it has stopped: to be told to stop is no failure
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -80,6 +131,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--model", type=Path, help="artefact whose classes these are; the configured one if not given")
     command.add_argument("--temperature", type=_temperature, help="to compare with; the artefact's if not given")
     command.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object")
+    command = commands.add_parser("predict", help="the newest health of each engine of a file, without a service")
+    command.add_argument("file", help="C-MAPSS text or CSV, plain or gzipped; - is standard input")
+    command.add_argument("--model", type=Path, help="artefact that answers; the configured one if not given")
+    command.add_argument("--temperature", type=_temperature, help="in place of the artefact's")
+    command.add_argument("--missing", choices=("reject", "hold"), default="reject", help="hold the last seen value")
+    command.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object an engine")
+    replay_options.add_to(commands.add_parser("replay", help="send a fleet to a running service, flight by flight"))
+    score_command.add_to(commands, _temperature)
     return parser
 
 
