@@ -1,8 +1,8 @@
 """What the console costs: the browser for each look at a thousand engines, and the service for being looked at.
 
 A thousand simulated engines fly 200 cycles a second (`POST /v1/cycles`, open loop: a late answer delays no later
-flight, and is timed from when its flight was due). The service has one core, load and browser share the other. Rounds with the
-Fleet page open and without take turns, so that a noisy neighbour meets both.
+flight, and is timed from when its flight was due). The service has one core, load and browser share the other. Rounds
+with the Fleet page open and without take turns, so that a noisy neighbour meets both.
 """
 
 import argparse
