@@ -31,8 +31,8 @@ $(DEV)/ready: requirements-dev.lock pyproject.toml
 	$(DEV)/bin/python $(PIP) install --no-deps -e .
 	touch $@
 
-test: $(DEV)/ready               ## every test; those on real data need CMAPSS_DIR or `make data`
-	$(BIN)/python -m pytest
+test: $(DEV)/ready               ## every test, a core each; those on real data need CMAPSS_DIR or `make data`
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: $(DEV)/ready              ## style, types, arrows between rooms, README tables against code
 	$(BIN)/ruff format --check .

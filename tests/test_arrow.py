@@ -52,13 +52,14 @@ def post(service: Service, body: bytes, query: str = "", **headers: str) -> http
 
 
 def answered(service: Service, body: bytes, query: str = "") -> dict[str, Any]:
-    """The answer, without the ids that are never the same."""
+    """The answer, without what is never the same: ids, and what became of labels that are told again and again."""
     answer = post(service, body, query)
     assert answer.status_code == 200, answer.text
     return without_ids(answer.json())
 
 
 def without_ids(found: dict[str, Any]) -> dict[str, Any]:
+    found.pop("results", None)
     for row in found["predictions"]:
         row.pop("prediction_id")
     return found
