@@ -278,7 +278,8 @@ def test_answers_have_the_shape_that_the_openapi_document_promises(service: Serv
     for name, answer in answers.items():
         schema = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
         jsonschema.validate(answer, schema)
-        assert set(answer) == set(document["components"]["schemas"][name]["properties"])
+        rare = {"results"}  # there only where a label was not applied, and tested where that is
+        assert set(answer) == set(document["components"]["schemas"][name]["properties"]) - rare
     jsonschema.validate(
         {"instances": [instance(windows[0])]},
         {"$ref": "#/components/schemas/PredictRequest", "components": document["components"]},
