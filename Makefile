@@ -92,6 +92,8 @@ lock: build/uv/ready             ## renew the locks; the production lock carries
 		--upgrade pyproject.toml -o requirements.lock
 	build/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --upgrade \
 		pyproject.toml --all-extras --group dev -c requirements.lock -o requirements-dev.lock --no-emit-package torch
+	echo 'setuptools>=77' | build/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+		--no-annotate --upgrade - -o requirements-build.lock  # what builds the image's wheel, and is not in it
 	sed -i '/^cuda-/d; /^nvidia-/d; /^triton==/d' requirements-dev.lock  # a GPU's packages: the CPU build needs none
 
 clean:                           ## remove environments and build products
