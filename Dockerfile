@@ -14,12 +14,13 @@ COPY pyproject.toml README.md ./
 COPY model model
 COPY export export
 COPY service service
-# The label below must not lie. Tests of libraries are a tenth of them. Nobody can write bytecode later, so it is now.
+# The label below must not lie. Tests of libraries are not needed, and of plotly only the script that browsers load.
+# Nobody can write bytecode later, so it is written here.
 ARG MODEL_DIGEST
 RUN test "$(sha256sum < model/artefact/engine-health.onnx)" = "$MODEL_DIGEST  -" \
     && /build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheel . \
     && /build/bin/pip --python /opt/engine-health/bin/python install --no-deps --no-index --no-compile /wheel/*.whl \
-    && find /opt/engine-health/lib -type d -name tests -prune -exec rm -rf {} + \
+    && find /opt/engine-health/lib -type d \( -name tests -o -path '*/plotly/graph_objs' -o -path '*/plotly/labextension' \) -prune -exec rm -rf {} + \
     && /opt/engine-health/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/engine-health/lib
 
 FROM python:3.11-slim

@@ -7,13 +7,16 @@ PIP := -m pip --disable-pip-version-check --quiet
 CMAPSS_URL ?= https://phm-datasets.s3.amazonaws.com/NASA/6.+Turbofan+Engine+Degradation+Simulation+Data+Set.zip
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format train export evaluate study fuzz kills bench bench-peers bench-monitor endurance data docs lock clean
+.PHONY: help serve demo test check format train export evaluate fleet study fuzz kills bench bench-peers bench-monitor bench-console endurance data docs screenshots lock clean
 
 help:                            ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
 
 serve: $(SERVE)/ready            ## start the service on 127.0.0.1:8000 with the bundled model
 	exec $(SERVE)/bin/engine-health serve
+
+demo: $(SERVE)/ready             ## the service with a simulated fleet flying; DEMO="--drift sensor_11:+2sd@600" plants drift
+	@exec $(SERVE)/bin/python -m service.replay.demo $(DEMO)
 
 $(SERVE)/ready: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(SERVE)
@@ -56,6 +59,9 @@ evaluate: $(DEV)/ready           ## the bundled artefact on the official test en
 	$(BIN)/python -m model.evaluate
 	$(BIN)/python docs/card.py
 
+fleet: $(DEV)/ready              ## estimate anew what simulated engines are drawn from: model/fleet.json
+	$(BIN)/python -m model.estimate
+
 study: $(DEV)/ready              ## what the model card compares with: three seeds, then each anchor; hours
 	for seed in 0 1 2; do $(BIN)/python -m model.fit --seed $$seed --output build/seed-$$seed.pt || exit 1; done
 	$(BIN)/python -m benchmarks.study seeds build/seed-0.pt build/seed-1.pt build/seed-2.pt
@@ -76,11 +82,17 @@ bench-peers: $(DEV)/ready        ## the same model behind other servers, side by
 bench-monitor: $(DEV)/ready      ## false and true alarms of the calibration state, simulated; a quarter of an hour
 	$(BIN)/python -m benchmarks.monitor
 
+bench-console: $(DEV)/ready      ## what the Fleet page costs the browser and the service, a thousand engines flying; needs chromium
+	$(BIN)/python -m benchmarks.console
+
 endurance: $(DEV)/ready          ## every promise under strain at full size, as a table; fails if one is broken; half an hour
 	$(BIN)/python -m benchmarks.endurance
 
 docs: $(DEV)/ready               ## write the README's tables anew from code, and the results from the test engines
 	$(BIN)/python docs/tables.py --results
+
+screenshots: $(DEV)/ready        ## the README's pictures of the console; needs chromium and C-MAPSS
+	$(BIN)/python -m docs.screenshots
 
 build/uv/ready:
 	$(PYTHON) -m venv build/uv

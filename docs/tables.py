@@ -15,7 +15,8 @@ from service.settings import BUNDLED, PREFIX, Settings
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-ROOMS = ("model", "export", "service", "service/storage", "service/api")
+ROOMS = ("model", "export", "service", "service/replay", "service/storage", "service/api")
+CONSOLE = "service/api/console"
 
 
 def settings() -> Iterator[str]:
@@ -38,11 +39,12 @@ def endpoints() -> Iterator[str]:
     for path, operations in create_app(read_settings(), print).api.openapi()["paths"].items():
         for method, operation in operations.items():
             yield f"| `{method.upper()} {path}` | {operation['description'].splitlines()[0]} |"
+    yield "| `GET /` | The console: fleet, engine, calibration, explorer. |"
     yield "| `GET /docs` | This API, to try in the browser; loads nothing from another host. |"
 
 
 def tree() -> Iterator[str]:
-    """One line a module: the first sentence of its docstring."""
+    """One line a module: the first sentence of its docstring, or of the comment that a script opens with."""
     yield "```"
     for room in ROOMS:
         yield f"{room}/"
@@ -50,6 +52,9 @@ def tree() -> Iterator[str]:
             docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
             if path.name != "__init__.py":
                 yield f"  {path.name:<15}{docstring.splitlines()[0].rstrip('.')}"
+    yield f"{CONSOLE}/"
+    for path in sorted((ROOT / CONSOLE).glob("*.js")):
+        yield f"  {path.name:<15}{path.read_text().splitlines()[0].removeprefix('// ').rstrip('.')}"
     yield "```"
 
 

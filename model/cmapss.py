@@ -53,19 +53,26 @@ def data_folder() -> Path:
 
 def read_train(folder: Path, subset: str) -> list[History]:
     """Run-to-failure histories of one subset: RUL is 0 at the last cycle."""
-    return [_with_rul(history, 0.0) for history in _read_text(folder, f"train_{subset}.txt", subset)]
+    return [with_rul(history, 0.0) for history in _read_text(folder, f"train_{subset}.txt", subset)]
 
 
 def read_test(folder: Path, subset: str) -> list[History]:
     """Histories cut off before failure, with RUL from the subset's truth file."""
     histories = _read_text(folder, f"test_{subset}.txt", subset)
+    truth = last_rul(folder, subset, len(histories))
+    return [with_rul(history, last) for history, last in zip(histories, truth, strict=True)]
+
+
+def last_rul(folder: Path, subset: str, engines: int) -> list[float]:
+    """The true RUL of each of a subset's test engines at the last cycle that is shown."""
     truth = np.atleast_1d(_numbers(folder, f"RUL_{subset}.txt")).ravel()
-    if len(truth) != len(histories):
-        raise DataError(f"RUL_{subset}.txt has {len(truth)} values for {len(histories)} engines")
-    return [_with_rul(history, float(last)) for history, last in zip(histories, truth, strict=True)]
+    if len(truth) != engines:
+        raise DataError(f"RUL_{subset}.txt has {len(truth)} values for {engines} engines")
+    return [float(last) for last in truth]
 
 
-def _with_rul(history: History, at_last: float) -> History:
+def with_rul(history: History, at_last: float) -> History:
+    """A history whose RUL at the last cycle is known."""
     rul = at_last + (history.cycle[-1] - history.cycle).astype(np.float64)
     return History(history.engine_id, history.cycle, history.telemetry, rul)
 

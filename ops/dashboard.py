@@ -139,7 +139,8 @@ def calibrated() -> Iterator[Panel]:
         "needed": "engine_health:threshold:representative_share",
     }
     about = (
-        "Truths that came in the window for each prediction made in it; with fewer than needed no alert believes them."
+        "Truths that came in the window for each prediction made in it that a truth can reach (of an engine, or "
+        "labelled at once); with fewer than needed no alert believes them."
     )
     yield panel("Do labels come?", "percentunit", about, labels)
     lag = within("label_lag_seconds", "$window")

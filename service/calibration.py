@@ -37,8 +37,14 @@ def seconds_of(window: str) -> float:
     return int(found[1]) * _SECONDS[found[2]]
 
 
-async def watch(memory: Memory, predictor: Predictor, window: str | None) -> dict[str, Any]:
+async def watch(memory: Memory, predictor: Predictor, window: str | None, periods: int = 0) -> dict[str, Any]:
     """The answer of `GET /v1/calibration`: of the model that answers now, at the temperatures that answered.
+
+    Args:
+        memory: where predictions and truths are.
+        predictor: whose model it is.
+        window: as in `seconds_of`; None for all time.
+        periods: equal parts of the time, for each of which the loss is told too; 0 for none.
 
     Raises:
         InvalidInput: a window that is none.
@@ -46,7 +52,7 @@ async def watch(memory: Memory, predictor: Predictor, window: str | None) -> dic
     """
     now = time.time()
     found = await _counted(memory, predictor.model, window, now)
-    return await asyncio.to_thread(_watched, found, predictor, now, window)
+    return await asyncio.to_thread(_watched, found, predictor, now, window, periods)
 
 
 async def fit(memory: Memory, predictor: Predictor, window: str | None) -> dict[str, Any]:
@@ -116,10 +122,14 @@ async def _counted(memory: Memory, model: Model, window: str | None, now: float)
     return await memory.database.read(lambda c: queries.counted(c, model.digest, classes, since))
 
 
-def _watched(found: queries.Found, predictor: Predictor, now: float, window: str | None) -> dict[str, Any]:
-    manifest = predictor.model.manifest
+def _watched(
+    found: queries.Found, predictor: Predictor, now: float, window: str | None, periods: int
+) -> dict[str, Any]:
+    manifest, rows = predictor.model.manifest, _rows(found, predictor.model)
     level = manifest.conformal.level if manifest.conformal else None
-    body = monitor.calibration(_rows(found, predictor.model), manifest.classes, now, level, window)
+    body = monitor.calibration(rows, manifest.classes, now, level, window)
+    if periods:
+        body["over_time"] = monitor.over_time(rows, periods)
     about = {"model": predictor.model.digest, "temperature": predictor.temperature}
     return body | about | {"temperature_source": predictor.temperature_source, "drift": _drift(found, predictor)}
 

@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -14,20 +16,30 @@ from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE
 from service import logs
 from service.api.app import create_app
 from service.errors import ServiceError
+from service.replay import options as replay_options
 from service.settings import PREFIX, Settings, read_settings
 from service.workers import configuration, serve_many
 
 SWITCHES = tuple(Settings.model_fields)
+INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 failed, 2 wrong usage."""
-    flags = vars(_parser().parse_args(arguments))
+    """Run one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted half-way."""
+    parser = _parser()
+    flags = vars(parser.parse_args(arguments))
     command = flags.pop("command")
     try:
+        if command in ("predict", "replay"):
+            return predict(**flags) if command == "predict" else replay(parser, **flags)
         return calibrate(**flags) if command == "calibrate" else serve(read_settings(**flags))
     except ServiceError as error:
         return _failed(error.detail)
+    except BrokenPipeError:  # whoever read what is printed has had enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing is left to flush
+        return 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def calibrate(file: Path, model: Path | None, temperature: float | None, as_json: bool) -> int:
@@ -42,6 +54,25 @@ def calibrate(file: Path, model: Path | None, temperature: float | None, as_json
     else:
         print("\n".join(recalibrate.lines(found, before)))
     return 0
+
+
+def predict(file: str, model: Path | None, temperature: float | None, missing: str, as_json: bool) -> int:
+    """Print the newest health of each engine of a file."""
+    from service.predict import predict as of_file  # as in `calibrate`
+
+    return of_file(file, read_settings(model=model), temperature, missing, as_json)
+
+
+def replay(parser: argparse.ArgumentParser, **flags: Any) -> int:
+    """Send a fleet to a running service."""
+    options = replay_options.options_of(flags, read_settings())
+    wrong = replay_options.wrong(options)
+    if wrong:
+        parser.error(wrong)
+    from service.replay.run import replay as of_fleet  # as in `calibrate`
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    return of_fleet(options)
 
 
 def serve(settings: Settings) -> int:
@@ -80,6 +111,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--model", type=Path, help="artefact whose classes these are; the configured one if not given")
     command.add_argument("--temperature", type=_temperature, help="to compare with; the artefact's if not given")
     command.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object")
+    command = commands.add_parser("predict", help="the newest health of each engine of a file, without a service")
+    command.add_argument("file", help="C-MAPSS text or CSV, plain or gzipped; - is standard input")
+    command.add_argument("--model", type=Path, help="artefact that answers; the configured one if not given")
+    command.add_argument("--temperature", type=_temperature, help="in place of the artefact's")
+    command.add_argument("--missing", choices=("reject", "hold"), default="reject", help="hold the last seen value")
+    command.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object an engine")
+    replay_options.add_to(commands.add_parser("replay", help="send a fleet to a running service, flight by flight"))
     return parser
 
 

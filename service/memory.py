@@ -22,8 +22,9 @@ from service.settings import Settings
 from service.storage import labels, queries, readings, remember, tempering
 from service.storage.book import Book, Joined
 from service.storage.database import Database
-from service.storage.labels import Answered, End, Ended, Labels, Said
-from service.storage.readings import Flight, Flights, Landed
+from service.storage.labels import Answered, End, Ended, Labels, Result, Said
+from service.storage.readings import Flight, Flights, Landed, Predicted, Stored
+from service.storage.remember import Batch, By, Made
 
 
 class Named(Protocol):
@@ -36,6 +37,17 @@ class Named(Protocol):
     @property
     def cycle(self) -> int | None:
         """Flights since it was new."""
+
+
+Told = tuple[Result, Floats | None]  # what became of a label, and the one that stands if it was refused
+Results = list[Told | None]  # None where no label was told
+
+
+class Remembered(NamedTuple):
+    """Ids of predictions, None for one that should have been kept and could not be, and what became of labels."""
+
+    ids: list[str | None]
+    results: Results
 
 
 class Answer(NamedTuple):
@@ -62,13 +74,13 @@ class Memory:
         self.keep_fits, self.change = partial(tempering.keep_fits, book), partial(tempering.change, book)
 
     async def open(self) -> None:
-        """Make or migrate the database.
+        """Make or migrate the database; one that failed last has to prove that it can be written to.
 
         Raises:
             SchemaRejected: newer code made it.
             MemoryUnavailable: it cannot be reached now.
         """
-        await self.database.write(_nothing, None)
+        await self.database.write(_nothing if self.database.up else queries.prove, None)
 
     async def close(self) -> None:
         """Commit what was accepted."""
@@ -93,26 +105,33 @@ class Memory:
         telemetry: Readings,
         found: Prediction,
         targets: Floats | None = None,
-    ) -> list[str | None]:
-        """Ids of predictions; those of an engine are kept. None for one that should have been kept and could not be.
+    ) -> Remembered:
+        """Keep the predictions of engines, and the labels that came with them; counts all labels in the metrics.
 
         A prediction is an answer before it is a memory: without the database it is still given, and says so. One at a
-        temperature of the caller's own is what if: the service did not say it by itself, so nothing is kept of it.
+        temperature of the caller's own is what if: the service did not say it by itself, so nothing is kept of it but
+        the truth, which depends on no temperature.
         """
         now = time.time()
         ids = prediction_ids(len(rows), now)
-        if found.temperature != predictor.temperature or all(row.engine_id is None for row in rows):
-            return list(ids)
-        made = _made(rows, telemetry, found.answers, targets, ids)
-        batch = remember.Batch(_by(predictor), now, made)
-        try:
-            if not self.database.up:  # it is asked every second; no prediction waits for it meanwhile
-                raise MemoryUnavailable("the database does not answer")
-            self._count(await self.database.write(self._remember, batch))
-        except MemoryUnavailable:
-            self._metrics.unremembered.inc(len(made))
-            return [name if row.engine_id is None else None for name, row in zip(ids, rows, strict=True)]
-        return list(ids)
+        own = found.temperature == predictor.temperature
+        anybody = any(row.engine_id is not None for row in rows)
+        made = _made(rows, telemetry, found.answers, targets, ids) if anybody else []
+        made = made if own else [row for row in made if row.label is not None and row.cycle is not None]
+        said: dict[str, Told] = {}
+        lost: set[str] = set()
+        if made:
+            try:
+                if not self.database.up:  # it is asked every second; no prediction waits for it meanwhile
+                    raise MemoryUnavailable("the database does not answer")
+                said = await (self._keep(Batch(_by(predictor), now, made)) if own else self._say(made))
+            except MemoryUnavailable:
+                self._metrics.unremembered.inc(len(made))
+                lost = {row.id for row in made}
+        if targets is not None:
+            elsewhere = [name in said and (not own or said[name][0] == "conflict") for name in ids]
+            predictor.count_labels(found, targets, np.array(elsewhere))
+        return Remembered([None if name in lost else name for name in ids], [said.get(name) for name in ids])
 
     async def fly(self, predictor: Predictor, flights: Sequence[Flight]) -> Answer:
         """Keep flights, and predict each engine's health from what is known up to that cycle, both or neither.
@@ -122,35 +141,53 @@ class Memory:
             MemoryUnavailable: nothing was kept.
             Overloaded: nothing was kept.
         """
-        answered: list[tuple[Readings, Answers, float]] = []
 
-        def answer(rows: Sequence[Flight], windows: Readings) -> Sequence[remember.Made]:
+        def answer(rows: Sequence[Flight], windows: Readings) -> Predicted:
             started = time.perf_counter()
             try:
                 found = predictor.answer(windows)
             except InvalidInput as error:
                 raise _of_flight(error, rows, flights) from None
-            answered.append((windows, found, time.perf_counter() - started))
-            return _made(rows, windows, found, None, prediction_ids(len(rows), time.time()))
+            made = _made(rows, windows, found, None, prediction_ids(len(rows), time.time()))
+            return Predicted(made, (windows, found, time.perf_counter() - started))
 
         told = Flights(flights, _by(predictor), answer, time.time())
-        landed, truths = await self.database.write(self._store, told)
-        for windows, found, seconds in answered:  # one caller's answers every flight of a transaction
-            predictor.count(windows, found, seconds)
-        self._count(truths)
+
+        def committed(stored: Stored) -> None:
+            if stored.receipt is not None:  # one caller's answers every flight of a transaction
+                predictor.count(*stored.receipt)
+                self._metrics.labellable.inc(len(stored.receipt[0]))
+            self._count(stored.joined)
+
+        landed = (await self.database.write(self._store, told, committed, len(flights))).landed
         return Answer(landed, *_together(predictor, landed))
 
     async def label(self, rows: Sequence[Said]) -> Answered:
         """Keep labels, each with its own result."""
-        answered = await self.database.write(self._label, Labels(rows, time.time()))
-        self._count(answered.joined)
-        return answered
+        told = Labels(rows, time.time())
+        return await self.database.write(self._label, told, lambda answered: self._count(answered.joined), len(rows))
 
     async def end(self, engine_id: str, failed_at: int, revise: bool) -> Ended:
         """Keep an engine's end, which labels its history."""
-        ended = await self.database.write(self._end, End(engine_id, failed_at, revise, time.time()))
-        self._count(ended.joined)
-        return ended
+        told = End(engine_id, failed_at, revise, time.time())
+        return await self.database.write(self._end, told, lambda ended: self._count(ended.joined))
+
+    async def _keep(self, batch: Batch) -> dict[str, Told]:
+        """Keep predictions; what became of the labels that came with them, by prediction id."""
+
+        def committed(kept: remember.Remembered) -> None:
+            self._count(kept.joined)
+            counted = sum(row.label is not None and kept.said[row.id][0] != "conflict" for row in batch.rows)
+            self._metrics.labellable.inc(len(batch.rows) - counted)  # the others are with their labels
+
+        said = (await self.database.write(self._remember, batch, committed, len(batch.rows))).said
+        return {row.id: said[row.id] for row in batch.rows if row.id in said} if said else {}
+
+    async def _say(self, made: Sequence[Made]) -> dict[str, Told]:
+        """Keep the labels of predictions that are not kept themselves; what became of each, by prediction id."""
+        rows = [Said(None, row.engine_id, row.cycle, row.label, False) for row in made if row.label is not None]
+        answered = await self.label(rows)
+        return {row.id: result for row, result in zip(made, answered.results, strict=True)}
 
     def _count(self, joined: Sequence[Joined]) -> None:
         """Count truths that have just joined, in the metrics; the predictions of one model and temperature together."""
@@ -175,12 +212,12 @@ def prediction_ids(n: int, now: float) -> list[str]:
 
 def _made(
     rows: Sequence[Named], telemetry: Readings, answers: Answers, targets: Floats | None, ids: Sequence[str]
-) -> list[remember.Made]:
+) -> list[Made]:
     top, risk = answers.logits.argmax(axis=1).tolist(), answers.probabilities[:, -1].tolist()
     rul = None if answers.rul is None else answers.rul.tolist()
     labelled = np.zeros(len(rows), bool) if targets is None else ~np.isnan(targets[:, 0])
     return [
-        remember.Made(
+        Made(
             ids[i],
             row.engine_id,
             row.cycle,
@@ -224,11 +261,9 @@ def _together(predictor: Predictor, landed: Sequence[Landed]) -> tuple[Predictio
     return Prediction(predictor.temperature, whole(joined(parts))), ids
 
 
-def _by(predictor: Predictor) -> remember.By:
+def _by(predictor: Predictor) -> By:
     model = predictor.model
-    return remember.By(
-        model.digest, model.manifest, predictor.temperature, predictor.temperature_source, predictor.bins
-    )
+    return By(model.digest, model.manifest, predictor.temperature, predictor.temperature_source, predictor.bins)
 
 
 def _nothing(_: Any, items: Sequence[None]) -> list[None]:

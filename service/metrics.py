@@ -117,6 +117,9 @@ class Metrics:
         self.memory_up = gauge(
             "memory_up", "1 while the database answers, in every worker; NaN without one.", "livemin"
         )
+        self.labellable = counter(
+            "labellable_total", "Predictions that a truth can reach: kept with their engine, or labelled at once."
+        )
         self.unremembered = counter("unremembered_total", "Predictions answered while the database did not.")
         self.confidence = histogram("confidence", "Top probability of every prediction.", CONFIDENCE)
         self.entropy = histogram("entropy_nats", "Entropy of every prediction.", ENTROPY)

@@ -95,6 +95,34 @@ def calibration(
     return {key: finite(value) for key, value in body.items()}
 
 
+def over_time(rows: Rows, periods: int) -> list[Json]:
+    """The loss of labelled predictions by when they were made, in equal parts of the time between first and last.
+
+    `noise` is the standard deviation that a calibrated model's mean loss has. Parts without a label have no figures.
+    """
+    known = ~np.isnan(rows.label[:, 0])
+    if not known.any():
+        return []
+    made = rows.made_at[known]
+    z = numerics.scaled_rows(rows.logits[known], rows.temperature[known])
+    loss = numerics.cross_entropy(z, rows.label[known], reduction="none")
+    edges = np.linspace(made.min(), made.max(), periods + 1)
+    part = np.clip(np.searchsorted(edges, made, side="right") - 1, 0, periods - 1)
+    columns = (np.ones(len(made)), loss, numerics.entropy(z), numerics.loss_variance(z))
+    n, realised, expected, variance = (np.bincount(part, column, periods) for column in columns)
+    return [
+        {
+            "from": float(edges[k]),
+            "to": float(edges[k + 1]),
+            "n": int(n[k]),
+            "realised": finite(report.ratio(realised[k], n[k])),
+            "expected": finite(report.ratio(expected[k], n[k])),
+            "noise": finite(report.ratio(float(np.sqrt(variance[k])), n[k])),
+        }
+        for k in range(periods)
+    ]
+
+
 def evidences(found: Labelled) -> tuple[Evidence, list[Evidence]]:
     """Evidence that the loss is not what the model expects, and that each class is not as frequent as it says."""
     losses = sequential.of_losses(found.z, found.loss, found.entropy, found.variance)

@@ -27,6 +27,7 @@ from service.turns import Turns
 Mask = npt.NDArray[np.bool_]
 Made = TypeVar("Made")
 FLOAT32 = float(np.finfo(np.float32).max)  # answers leave as such; a loss of logits near it is more than it
+MOST_BINS = 255  # a byte each
 MANY_NUMBERS = 2**14  # probabilities of one call; beyond it the event loop is left free while they are worked on
 
 
@@ -76,6 +77,7 @@ class Prediction:
     """Answers for N rows, in pieces. `loss` (N,) is NaN where no label was given, None where there is none at all.
 
     `moved` says of each row what each channel did to the answer, the strongest first; None if that was not asked.
+    `labelled` is what the labelled rows cost at the service's own temperature, for `Predictor.count_labels`.
     """
 
     temperature: float
@@ -83,6 +85,7 @@ class Prediction:
     loss: Floats | None = None
     evaluation: Evaluation | None = None
     moved: list[list[Shift]] | None = None
+    labelled: Labelled | None = None
 
     @cached_property
     def answers(self) -> Answers:
@@ -195,7 +198,7 @@ class Predictor:
         size: int = 0,
         explain: bool = False,
     ) -> Prediction:
-        """Calibrated health of N instances.
+        """Calibrated health of N instances. Their labels are scored; `count_labels` is the caller's to call.
 
         Args:
             telemetry: (N, *input_shape) float32, finite, windows already padded.
@@ -226,19 +229,31 @@ class Predictor:
         found = joined([rows_of(*piece) for piece in pieces])
         answers = rows_of(Inference(found), 0, n)
         many = answers.logits.size > MANY_NUMBERS
-        scored = (
+        prediction = (
             await asyncio.to_thread(self._scored, answers, targets, t) if many else self._scored(answers, targets, t)
         )
-        labelled, prediction = scored
-        if labelled is not None:
-            self._metrics.labelled_answers(labelled)
         return await asyncio.to_thread(_explained, found, prediction) if explain else prediction
 
-    def _scored(self, answers: Answers, targets: Floats | None, t: float) -> tuple[Labelled | None, Prediction]:
-        """What the counters are told, and what the caller is.
+    def count_labels(self, found: Prediction, targets: Floats | None, elsewhere: Mask | None = None) -> None:
+        """Count in the metrics what the labelled rows of a prediction cost.
 
         A what-if temperature is answered and not counted: the counters describe what the service says by itself.
+
+        Args:
+            found: what `predict` answered.
+            targets: as it was told.
+            elsewhere: (N,) rows whose truth is counted where it joins a remembered prediction, or not at all.
         """
+        labelled = found.labelled
+        if labelled is not None and targets is not None and elsewhere is not None and elsewhere.any():
+            targets = np.where(elsewhere[:, None], np.nan, targets)
+            labelled = None if np.isnan(targets[:, 0]).all() else _labelled(found.answers, targets, self.temperature)
+        if labelled is not None:
+            self._metrics.labelled_answers(labelled)
+            self._metrics.labellable.inc(len(labelled.loss))
+
+    def _scored(self, answers: Answers, targets: Floats | None, t: float) -> Prediction:
+        """What the caller is told, and what the counters are."""
         labelled = None if targets is None else _labelled(answers, targets, self.temperature)
         if t != self.temperature:
             answers = calibrated(self.model, answers.logits, answers.rul, answers.finite, t)
@@ -246,10 +261,10 @@ class Predictor:
         else:
             answered = labelled
         if targets is None or answered is None:
-            return None, Prediction(t, whole(answers))
+            return Prediction(t, whole(answers))
         loss = np.full(len(targets), np.nan)
         loss[~np.isnan(targets[:, 0])] = np.minimum(answered.loss, FLOAT32)
-        return labelled, Prediction(t, whole(answers), loss, _means(answered))
+        return Prediction(t, whole(answers), loss, _means(answered), labelled=labelled)
 
     def answer(self, telemetry: Batch) -> Answers:
         """As `predict`, at once and in this thread, for who keeps a queue of its own; `count` is the caller's to call.
@@ -303,7 +318,7 @@ class Predictor:
     @property
     def bins(self) -> Callable[[Batch], npt.NDArray[np.uint8]] | None:
         """The reference bin of each channel that has a reference, for newest readings (N, channels); None without."""
-        return self._bins_of if self._binned and self._edges.shape[1] < np.iinfo(np.uint8).max else None
+        return self._bins_of if self._binned and self._edges.shape[1] < MOST_BINS else None
 
     @property
     def binned(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -23,10 +24,18 @@ class Postgres:
     port: int
     programs: Path
 
-    def url(self, name: str) -> str:
-        """The address of a new, empty database."""
+    def url(self, name: str, folder: Path | None = None) -> str:
+        """The address of a new, empty database, whose tables are in some folder of the server's own."""
         with psycopg.connect(host="127.0.0.1", port=self.port, user="postgres", autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {name}")
+            space = ""
+            if folder is not None:
+                own = folder / "tables"
+                own.mkdir()
+                if os.geteuid() == 0:
+                    shutil.chown(own, "postgres")
+                connection.execute(f"CREATE TABLESPACE {name} LOCATION '{own}'")
+                space = f" TABLESPACE {name}"
+            connection.execute(f"CREATE DATABASE {name}{space}")
         return f"postgresql://postgres@127.0.0.1:{self.port}/{name}"
 
     def start(self) -> None:
@@ -39,6 +48,13 @@ class Postgres:
     def stop(self) -> None:
         """Stop at once, as a crash would."""
         self._run("pg_ctl", "-w", "-D", str(self.folder / "data"), "-m", "immediate", "stop")
+
+    def pause(self, paused: bool = True) -> None:
+        """Let every process of the server stand still, connections open, or go on."""
+        head = (self.folder / "data" / "postmaster.pid").read_text().split()[0]
+        rest = subprocess.run(["ps", "-o", "pid=", "--ppid", head], capture_output=True, text=True, check=True)
+        for process in (head, *rest.stdout.split()):
+            os.kill(int(process), signal.SIGSTOP if paused else signal.SIGCONT)
 
     def make(self) -> None:
         """Make the cluster."""

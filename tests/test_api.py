@@ -258,7 +258,8 @@ def test_live_ready_docs_and_front_door(service: Service) -> None:
     """The operations answer, and the documentation loads nothing from another host."""
     assert 200 == service.client.get("/livez").status_code
     assert 200 == service.client.get("/readyz").status_code
-    docs = service.client.get("/", follow_redirects=True)
+    assert "<title>engine-health</title>" in service.client.get("/").text
+    docs = service.client.get("/docs")
     assert 200 == docs.status_code
     assert "swagger" in docs.text
     assert "http://" not in docs.text.replace(str(service.client.base_url), "")

@@ -218,6 +218,19 @@ def test_only_the_window_counts(windows: Readings) -> None:
         assert "1s" == calibration(service, "?window=1s")["window"]
 
 
+def test_the_loss_over_time_is_told_where_asked(windows: Readings) -> None:
+    """`periods` adds so many parts of the time, with moments as elsewhere; too many are refused."""
+    with running() as service:
+        rows = [{"engine_id": f"e-{k}", "cycle": 1, "telemetry": windows[k].tolist(), "label": 0} for k in range(4)]
+        for row in rows:
+            service.predict([row])
+        told = calibration(service, "?periods=3")["over_time"]
+        assert (3, 4) == (len(told), sum(part["n"] for part in told))
+        assert told[0]["from"] == service.client.get("/v1/engines/e-0").json()["history"][0]["made_at"]
+        assert "over_time" not in calibration(service)
+        assert 422 == service.client.get("/v1/calibration?periods=201").status_code
+
+
 def test_nothing_to_tell_is_told() -> None:
     """Before any prediction every figure is null, none is NaN, and the state says that data are insufficient."""
     with running() as fresh:

@@ -20,6 +20,7 @@ INDIRECT = {
     "import-linter": "make check",
     "mypy": "make check",
     "onnxscript": "torch's exporter writes through it",
+    "plotly": "service/api/pages.py serves its script; nobody imports its Python",
     "psycopg": "SQLAlchemy, for a postgresql:// address",
     "ruff": "make check",
     "schemathesis": "tests/test_schema.py runs the program",

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -110,12 +111,15 @@ def test_the_build_sees_only_what_the_image_is_made_of() -> None:
 
 
 def test_every_room_is_in_the_wheel() -> None:
-    """Each folder of Python below model, export and service is a package of the wheel, and so in the image."""
-    listed = re.search(r"^packages = (\[[^]]*\])", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert listed
+    """Each folder of Python, and each other file of model, export and service, is in the wheel."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     tracked = subprocess.check_output(["git", "ls-files", "model", "export", "service"], cwd=ROOT, text=True).split()
     folders = {str(Path(name).parent).replace("/", ".") for name in fnmatch.filter(tracked, "*.py")}
-    assert folders == set(json.loads(listed[1]))
+    assert folders == set(setuptools["packages"])
+    rules = [f"{room.replace('.', '/')}/{rule}" for room, some in setuptools["package-data"].items() for rule in some]
+    others = [name for name in tracked if not name.endswith((".py", ".pt"))]  # a checkpoint is for training
+    assert "model/artefact/engine-health.onnx" in others
+    assert [] == [name for name in others if not any(fnmatch.fnmatch(name, rule) for rule in rules)]
 
 
 def test_a_secret_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The manifests against Kubernetes' own JSON schemas (in the wheel kubernetes-validate), and against image and settings."""
+"""The manifests against Kubernetes' own JSON schemas (kubernetes-validate has them), image and settings."""
 
 import re
 from pathlib import Path
@@ -28,7 +28,7 @@ def inference_service() -> dict[str, Any]:
 
 @pytest.mark.parametrize("version", ["1.29", kubernetes_validate.latest_version()])
 def test_manifests_fit_the_schemas(version: str) -> None:
-    """Every manifest fits its schema of an old and of the newest version, with no field that the schema does not know."""
+    """Every manifest fits its schema of an old and of the newest version, with no unknown field."""
     assert {"Deployment", "Service", "HorizontalPodAutoscaler", "PodDisruptionBudget"} == set(MANIFESTS)
     for manifest in MANIFESTS.values():
         kubernetes_validate.validate(manifest, version, strict=True)

@@ -9,6 +9,7 @@ import httpx
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from sqlalchemy import create_engine
 
 from benchmarks.kills import survive_in
 from model import contract, numerics
@@ -16,6 +17,7 @@ from model.contract import Manifest
 from model.windows import Readings, pad_left
 from service.api.recall import read_cursor, write_cursor
 from service.api.schemas import MOST_NAME
+from service.storage.database import address
 from tests.conftest import Service, running
 from tests.postgres import Postgres, postgres
 from tests.test_runtime import identity_classifier
@@ -134,6 +136,47 @@ def test_a_flight_told_twice_is_one(kept: Service, windows: Readings) -> None:
     assert mixed["predictions"][0] is None
     assert 5 == mixed["predictions"][1]["cycle"]
     assert [4, 5] == [row["cycle"] for row in history(kept, "twice")]
+
+
+def test_a_flight_told_again_after_a_prediction_has_its_own_answer(kept: Service, windows: Readings) -> None:
+    """A prediction of the same engine and cycle in between counts, and the flight told again hears its own answer."""
+    fly(kept, "own", 1, windows[0][0])
+    first = fly(kept, "own", 2, windows[0][1])
+    asked = {"telemetry": windows[1].tolist(), "engine_id": "own", "cycle": 2}
+    between = kept.predict([asked])["predictions"][0]
+    again = [fly(kept, "own", 2, windows[0][1]) for _ in range(2)]
+    assert ["unchanged"] * 2 == [one["results"][0]["result"] for one in again]
+    assert [first["predictions"]] * 2 == [one["predictions"] for one in again]
+    assert between["logits"] != first["predictions"][0]["logits"]
+    every = kept.client.get("/v1/engines/own?superseded=true").json()["history"]
+    assert {first["predictions"][0]["prediction_id"]: False, between["prediction_id"]: True} == {
+        row["prediction_id"]: row["counts"] for row in every if row["cycle"] == 2
+    }
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_what_older_code_kept_is_answered_as_it_answered(
+    kind: str, windows: Readings, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """A database made before flights were told apart is taken over; its flights hear what counted then, and go on."""
+    url = f"sqlite:///{tmp_path}/memory.db" if kind == "sqlite" else request.getfixturevalue("cluster").url("older")
+    asked = [{"telemetry": windows[1].tolist(), "engine_id": name, "cycle": 1} for name in ("a", "b")]
+    with running(ENGINE_HEALTH_DATABASE_URL=url) as service:
+        fly(service, "a", 1, windows[0][0])
+        counted = service.predict(asked[:1])["predictions"]
+        own = fly(service, "b", 1, windows[0][0])["predictions"]
+    engine = create_engine(address(url))
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE predictions DROP COLUMN flight")
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
+    engine.dispose()
+    with running(ENGINE_HEALTH_DATABASE_URL=url) as service:
+        assert counted == fly(service, "a", 1, windows[0][0])["predictions"]
+        service.predict(asked[1:])
+        assert own == fly(service, "b", 1, windows[0][0])["predictions"]
+        first = fly(service, "b", 2, windows[0][1])["predictions"]
+        service.predict([asked[1] | {"cycle": 2}])
+        assert first == fly(service, "b", 2, windows[0][1])["predictions"]
 
 
 def test_flights_may_name_their_channels(kept: Service, windows: Readings, manifest: Manifest) -> None:
@@ -273,6 +316,64 @@ def test_a_label_that_comes_with_a_prediction_is_kept(kept: Service, windows: Re
     assert 1 == kept.metrics()["engine_health_labelled_total"] - before
     kept.predict([asked | {"label": None}])
     assert [("critical", "inspection")] == [(row["label"], row["source"]) for row in history(kept, "at once")]
+
+
+def test_a_label_that_contradicts_another_one_is_told(kept: Service, windows: Readings, manifest: Manifest) -> None:
+    """A prediction's label that conflicts is scored in the answer, told beside the one that stands, and not kept."""
+    say(kept, {"engine_id": "odd", "cycle": 1, "label": "normal"})
+    before = kept.metrics()
+    rows: list[dict[str, Any]] = [
+        {"engine_id": "odd", "cycle": 1, "label": "critical"},
+        {"engine_id": "even", "cycle": 1, "label": [0.25, 0.75, 0]},
+        {"engine_id": "even", "cycle": 1, "label": 2},
+        {"engine_id": "odd", "cycle": 1, "label": 0},
+        {"engine_id": "odd", "cycle": 1},
+        {"label": "degrading"},
+    ]
+    found = kept.predict(
+        [{"telemetry": w.tolist()} | row for w, row in zip(windows[[0, 1, 2, 3, 0, 1]], rows, strict=True)]
+    )
+    assert [
+        {"result": "conflict", "given": "critical", "known": "normal"},
+        {"result": "joined"},
+        {"result": "conflict", "given": "critical", "known": {"normal": 0.25, "degrading": 0.75, "critical": 0.0}},
+        {"result": "unchanged"},
+        None,
+        None,
+    ] == found["results"]
+    logits = np.array([row["logits"] for row in found["predictions"]])
+    told = numerics.cross_entropy(logits, [2, 1, 2, 0, 0, 1], manifest.temperature, reduction="none")
+    assert pytest.approx(float(told[0]), rel=1e-5) == found["predictions"][0]["loss"]
+    stands = np.array([[1, 0, 0], [0.25, 0.75, 0], [0.25, 0.75, 0], [1, 0, 0], [1, 0, 0], [0, 1, 0]])
+    losses = numerics.cross_entropy(logits, stands, manifest.temperature, reduction="none")
+    after = kept.metrics()
+    more = {
+        name: after[f"engine_health_{name}"] - before[f"engine_health_{name}"]
+        for name in ("labelled_total", "loss_nats_total", "labellable_total")
+    }
+    assert {
+        "labelled_total": 6,
+        "loss_nats_total": pytest.approx(losses.sum(), rel=1e-5),
+        "labellable_total": 6,
+    } == more
+    assert ["normal"] == [row["label"] for row in history(kept, "odd")]
+    assert "results" not in kept.predict([{"telemetry": windows[0].tolist()} | rows[1]])
+
+
+def test_the_truth_of_a_what_if_is_kept(kept: Service, windows: Readings) -> None:
+    """A label beside a temperature of the caller's own is kept for the engine and cycle; the prediction is not."""
+    before = kept.metrics()["engine_health_labelled_total"]
+    asked = {"telemetry": windows[0].tolist(), "engine_id": "if", "cycle": 3, "label": "degrading"}
+    found = kept.predict([asked, asked | {"cycle": None}], temperature=2)
+    assert ("request", 2) == (found["temperature_source"], found["evaluation"]["count"])
+    assert [] == history(kept, "if")
+    assert 1 == kept.metrics()["engine_health_labelled_total"] - before  # the row that no truth could be kept of
+    kept.predict([asked | {"label": None}])
+    assert [("degrading", "inspection")] == [(row["label"], row["source"]) for row in history(kept, "if")]
+    assert ["unchanged"] == say(kept, {"engine_id": "if", "cycle": 3, "label": 1})
+    other = kept.predict([asked | {"label": "normal"}], temperature=2)
+    assert [{"result": "conflict", "given": "normal", "known": "degrading"}] == other["results"]
+    assert 2 == kept.metrics()["engine_health_labelled_total"] - before
 
 
 def test_predicted_again_the_latest_counts(kept: Service, windows: Readings) -> None:
@@ -455,3 +556,70 @@ def test_a_flight_without_an_answer_is_named_by_its_own_place(tmp_path: Path) ->
         assert answer.json()["detail"].startswith("cycles[")
         assert answer.json()["errors"][0]["loc"] in (["cycles", 2, "telemetry"], ["cycles", 0, "telemetry"])
         assert 404 == service.client.get("/v1/engines/b").status_code
+
+
+def test_engines_are_asked_for_by_what_changed(kept: Service, windows: Readings) -> None:
+    """`since` leaves engines whose latest answer or end was told then or later, `running` those without an end."""
+    for name in ("changed-a", "changed-b", "changed-c"):
+        fly(kept, name, 1, windows[0][0])
+    first = {row["engine_id"]: row for row in engines(kept, limit=1000)}
+    since = max(row["updated_at"] for row in first.values())
+    fly(kept, "changed-b", 2, windows[0][1])
+    end = {"engine_id": "changed-c", "failed_at_cycle": 9}
+    assert 200 == kept.client.post("/v1/outcomes", json=end).status_code
+    changed = {row["engine_id"]: row["failed_at_cycle"] for row in engines(kept, since=since)}
+    assert {"changed-b": None, "changed-c": 9}.items() <= changed.items()
+    assert set(changed) <= {"changed-b", "changed-c", *(k for k, row in first.items() if row["updated_at"] == since)}
+    assert set(first) - {"changed-c"} >= {row["engine_id"] for row in engines(kept, running=True, limit=1000)}
+    assert 9 == kept.client.get("/v1/engines/changed-c").json()["failed_at_cycle"]
+    for value in ("yesterday", "2026-11-25T12:00:00", ""):
+        assert 422 == kept.client.get("/v1/engines", params={"since": value}).status_code
+    assert 422 == kept.client.get("/v1/engines", params={"limit": 1001}).status_code
+
+
+def test_pages_of_any_size_hold_every_engine_once(kept: Service, windows: Readings) -> None:
+    """Pages of seven, followed to the last, are the page of a thousand; `total` is the same on each."""
+    for k in range(9):
+        fly(kept, f"paged-{k}", 1, windows[k % 4][k])
+    whole = engines(kept, limit=1000)
+    found: list[dict[str, Any]] = []
+    following = None
+    while following is not None or not found:
+        page = kept.client.get("/v1/engines", params={"limit": 7} | ({"next": following} if following else {})).json()
+        assert len(whole) == page["total"]
+        found, following = found + page["engines"], page["next"]
+    assert whole == found
+
+
+def test_a_trend_is_what_was_predicted_of_the_last_cycles(kept: Service, windows: Readings) -> None:
+    """The last class's probability, cycle by cycle, as the history has it; cycles before are left out."""
+    for cycle, row in enumerate(windows[3][:12]):
+        fly(kept, "trend", cycle, row)
+    kept.predict([{"engine_id": "trend", "cycle": 10, "telemetry": windows[3][:3].tolist()}])  # which counts since
+    trend = next(row for row in engines(kept, trend=5, limit=1000) if row["engine_id"] == "trend")["trend"]
+    past = {row["cycle"]: row["probabilities"]["critical"] for row in history(kept, "trend")}
+    assert [[cycle, past[cycle]] for cycle in range(7, 12)] == trend
+    assert "trend" not in engines(kept)[0]
+
+
+def test_sensors_are_told_of_flights_alone(kept: Service, windows: Readings, manifest: Manifest) -> None:
+    """`sensors` has every sensor over the flights that are kept, and none where there are only predictions."""
+    for cycle, row in enumerate(windows[0][-15:]):
+        fly(kept, "sensed", cycle, row)
+    kept.predict([{"engine_id": "unflown", "cycle": 1, "telemetry": windows[0][:2].tolist()}])
+    told = kept.client.get("/v1/engines/sensed", params={"sensors": True}).json()["sensors"]
+    assert list(range(15)) == told["cycles"]
+    assert {name for name in manifest.channel_names if name.startswith("sensor")} == {
+        one["channel"] for one in told["channels"]
+    }
+    distances = [abs(one["moved"]) for one in told["channels"]]
+    assert sorted(distances, reverse=True) == distances
+    assert distances[0] == pytest.approx(abs(np.mean(told["channels"][0]["away"][-10:])), abs=1e-4)
+    unflown = kept.client.get("/v1/engines/unflown", params={"sensors": True}).json()["sensors"]
+    assert {"cycles": [], "channels": []} == unflown
+
+
+def engines(service: Service, **query: Any) -> list[dict[str, Any]]:
+    """A page of engines, the worst first."""
+    found: list[dict[str, Any]] = service.client.get("/v1/engines", params=query).json()["engines"]
+    return found

@@ -13,7 +13,7 @@ from model.contract import CHANNELS, Manifest
 from model.evaluate import ARTEFACT, answers, open_artefact, runner
 from model.measures import of_classes, rows_of
 from model.windows import Readings, every_window
-from service.monitor import AGES, DAY, REPRESENTATIVE_SHARE, Rows, calibration
+from service.monitor import AGES, DAY, REPRESENTATIVE_SHARE, Rows, calibration, over_time
 
 CLASSES = ("normal", "degrading", "critical")
 NOW = 1_000_000.0
@@ -338,3 +338,21 @@ def test_shifted_sensors_are_found_on_real_engines(cmapss_dir: Path, manifest: M
     found = said(made)
     assert found["state"] in ("overconfident", "drifting")
     assert found["cross_entropy"]["realised"] > found["cross_entropy"]["expected"]
+
+
+def test_the_loss_over_time_adds_up_to_the_whole() -> None:
+    """Equal parts of the time from the first to the last labelled prediction; their losses are the whole's, weighed."""
+    made = NOW - np.linspace(0, 900, 600)
+    found = calibrated()
+    found = replace(found, made_at=made, label=np.where(np.arange(600)[:, None] < 500, found.label, np.nan))
+    parts = over_time(found, 4)
+    whole = said(found)["cross_entropy"]
+    assert (500, made[499], NOW) == (sum(one["n"] for one in parts), parts[0]["from"], parts[-1]["to"])
+    assert [one["to"] for one in parts[:-1]] == [one["from"] for one in parts[1:]]
+    for name in ("realised", "expected"):
+        assert whole[name] == pytest.approx(sum(one["n"] * one[name] for one in parts) / 500)
+    spread = np.sqrt(sum((one["n"] * one["noise"]) ** 2 for one in parts))
+    assert whole["z"] == pytest.approx(500 * whole["gap"] / spread)
+    empty = over_time(replace(found, made_at=np.where(np.arange(600) < 3, NOW, NOW - 900)), 3)
+    assert (0, None, None) == tuple(empty[1][name] for name in ("n", "realised", "noise"))
+    assert [] == over_time(replace(found, label=np.full_like(found.label, np.nan)), 4)

@@ -11,7 +11,7 @@ from model.windows import Readings
 from service.storage import queries, readings, remember
 from service.storage.book import Book
 from service.storage.migrate import migrate
-from service.storage.readings import Flight, Flights, Landed
+from service.storage.readings import Flight, Flights, Landed, Predicted
 from service.storage.remember import Batch, By, Made
 from service.storage.tables import predictions
 from tests.test_storage import MANIFEST
@@ -32,13 +32,15 @@ def by(window: int) -> By:
     return By("d" * 64, Manifest.model_validate(MANIFEST.model_dump() | {"window": window}), 1.0, "artefact")
 
 
-def made(rows: Sequence[Flight], windows: Readings) -> list[Made]:
+def made(rows: Sequence[Flight], windows: Readings) -> Predicted:
     """Logits that tell the window: its first, its last and its mean value."""
     logits = np.stack([windows[:, 0, 0], windows[:, -1, 0], windows.mean(axis=(1, 2))], axis=1).astype(np.float32)
-    return [
-        Made(f"{next(names):032x}", row.engine_id, row.cycle, one.tobytes(), None, 0, 0.5, None)
-        for row, one in zip(rows, logits, strict=True)
-    ]
+    return Predicted(
+        [
+            Made(f"{next(names):032x}", row.engine_id, row.cycle, one.tobytes(), None, 0, 0.5, None)
+            for row, one in zip(rows, logits, strict=True)
+        ]
+    )
 
 
 def told(who: By, *cycles: int) -> Flights:
@@ -56,7 +58,7 @@ def test_a_late_flight_of_another_request_moves_nobody_s_window(connection: Conn
     """Requests that share a transaction are answered as one after the other, late flights of one engine included."""
     book, who = Book(), by(3)
     readings.store(book, connection, [told(who, 2, 4, 6)])
-    (first, _), (late, _) = readings.store(book, connection, [told(who, 8), told(who, 1, 3)])
+    (first, *_), (late, *_) = readings.store(book, connection, [told(who, 8), told(who, 1, 3)])
     assert [4.0, 8.0, 6.0] == logits(first[0])
     assert [[1.0, 1.0, 1.0], [1.0, 3.0, 2.0]] == [logits(one) for one in late]
 
@@ -64,9 +66,9 @@ def test_a_late_flight_of_another_request_moves_nobody_s_window(connection: Conn
 def test_the_same_flight_twice_in_one_request_is_one_prediction(connection: Connection) -> None:
     """A flight that stands twice in one transaction has one answer, its own, whatever was predicted of it before."""
     book, who = Book(), by(3)
-    before = made([Flight("a", 5, np.zeros(1, np.float32))], np.zeros((1, 3, 1), np.float32))
+    before = made([Flight("a", 5, np.zeros(1, np.float32))], np.zeros((1, 3, 1), np.float32)).made
     remember.remember(book, connection, [Batch(who, 0.5, before)])
-    (first, _), (second, _) = readings.store(book, connection, [told(who, 5, 5), told(who, 5)])
+    (first, *_), (second, *_) = readings.store(book, connection, [told(who, 5, 5), told(who, 5)])
     every = [*first, *second]
     assert ["joined", "unchanged", "unchanged"] == [one.result for one in every]
     assert [[5.0, 5.0, 5.0]] * 3 == [logits(one) for one in every]
@@ -78,8 +80,8 @@ def test_an_old_flight_told_again_is_known_whatever_the_window(connection: Conne
     """Flights that are no longer in mind are looked up, also for a model whose window is a single flight."""
     for window in (1, 2):
         book, who = Book(), by(window)
-        first = [readings.store(book, connection, [told(who, c)])[0][0][0].result for c in range(9)]
-        again = [readings.store(book, connection, [told(who, c)])[0][0][0].result for c in range(9)]
+        first = [readings.store(book, connection, [told(who, c)])[0].landed[0].result for c in range(9)]
+        again = [readings.store(book, connection, [told(who, c)])[0].landed[0].result for c in range(9)]
         assert ["joined" if window == 1 else "unchanged"] * 9 == first
         assert ["unchanged"] * 9 == again
 
@@ -90,5 +92,5 @@ def test_flights_that_are_forgotten_are_in_nobody_s_mind(connection: Connection)
     readings.store(book, connection, [told(who, 2, 4)])
     readings.store(book, connection, [told(who, 6)._replace(told=5.0)])
     assert 4 == queries.prune(connection, [3.0])[0]  # two flights, and their predictions
-    ((after, _),) = readings.store(book, connection, [told(who, 8)._replace(told=6.0)])
+    ((after, *_),) = readings.store(book, connection, [told(who, 8)._replace(told=6.0)])
     assert [6.0, 8.0] == logits(after[0])[:2]

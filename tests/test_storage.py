@@ -343,7 +343,7 @@ def test_a_page_counts_the_engines_that_it_shows(tmp_path: Path) -> None:
         await told(f"sqlite:///{tmp_path}/memory.db", steps)
         database, _ = opened(f"sqlite:///{tmp_path}/memory.db")
         assert 1 == await database.write(queries.prune, 1.0)
-        found = await database.read(lambda connection: queries.page(connection, None, None))
+        found = await database.read(lambda connection: queries.page(connection, queries.Wanted()))
         await database.close()
         return found
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import RedirectResponse
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
@@ -22,7 +21,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from service import errors
-from service.api import calibration_routes, memory_routes, oip, schemas
+from service.api import calibration_routes, memory_routes, oip, pages, schemas
 from service.api.body import REFUSED, Buffer
 from service.api.edge import Edge, Lane
 from service.api.keys import Keys
@@ -83,7 +82,7 @@ def create_app(settings: Settings, on_rejected: Callable[[str], None], shared: P
     )
     for router in routers:
         app.include_router(router)
-    app.add_api_route("/", lambda: RedirectResponse("/docs"), include_in_schema=False)
+    app.include_router(pages.build_router())
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend the schema
 
     paths = Paths(route for router in (app, *routers) for route in router.routes)

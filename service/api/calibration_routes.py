@@ -26,7 +26,10 @@ def build_router(lifecycle: Lifecycle) -> APIRouter:
         """How far the probabilities can be believed, from the truths that have joined, and drift without any."""
         asked = schemas.parse_query(request.query_params.multi_items(), schemas.CalibrationQuery)
         memory, predictor = lifecycle.memory(), lifecycle.ready_predictor()
-        return json_response(await calibration.watch(memory, predictor, asked.window))
+        body = await calibration.watch(memory, predictor, asked.window, asked.periods)
+        for period in body.get("over_time", ()):
+            period["from"], period["to"] = moment(period["from"]), moment(period["to"])
+        return json_response(body)
 
     @router.post("/v1/calibration/fits", openapi_extra=documented("FitRequest", None, "409", "501"))
     async def fits(request: Request) -> Response:

@@ -12,6 +12,8 @@ from service.errors import Conflict, Fault, InvalidInput, Unknown
 from service.lifecycle import Lifecycle
 from service.storage import queries
 
+MOST_FLIGHTS = 500  # of one engine, for its sensors
+
 
 def build_cycles(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
     """The call of a data collector."""
@@ -80,9 +82,15 @@ def build_router(lifecycle: Lifecycle, aside: Aside, cycles: Endpoint) -> APIRou
         if asked.health is not None and asked.health not in classes:
             message = f"unknown class {asked.health[:50]!r}; classes are {', '.join(classes[:20])}"
             raise InvalidInput(f"health: {message}", (Fault(("health",), message),))
-        which = None if asked.health is None else classes.index(asked.health)
-        after = None if asked.next is None else recall.read_cursor(asked.next)
-        page = await memory.database.read(lambda connection: queries.page(connection, which, after))
+        wanted = queries.Wanted(
+            None if asked.health is None else classes.index(asked.health),
+            None if asked.next is None else recall.read_cursor(asked.next),
+            asked.limit,
+            None if asked.since is None else recall.read_moment("since", asked.since),
+            asked.running,
+            asked.trend,
+        )
+        page = await memory.database.read(lambda connection: queries.page(connection, wanted))
         return await aside.run(True, lambda: json_response(recall.engines_json(page)))
 
     @router.get("/v1/engines/{engine_id:path}", openapi_extra=looked_up("HistoryResponse", schemas.HistoryQuery))
@@ -93,8 +101,13 @@ def build_router(lifecycle: Lifecycle, aside: Aside, cycles: Endpoint) -> APIRou
         found = await database.read(lambda c: queries.history(c, engine_id, asked.superseded))
         if found is None:
             raise Unknown(f"nothing is remembered of an engine {engine_id[:200]!r}")
-        rows, kinds = found
-        return await aside.run(True, lambda: json_response(recall.history_json(engine_id, rows, kinds)))
+        body = await aside.run(True, lambda: recall.history_json(engine_id, found))
+        if asked.sensors:
+            manifest = lifecycle.ready_predictor().model.manifest
+            names = manifest.channel_names
+            flown = await database.read(lambda c: queries.flights(c, engine_id, names, MOST_FLIGHTS))
+            body["sensors"] = await aside.run(True, lambda: recall.sensors_json(manifest, *flown))
+        return await aside.run(True, lambda: json_response(body))
 
     return router
 

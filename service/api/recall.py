@@ -2,27 +2,32 @@
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
 from model import conformal, numerics
+from model.contract import Manifest
+from model.moved import moved
 from model.numerics import Floats
+from model.occlusion import Usual
 from model.windows import Readings
 from service.api import schemas
 from service.api.calls import predict_json
 from service.api.decode import MOST_FAULTS, Loc, label_distribution, refuse
 from service.api.numbers import fits_float32, to_float32
+from service.api.told import label_json, told_json
 from service.errors import Conflict, Fault, InvalidInput, NotJson
 from service.memory import Answer
 from service.predictor import Predictor
 from service.runtime import Model
 from service.storage.book import Kind
 from service.storage.labels import Said
-from service.storage.queries import Page
+from service.storage.queries import History, Page
 from service.storage.readings import Flight
 from service.truth import Source
 
@@ -144,37 +149,23 @@ def labels_json(rows: Sequence[Said], results: Sequence[tuple[str, Floats | None
     Raises:
         Conflict: every label contradicts another one that was given before.
     """
-    told: list[dict[str, Any]] = []
-    for row, (result, known) in zip(rows, results, strict=True):
-        both: dict[str, Any] = (
-            {} if known is None else {"given": label_json(row.label, classes), "known": label_json(known, classes)}
-        )
-        told.append({"result": result} | both)
+    told = [told_json(row.label, *one, classes) for row, one in zip(rows, results, strict=True)]
     if all(result == "conflict" for result, _ in results):
         message = 'every label contradicts one that was given before; "revise": true would replace it'
         raise Conflict(message, results=told)
     return {"results": told}
 
 
-def label_json(label: Floats, classes: Sequence[str]) -> str | dict[str, float]:
-    """A label as people say it: the class if it is one, else the probability of each."""
-    if len(label) != len(classes):
-        return {str(k): p for k, p in enumerate(label.tolist())}
-    top = int(label.argmax())
-    return classes[top] if label[top] == 1.0 else dict(zip(classes, label.tolist(), strict=True))
-
-
 def engines_json(found: Page) -> dict[str, Any]:
     """What `/v1/engines` answers."""
-    rows = [
-        {"engine_id": row.engine_id, "cycle": row.cycle}
-        | answer_json(row, found.kinds[row.model])
-        | {"updated_at": moment(row.made)}
-        for row in found.rows
-    ]
-    for row in rows:
-        row.pop("logits")
-        row.pop("expected_loss")
+    rows = answers_json(found.rows, found.kinds)
+    for row, stored in zip(rows, found.rows, strict=True):
+        row["engine_id"], row["cycle"] = stored.engine_id, stored.cycle
+        row["updated_at"], row["failed_at_cycle"] = moment(stored.made), stored.failed_at
+    if found.trend is not None:
+        trends = _trends(found.trend, found.kinds)
+        for row, stored in zip(rows, found.rows, strict=True):
+            row["trend"] = trends.get(stored.engine, [])
     last = found.rows[-1] if found.more else None
     return {
         "engines": rows,
@@ -183,13 +174,40 @@ def engines_json(found: Page) -> dict[str, Any]:
     }
 
 
-def history_json(engine_id: str, rows: Sequence[Stored], kinds: Mapping[int, Kind]) -> dict[str, Any]:
+def _trends(rows: Sequence[Stored], kinds: Mapping[int, Kind]) -> dict[int, list[tuple[int, np.float32]]]:
+    """Cycle and probability of the last class, by engine."""
+    found: dict[int, list[tuple[int, np.float32]]] = {}
+    for group in _by_kind(rows, kinds):
+        for i, risk in zip(group.places, group.probabilities()[:, -1], strict=True):
+            found.setdefault(rows[i].engine, []).append((rows[i].cycle, risk))
+    for trend in found.values():
+        trend.sort()  # of several models together
+    return found
+
+
+def history_json(engine_id: str, found: History) -> dict[str, Any]:
     """What `/v1/engines/{id}` answers."""
-    return {"engine_id": engine_id, "history": [_past(row, kinds[row.model]) for row in rows]}
+    answered = answers_json(found.rows, found.kinds)
+    for group in _by_kind(found.rows, found.kinds):
+        expected = numerics.entropy(group.scaled).astype(np.float32)
+        for k, i in enumerate(group.places):
+            answered[i] |= {"logits": group.logits[k], "expected_loss": expected[k]}
+    past = [_past(row, found.kinds[row.model], one) for row, one in zip(found.rows, answered, strict=True)]
+    return {"engine_id": engine_id, "failed_at_cycle": found.failed_at, "history": past}
 
 
-def _past(row: Stored, kind: Kind) -> dict[str, Any]:
-    answered = answer_json(row, kind)
+def sensors_json(manifest: Manifest, cycles: Sequence[int], flights: Readings) -> dict[str, Any] | None:
+    """How far each sensor is from what is usual; None of a model that does not say what is."""
+    conditions, names = manifest.conditions, manifest.channel_names
+    if conditions is None or not conditions.deviations:
+        return None
+    usual = Usual.of(conditions.setting_scales, conditions.usual)
+    found = moved(flights, usual, conditions.deviations) if len(cycles) else []
+    rows = [{"channel": names[one.channel], "moved": one.moved, "away": one.away.round(4)} for one in found]
+    return {"cycles": cycles, "channels": rows}
+
+
+def _past(row: Stored, kind: Kind, answered: dict[str, Any]) -> dict[str, Any]:
     truth = None if row.label is None else np.frombuffer(row.label)
     loss = None
     if truth is not None:
@@ -211,27 +229,77 @@ def _past(row: Stored, kind: Kind) -> dict[str, Any]:
     }
 
 
-def answer_json(row: Stored, kind: Kind) -> dict[str, Any]:
-    """A stored prediction as it was answered."""
-    logits = np.frombuffer(row.logits, np.float32)
-    p = numerics.softmax(logits, row.temperature).astype(np.float32)
-    rule, sets = kind.conformal, None
-    if rule is not None:
-        inside = conformal.sets(logits, kind.temperature, rule.threshold, rule.method)[0]
-        sets = [name for name, held in zip(kind.classes, inside, strict=True) if held]
-    return {
-        "health": kind.classes[int(logits.argmax())],
-        "probabilities": dict(zip(kind.classes, p, strict=True)),
-        "logits": logits,
-        "rul": None if row.rul is None else np.float32(row.rul),
-        "prediction_set": sets,
-        "expected_loss": np.float32(numerics.entropy(logits, row.temperature)),
-    }
+def answers_json(rows: Sequence[Stored], kinds: Mapping[int, Kind]) -> list[dict[str, Any]]:
+    """The health of stored predictions as it was answered."""
+    found: list[dict[str, Any]] = [{}] * len(rows)
+    for group in _by_kind(rows, kinds):
+        classes, p, sets = group.kind.classes, group.probabilities(), group.sets()
+        for k, (i, top) in enumerate(zip(group.places, group.logits.argmax(axis=1).tolist(), strict=True)):
+            rul = rows[i].rul
+            found[i] = {
+                "health": classes[top],
+                "probabilities": dict(zip(classes, p[k], strict=True)),
+                "rul": None if rul is None else np.float32(rul),
+                "prediction_set": sets[k] if sets else None,
+            }
+    return found
+
+
+class Group(NamedTuple):
+    """Rows of one model: their places, and logits (N, C) as the network gave them and over their temperatures."""
+
+    kind: Kind
+    places: list[int]
+    logits: Readings
+    scaled: Floats
+
+    def probabilities(self) -> Readings:
+        """(N, C), float32 as they were answered."""
+        return numerics.softmax(self.scaled).astype(np.float32)
+
+    def sets(self) -> list[list[str]] | None:
+        """The prediction set of each row; None of a model without a rule."""
+        rule, classes = self.kind.conformal, self.kind.classes
+        if rule is None:
+            return None
+        inside = conformal.sets(self.logits, self.kind.temperature, rule.threshold, rule.method).tolist()
+        return [[name for name, held in zip(classes, row, strict=True) if held] for row in inside]
+
+
+def _by_kind(rows: Sequence[Stored], kinds: Mapping[int, Kind]) -> Iterator[Group]:
+    groups: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(row.model, []).append(i)
+    for model, places in groups.items():
+        logits = np.frombuffer(b"".join([rows[i].logits for i in places]), np.float32).reshape(len(places), -1)
+        yield Group(kinds[model], places, logits, numerics.scaled_rows(logits, [rows[i].temperature for i in places]))
 
 
 def moment(seconds: float) -> str:
     """A time as RFC 3339 has it, in UTC."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    whole, part = divmod(round(seconds * 1e6), 1_000_000)
+    return f"{_second(whole)}.{part // 1000:03}Z"
+
+
+@lru_cache(4096)  # a page of engines has few
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def read_moment(name: str, text: str) -> float:
+    """Seconds since 1970 of a time as RFC 3339 has it.
+
+    Raises:
+        InvalidInput: it is none; names the parameter.
+    """
+    try:
+        found = datetime.fromisoformat(text)
+        if found.tzinfo is None:
+            raise ValueError
+        return found.timestamp()
+    except (ValueError, OverflowError):
+        message = f"expected a time like 2026-11-25T12:00:00Z, got {text[:40]!r}"
+        raise InvalidInput(f"{name}: {message}", (Fault((name,), message),)) from None
 
 
 def write_cursor(risk: float, engine_id: str) -> str:

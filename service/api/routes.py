@@ -15,6 +15,7 @@ from service.api import schemas
 from service.api.arrow import ARROW
 from service.api.body import JSON, announced, leaving, media_type, read_body
 from service.api.calls import evaluate_json, model_json, predict_json, read_predict, read_predict_table
+from service.api.told import results_json
 from service.lifecycle import Lifecycle
 from service.memory import prediction_ids
 
@@ -101,11 +102,16 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
         )
         named, what_if = asked.instances, asked.temperature is not None
         ids: Sequence[str | None] = prediction_ids(len(named), time.time())
+        told: dict[str, Any] = {}
         if lifecycle.remembers:
-            ids = await lifecycle.memory().remember(predictor, named, decoded.telemetry, found, decoded.targets)
+            memory, targets = lifecycle.memory(), decoded.targets
+            ids, results = await memory.remember(predictor, named, decoded.telemetry, found, targets)
+            told = results_json(targets, results, model.manifest.classes)
+        else:
+            predictor.count_labels(found, decoded.targets)
         return await aside.run(
             len(named) * len(model.manifest.classes) > LARGE_ANSWER,
-            lambda: json_response(predict_json(predictor, named, found, ids, what_if)),
+            lambda: json_response(predict_json(predictor, named, found, ids, what_if) | told),
         )
 
     return predict

@@ -53,6 +53,7 @@ Telemetry = Annotated[
 ]
 MOST_NAME = 200  # characters of an engine's id
 MOST_CYCLE = 2**53  # beyond it JSON numbers are not exact
+MOST_ENGINES, MOST_TREND, MOST_PERIODS = 1000, 100, 200  # of one answer
 Label = str | int | list[float]
 Temperature = Annotated[float, Meta(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, description="Divides the logits.")]
 
@@ -136,6 +137,16 @@ class EnginesQuery(Struct, forbid_unknown_fields=True):
 
     health: Annotated[str | None, Meta(description="Only engines of this class.")] = None
     next: Annotated[str | None, Meta(description="As the page before said.")] = None
+    limit: Annotated[int, Meta(ge=1, le=MOST_ENGINES, description="Engines of a page.")] = 100
+    running: Annotated[bool, Meta(description="Only engines whose end is not known.")] = False
+    since: Annotated[
+        str | None,
+        Meta(description="Only what changed: the latest answer or the end was told then or later (RFC 3339)."),
+    ] = None
+    trend: Annotated[
+        int,
+        Meta(ge=0, le=MOST_TREND, description="Also `trend`: the last class's probability over so many last cycles."),
+    ] = 0
 
 
 class HistoryQuery(Struct, forbid_unknown_fields=True):
@@ -144,12 +155,18 @@ class HistoryQuery(Struct, forbid_unknown_fields=True):
     superseded: Annotated[bool, Meta(description="Also predictions that a later one of the same cycle replaced.")] = (
         False
     )
+    sensors: Annotated[
+        bool, Meta(description="Also how far each sensor is from what is usual in its operating condition.")
+    ] = False
 
 
 class CalibrationQuery(Struct, forbid_unknown_fields=True):
     """Of which time."""
 
     window: Annotated[str | None, Meta(description="Only predictions made in that time, as 30d; all if absent.")] = None
+    periods: Annotated[
+        int, Meta(ge=0, le=MOST_PERIODS, description="Also `over_time`: the loss in so many equal parts of the time.")
+    ] = 0
 
 
 class NoQuery(Struct, forbid_unknown_fields=True):
@@ -272,6 +289,10 @@ class EngineBody(Struct):
     rul: float | None
     prediction_set: list[str] | None
     updated_at: str
+    failed_at_cycle: Annotated[int | None, Meta(description="Its end, if that is known.")]
+    trend: Annotated[
+        list[tuple[int, float]] | msgspec.UnsetType, Meta(description="Cycle and probability of the last class.")
+    ] = msgspec.UNSET
 
 
 class EnginesResponse(Struct):
@@ -304,11 +325,34 @@ class PastBody(Struct):
     loss: float | None
 
 
+class SensorBody(Struct):
+    """One sensor less what is usual in the operating condition of each flight, in physical units.
+
+    `noise` is the standard deviation from flight to flight; `moved` the mean of the last flights, in units of it.
+    """
+
+    channel: str
+    moved: float | None
+    noise: float | None
+    away: list[float]
+
+
+class SensorsBody(Struct):
+    """The newest flights that are kept: their cycles, rising, and each sensor, the most moved first."""
+
+    cycles: list[int]
+    channels: list[SensorBody]
+
+
 class HistoryResponse(Struct):
-    """Everything predicted of an engine, oldest cycle first."""
+    """Everything predicted of an engine, oldest cycle first, and its end if that is known."""
 
     engine_id: str
+    failed_at_cycle: int | None
     history: list[PastBody]
+    sensors: Annotated[
+        SensorsBody | msgspec.UnsetType | None, Meta(description="None if no model says what is usual.")
+    ] = msgspec.UNSET
 
 
 class EvaluationBody(Struct):
@@ -329,6 +373,10 @@ class PredictResponse(Struct):
     temperature_source: Literal["artefact", "fit", "request"]
     predictions: list[PredictionBody]
     evaluation: EvaluationBody | None
+    results: Annotated[
+        list[Told | None] | msgspec.UnsetType,
+        Meta(description="Where a label contradicts one given before and was not kept: what became of each label."),
+    ] = msgspec.UNSET
 
 
 class Warned(Struct):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from sqlalchemy import ColumnElement, Connection, Row, Table, bindparam, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, Row, Select, Table, bindparam, or_, select, tuple_, update
 from sqlalchemy.dialects import sqlite
 
 from model.contract import Conformal, Manifest
@@ -68,7 +68,9 @@ class EngineRow:
 
 
 _FIELDS = tuple(EngineRow.__dataclass_fields__)
-_ENGINE = select(*(engines.c[name] for name in _FIELDS))
+_LOCKED = select(*(engines.c[name] for name in _FIELDS)).order_by(engines.c.engine_id).with_for_update()
+_BY_NAME = _LOCKED.where(engines.c.engine_id.in_(bindparam("some", expanding=True)))  # made once: making costs more
+_BY_ID = _LOCKED.where(engines.c.id.in_(bindparam("some", expanding=True)))
 _KEEP = update(engines).where(engines.c.id == bindparam("key")).values({n: bindparam(n) for n in _FIELDS[2:]})
 _LABEL = (
     update(predictions)
@@ -113,17 +115,17 @@ class Book:
     def engines(self, connection: Connection, names: Iterable[str]) -> dict[str, EngineRow]:
         """Engines by name, made if they are not there, locked."""
         wanted = sorted(set(names))
-        found = {row.engine_id: row for row in _engines(connection, engines.c.engine_id, wanted)}
+        found = {row.engine_id: row for row in _engines(connection, _BY_NAME, wanted)}
         missing = [name for name in wanted if name not in found]
         if missing:
             rows = [{"engine_id": name, "revision": 0, "truths": 0} for name in missing]
             connection.execute(insert_missing(connection, engines), rows)
-            found |= {row.engine_id: row for row in _engines(connection, engines.c.engine_id, missing)}
+            found |= {row.engine_id: row for row in _engines(connection, _BY_NAME, missing)}
         return found
 
     def engines_by_id(self, connection: Connection, ids: Iterable[int]) -> list[EngineRow]:
         """Engines that are there, locked."""
-        return list(_engines(connection, engines.c.id, sorted(set(ids))))
+        return list(_engines(connection, _BY_ID, sorted(set(ids))))
 
     def keep(self, connection: Connection, rows: Iterable[EngineRow]) -> None:
         """Write engines back."""
@@ -232,7 +234,6 @@ def insert_missing(connection: Connection, table: Table) -> Any:
     return sqlite.insert(table).on_conflict_do_nothing()
 
 
-def _engines(connection: Connection, column: ColumnElement[Any], values: Sequence[Any]) -> Iterator[EngineRow]:
+def _engines(connection: Connection, asked: Select[Any], values: Sequence[Any]) -> Iterator[EngineRow]:
     for part in parts(values):
-        asked = _ENGINE.where(column.in_(part)).order_by(engines.c.engine_id).with_for_update()
-        yield from (EngineRow(*row) for row in connection.execute(asked))
+        yield from (EngineRow(*row) for row in connection.execute(asked, {"some": part}))

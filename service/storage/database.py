@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
@@ -23,8 +24,11 @@ from service.storage.migrate import migrate
 
 LOCK_SECONDS = 5.0  # how long another process's transaction is waited for
 SLOW_SECONDS = 10  # how long PostgreSQL may take to connect, or for one statement
+STUCK_SECONDS = SLOW_SECONDS + 1  # after which a server that said nothing, not even that it failed, is given up
+READERS = 4
 TRIES = 4  # of a transaction that PostgreSQL gave up in favour of another one
 MOST_WORK = 256  # requests of one transaction
+MOST_ROWS = 4096  # and rows beyond which it takes no further request: windows of flights are in memory together
 PASSING = ("40001", "40P01")  # SQLSTATE of serialization failure and deadlock: the same again may succeed
 
 Item = TypeVar("Item")
@@ -37,6 +41,8 @@ class _Asked(NamedTuple):
     item: Any
     done: "asyncio.Future[Any]"
     since: float
+    then: Callable[[Any], None] | None
+    rows: int
 
 
 def address(text: str) -> URL:
@@ -66,7 +72,12 @@ class Database:
         self._url = address(url)
         self._file = str(self._url.database) if self._url.get_backend_name() == "sqlite" else None
         self._writing = _engine(self._url, "BEGIN IMMEDIATE", 1)
-        self._reading = _engine(_there_only(self._url), "BEGIN", 4)
+        self._reading = _engine(_there_only(self._url), "BEGIN", READERS)
+        self._readers = ThreadPoolExecutor(READERS, "memory-reader")  # of its own: one may wait for long
+        self._waiting: float | None = None  # since when the writing thread waits for the database
+        event.listen(self._writing, "before_cursor_execute", self._wait)
+        event.listen(self._writing, "after_cursor_execute", self._work)
+        event.listen(self._writing, "commit", self._wait)
         self._failed = failed  # told of a transaction that was not committed
         self._inode: int | None = None  # of the file that was migrated
         self.up, self._reason = False, "the database does not answer"
@@ -75,8 +86,20 @@ class Database:
         self._thread = threading.Thread(target=self._write, name="memory", daemon=True)
         self._thread.start()
 
-    async def write(self, work: Callable[[Connection, Sequence[Item]], Sequence[Result]], item: Item) -> Result:
+    async def write(
+        self,
+        work: Callable[[Connection, Sequence[Item]], Sequence[Result]],
+        item: Item,
+        then: Callable[[Result], None] | None = None,
+        rows: int = 1,
+    ) -> Result:
         """Do work in a transaction shared with whatever else waits; answered once that is committed.
+
+        Args:
+            work: what is done with all items of its kind; it may be done again.
+            item: of this caller.
+            then: told of the result once it is committed, also if the caller has left or was told that nobody answers.
+            rows: of the item.
 
         Raises:
             MemoryUnavailable: the database cannot be reached, is locked, or is full, or this waited for one that is.
@@ -84,9 +107,16 @@ class Database:
         """
         if self._queue.qsize() >= self._most:
             raise Overloaded(f"{self._most} requests wait for the database, no more may", self._seconds)
-        done: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._queue.put(_Asked(work, item, done, time.monotonic()))
-        return await done
+        if not self.up and self._stuck():
+            raise MemoryUnavailable(self._reason)
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Result] = loop.create_future()
+        self._queue.put(_Asked(work, item, done, time.monotonic(), then, rows))
+        patience = loop.call_later(STUCK_SECONDS, self._lose_patience, loop, done)
+        try:
+            return await done
+        finally:
+            patience.cancel()
 
     async def read(self, work: Callable[[Connection], Result]) -> Result:
         """Look something up in one consistent view.
@@ -94,14 +124,40 @@ class Database:
         Raises:
             MemoryUnavailable: as in `write`.
         """
-        return await asyncio.to_thread(self._read, work)
+        found = asyncio.get_running_loop().run_in_executor(self._readers, self._read, work)
+        while not (await asyncio.wait({found}, timeout=STUCK_SECONDS))[0]:
+            if not self.up:
+                found.add_done_callback(lambda late: late.exception())  # nobody is left to hear it
+                raise MemoryUnavailable(self._reason)
+        return await found
 
     async def close(self) -> None:
         """Commit what was accepted, and end."""
         self._queue.put(None)
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, STUCK_SECONDS)
+        self._readers.shutdown(wait=False)
         self._writing.dispose()
         self._reading.dispose()
+
+    def _wait(self, *_: object) -> None:
+        self._waiting = time.monotonic()
+
+    def _work(self, *_: object) -> None:
+        self._waiting = None
+
+    def _stuck(self) -> bool:
+        since = self._waiting
+        return since is not None and time.monotonic() - since >= STUCK_SECONDS
+
+    def _lose_patience(self, loop: asyncio.AbstractEventLoop, done: "asyncio.Future[Any]") -> None:
+        """Give up a database that says nothing at all; work of ours that takes long is waited for."""
+        if done.done():
+            return
+        if not self._stuck():
+            loop.call_later(1, self._lose_patience, loop, done)
+            return
+        self.up, self._reason = False, "the database does not answer: it has been silent for too long"
+        done.set_exception(MemoryUnavailable(self._reason))
 
     def _read(self, work: Callable[[Connection], Result]) -> Result:
         try:
@@ -115,11 +171,12 @@ class Database:
     def _write(self) -> None:
         """The thread's work: whatever waits, in one transaction; then again."""
         while (first := self._queue.get()) is not None:
-            asked, last = [first], False
-            while len(asked) < MOST_WORK and not last and not self._queue.empty():
+            asked, rows, last = [first], first.rows, False
+            while len(asked) < MOST_WORK and rows < MOST_ROWS and not last and not self._queue.empty():
                 found = self._queue.get()
                 last = found is None
                 asked += [found] if found else []
+                rows += found.rows if found else 0
             late = time.monotonic() - self._seconds
             told = self._committed([one for one in asked if one.since >= late])
             told += [(one, self._too_late()) for one in asked if one.since < late]
@@ -156,6 +213,7 @@ class Database:
 
     def _transaction(self, kinds: dict[Work, list[_Asked]], tries: int) -> list[tuple[_Asked, Any]]:
         try:
+            self._wait()
             self._find()
             done: list[tuple[_Asked, Any]] = []
             with self._writing.begin() as connection:
@@ -166,6 +224,8 @@ class Database:
                 self._failed()
                 return self._transaction(kinds, tries - 1)
             raise
+        finally:
+            self._work()
         self.up = True
         return done
 
@@ -203,6 +263,8 @@ class Database:
 
 def _tell(told: Sequence[tuple[_Asked, Any]]) -> None:
     for one, result in told:
+        if one.then is not None and not isinstance(result, Exception):
+            one.then(result)
         if one.done.done():  # whoever asked has left
             continue
         if isinstance(result, Exception):

@@ -1,22 +1,41 @@
 """What is looked up: engines worst first, histories, everything that calibration is measured on. Changes nothing."""
 
+import json
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from sqlalchemy import Connection, Row, and_, delete, exists, func, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, func, insert, or_, select, tuple_, update
 
 from model.numerics import Floats
+from model.windows import Readings
 from service.storage.book import Kind, parts, read_kind
-from service.storage.tables import engines, models, predictions, readings, truths
+from service.storage.tables import engines, layouts, models, predictions, readings, truths
 
 PAGE = 100
+PROOF_BYTES = 16_384  # more than there is room for in pages that are not full
 PRUNE_ROWS = 1000  # of a table in one transaction, so that nobody waits for a large one
 _OF_TRUTH = or_(
     exists().where(predictions.c.engine == truths.c.engine, predictions.c.cycle == truths.c.cycle),
     exists().where(predictions.c.id == truths.c.prediction),
 )
 _NO_LATEST = update(engines).values(latest=None, health=None, risk=None)  # its cycle stays: older ones may be there
+
+_ANSWER = [predictions.c[name] for name in ("engine", "cycle", "made", "model", "temperature", "logits", "rul")]
+
+
+class Wanted(NamedTuple):
+    """Which engines are asked for."""
+
+    health: int | None = None  # only engines of this class
+    after: tuple[float, str] | None = None  # risk and engine_id of the last engine of the page before
+    limit: int = PAGE
+    since: float | None = (
+        None  # only engines of which a prediction or the end was told then or later, seconds since 1970
+    )
+    running: bool = False  # only engines whose end is not known
+    trend: int = 0  # also what was predicted of the last so many cycles
 
 
 class Page(NamedTuple):
@@ -26,40 +45,68 @@ class Page(NamedTuple):
     kinds: dict[int, Kind]
     total: int
     more: bool
+    trend: list[Row[Any]] | None  # engine, cycle, model, temperature and logits, by engine and cycle
 
 
-def page(connection: Connection, health: int | None, after: tuple[float, str] | None) -> Page:
-    """The latest prediction of every engine, the worst first.
-
-    Args:
-        connection: to the database.
-        health: only engines of this class.
-        after: risk and engine_id of the last engine of the page before.
-    """
-    which = [engines.c.latest.is_not(None)] + ([engines.c.health == health] if health is not None else [])
-    total = connection.execute(select(func.count()).select_from(engines).where(*which)).scalar_one()
-    if after is not None:
-        risk, name = after
+def page(connection: Connection, asked: Wanted) -> Page:
+    """The latest prediction of every engine, the worst first."""
+    which: list[ColumnElement[bool]] = [engines.c.latest.is_not(None)]
+    which += [engines.c.health == asked.health] if asked.health is not None else []
+    which += [engines.c.failed_at.is_(None)] if asked.running else []
+    latest = select(engines.c.engine_id, engines.c.risk, engines.c.failed_at, *_ANSWER)
+    latest = latest.join(predictions, predictions.c.id == engines.c.latest)
+    counting = select(func.count()).select_from(engines)
+    if asked.since is not None:
+        which.append(or_(predictions.c.made >= asked.since, engines.c.failed_told >= asked.since))
+        counting = counting.join(predictions, predictions.c.id == engines.c.latest)
+    total = connection.execute(counting.where(*which)).scalar_one()
+    if asked.after is not None:
+        risk, name = asked.after
         which.append(or_(engines.c.risk < risk, and_(engines.c.risk == risk, engines.c.engine_id > name)))
-    asked = (
-        select(engines.c.engine_id, engines.c.risk, *predictions.c)
-        .join(predictions, predictions.c.id == engines.c.latest)
-        .where(*which)
-        .order_by(engines.c.risk.desc(), engines.c.engine_id)
-        .limit(PAGE + 1)
-    )
-    rows = list(connection.execute(asked))
-    return Page(rows[:PAGE], all_kinds(connection), total, len(rows) > PAGE)
+    ordered = latest.where(*which).order_by(engines.c.risk.desc(), engines.c.engine_id).limit(asked.limit + 1)
+    rows = list(connection.execute(ordered))
+    more, rows = len(rows) > asked.limit, rows[: asked.limit]
+    trend = _trend(connection, [row.engine for row in rows], asked.trend) if asked.trend else None
+    return Page(rows, all_kinds(connection), total, more, trend)
 
 
-def history(connection: Connection, engine_id: str, superseded: bool) -> tuple[list[Row[Any]], dict[int, Kind]] | None:
-    """Every prediction of an engine, oldest cycle first; None for an engine that nothing is known of."""
-    engine = connection.execute(select(engines.c.id).where(engines.c.engine_id == engine_id)).scalar()
+def _trend(connection: Connection, ids: Sequence[int], cycles: int) -> list[Row[Any]]:
+    found: list[Row[Any]] = []
+    c = predictions.c
+    columns = select(c.engine, c.cycle, c.model, c.temperature, c.logits).join(engines, engines.c.id == c.engine)
+    within = (c.cycle > engines.c.latest_cycle - cycles, c.cycle <= engines.c.latest_cycle, c.counts)
+    for part in parts(ids):
+        found.extend(connection.execute(columns.where(c.engine.in_(part), *within).order_by(c.engine, c.cycle)))
+    return found
+
+
+class History(NamedTuple):
+    """Predictions of one engine, oldest cycle first, and the cycle of its end if that is known."""
+
+    rows: list[Row[Any]]
+    kinds: dict[int, Kind]
+    failed_at: int | None
+
+
+def history(connection: Connection, engine_id: str, superseded: bool) -> History | None:
+    """Every prediction of an engine; None for an engine that nothing is known of."""
+    c = engines.c
+    engine = connection.execute(select(c.id, c.failed_at).where(c.engine_id == engine_id)).first()
     if engine is None:
         return None
-    which = [predictions.c.engine == engine] + ([] if superseded else [predictions.c.counts])
+    which = [predictions.c.engine == engine.id] + ([] if superseded else [predictions.c.counts])
     asked = select(predictions).where(*which).order_by(predictions.c.cycle.nulls_last(), predictions.c.id)
-    return list(connection.execute(asked)), all_kinds(connection)
+    return History(list(connection.execute(asked)), all_kinds(connection), engine.failed_at)
+
+
+def flights(connection: Connection, engine_id: str, channels: tuple[str, ...], most: int) -> tuple[list[int], Readings]:
+    """The newest flights of an engine that have these channels: their cycles, rising, and readings (N, channels)."""
+    c, names = readings.c, json.dumps(channels)
+    asked = select(c.cycle, c.telemetry).join(engines, engines.c.id == c.engine).join(layouts, layouts.c.id == c.layout)
+    asked = asked.where(engines.c.engine_id == engine_id, layouts.c.channels == names)
+    rows = connection.execute(asked.order_by(c.cycle.desc()).limit(most)).all()[::-1]
+    values = np.frombuffer(b"".join(row.telemetry for row in rows), dtype=np.float32)
+    return [row.cycle for row in rows], values.reshape(-1, len(channels))
 
 
 def all_kinds(connection: Connection) -> dict[int, Kind]:
@@ -104,6 +151,14 @@ def counted(connection: Connection, digest: str, classes: int, since: float | No
         np.array([-1 if one is None else one for one in source], dtype=np.int64),
         [one for one in inputs if one is not None],
     )
+
+
+def prove(connection: Connection, items: Sequence[None]) -> list[None]:
+    """Write something and take it back: where the disk is full, committing nothing would prove nothing."""
+    digest = {"digest": os.urandom(32).hex()}
+    connection.execute(insert(models), digest | {"manifest": os.urandom(PROOF_BYTES // 2).hex()})
+    connection.execute(delete(models).where(models.c.digest == digest["digest"]))
+    return [None for _ in items]
 
 
 def prune(connection: Connection, items: Sequence[float]) -> list[int]:

@@ -6,7 +6,7 @@ in the locked row reads the database again, so that what is kept in mind proves 
 
 import json
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from sqlalchemy import Connection, bindparam, insert, select, tuple_
@@ -35,14 +35,22 @@ class Flight(NamedTuple):
     telemetry: Readings
 
 
-Answer = Callable[[Sequence[Flight], Readings], Sequence[Made]]  # flights and their windows (N, window, channels)
+class Predicted(NamedTuple):
+    """Predictions of some flights, and whatever the caller wants to have back once they are committed."""
+
+    made: Sequence[Made]
+    receipt: Any = None
+
+
+Answer = Callable[[Sequence[Flight], Readings], Predicted]  # of flights and their windows (N, window, channels)
 
 
 class Flights(NamedTuple):
     """Flights of one request; told in seconds since 1970.
 
     `answer` is asked for predictions within the transaction, so that flights and predictions are kept together or not
-    at all; flights of all requests whose `by` is the same are answered together, by the first one's.
+    at all; flights of all requests whose `by` is the same are answered together, by the first one's. A transaction
+    may be done again: what was committed is in `Stored`.
     """
 
     rows: Sequence[Flight]
@@ -68,7 +76,15 @@ class Landed(NamedTuple):
     kept: Kept | None = None  # for a flight told twice: the prediction that was made then
 
 
-def store(book: Book, connection: Connection, items: Sequence[Flights]) -> list[tuple[list[Landed], list[Joined]]]:
+class Stored(NamedTuple):
+    """What became of a request's flights, whose truth was known before, and the receipt if its `answer` was asked."""
+
+    landed: list[Landed]
+    joined: list[Joined]
+    receipt: Any = None
+
+
+def store(book: Book, connection: Connection, items: Sequence[Flights]) -> list[Stored]:
     """Keep flights, each at its cycle, and a prediction for each, from what is known up to that cycle."""
     by_name = book.engines(connection, (row.engine_id for item in items for row in item.rows))
     before = {engine.id: engine.newest_cycle for engine in by_name.values()}
@@ -81,12 +97,12 @@ def store(book: Book, connection: Connection, items: Sequence[Flights]) -> list[
     for place in again:
         del windows[place]
     _recall(connection, items, landed, windows, by_name)
-    joined = _answer(book, connection, items, landed, windows, by_name)
+    receipts, joined = _answer(book, connection, items, landed, windows, by_name)
     for (k, i), (first, row) in again.items():
         landed[k][i] = landed[k][i]._replace(made=landed[first][row].made, kept=landed[first][row].kept)
     joined += book.survivors(connection, before, by_name.values(), max(item.told for item in items))
     book.keep(connection, by_name.values())
-    return [(one, joined if k == 0 else []) for k, one in enumerate(landed)]
+    return [Stored(one, joined if k == 0 else [], receipts.get(k)) for k, one in enumerate(landed)]
 
 
 def _place(
@@ -146,21 +162,21 @@ def _answer(
     landed: list[list[Landed]],
     windows: dict[Place, Readings],
     by_name: dict[str, EngineRow],
-) -> list[Joined]:
-    """Predict what was not predicted before, all that one model answers together, and keep it."""
+) -> tuple[dict[int, Any], list[Joined]]:
+    """Predict what was not predicted before, all that one model answers together, and keep it; receipts by request."""
     groups: dict[tuple[str, float], list[Place]] = {}
     for k, i in windows:
         if landed[k][i].kept is None:
             groups.setdefault((items[k].by.digest, items[k].by.temperature), []).append((k, i))
-    batches = []
+    batches, receipts = [], {}
     for places in groups.values():
         first = items[places[0][0]]
         flights = [items[k].rows[i] for k, i in places]
-        made = first.answer(flights, np.stack([windows[place] for place in places]))
+        made, receipts[places[0][0]] = first.answer(flights, np.stack([windows[place] for place in places]))
         for (k, i), one in zip(places, made, strict=True):
             landed[k][i] = landed[k][i]._replace(made=one)
-        batches.append(Batch(first.by, max(items[k].told for k, _ in places), made))
-    return add(book, connection, batches, by_name) if batches else []
+        batches.append(Batch(first.by, max(items[k].told for k, _ in places), made, flight=True))
+    return receipts, add(book, connection, batches, by_name).joined if batches else []
 
 
 def _recall(
@@ -170,7 +186,7 @@ def _recall(
     windows: dict[Place, Readings],
     by_name: dict[str, EngineRow],
 ) -> None:
-    """Put beside flights that were told twice what was answered the first time, if it would be answered today."""
+    """Put beside flights that were told twice what was answered the first time, by this model at this temperature."""
     again = [
         (k, i, by_name[item.rows[i].engine_id].id, item.rows[i].cycle)
         for k, item in enumerate(items)
@@ -179,9 +195,8 @@ def _recall(
     ]
     kept = _kept(connection, {(engine, cycle) for _, _, engine, cycle in again})
     for k, i, engine, cycle in again:
-        found = kept.get((engine, cycle))
-        if found and found[:2] == (items[k].by.digest, items[k].by.temperature):
-            landed[k][i] = landed[k][i]._replace(kept=found[2])
+        by = items[k].by
+        landed[k][i] = landed[k][i]._replace(kept=kept.get((engine, cycle, by.digest, by.temperature)))
 
 
 def _layout(book: Book, connection: Connection, by: By) -> int:
@@ -222,12 +237,17 @@ def _read(connection: Connection, engine: EngineRow, lowest: int, window: int, l
     return History(engine.revision, layout, [row.cycle for row in found], values, whole)
 
 
-def _kept(connection: Connection, keys: set[tuple[int, int]]) -> dict[tuple[int, int], tuple[str, float, Kept]]:
-    """The predictions that count of engines and cycles, with their model's digest and their temperature."""
+def _kept(connection: Connection, keys: set[tuple[int, int]]) -> dict[tuple[int, int, str, float], Kept]:
+    """What flights were answered, by engine, cycle, the model's digest and the temperature.
+
+    Of predictions that older code kept it is unknown whether they answered a flight: the one that counted is taken.
+    """
     c, found = predictions.c, {}
-    columns = (c.engine, c.cycle, c.id, c.logits, c.rul, c.temperature, models.c.digest)
+    columns = (c.engine, c.cycle, models.c.digest, c.temperature, c.id, c.logits, c.rul)
+    which = select(*columns).join(models, models.c.id == c.model).where(c.flight.is_distinct_from(False))
+    best_last = (c.flight.is_(True), c.counts, c.id)
     for part in parts(sorted(keys)):
-        asked = select(*columns).join(models, models.c.id == c.model)
-        for row in connection.execute(asked.where(tuple_(c.engine, c.cycle).in_(part), c.counts)):
-            found[row.engine, row.cycle] = (row.digest, row.temperature, Kept(row.id, row.logits, row.rul))
+        asked = which.where(tuple_(c.engine, c.cycle).in_(part)).order_by(*best_last)
+        for engine, cycle, digest, temperature, *kept in connection.execute(asked):
+            found[engine, cycle, digest, temperature] = Kept(*kept)
     return found

@@ -10,7 +10,8 @@ from sqlalchemy import Connection, bindparam, insert, update
 from model.contract import Manifest
 from model.numerics import Floats
 from model.windows import Readings
-from service.storage.book import Book, EngineRow, Joined, Kind, inspections
+from service.storage.book import Book, EngineRow, Joined, Key, Kind, inspections
+from service.storage.labels import Result
 from service.storage.tables import predictions, truths
 from service.truth import Source, truth
 
@@ -30,6 +31,16 @@ class Made(NamedTuple):
     answers: Any = None  # of the caller; not kept
 
 
+class Remembered(NamedTuple):
+    """Whose truth was known before, and what became of the labels that came with predictions, by prediction id.
+
+    A label that contradicts one that was given before is a conflict; the one that stands is told.
+    """
+
+    joined: list[Joined]
+    said: dict[str, tuple[Result, Floats | None]]
+
+
 class By(NamedTuple):
     """Who answered: a model, at a temperature that came from somewhere."""
 
@@ -41,11 +52,12 @@ class By(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Predictions of one request. `made` is in seconds since 1970."""
+    """Predictions of one request. `made` is in seconds since 1970; `flight` says that they answer flights."""
 
     by: By
     made: float
     rows: Sequence[Made]
+    flight: bool = False
 
 
 _ADD = insert(predictions)
@@ -58,17 +70,17 @@ _SUPERSEDE = (
 )
 
 
-def remember(book: Book, connection: Connection, items: Sequence[Batch]) -> list[list[Joined]]:
-    """Keep predictions; of each engine and cycle the latest counts. Tells whose truth was known before."""
+def remember(book: Book, connection: Connection, items: Sequence[Batch]) -> list[Remembered]:
+    """Keep predictions; of each engine and cycle the latest counts."""
     by_name = book.engines(connection, (row.engine_id for item in items for row in item.rows))
     before = {engine.id: engine.newest_cycle for engine in by_name.values()}
-    joined = add(book, connection, items, by_name)
+    joined, said = add(book, connection, items, by_name)
     joined += book.survivors(connection, before, by_name.values(), max(item.made for item in items))
     book.keep(connection, by_name.values())
-    return [joined, *([] for _ in items[1:])]
+    return [Remembered(joined if k == 0 else [], said) for k in range(len(items))]
 
 
-def add(book: Book, connection: Connection, items: Sequence[Batch], by_name: dict[str, EngineRow]) -> list[Joined]:
+def add(book: Book, connection: Connection, items: Sequence[Batch], by_name: dict[str, EngineRow]) -> Remembered:
     """As `remember`, of engines that are locked already and are kept by the caller."""
     every = [
         (item, book.kind(connection, item.by.digest, item.by.manifest), row) for item in items for row in item.rows
@@ -80,23 +92,23 @@ def add(book: Book, connection: Connection, items: Sequence[Batch], by_name: dic
     for _, _, row in every:
         if row.cycle is not None:
             by_name[row.engine_id].seen(row.cycle)
-    _keep_labels(connection, every, by_name)
+    said = _keep_labels(connection, every, by_name)
     asked = [(engine.id, row.cycle, row.id) for _, _, row in every if (engine := by_name[row.engine_id]).truths]
-    said = inspections(connection, asked) if asked else {}
-    rows, joined, inputs = [], [], [one for item in items for one in _inputs(item)]
-    for (item, kind, row), bins in zip(every, inputs, strict=True):
+    known_of = inspections(connection, asked) if asked else {}
+    rows, joined = [], []
+    for (item, kind, row), bins in zip(every, _inputs(every), strict=True):
         engine = by_name[row.engine_id]
-        inspected = said.get((engine.id, row.cycle) if row.cycle is not None else row.id) if said else None
+        inspected = known_of.get((engine.id, row.cycle) if row.cycle is not None else row.id) if known_of else None
         known = truth(inspected, row.cycle, engine.failed_at, engine.newest_cycle, kind.thresholds, len(kind.classes))
         counts = row.cycle is None or last[row.engine_id, row.cycle] == row.id
         rows.append(_stored(item, kind, row, engine.id, counts, known, bins))
-        if known is not None and row.label is None:
+        if known is not None and (row.label is None or said[row.id][0] == "conflict"):
             joined.append(Joined(kind, row.logits, item.by.temperature, known[0].tobytes(), item.made, item.made))
         if row.cycle is None or engine.latest_cycle is None or row.cycle >= engine.latest_cycle:
             engine.latest, engine.health, engine.risk = row.id, row.health, row.risk
             engine.latest_cycle = engine.latest_cycle if row.cycle is None else row.cycle
     connection.execute(_ADD, rows)
-    return joined
+    return Remembered(joined, said)
 
 
 def _met_before(every: Sequence[tuple[Batch, Kind, Made]], by_name: dict[str, EngineRow]) -> list[dict[str, int]]:
@@ -111,29 +123,39 @@ def _met_before(every: Sequence[tuple[Batch, Kind, Made]], by_name: dict[str, En
 
 def _keep_labels(
     connection: Connection, every: Sequence[tuple[Batch, Kind, Made]], by_name: dict[str, EngineRow]
-) -> None:
-    """Labels that came with predictions are truths like any other; what was said before stands."""
-    given = [(item, row, by_name[row.engine_id]) for item, _, row in every if row.label is not None]
-    known = set(inspections(connection, [(engine.id, row.cycle, row.id) for _, row, engine in given if engine.truths]))
-    new = []
-    for item, row, engine in given:
-        key = (engine.id, row.cycle) if row.cycle is not None else row.id
-        if key not in known and row.label is not None:
-            known.add(key)
+) -> dict[str, tuple[Result, Floats | None]]:
+    """Labels that came with predictions are truths like any other; what was said before stands, and is told."""
+    given = [(item, row, row.label, by_name[row.engine_id]) for item, _, row in every if row.label is not None]
+    known = inspections(connection, [(engine.id, row.cycle, row.id) for _, row, _, engine in given if engine.truths])
+    new: list[dict[str, object]] = []
+    said: dict[str, tuple[Result, Floats | None]] = {}
+    for item, row, label, engine in given:
+        key: Key = (engine.id, row.cycle) if row.cycle is not None else row.id
+        standing = known.setdefault(key, label)
+        if standing is label:
+            said[row.id] = ("joined", None)
             engine.truths += 1
             name = row.id if row.cycle is None else None
-            told = {"label": row.label.tobytes(), "told": item.made}
+            told = {"label": label.tobytes(), "told": item.made}
             new.append({"engine": engine.id, "cycle": row.cycle, "prediction": name} | told)
+        else:
+            said[row.id] = ("unchanged", None) if np.array_equal(standing, label) else ("conflict", standing)
     if new:
         connection.execute(insert(truths), new)
+    return said
 
 
-def _inputs(item: Batch) -> list[bytes | None]:
-    """The reference bins of the newest readings of some predictions."""
-    newest = [row.newest for row in item.rows if row.newest is not None]
-    if item.by.bins is None or len(newest) != len(item.rows):
-        return [None] * len(item.rows)
-    return [row.tobytes() for row in item.by.bins(np.stack(newest))]
+def _inputs(every: Sequence[tuple[Batch, Kind, Made]]) -> list[bytes | None]:
+    """The reference bins of the newest readings of predictions, found for all of one model at once."""
+    found: list[bytes | None] = [None] * len(every)
+    alike: dict[Any, dict[int, Readings]] = {}
+    for i, (item, _, row) in enumerate(every):
+        if item.by.bins is not None and row.newest is not None:
+            alike.setdefault(item.by.bins, {})[i] = row.newest
+    for bins, newest in alike.items():
+        for i, row_bins in zip(newest, bins(np.stack(list(newest.values()))), strict=True):
+            found[i] = row_bins.tobytes()
+    return found
 
 
 def _stored(
@@ -160,4 +182,5 @@ def _stored(
         "label": None if known is None else np.asarray(known[0]).tobytes(),
         "source": None if known is None else int(known[1]),
         "labelled": None if known is None else item.made,
+        "flight": item.flight,
     }

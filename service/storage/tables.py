@@ -73,6 +73,7 @@ predictions = _table(
     Column("label", LargeBinary),  # the truth that joined it
     Column("source", Integer),  # of that truth, see `truth.Source`
     Column("labelled", Real),  # when the truth joined
+    Column("flight", Boolean),  # made for a flight that was told; unknown of what older code kept
     clustered=True,
 )
 Index("predictions_engine_cycle", predictions.c.engine, predictions.c.cycle)

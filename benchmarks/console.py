@@ -1,0 +1,173 @@
+"""What the console costs: the browser for each look at a thousand engines, and the service for being looked at.
+
+A thousand engines fly 200 cycles a second (`POST /v1/cycles`, open loop: a late answer delays no later flight, and is
+timed from when its flight was due). The service has one core, load and browser share the other. Rounds with the Fleet
+page open and without take turns, so that a noisy neighbour meets both.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import orjson
+from playwright.sync_api import Browser, Page
+
+from benchmarks.load import CLIENT_CORE, JSON_HEADERS, SERVER_CORE, free_port, golden, served
+from tests.browser import chromium
+
+ENGINES, PER_SECOND, SENDERS = 1000, 200, 8
+READY = ".rows .row"
+
+
+class Round(NamedTuple):
+    """One round: latency of flights in milliseconds; with a page, its main thread's work for each update too."""
+
+    p50: float
+    p99: float
+    failed: int
+    work: float | None = None
+    updates: int = 0
+
+
+class Fleet:
+    """A thousand engines that fly in turn."""
+
+    def __init__(self, port: int) -> None:
+        self._port, self._sent = port, 0
+        self._rows = np.concatenate(golden()[0])
+
+    def fly(self, seconds: float) -> tuple[list[float], int]:
+        """Milliseconds of each flight that was answered, and how many were not."""
+        n, begin = int(seconds * PER_SECOND), time.perf_counter() + 0.2
+        taken: list[list[float]] = [[] for _ in range(SENDERS)]
+        threads = [
+            threading.Thread(target=self._send, args=(taken[k], range(k, n, SENDERS), begin)) for k in range(SENDERS)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self._sent += n
+        found = [one for part in taken for one in part]
+        return found, n - len(found)
+
+    def _send(self, taken: list[float], numbers: range, begin: float) -> None:
+        connection = HTTPConnection("127.0.0.1", self._port, timeout=30)
+        for i in numbers:
+            due = begin + i / PER_SECOND
+            time.sleep(max(0.0, due - time.perf_counter()))
+            connection.request("POST", "/v1/cycles", self._body(self._sent + i), JSON_HEADERS)
+            answer = connection.getresponse()
+            answer.read()
+            if answer.status == 200:
+                taken.append((time.perf_counter() - due) * 1e3)
+        connection.close()
+
+    def _body(self, i: int) -> bytes:
+        row = self._rows[(37 * i) % len(self._rows)].tolist()
+        return orjson.dumps(
+            {"cycles": [{"engine_id": f"bench-{i % ENGINES:04}", "cycle": i // ENGINES, "telemetry": row}]}
+        )
+
+
+def unseen(fleet: Fleet, seconds: float) -> Round:
+    """A round that nobody looks at."""
+    taken, failed = fleet.fly(seconds)
+    return Round(*percentiles(taken), failed)
+
+
+def seen(fleet: Fleet, browser: Browser, home: str, seconds: float) -> Round:
+    """A round with the Fleet page open."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    try:
+        page = context.new_page()
+        looks: list[str] = []
+        page.on("response", lambda answer: looks.append(answer.url) if "since=" in answer.url else None)
+        page.goto(home)
+        page.wait_for_selector(READY)
+        session = context.new_cdp_session(page)
+        session.send("Performance.enable", {"timeDomain": "threadTicks"})  # processor time, whoever else is busy
+
+        def busy() -> float:
+            metrics = session.send("Performance.getMetrics")["metrics"]
+            return next(float(one["value"]) for one in metrics if one["name"] == "TaskDuration")
+
+        flown: list[tuple[list[float], int]] = []
+        flying = threading.Thread(target=lambda: flown.append(fleet.fly(seconds)))
+        before, counted = busy(), len(looks)
+        flying.start()
+        while flying.is_alive():
+            page.wait_for_timeout(200)  # lets the page's events in
+        updates, work = len(looks) - counted, (busy() - before) * 1e3
+        taken, failed = flown[0]
+        return Round(*percentiles(taken), failed, work / max(1, updates), updates)
+    finally:
+        context.close()
+
+
+def percentiles(taken: list[float]) -> tuple[float, float]:
+    """Median and 99th percentile."""
+    p50, p99 = np.percentile(taken, [50, 99])
+    return float(p50), float(p99)
+
+
+def first_paint(browser: Browser, home: str) -> float:
+    """Milliseconds from the address to the first contents on an empty cache."""
+    context = browser.new_context()
+    try:
+        page = context.new_page()
+        page.goto(home)
+        page.wait_for_selector(READY)
+        return _painted(page)
+    finally:
+        context.close()
+
+
+def _painted(page: Page) -> float:
+    return float(page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime"))
+
+
+def main() -> None:
+    """Measure, and print a line for each figure."""
+    parser = argparse.ArgumentParser(description="What the console costs.")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=20)
+    flags = parser.parse_args()
+    port = free_port()
+    home = f"http://127.0.0.1:{port}/"
+    with tempfile.TemporaryDirectory() as folder:
+        around = {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{folder}/memory.db", "ENGINE_HEALTH_LOG_LEVEL": "warning"}
+        command = [sys.executable, "-m", "service.cli", "serve", "--port", str(port)]
+        with served(command, around, SERVER_CORE, home + "readyz", Path.cwd()):
+            os.sched_setaffinity(0, {CLIENT_CORE})
+            with chromium() as browser:
+                report(Fleet(port), browser, home, flags.rounds, flags.seconds)
+
+
+def report(fleet: Fleet, browser: Browser, home: str, rounds: int, seconds: float) -> None:
+    """All rounds, and medians over them."""
+    fleet.fly(3 * ENGINES / PER_SECOND)  # every engine is known, and has a trend
+    paints = [first_paint(browser, home) for _ in range(rounds)]
+    pairs = []
+    for k in range(rounds):
+        pairs.append((unseen(fleet, seconds), seen(fleet, browser, home, seconds)))
+        print(f"round {k + 1}: unseen {pairs[-1][0]}, seen {pairs[-1][1]}", flush=True)
+    work = [two.work for _, two in pairs if two.work is not None]
+    ratios = [two.p99 / one.p99 for one, two in pairs]
+    print(f"first paint, ms: {statistics.median(paints):.0f} ({min(paints):.0f} to {max(paints):.0f})")
+    print(f"main thread for each update, ms: {statistics.median(work):.1f} ({min(work):.1f} to {max(work):.1f})")
+    print(f"p99 with the page / without: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    print(f"p99 without, ms: {statistics.median(one.p99 for one, _ in pairs):.1f}")
+    print(f"flights not answered with 200: {sum(one.failed + two.failed for one, two in pairs)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+// Which page is shown: the part of the address behind "#", as #/engine/FD001-24. One page at a time; its end is a signal.
+
+import { h, empty } from "./page.js";
+import { Problem } from "./service.js";
+
+const PAGES = {
+  fleet: ["Fleet", () => import("./fleet.js")],
+  engine: ["Engine", () => import("./engine.js")],
+  calibration: ["Calibration", () => import("./calibration.js")],
+  explorer: ["Explorer", () => import("./explorer.js")],
+};
+const main = document.getElementById("page");
+const pulse = document.getElementById("pulse");
+const trouble = document.getElementById("trouble");
+let leave = null;
+let first = true;
+
+async function show() {
+  leave?.abort();
+  const ending = (leave = new AbortController());
+  const [path, query] = (location.hash.replace(/^#\/?/, "") || "fleet").split("?");
+  const [name, ...rest] = path.split("/");
+  const [title, load] = PAGES[name] ?? PAGES.fleet;
+  for (const link of document.querySelectorAll("nav a")) {
+    const here = link.hash === `#/${name}` || (name === "engine" && link.hash === "#/fleet");
+    if (here) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  const rest_ = decodeURIComponent(rest.join("/"));
+  document.title = `${rest_ || title} – engine-health`;
+  tell(null);
+  pulse.textContent = "";
+  const opened = await load();
+  if (ending.signal.aborted) return;
+  main.replaceChildren();
+  window.scrollTo(0, 0);
+  if (!first) main.focus({ preventScroll: true });
+  first = false;
+  const around = { signal: ending.signal, query: new URLSearchParams(query ?? ""), remember, beat, tell };
+  try {
+    await opened.open(main, rest_, around);
+  } catch (error) {
+    if (!ending.signal.aborted && error.name !== "AbortError") tell(error);
+  }
+}
+
+/** Keep what a page shows in the address, without a step in the browser's history. */
+function remember(query) {
+  const [path] = (location.hash || "#/fleet").split("?");
+  const text = new URLSearchParams(query).toString();
+  history.replaceState(null, "", path + (text ? `?${text}` : ""));
+}
+
+/** What the lamp beside the colours says: "live", "paused" or "down". */
+function beat(state, text) {
+  pulse.dataset.state = state;
+  if (pulse.textContent !== text) pulse.textContent = text;
+}
+
+/** Say what is wrong, and what to do; null when it is not any more. */
+function tell(error) {
+  trouble.hidden = !error;
+  if (!error) return;
+  beat("down", "not live");
+  const [title, advice] = explained(error);
+  if (error.status === 501) {
+    trouble.hidden = true;
+    beat("paused", "no memory");
+    main.replaceChildren(empty("This service keeps no memory", "Fleet, engines and calibration are made of what it remembers. Start it with a database, and it remembers what is sent from then on:",
+      h("pre", { text: "ENGINE_HEALTH_DATABASE_URL=sqlite:///engine-health.db make serve" }), h("p", {}, h("a", { href: "#/explorer", text: "The explorer needs none" }))));
+    return;
+  }
+  trouble.replaceChildren(h("strong", { text: title }), advice);
+}
+
+function explained(error) {
+  if (!(error instanceof Problem)) return ["This page failed.", `${error.message}. Reload it; if that does not help, it is a fault worth reporting.`];
+  if (error.status === 0) return ["Not connected.", `${error.message} This page goes on trying.`];
+  if (error.status === 401) return ["Key needed.", error.message];
+  if (error.status === 503) return ["Not available now.", `${error.message}. This page goes on trying.`];
+  if (error.status === 429) return ["Overloaded.", "The service answers others first. This page goes on trying."];
+  return [`${error.body.title ?? "Refused"}.`, error.message];
+}
+
+const theme = document.getElementById("theme");
+const dark = () => document.documentElement.dataset.theme === "dark";
+const colour = (to) => {
+  document.documentElement.dataset.theme = to ? "dark" : "light";
+  theme.setAttribute("aria-pressed", String(to));
+  window.dispatchEvent(new Event("themechange"));
+};
+theme.setAttribute("aria-pressed", String(dark()));
+theme.addEventListener("click", () => {
+  colour(!dark());
+  localStorage.setItem("engine-health.theme", dark() ? "dark" : "light");
+});
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", (event) => {
+  if (!localStorage.getItem("engine-health.theme")) colour(event.matches);
+});
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault();
+  main.focus();
+});
+window.addEventListener("hashchange", show);
+show();

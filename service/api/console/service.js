@@ -1,0 +1,133 @@
+// The only place that speaks to the service: its public API, on the host that the page came from, and keys if it asks.
+// Keys live in the memory of this tab (sessionStorage) and nowhere else.
+
+import { h } from "./page.js";
+
+const KEYS = { api: "engine-health.key", admin: "engine-health.admin-key" };
+const SLACK = 4000; // ms: who is told "since" also gets what was being committed then
+
+/** What the service, or the way to it, said no with. `status` is 0 where nobody answered. */
+export class Problem extends Error {
+  constructor(status, detail, body = {}) {
+    super(detail);
+    this.status = status;
+    this.body = body;
+  }
+}
+
+let skew = 0; // ms that the service's clock is ahead of this one
+export const now = () => Date.now() + skew;
+
+/** When to ask from next time, for a request that is about to be sent. */
+export const since = () => new Date(now() - SLACK).toISOString();
+
+export const get = (path, signal) => call(path, { signal });
+export const post = (path, body) => call(path, { method: "POST", body });
+export const putAsAdmin = (path, body) => call(path, { method: "PUT", body, kind: "admin" });
+
+async function call(path, { method = "GET", body, signal, kind = "api" }) {
+  let why = "";
+  for (;;) {
+    const shown = sessionStorage.getItem(KEYS[kind]);
+    if (kind === "admin" && !shown) await askForKey(kind, why);
+    const answer = await send(path, method, body, signal, sessionStorage.getItem(KEYS[kind]));
+    if (answer.ok) return answer.json();
+    const problem = await read(answer);
+    const wrongKey = answer.status === 401 || (answer.status === 403 && /does not open/.test(problem.message));
+    if (!wrongKey) throw problem;
+    if (sessionStorage.getItem(KEYS[kind]) === shown || kind === "admin") sessionStorage.removeItem(KEYS[kind]);
+    why = shown || kind === "admin" ? problem.message : "";
+    if (!sessionStorage.getItem(KEYS[kind])) await askForKey(kind, why);
+  }
+}
+
+async function send(path, method, body, signal, key) {
+  const headers = { Accept: "application/json" };
+  if (body !== undefined) headers["Content-Type"] = "application/json";
+  if (key) headers.Authorization = `Bearer ${key}`;
+  try {
+    const answer = await fetch(path, { method, headers, signal, cache: "no-store", body: body && JSON.stringify(body) });
+    const date = Date.parse(answer.headers.get("date"));
+    if (date) skew = Math.abs(date - Date.now()) < 2000 ? 0 : date - Date.now(); // the header counts whole seconds
+    return answer;
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Problem(0, `Nothing answers at ${location.host}. Is the service running? "make serve" starts it.`);
+  }
+}
+
+async function read(answer) {
+  const body = await answer.json().catch(() => ({}));
+  return new Problem(answer.status, body.detail ?? `${answer.status} ${answer.statusText}`, body);
+}
+
+let asking = null;
+
+/** Ask for a key, once for all who wait for it. Who closes the question gets the problem. */
+function askForKey(kind, why) {
+  asking ??= dialog(kind, why).finally(() => { asking = null; });
+  return asking;
+}
+
+function dialog(kind, why) {
+  const admin = kind === "admin";
+  const field = h("input", { class: "field", type: "password", id: "key", autocomplete: "off", required: true });
+  const box = h("dialog", { "aria-labelledby": "key-title" },
+    h("form", { method: "dialog" },
+      h("div", {},
+        h("h2", { id: "key-title", text: admin ? "Admin key needed" : "Key needed" }),
+        h("p", { text: admin
+          ? "Changing the temperature is for one of ENGINE_HEALTH_ADMIN_KEYS. It is kept in this tab only."
+          : "This service answers to one of ENGINE_HEALTH_API_KEYS. It is kept in this tab only." })),
+      why ? h("p", { class: "note bad", role: "alert", text: `Not accepted: ${why}.` }) : null,
+      h("label", { class: "labelled", for: "key" }, admin ? "Admin key" : "Key", field),
+      h("div", { class: "inline" },
+        h("button", { class: "button", type: "button", text: "Cancel", on: { click: () => box.close("") } }),
+        h("button", { class: "button first", type: "submit", text: "Use this key" }))));
+  return new Promise((resolve, reject) => {
+    let used = false;
+    box.querySelector("form").addEventListener("submit", () => {
+      used = true;
+      sessionStorage.setItem(KEYS[kind], field.value);
+    });
+    box.addEventListener("close", () => {
+      box.remove();
+      if (used) resolve();
+      else reject(new Problem(401, admin ? "No admin key was given, so nothing was changed." : "This service asks for a key. Reload the page to give one."));
+    });
+    document.body.append(box);
+    box.showModal();
+    field.focus();
+  });
+}
+
+/** The model that answers: its classes, thresholds and channels. */
+export const model = (signal) => get("v1/model", signal);
+
+/** Do something now and again, until `signal`; not while the tab is hidden. Troubles are told and tried again. */
+export function live(seconds, signal, work, trouble) {
+  let timer = 0;
+  const round = async () => {
+    clearTimeout(timer);
+    let wait = seconds;
+    try {
+      if (!document.hidden) {
+        await work();
+        trouble(null);
+      }
+    } catch (error) {
+      if (signal.aborted || error.name === "AbortError") return;
+      trouble(error);
+      if (error.status === 401 || error.status === 501) return; // asking again changes nothing
+      wait = Math.max(seconds, 3);
+    }
+    if (!signal.aborted) timer = setTimeout(round, wait * 1000);
+  };
+  const seen = () => { if (!document.hidden) round(); };
+  document.addEventListener("visibilitychange", seen);
+  signal.addEventListener("abort", () => {
+    clearTimeout(timer);
+    document.removeEventListener("visibilitychange", seen);
+  });
+  return round();
+}

@@ -1,0 +1,11 @@
+"""Predictions say whether they answered a flight, so that the same flight again is answered as the first time."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision, down_revision = "0002", "0001"
+
+
+def upgrade() -> None:
+    """Take the step; of what is there already it is unknown."""
+    op.add_column("predictions", sa.Column("flight", sa.Boolean()))
