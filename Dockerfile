@@ -14,14 +14,16 @@ COPY pyproject.toml README.md ./
 COPY model model
 COPY export export
 COPY service service
-# The label below must not lie. Tests of libraries are not needed, and of plotly only the script that browsers load.
-# Nobody can write bytecode later, so it is written here.
+# The label below must not lie. Left out is what only tests, tools and notebooks need: of plotly, all but the script that
+# browsers load. Nobody can write bytecode later, so it is written here.
 ARG MODEL_DIGEST
 RUN test "$(sha256sum < model/artefact/engine-health.onnx)" = "$MODEL_DIGEST  -" \
     && /build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheel . \
-    && /build/bin/pip --python /opt/engine-health/bin/python install --no-deps --no-index --no-compile /wheel/*.whl \
-    && find /opt/engine-health/lib -type d \( -name tests -o -path '*/plotly/graph_objs' -o -path '*/plotly/labextension' \) -prune -exec rm -rf {} + \
-    && /opt/engine-health/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/engine-health/lib
+    && /build/bin/pip --python /opt/engine-health/bin/python install --no-deps --no-index --no-compile /wheel/*.whl
+WORKDIR /opt/engine-health/lib/python3.11/site-packages
+RUN find . -type d \( -name tests -o -path './onnxruntime/t*' -o -path ./onnxruntime/quantization -o -path ./narwhals \) -prune -exec rm -rf {} + \
+    && find plotly -type f ! -path plotly/__init__.py ! -name plotly.min.js -delete \
+    && /opt/engine-health/bin/python -m compileall -q --invalidation-mode unchecked-hash .
 
 FROM python:3.11-slim
 ARG MODEL_DIGEST

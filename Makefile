@@ -88,6 +88,15 @@ bench-console: $(DEV)/ready      ## what the Fleet page costs the browser and th
 endurance: $(DEV)/ready          ## every promise under strain at full size, as a table; fails if one is broken; half an hour
 	$(BIN)/python -m benchmarks.endurance
 
+faults: $(DEV)/ready             ## kill, fill, stop and starve the service, one fault after another, as a table; needs root; five minutes
+	$(BIN)/python -m benchmarks.faults
+
+soak: $(DEV)/ready               ## MINUTES=30 of everything at once: memory, descriptors, p99 and counters at the end
+	$(BIN)/python -m benchmarks.mixture --minutes $(or $(MINUTES),30)
+
+scaling: $(DEV)/ready            ## requests a second of one and two workers, one and two processes on one database; needs wrk
+	$(BIN)/python -m benchmarks.scaling
+
 docs: $(DEV)/ready               ## write the README's tables anew from code, and the results from the test engines
 	$(BIN)/python docs/tables.py --results
 

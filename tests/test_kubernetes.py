@@ -87,6 +87,5 @@ def test_the_inference_service_is_the_same_container() -> None:
     assert (CONTAINER["image"], 8000) == (container["image"], container["ports"][0]["containerPort"])
     assert CONTAINER["securityContext"] == container["securityContext"]
     pod = {key: value for key, value in predictor.items() if key not in ("minReplicas", "maxReplicas")}
-    kubernetes_validate.validate(
-        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": pod}, strict=True
-    )
+    manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": pod}
+    kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
