@@ -31,6 +31,7 @@ def _with(number: int, first: bytes, then: bytes) -> Outcome:
             held = [socket.create_connection((HOST, running.port)) for _ in range(number)]
             for one in held:
                 one.sendall(first)
+            time.sleep(2)  # until they are accepted
             most = running.descriptors() - before
             while running.descriptors() > before and time.monotonic() < begun + HEARD_SECONDS:
                 time.sleep(1)
@@ -48,7 +49,7 @@ def _with(number: int, first: bytes, then: bytes) -> Outcome:
 
 
 def half_closed() -> Outcome:
-    """Half of them ask and then send no more, which is no reason not to answer; the others stop amid a request."""
+    """Half of them ask whole requests and then close what they send through; the others do so amid a request."""
     with remembering() as running:
 
         def fault() -> str:
@@ -58,7 +59,7 @@ def half_closed() -> Outcome:
             refused = sum(not _heard(one).startswith(b"HTTP/1.1 200 ") for one in torn)
             time.sleep(1)
             rest = max(0, running.descriptors() - before)
-            both = f"{answered} of {len(whole)} whole requests answered, {refused} of {len(torn)} torn ones not"
+            both = f"{answered} of {len(whole)} whole requests answered, {len(torn) - refused} of {len(torn)} torn ones"
             return f"{both}; {rest} left open"
 
         return observed(running.port, fault)

@@ -88,12 +88,13 @@ def clock() -> Outcome:
         faked = {
             "LD_PRELOAD": str(library),
             "FAKETIME_TIMESTAMP_FILE": now.name,
-            "FAKETIME_NO_CACHE": "1",
+            "FAKETIME_CACHE_DURATION": "1",  # seconds; read anew on every call, the file would be the fault
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",  # nobody sets that one
         }
         with remembering(environment=faked) as running:
 
             def fault() -> None:
                 Path(now.name).write_text("-1h")
+                time.sleep(2)  # until that is read
 
             return observed(running.port, fault)
