@@ -7,7 +7,8 @@ PIP := -m pip --disable-pip-version-check --quiet
 CMAPSS_URL ?= https://phm-datasets.s3.amazonaws.com/NASA/6.+Turbofan+Engine+Degradation+Simulation+Data+Set.zip
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo test check format train export evaluate fleet study fuzz kills bench bench-peers bench-monitor bench-console endurance data docs screenshots lock clean
+.PHONY: help serve demo test check format train export evaluate fleet study fuzz kills bench bench-peers bench-score bench-monitor \
+	bench-console kills-score endurance data docs screenshots lock clean
 
 help:                            ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -78,6 +79,12 @@ kills: $(DEV)/ready             ## kill -9 a hundred times while truths are told
 
 bench-peers: $(DEV)/ready        ## the same model behind other servers, side by side; installs them below build, needs wrk; half an hour
 	$(BIN)/python -m benchmarks.peers
+
+bench-score: $(DEV)/ready        ## the README's table of batch scoring; 10 million rows take minutes, pandas is compared if build/venv has it
+	$(BIN)/python -m benchmarks.score
+
+kills-score: $(DEV)/ready        ## kill -9 twenty scoring jobs at random moments, start them again, compare bytes; two minutes
+	$(BIN)/python -m benchmarks.score --kills 20
 
 bench-monitor: $(DEV)/ready      ## false and true alarms of the calibration state, simulated; a quarter of an hour
 	$(BIN)/python -m benchmarks.monitor

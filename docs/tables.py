@@ -15,7 +15,7 @@ from service.settings import BUNDLED, PREFIX, Settings
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-ROOMS = ("model", "export", "service", "service/replay", "service/storage", "service/api")
+ROOMS = ("model", "export", "service", "service/replay", "service/score", "service/storage", "service/api")
 CONSOLE = "service/api/console"
 
 

@@ -52,7 +52,7 @@ async def watch(memory: Memory, predictor: Predictor, window: str | None, period
     """
     now = time.time()
     found = await _counted(memory, predictor.model, window, now)
-    return await asyncio.to_thread(_watched, found, predictor, now, window, periods)
+    return await asyncio.to_thread(watched, found, predictor, now, window, periods)
 
 
 async def fit(memory: Memory, predictor: Predictor, window: str | None) -> dict[str, Any]:
@@ -122,9 +122,10 @@ async def _counted(memory: Memory, model: Model, window: str | None, now: float)
     return await memory.database.read(lambda c: queries.counted(c, model.digest, classes, since))
 
 
-def _watched(
-    found: queries.Found, predictor: Predictor, now: float, window: str | None, periods: int
+def watched(
+    found: queries.Found, predictor: Predictor, now: float, window: str | None, periods: int = 0
 ) -> dict[str, Any]:
+    """What some predictions and their truths say; batch scoring asks as well, of a file. The clock is passed in."""
     manifest, rows = predictor.model.manifest, _rows(found, predictor.model)
     level = manifest.conformal.level if manifest.conformal else None
     body = monitor.calibration(rows, manifest.classes, now, level, window)

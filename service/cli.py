@@ -10,15 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
 from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE
 from service import logs
-from service.api.app import create_app
 from service.errors import ServiceError
 from service.replay import options as replay_options
+from service.score import command as score_command
 from service.settings import PREFIX, Settings, read_settings
-from service.workers import configuration, serve_many
 
 SWITCHES = tuple(Settings.model_fields)
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
@@ -32,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command in ("predict", "replay"):
             return predict(**flags) if command == "predict" else replay(parser, **flags)
+        if command == "score":
+            return score(flags)
         return calibrate(**flags) if command == "calibrate" else serve(read_settings(**flags))
     except ServiceError as error:
         return _failed(error.detail)
@@ -75,8 +74,29 @@ def replay(parser: argparse.ArgumentParser, **flags: Any) -> int:
     return of_fleet(options)
 
 
+def score(flags: dict[str, Any]) -> int:
+    """Score a file to a file."""
+    settings = read_settings(model=flags.pop("model"), threads=flags.pop("threads"))
+    options = score_command.options_of(flags)
+    logs.configure(settings)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        from service.score import run  # what serving has no need of
+
+        return run.score(options, settings)
+    except ModuleNotFoundError as error:
+        if error.name not in score_command.PACKAGES:
+            raise
+        return _failed(f"score needs {error.name}: install engine-health[{score_command.PACKAGES[error.name]}]")
+
+
 def serve(settings: Settings) -> int:
     """Serve until told to stop; 1 if the artefact or the address cannot be used."""
+    import uvicorn  # what no other command has need of, and a second to import
+
+    from service.api.app import create_app
+    from service.workers import configuration, serve_many
+
     logs.configure(settings)
     # uvicorn raises the signal again once it has stopped: to be told to stop is no failure
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -118,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--missing", choices=("reject", "hold"), default="reject", help="hold the last seen value")
     command.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object an engine")
     replay_options.add_to(commands.add_parser("replay", help="send a fleet to a running service, flight by flight"))
+    score_command.add_to(commands, _temperature)
     return parser
 
 
