@@ -57,6 +57,7 @@ ADD base.tar /
 RUN ln -s /usr/bin/python3.11 /usr/local/bin/python
 END
     cp /usr/bin/prometheus /usr/bin/promtool /usr/bin/prometheus-alertmanager /usr/bin/amtool "$work/base"
+    cp /usr/share/prometheus/alertmanager/default.tmpl "$work/base"
     image "$(named prometheus)" "$work/base" <<END
 FROM python:3.11-slim
 COPY prometheus promtool /bin/
@@ -67,6 +68,7 @@ END
     image "$(named alertmanager)" "$work/base" <<END
 FROM python:3.11-slim
 COPY prometheus-alertmanager amtool /bin/
+COPY default.tmpl /usr/share/prometheus/alertmanager/
 RUN mkdir /alertmanager && chown 65534:65534 /alertmanager
 USER 65534
 ENTRYPOINT ["/bin/prometheus-alertmanager"]
@@ -77,7 +79,7 @@ END
     kept "the Dockerfile builds unchanged"
 }
 
-how=(--isolation chroot --format docker --pull-never)
+how=(--isolation chroot --format docker --pull-never --layers)
 image() { buildah build "${how[@]}" -t "$1" -f - "$2" >"$work/log" 2>&1 || { tail -20 "$work/log"; cannot "no stand-in for $1"; }; }
 named() { sed -n "s/^ *image: \(.*$1:.*\)/\1/p" docker-compose.yml | head -1; }
 
@@ -104,7 +106,7 @@ until_true() { # until a command succeeds, for a minute and a half
     for _ in $(seq 180); do "$@" >/dev/null 2>&1 && return; sleep 0.5; done
     tail -30 "$work/compose.log"; podman ps -a; fail "never true: $*"
 }
-ready() { [ "$(ask -o /dev/null -w '%{http_code}' "$here/readyz")" = 200 ]; }
+ready() { [ "$(ask -o /dev/null -w '%{http_code}' "$here/readyz" || true)" = 200 ]; }
 prometheus_says() { [ "$(ask "http://127.0.0.1:9090/api/v1/query" --data-urlencode "query=$1" | sed -n 's/.*,"\(.*\)"\]}\]}}/\1/p')" = "$2" ]; }
 here=http://127.0.0.1:8000
 
@@ -145,24 +147,28 @@ run() { # compose, in a network of its own
     drains
     survives
     asks_for_keys
+    demonstrates
 }
 
 drains() { # unready first, and still answering; then the end, exit code 0
-    local id pid codes unready=0 answered=0
+    local id codes unready=0
     id=$(podman ps -q --filter "label=com.docker.compose.service=engine-health")
-    podman kill -s TERM "$id" >/dev/null
-    for _ in $(seq 100); do
-        codes=$(ask -o /dev/null -w '%{http_code}' "$here/readyz")$(ask -o /dev/null -w ' %{http_code}' "$here/v1/model")
+    compose stop engine-health &
+    for _ in $(seq 200); do
+        codes=$(ask -o /dev/null -w '%{http_code}' "$here/readyz" || true)$(ask -o /dev/null -w ' %{http_code}' "$here/v1/model" || true)
         [ "$codes" = "503 200" ] && unready=$((unready + 1))
         [[ $codes == 000* ]] && break
+        sleep 0.1
     done
+    wait $!
     [ $unready -gt 3 ] || fail "after SIGTERM: unready and answering $unready times"
-    [ "$(podman wait "$id")" = 0 ] || fail "exit code after SIGTERM"
+    codes=$(podman inspect "$id" --format '{{.State.ExitCode}}')
+    [ "$codes" = 0 ] || fail "exit code $codes after SIGTERM"
     kept "SIGTERM: unready at once, $unready times answered meanwhile, exit code 0"
 }
 
 survives() { # the memory outlives its containers
-    local before after
+    local after
     compose down || fail "compose down"
     [ -z "$(podman ps -aq)" ] || fail "containers after down: $(podman ps -a)"
     compose up -d engine-health || fail "compose up again"
@@ -181,6 +187,14 @@ asks_for_keys() { # secrets are files
     [ "$(ask -o /dev/null -w '%{http_code}' -H 'X-API-Key: a-key-of-this-test' "$here/v1/model")" = 200 ] || fail "the key opens nothing"
     in_service sh -c 'cat /proc/1/environ' | grep -q a-key-of-this-test && fail "the key stands in the environment"
     kept "a key given as a file is asked for, and stands in no environment"
+}
+
+many_engines() { [[ $(ask "$here/v1/engines" | sed -n 's/.*"total":\([0-9]*\).*/\1/p') -ge 40 ]]; }
+demonstrates() { # a fleet flies
+    compose down -v || fail "compose down -v"
+    compose --profile demo up -d engine-health replay || fail "compose up with the fleet"
+    until_true many_engines
+    kept "profile demo: a simulated fleet of forty engines flies"
 }
 
 project=engine-health-test
