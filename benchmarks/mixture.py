@@ -36,13 +36,14 @@ ENGINES, END_CYCLE = (
     150,
 )  # flights of so many engines in turn; one that has flown so many has ended, and begins anew
 SIZES = range(1, 65)
+RETENTION_DAYS = 5 / 1440  # what is remembered grows for a while, and then no more: forgotten every ten minutes
 SAMPLE_SECONDS, PART_SECONDS = 10.0, 300.0  # the first and last five minutes
 GROWTH_MB, STEP = 1.0, 10_000  # as in `endurance.soak`
 SELDOM = {  # and every so many seconds
     ("GET", "/metrics"): 5.0,
     ("GET", "/v1/calibration"): 10.0,
     ("GET", "/v1/engines"): 5.0,
-    ("POST", "/v1/calibration/fits"): 30.0,
+    ("POST", "/v1/calibration/fits"): 20.0,  # below the 30 s after which an idle connection is ended
 }
 FITTED = {200, 201, 409, 422}  # a fit that helps nobody is refused, and that is an answer
 BROKEN_OFF = "/v1/evaluate"  # the only call that clients break off, so that all others can be counted
@@ -206,7 +207,9 @@ def main() -> int:
     os.sched_setaffinity(0, {load.CLIENT_CORE})
     with (
         tempfile.TemporaryDirectory(prefix="soak-", dir=BUILD) as folder,
-        service(database_url=f"sqlite:///{folder}/memory.db", admin_keys="soak") as running,
+        service(
+            None, database_url=f"sqlite:///{folder}/memory.db", admin_keys="soak", retention_days=RETENTION_DAYS
+        ) as running,
     ):
         found = asyncio.run(_mixed(running, minutes))
     print(f"{load.machine()}; {minutes:g} minutes\n\n| what | seen | promised | kept |\n| --- | --- | --- | --- |")

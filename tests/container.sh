@@ -57,7 +57,7 @@ ADD base.tar /
 RUN ln -s /usr/bin/python3.11 /usr/local/bin/python
 END
     cp /usr/bin/prometheus /usr/bin/promtool /usr/bin/prometheus-alertmanager /usr/bin/amtool "$work/base"
-    cp /usr/share/prometheus/alertmanager/default.tmpl "$work/base"
+    cp /usr/share/prometheus/alertmanager/*.tmpl "$work/base"
     image "$(named prometheus)" "$work/base" <<END
 FROM python:3.11-slim
 COPY prometheus promtool /bin/
@@ -68,7 +68,7 @@ END
     image "$(named alertmanager)" "$work/base" <<END
 FROM python:3.11-slim
 COPY prometheus-alertmanager amtool /bin/
-COPY default.tmpl /usr/share/prometheus/alertmanager/
+COPY *.tmpl /usr/share/prometheus/alertmanager/
 RUN mkdir /alertmanager && chown 65534:65534 /alertmanager
 USER 65534
 ENTRYPOINT ["/bin/prometheus-alertmanager"]
