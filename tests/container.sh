@@ -108,6 +108,7 @@ until_true() { # until a command succeeds, for a minute and a half
 }
 ready() { [ "$(ask -o /dev/null -w '%{http_code}' "$here/readyz" || true)" = 200 ]; }
 prometheus_says() { [ "$(ask "http://127.0.0.1:9090/api/v1/query" --data-urlencode "query=$1" | sed -n 's/.*,"\(.*\)"\]}\]}}/\1/p')" = "$2" ]; }
+knows_alertmanager() { ask http://127.0.0.1:9090/api/v1/alertmanagers | grep -q '"activeAlertmanagers":\[{"url":"http://alertmanager:9093/'; }
 here=http://127.0.0.1:8000
 
 run() { # compose, in a network of its own
@@ -141,7 +142,7 @@ run() { # compose, in a network of its own
 
     until_true prometheus_says 'up{job="engine-health"}' 1
     until_true prometheus_says 'sum(engine_health_predictions_total)' 1
-    until_true prometheus_says 'prometheus_notifications_alertmanagers_discovered' 1
+    until_true knows_alertmanager
     kept "Prometheus scrapes it and knows its Alertmanager"
 
     drains

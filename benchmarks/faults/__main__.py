@@ -2,8 +2,8 @@
 
     python -m benchmarks.faults [FAULT ...]      # = make faults; five minutes
 
-Needs root for disks and memory limits of its own, PostgreSQL's programs and libfaketime (Debian: faketime); a
-fault that cannot be made here has a line that says why. Figures also in build/faults.json.
+Needs root for disks and memory limits of its own, and PostgreSQL's programs; a fault that cannot be made here has a
+line that says why. Figures also in build/faults.json.
 """
 
 import argparse

@@ -99,7 +99,7 @@ def observed(port: int, fault: Callable[[], str | None]) -> Outcome:
     finally:
         clients.stop()
         thread.join()
-    said = _saw([event for event in clients.events if event[0] >= begun])
+    said = _saw([event for event in clients.events if event[0] >= begun], begun)
     return Outcome(f"{said}{f'; {more}' if more else ''}", sum(clients.told), _lost(port, clients.told), well)
 
 
@@ -114,13 +114,13 @@ def _until_well(clients: Clients, ended: float) -> float | None:
     return None
 
 
-def _saw(events: list[Event]) -> str:
+def _saw(events: list[Event], begun: float) -> str:
     """Each kind of failure with its number, and the longest time without an answer, by call."""
     parts = []
     for call in ("predict", "cycles"):
         failures = Counter(status for _, name, status in events if name == call and status != "200")
         good = [when for when, name, status in events if name == call and status == "200"]
-        silent = max((b - a for a, b in itertools.pairwise(good)), default=0.0)
+        silent = max((b - a for a, b in itertools.pairwise([begun, *good])), default=0.0)
         told = ", ".join(f"{n:,} x {status}" for status, n in failures.most_common()) or "no failure"
         parts.append(f"{call}: {told}, longest silence {silent:.1f} s")
     return "; ".join(parts)

@@ -1,5 +1,6 @@
 """Faults below the memory: a full disk, one that takes no writes, a database that is gone, a clock that jumps."""
 
+import os
 import subprocess
 import tempfile
 import time
@@ -14,7 +15,12 @@ from tests.postgres import postgres
 
 FAULT_SECONDS = 5
 DISK_MIB = 24
-FAKETIME = "libfaketimeMT.so.1"
+CLOCK = """
+import os, time
+now, now_ns = time.time, time.time_ns
+time.time = lambda: now() - 3600 * os.path.exists({jumped!r})
+time.time_ns = lambda: now_ns() - 3600 * 10**9 * os.path.exists({jumped!r})
+"""  # libfaketime, tried first, left the service hardly able to answer before any jump
 
 
 @contextmanager
@@ -79,22 +85,10 @@ def gone() -> Outcome:
 
 
 def clock() -> Outcome:
-    """The wall clock goes back an hour, under a service that runs, and stays there."""
-    library = next(Path("/usr/lib").glob(f"*/faketime/{FAKETIME}"), None)
-    if library is None:
-        raise Untried("no libfaketime (Debian: faketime)")
-    with tempfile.NamedTemporaryFile("w", prefix="faults-clock-") as now:
-        Path(now.name).write_text("+0")
-        faked = {
-            "LD_PRELOAD": str(library),
-            "FAKETIME_TIMESTAMP_FILE": now.name,
-            "FAKETIME_CACHE_DURATION": "1",  # seconds; read anew on every call, the file would be the fault
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",  # nobody sets that one
-        }
-        with remembering(environment=faked) as running:
-
-            def fault() -> None:
-                Path(now.name).write_text("-1h")
-                time.sleep(2)  # until that is read
-
-            return observed(running.port, fault)
+    """The wall clock that the service's Python reads goes back an hour, while it runs, and stays there."""
+    with tempfile.TemporaryDirectory(prefix="faults-clock-") as folder:
+        jumped = Path(folder, "jumped")
+        Path(folder, "sitecustomize.py").write_text(CLOCK.format(jumped=str(jumped)))
+        path = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
+        with remembering({"PYTHONPATH": path}) as running:
+            return observed(running.port, jumped.touch)
