@@ -1,8 +1,8 @@
 """What the console costs: the browser for each look at a thousand engines, and the service for being looked at.
 
-A thousand engines fly 200 cycles a second (`POST /v1/cycles`, open loop: a late answer delays no later flight, and is
-timed from when its flight was due). The service has one core, load and browser share the other. Rounds with the Fleet
-page open and without take turns, so that a noisy neighbour meets both.
+A thousand simulated engines fly 200 cycles a second (`POST /v1/cycles`, open loop: a late answer delays no later flight,
+and is timed from when its flight was due). The service has one core, load and browser share the other. Rounds with the
+Fleet page open and without take turns, so that a noisy neighbour meets both.
 """
 
 import argparse
@@ -20,10 +20,12 @@ import numpy as np
 import orjson
 from playwright.sync_api import Browser, Page
 
-from benchmarks.load import CLIENT_CORE, JSON_HEADERS, SERVER_CORE, free_port, golden, served
+from benchmarks.load import CLIENT_CORE, JSON_HEADERS, SERVER_CORE, free_port, served
+from model.simulate import histories
 from tests.browser import chromium
 
-ENGINES, PER_SECOND, SENDERS = 1000, 200, 8
+ENGINES, SENDERS = 1000, 8
+LEFT = 60  # flights that an engine has before it when it is first seen
 READY = ".rows .row"
 
 
@@ -38,15 +40,20 @@ class Round(NamedTuple):
 
 
 class Fleet:
-    """A thousand engines that fly in turn."""
+    """A thousand engines that fly in turn, each from another point of its life."""
 
-    def __init__(self, port: int) -> None:
-        self._port, self._sent = port, 0
-        self._rows = np.concatenate(golden()[0])
+    def __init__(self, port: int, per_second: int) -> None:
+        self._port, self._rate, self._sent = port, per_second, 0
+        self._engines = list(histories(ENGINES, mixed=True))
+        self._begins = [(37 * k) % max(1, len(one.cycle) - LEFT) for k, one in enumerate(self._engines)]
+
+    def first(self) -> None:
+        """Every engine is known, and has a trend."""
+        self.fly(3 * ENGINES / self._rate)
 
     def fly(self, seconds: float) -> tuple[list[float], int]:
         """Milliseconds of each flight that was answered, and how many were not."""
-        n, begin = int(seconds * PER_SECOND), time.perf_counter() + 0.2
+        n, begin = int(seconds * self._rate), time.perf_counter() + 0.2
         taken: list[list[float]] = [[] for _ in range(SENDERS)]
         threads = [
             threading.Thread(target=self._send, args=(taken[k], range(k, n, SENDERS), begin)) for k in range(SENDERS)
@@ -62,7 +69,7 @@ class Fleet:
     def _send(self, taken: list[float], numbers: range, begin: float) -> None:
         connection = HTTPConnection("127.0.0.1", self._port, timeout=30)
         for i in numbers:
-            due = begin + i / PER_SECOND
+            due = begin + i / self._rate
             time.sleep(max(0.0, due - time.perf_counter()))
             connection.request("POST", "/v1/cycles", self._body(self._sent + i), JSON_HEADERS)
             answer = connection.getresponse()
@@ -72,10 +79,11 @@ class Fleet:
         connection.close()
 
     def _body(self, i: int) -> bytes:
-        row = self._rows[(37 * i) % len(self._rows)].tolist()
-        return orjson.dumps(
-            {"cycles": [{"engine_id": f"bench-{i % ENGINES:04}", "cycle": i // ENGINES, "telemetry": row}]}
-        )
+        k, turn = i % ENGINES, i // ENGINES
+        engine = self._engines[k]
+        at = min(self._begins[k] + turn, len(engine.cycle) - 1)  # who failed meanwhile goes on as it was
+        flight = {"engine_id": engine.engine_id, "cycle": self._begins[k] + turn, "telemetry": engine.telemetry[at]}
+        return orjson.dumps({"cycles": [flight]}, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def unseen(fleet: Fleet, seconds: float) -> Round:
@@ -140,6 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What the console costs.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--per-second", type=int, default=200)
     flags = parser.parse_args()
     port = free_port()
     home = f"http://127.0.0.1:{port}/"
@@ -149,12 +158,12 @@ def main() -> None:
         with served(command, around, SERVER_CORE, home + "readyz", Path.cwd()):
             os.sched_setaffinity(0, {CLIENT_CORE})
             with chromium() as browser:
-                report(Fleet(port), browser, home, flags.rounds, flags.seconds)
+                report(Fleet(port, flags.per_second), browser, home, flags.rounds, flags.seconds)
 
 
 def report(fleet: Fleet, browser: Browser, home: str, rounds: int, seconds: float) -> None:
     """All rounds, and medians over them."""
-    fleet.fly(3 * ENGINES / PER_SECOND)  # every engine is known, and has a trend
+    fleet.first()
     paints = [first_paint(browser, home) for _ in range(rounds)]
     pairs = []
     for k in range(rounds):

@@ -31,7 +31,7 @@ def main() -> None:
             home = str(service.client.base_url).rstrip("/") + "/"
             with watched(browser, home, viewport=size, color_scheme=colours) as console:
                 page = console.open(path)
-                expect(page.locator(".chart .main-svg, .rows .row").first).to_be_visible()
+                expect(page.locator(".chart .main-svg, .rows .row").first).to_be_visible(timeout=30_000)
                 page.wait_for_timeout(2500)  # milliseconds, until everything has settled
                 page.screenshot(path=FOLDER / f"console-{name}.png")
             print(f"docs/console-{name}.png {(FOLDER / f'console-{name}.png').stat().st_size // 1024} kB")

@@ -106,7 +106,7 @@ class Calibration {
   drawTime(periods) {
     const some = periods.filter((one) => one.n > 0);
     const x = some.map((one) => new Date((Date.parse(one.from) + Date.parse(one.to)) / 2));
-    const edge = (sign) => some.map((one) => one.expected + sign * 2 * one.noise);
+    const edge = (sign) => some.map((one) => Math.max(0, one.expected + sign * 2 * one.noise));
     this.overTime.draw((c) => ({
       traces: [
         { x, y: edge(-1), mode: "lines", line: { width: 0 }, showlegend: false, hoverinfo: "skip" },

@@ -8,6 +8,7 @@ const SECONDS = 2; // between looks
 const PAGE = 1000; // engines of one answer
 const MOST = 5000; // engines that are shown; who looks for another one opens it by its name
 const TREND = 30; // cycles
+const ANEW = 300; // looks after which everything is asked again: what is forgotten is no change
 const BEYOND = 6; // rows made above and below what is seen
 
 const SORTS = {
@@ -74,6 +75,9 @@ class Fleet {
   /** Everything the first time, then what changed. */
   async load(signal) {
     if (!this.classes) this.classes = (await model(signal)).classes;
+    this.looks = (this.looks ?? 0) + 1;
+    if (this.looks % ANEW === 0) this.from = null;
+    if (!this.from) this.engines.clear();
     const next = since();
     const changed = this.from ? `&since=${encodeURIComponent(this.from)}` : `&trend=${TREND}`;
     let page = null;
@@ -90,11 +94,11 @@ class Fleet {
   keep(row) {
     const p = this.classes.map((name) => row.probabilities[name] ?? 0);
     const old = this.engines.get(row.engine_id);
-    const risk = p[p.length - 1];
+    const risk = Object.values(row.probabilities).at(-1); // of the model that answered, which may be an older one
     const trend = row.trend ?? old?.trend ?? [];
     if (!row.trend && row.cycle !== null && row.cycle > (trend.at(-1)?.[0] ?? -1)) trend.push([row.cycle, risk]);
     while (trend.length && trend[0][0] <= row.cycle - TREND) trend.shift();
-    this.engines.set(row.engine_id, { id: row.engine_id, cycle: row.cycle, k: this.classes.indexOf(row.health), p, risk, rul: row.rul,
+    this.engines.set(row.engine_id, { id: row.engine_id, cycle: row.cycle, k: this.classes.indexOf(row.health), health: row.health, p, risk, rul: row.rul,
       set: row.prediction_set, at: Date.parse(row.updated_at), ended: row.failed_at_cycle, trend });
   }
 
@@ -278,9 +282,10 @@ class Row {
     this.element.dataset.engine = engine.id;
     say(this.link, engine.id);
     this.link.setAttribute("href", `#/engine/${encodeURIComponent(engine.id)}`);
-    say(this.health, engine.ended === null ? this.classes[engine.k] : "ended");
+    say(this.health, engine.ended === null ? engine.health : "ended");
     this.health.className = engine.ended === null ? "" : "ended";
-    reshape(this.shape, level(engine.k, n));
+    const of = engine.k < 0 ? "watch" : level(engine.k, n);
+    reshape(this.shape, of);
     this.bars.forEach((bar, k) => {
       bar.hidden = engine.p[k] < 0.004;
       bar.style.setProperty("width", `${(100 * engine.p[k]).toFixed(1)}%`);
@@ -288,7 +293,7 @@ class Row {
     this.bar.setAttribute("aria-label", this.classes.map((name, k) => `${name} ${percent(engine.p[k])}`).join(", "));
     say(this.risk, percent(engine.risk));
     say(this.rul, engine.rul === null || engine.rul === undefined ? dash : number(engine.rul));
-    this.element.dataset.level = level(engine.k, n);
+    this.element.dataset.level = of;
     this.trend(engine.trend);
     const set = engine.set ?? [];
     if (this.set.dataset.of !== set.join()) {

@@ -29,14 +29,13 @@ async function call(path, { method = "GET", body, signal, kind = "api" }) {
   let why = "";
   for (;;) {
     const shown = sessionStorage.getItem(KEYS[kind]);
-    if (kind === "admin" && !shown) await askForKey(kind, why);
-    const answer = await send(path, method, body, signal, sessionStorage.getItem(KEYS[kind]));
+    const answer = await send(path, method, body, signal, shown);
     if (answer.ok) return answer.json();
     const problem = await read(answer);
     const wrongKey = answer.status === 401 || (answer.status === 403 && /does not open/.test(problem.message));
     if (!wrongKey) throw problem;
-    if (sessionStorage.getItem(KEYS[kind]) === shown || kind === "admin") sessionStorage.removeItem(KEYS[kind]);
-    why = shown || kind === "admin" ? problem.message : "";
+    if (sessionStorage.getItem(KEYS[kind]) === shown) sessionStorage.removeItem(KEYS[kind]); // else another call got one
+    why = shown ? problem.message : "";
     if (!sessionStorage.getItem(KEYS[kind])) await askForKey(kind, why);
   }
 }
