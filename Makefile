@@ -95,6 +95,15 @@ bench-console: $(DEV)/ready      ## what the Fleet page costs the browser and th
 endurance: $(DEV)/ready          ## every promise under strain at full size, as a table; fails if one is broken; half an hour
 	$(BIN)/python -m benchmarks.endurance
 
+faults: $(DEV)/ready             ## kill, fill, stop and starve the service, one fault after another, as a table; needs root; five minutes
+	$(BIN)/python -m benchmarks.faults
+
+soak: $(DEV)/ready               ## MINUTES=30 of everything at once: memory, descriptors, p99 and counters at the end
+	$(BIN)/python -m benchmarks.mixture --minutes $(or $(MINUTES),30)
+
+scaling: $(DEV)/ready            ## requests a second of one and two workers, one and two processes on one database; needs wrk
+	$(BIN)/python -m benchmarks.scaling
+
 docs: $(DEV)/ready               ## write the README's tables anew from code, and the results from the test engines
 	$(BIN)/python docs/tables.py --results
 
@@ -111,6 +120,8 @@ lock: build/uv/ready             ## renew the locks; the production lock carries
 		--upgrade pyproject.toml -o requirements.lock
 	build/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --upgrade \
 		pyproject.toml --all-extras --group dev -c requirements.lock -o requirements-dev.lock --no-emit-package torch
+	echo 'setuptools>=77' | build/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+		--no-annotate --upgrade - -o requirements-build.lock  # what builds the image's wheel, and is not in it
 	sed -i '/^cuda-/d; /^nvidia-/d; /^triton==/d' requirements-dev.lock  # a GPU's packages: the CPU build needs none
 
 clean:                           ## remove environments and build products

@@ -89,13 +89,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def served(command: list[str], env: Mapping[str, str], core: int, ready_url: str, cwd: Path) -> Iterator[int]:
-    """A server on one core for as long as the block lasts; gives its process id.
+def served(command: list[str], env: Mapping[str, str], core: int | str, ready_url: str, cwd: Path) -> Iterator[int]:
+    """A server on one core, or some, for as long as the block lasts; gives its process id.
 
     Args:
         command: what starts it, in the foreground.
         env: added to this process's environment.
-        core: the one core that it and its children may use.
+        core: the one core that it and its children may use, or several as `taskset` writes them.
         ready_url: answers 200 once it takes requests.
         cwd: the folder that it starts in.
 
@@ -171,7 +171,7 @@ def _answer(request: urllib.request.Request) -> tuple[int, bytes]:
         return refusal.code, refusal.read()
 
 
-def wrk(url: str, body: bytes, headers: Mapping[str, str], connections: int, seconds: float, core: int) -> Load:
+def wrk(url: str, body: bytes, headers: Mapping[str, str], connections: int, seconds: float, core: int | str) -> Load:
     """One round of load from one thread on one core, each connection sending its next request when answered.
 
     A large body (1,000 windows) is well measured with one or two connections and ten requests or more in the time.

@@ -65,6 +65,10 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(
         3.0, ge=0, le=600, description="seconds of being unready before closing, so that load balancers look away first"
     )
+    secrets: Path = Field(
+        Path("/run/secrets"),
+        description="folder of files `engine_health_SETTING`, what a setting is that nothing else gives",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severity that is logged")
     log_format: Literal["auto", "json", "text"] = Field(
         "auto", description="json: one object a line; text: for people; auto: text on a terminal, json elsewhere"
@@ -72,16 +76,35 @@ class Settings(BaseSettings):
 
 
 def read_settings(**flags: object) -> Settings:
-    """Settings from the environment, overridden by the flags that are not None.
+    """Settings from files of secrets, overridden by the environment, overridden by the flags that are not None.
 
     Raises:
-        SettingsRejected: a value that cannot be used; names the variable and the value.
+        SettingsRejected: a value that cannot be used, which is named with its variable; a secret that cannot be read.
     """
+    flags = {key: value for key, value in flags.items() if value is not None}
     if os.environ.get(PREFIX + "DATABASE_URL") == "":  # any other empty variable is none; this one means something
-        flags = {"database_url": "", **{key: value for key, value in flags.items() if value is not None}}
+        flags = {"database_url": "", **flags}
+    folder = flags.get("secrets") or os.environ.get(PREFIX + "SECRETS") or Settings.model_fields["secrets"].default
+    flags = {**_secrets(Path(str(folder))), **flags}
     try:
-        return Settings(**{key: value for key, value in flags.items() if value is not None})  # type: ignore[arg-type]  # validated there
+        return Settings(**flags)  # type: ignore[arg-type]  # validated there
     except ValidationError as error:
         first = error.errors()[0]
         key = PREFIX + str(first["loc"][0]).upper()
         raise SettingsRejected(f"{key}={first['input']!s}: {first['msg']}") from None
+
+
+def _secrets(folder: Path) -> dict[str, object]:
+    """What files say of settings that the environment does not; an empty file says nothing.
+
+    Docker, Compose and Kubernetes mount secrets as such files, so that no key stands in an environment.
+    """
+    found: dict[str, object] = {}
+    for name in Settings.model_fields:
+        path = folder / (PREFIX + name).lower()
+        try:
+            if not os.environ.get(PREFIX + name.upper()) and path.exists() and (value := path.read_text().strip()):
+                found[name] = value
+        except (OSError, ValueError) as error:
+            raise SettingsRejected(f"{path}: {getattr(error, 'strerror', None) or 'no UTF-8 text'}") from None
+    return found

@@ -1,8 +1,6 @@
 import json
 import math
-import os
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -31,17 +29,6 @@ NAME = re.compile(r"engine_health[\w:]*|\bup(?=\{)")
 SOON = {"15s": "1s", "30s": "1s", "2m": "1s"}  # how often to scrape and to evaluate: here for seconds, not for months
 TARGET = "127.0.0.1:8000"
 LAST = ("engine_health:accuracy_noise:stddev", "engine_health:input_psi_noise:ratio1d", "engine_health:slow:ratio")
-
-
-@pytest.fixture(scope="session")
-def programs() -> None:
-    """Debian's Prometheus; without it a test skips, but in CI it fails."""
-    if shutil.which("prometheus") and shutil.which("promtool"):
-        return
-    message = "no prometheus and promtool (Debian: apt-get install prometheus)"
-    if os.environ.get("CI") == "true":
-        pytest.fail(message)
-    pytest.skip(message)
 
 
 class Prometheus:

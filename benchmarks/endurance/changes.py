@@ -176,8 +176,8 @@ def _shared(running: Running) -> Path:
 
 def stop() -> Iterator[Line]:
     """SIGTERM while two hundred requests are being answered, more than the drain time has room for."""
-    most = {"max_queue_rows": 200_000, "max_queue_seconds": 600, "max_buffered_bytes": 2**30}
-    with service(**most) as running:
+    most: dict[str, object] = {"max_queue_rows": 200_000, "max_queue_seconds": 600, "max_buffered_bytes": 2**30}
+    with service(None, **most) as running:
         yield asyncio.run(_stopped(running))
 
 

@@ -85,12 +85,12 @@ class Running:
 
 
 @contextmanager
-def service(**settings: object) -> Iterator[Running]:
+def service(environment: Mapping[str, str] | None = None, **settings: object) -> Iterator[Running]:
     """The service on its core, one thread of inference, logging as it is shipped; settings in lower case."""
     port = load.free_port()
-    environment = {f"ENGINE_HEALTH_{key.upper()}": str(value) for key, value in ({"threads": 1} | settings).items()}
+    given = {f"ENGINE_HEALTH_{key.upper()}": str(value) for key, value in ({"threads": 1} | settings).items()}
     started = [word for word in command(port) if word not in ("--drain-seconds", "0")]
-    with load.served(started, environment, load.SERVER_CORE, base(port) + "/readyz", ROOT) as pid:
+    with load.served(started, {**given, **(environment or {})}, load.SERVER_CORE, base(port) + "/readyz", ROOT) as pid:
         yield Running(port, pid)
 
 

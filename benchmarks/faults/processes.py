@@ -1,0 +1,132 @@
+"""Faults of the service's own processes: killed, killed for their memory, stopped, out of file descriptors."""
+
+import os
+import resource
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from benchmarks.endurance.stage import MIB, Running, service
+from benchmarks.faults.collector import Outcome, Untried, observed
+from benchmarks.peers import BUILD
+
+CGROUPS = Path("/sys/fs/cgroup")
+STOPPED_SECONDS = 10
+ROOM = 64 * MIB  # of memory, that a worker may take more than it has
+BALLAST = 96 * MIB  # what it is then given to hold: a body
+DESCRIPTORS, CONNECTIONS, HELD_SECONDS = 64, 200, 5
+
+
+@contextmanager
+def remembering(environment: Mapping[str, str] | None = None, **settings: object) -> Iterator[Running]:
+    """The service with a database file of its own, on a real disk."""
+    BUILD.mkdir(exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="faults-", dir=BUILD) as folder,
+        service(environment, database_url=f"sqlite:///{folder}/memory.db", **settings) as running,
+    ):
+        yield running
+
+
+def killed() -> Outcome:
+    """SIGKILL to one of two workers."""
+    with remembering(workers=2) as running:
+
+        def fault() -> None:
+            os.kill(running.workers()[0], signal.SIGKILL)
+
+        return observed(running.port, fault)
+
+
+def stopped() -> Outcome:
+    """SIGSTOP to the only process, SIGCONT ten seconds later."""
+    with remembering() as running:
+
+        def fault() -> None:
+            os.kill(running.pid, signal.SIGSTOP)
+            time.sleep(STOPPED_SECONDS)
+            os.kill(running.pid, signal.SIGCONT)
+
+        return observed(running.port, fault)
+
+
+def out_of_memory() -> Outcome:
+    """The kernel kills a worker that asks for more memory than its control group has."""
+    with remembering(workers=2, max_body_bytes=2 * BALLAST, request_seconds=5) as running, _group() as group:
+        before = set(running.workers())
+        for pid in (running.pid, *before):
+            (group / "cgroup.procs").write_text(str(pid))
+
+        def fault() -> str:
+            _limit(group, _used(group) + ROOM)
+            hog = socket.create_connection(("127.0.0.1", running.port))
+            with hog, suppress(OSError):  # cut when the worker is killed
+                hog.sendall(f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: {BALLAST}\r\n\r\n".encode())
+                hog.sendall(bytes(BALLAST - 1))
+            deadline = time.monotonic() + 20
+            while before <= set(running.workers()) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            gone = len(before - set(running.workers()))
+            _limit(group, 2**40)
+            if not gone:
+                raise Untried("no worker was killed within 20 s")
+            return f"{gone} of {len(before)} workers killed"
+
+        return observed(running.port, fault)
+
+
+@contextmanager
+def _group() -> Iterator[Path]:
+    """A control group of this benchmark's own, version 1 or 2."""
+    above = CGROUPS / "memory" if (CGROUPS / "memory").is_dir() else CGROUPS
+    group = above / f"engine-health-faults-{os.getpid()}"
+    try:
+        group.mkdir()
+        if not _files(group)[0].exists():
+            raise OSError("no memory controller")
+    except OSError as error:
+        raise Untried(f"no control group with a memory limit ({error})") from None
+    try:
+        yield group
+    finally:
+        for pid in (group / "cgroup.procs").read_text().split():
+            with suppress(OSError):
+                (above / "cgroup.procs").write_text(pid)
+        with suppress(OSError):
+            group.rmdir()
+
+
+def _files(group: Path) -> tuple[Path, Path]:
+    """Where a group's limit and its use stand."""
+    if (CGROUPS / "memory").is_dir():
+        return group / "memory.limit_in_bytes", group / "memory.usage_in_bytes"
+    return group / "memory.max", group / "memory.current"
+
+
+def _limit(group: Path, size: int) -> None:
+    _files(group)[0].write_text(str(size))
+
+
+def _used(group: Path) -> int:
+    return int(_files(group)[1].read_text())
+
+
+def descriptors() -> Outcome:
+    """Room for 64 open files, and 200 connections."""
+    with remembering() as running:
+
+        def fault() -> str:
+            most = resource.prlimit(running.pid, resource.RLIMIT_NOFILE)
+            resource.prlimit(running.pid, resource.RLIMIT_NOFILE, (DESCRIPTORS, most[1]))
+            held = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(CONNECTIONS)]
+            time.sleep(HELD_SECONDS)
+            had = running.descriptors()
+            for one in held:
+                one.close()
+            return f"{had} of {DESCRIPTORS} descriptors in use for {HELD_SECONDS} s"
+
+        return observed(running.port, fault)

@@ -1,0 +1,94 @@
+"""Faults below the memory: a full disk, one that takes no writes, a database that is gone, a clock that jumps."""
+
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from benchmarks.endurance.stage import service
+from benchmarks.faults.collector import Outcome, Untried, observed
+from benchmarks.faults.processes import remembering
+from tests.postgres import postgres
+
+FAULT_SECONDS = 5
+DISK_MIB = 24
+CLOCK = """
+import os, time
+now, now_ns = time.time, time.time_ns
+time.time = lambda: now() - 3600 * os.path.exists({jumped!r})
+time.time_ns = lambda: now_ns() - 3600 * 10**9 * os.path.exists({jumped!r})
+"""  # libfaketime, tried first, left the service hardly able to answer before any jump
+
+
+@contextmanager
+def _disk() -> Iterator[Path]:
+    """A small file system of its own."""
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", folder], capture_output=True, text=True
+        )
+        if done.returncode:
+            raise Untried(f"no file system may be mounted ({done.stderr.strip()})")
+        try:
+            yield Path(folder)
+        finally:
+            subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def full() -> Outcome:
+    """No room is left beside the database, then there is again."""
+    with _disk() as disk, service(database_url=f"sqlite:///{disk}/memory.db") as running:
+
+        def fault() -> None:
+            ballast = disk / "ballast"
+            with ballast.open("wb", buffering=0) as file, suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+            time.sleep(FAULT_SECONDS)
+            ballast.unlink()
+
+        return observed(running.port, fault)
+
+
+def read_only() -> Outcome:
+    """No writes when the service starts, and then there are: the kernel forbids the other way to files in use."""
+    with _disk() as disk:
+        _remount(disk, "ro")
+        with service(database_url=f"sqlite:///{disk}/memory.db") as running:
+
+            def fault() -> None:
+                time.sleep(FAULT_SECONDS)
+                _remount(disk, "rw")
+
+            return observed(running.port, fault)
+
+
+def _remount(disk: Path, how: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{how}", str(disk)], check=True)
+
+
+def gone() -> Outcome:
+    """PostgreSQL crashes, and is started again."""
+    if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
+        raise Untried("no PostgreSQL server programs (Debian: postgresql)")
+    with postgres() as cluster, service(database_url=cluster.url("faults")) as running:
+
+        def fault() -> None:
+            cluster.stop()
+            time.sleep(FAULT_SECONDS)
+            cluster.start()
+
+        return observed(running.port, fault)
+
+
+def clock() -> Outcome:
+    """The wall clock that the service's Python reads goes back an hour, while it runs, and stays there."""
+    with tempfile.TemporaryDirectory(prefix="faults-clock-") as folder:
+        jumped = Path(folder, "jumped")
+        Path(folder, "sitecustomize.py").write_text(CLOCK.format(jumped=str(jumped)))
+        path = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
+        with remembering({"PYTHONPATH": path}) as running:
+            return observed(running.port, jumped.touch)

@@ -1,0 +1,104 @@
+"""What more workers and more processes give: requests a second of one and two, in turn, for docs/operations.md.
+
+    python -m benchmarks.scaling [--rounds 3] [--seconds 4]
+
+Servers may use every core, as in production; wrk, which shares them, takes some of what a second worker would. Needs
+wrk, and PostgreSQL's programs for the shared database. Medians over rounds.
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+from benchmarks import load
+from benchmarks.load import JSON_HEADERS, Figure
+from benchmarks.peers import BUILD, CONNECTIONS, ROOT, unfailing
+from benchmarks.serving import base, command
+from tests.postgres import postgres
+
+ROWS = {  # what is asked: of one, of two
+    "`/v1/predict`, stateless": ("1 process, stateless", "2 workers, stateless"),
+    "`/v1/cycles`, SQLite": ("1 process, SQLite", "2 workers, SQLite"),
+    "`/v1/cycles`, 2 workers on one PostgreSQL": ("1 process, PostgreSQL", "2 workers, PostgreSQL"),
+    "`/v1/cycles`, 2 replicas on one PostgreSQL": ("1 process, PostgreSQL", "2 processes, PostgreSQL"),
+}
+EVERY_CORE = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+
+
+def measured(rounds: int, seconds: float) -> dict[str, dict[str, Figure]]:
+    """Requests/s of every case; all servers run all the time, and idle while others are asked."""
+    with ExitStack() as stack:
+        cluster = stack.enter_context(postgres())
+
+        def served(database: str, workers: int = 1) -> str:
+            environment = {"ENGINE_HEALTH_WORKERS": str(workers), "ENGINE_HEALTH_THREADS": "1"}
+            environment |= {"ENGINE_HEALTH_DATABASE_URL": database}
+            where = base(port := load.free_port())
+            stack.enter_context(load.served(command(port), environment, EVERY_CORE, where + "/readyz", ROOT))
+            return where
+
+        files = [f"sqlite:///{BUILD}/scaling-{os.getpid()}-{k}.db" for k in (1, 2)]
+        for name in files:
+            stack.callback(_removed, name.removeprefix("sqlite:///"))
+        shared = cluster.url("shared")
+        cases: dict[str, list[str]] = {
+            "1 process, stateless": [served("")],
+            "2 workers, stateless": [served("", 2)],
+            "1 process, SQLite": [served(files[0])],
+            "2 workers, SQLite": [served(files[1], 2)],
+            "1 process, PostgreSQL": [served(cluster.url("one"))],
+            "2 workers, PostgreSQL": [served(cluster.url("two"), 2)],
+            "2 processes, PostgreSQL": [served(shared), served(shared)],
+        }
+        asked = {name: _asking(name, where, seconds) for name, where in cases.items()}
+        for ask in asked.values():
+            ask()  # warm
+        return load.median_rounds(asked, rounds)
+
+
+def _asking(name: str, where: list[str], seconds: float) -> Callable[[], Mapping[str, float]]:
+    """A round of load on each of the addresses at once, and the sum of what they answered."""
+    path, make = ("/v1/predict", load.predict_json) if "stateless" in name else ("/v1/cycles", load.flights)
+
+    def one(address: str) -> float:
+        body = make(load.windows(1))  # another one each time: engines of its own
+        asked = load.wrk(address + path, body, JSON_HEADERS, CONNECTIONS // len(where), seconds, EVERY_CORE)
+        return unfailing(asked).requests_per_second
+
+    def ask() -> Mapping[str, float]:
+        with ThreadPoolExecutor(len(where)) as pool:
+            return {"rate": sum(pool.map(one, where))}
+
+    return ask
+
+
+def _removed(path: str) -> None:
+    for end in ("", "-wal", "-shm"):
+        if os.path.exists(path + end):
+            os.remove(path + end)
+
+
+def table(found: dict[str, dict[str, Figure]]) -> Iterator[str]:
+    """Lines of Markdown: one, two, and the ratio of both."""
+    yield "| what is asked | of one, requests/s | of two | ratio |"
+    yield "| --- | ---: | ---: | ---: |"
+    for what, (one, two) in ROWS.items():
+        few, many = found[one]["rate"].median, found[two]["rate"].median
+        yield f"| {what} | {few:,.0f} | {many:,.0f} | **{many / few:.2f}** |"
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description="One and two workers, one and two processes on one database.")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=4, help="of each measurement")
+    chosen = parser.parse_args()
+    BUILD.mkdir(exist_ok=True)
+    print(load.machine() + "\n")
+    print("\n".join(table(measured(chosen.rounds, chosen.seconds))))
+
+
+if __name__ == "__main__":
+    main()

