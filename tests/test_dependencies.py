@@ -21,6 +21,7 @@ INDIRECT = {
     "mypy": "make check",
     "onnxscript": "torch's exporter writes through it",
     "psycopg": "SQLAlchemy, for a postgresql:// address",
+    "pytest-xdist": "make test",
     "ruff": "make check",
     "schemathesis": "tests/test_schema.py runs the program",
     "types-pyyaml": "mypy",
