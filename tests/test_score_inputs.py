@@ -14,6 +14,7 @@ from model.contract import CHANNELS
 from model.windows import Readings
 from service.errors import InvalidInput
 from service.score import reading
+from service.score.sources import means
 from tests.scoring import flights, read, rejected, score, write
 
 ROW = 5  # where something is wrong
@@ -321,3 +322,24 @@ def test_one_large_row_group_is_read_in_pieces(tmp_path: Path) -> None:
     source = find((str(tmp_path / "a.parquet"),), tmp_path)[0]
     sizes = [chunk.rows for chunk in reading.chunks(source, ["engine_id", "cycle", *CHANNELS])]
     assert [reading.ROWS] * 3 + [5] == sizes
+
+
+def test_a_glob_of_any_depth_holds_its_own_folder(tmp_path: Path) -> None:
+    """`**` is no folder too: an output beside the inputs would be read the next time, and is refused."""
+    for pattern, name, expected in (
+        ("**/*.parquet", "o.parquet", True),
+        ("**/*.parquet", "a/b/o.parquet", True),
+        ("**", "o.csv", True),
+        ("a/**/o.*", "o.csv", False),
+        ("*.parquet", "a/o.parquet", False),
+    ):
+        assert expected == means(str(tmp_path / pattern), tmp_path / name)
+
+
+def test_nothing_is_held_from_a_rejected_row(windows: Readings, tmp_path: Path) -> None:
+    """An engine begins with its first row without a gap: what a rejected row before it said is not repeated."""
+    some = flights(windows[:1]).to_pydict()
+    some["sensor_2"][0] = some["sensor_3"][1] = some["sensor_3"][3] = None
+    path = write(pa.table(some), tmp_path / "a.parquet")
+    assert 3 == score(path, tmp_path / "out.parquet", missing="hold")
+    assert [0, 1] == [one["row"] for one in rejected(tmp_path / "out.parquet")]
