@@ -334,12 +334,3 @@ def test_a_glob_of_any_depth_holds_its_own_folder(tmp_path: Path) -> None:
         ("*.parquet", "a/o.parquet", False),
     ):
         assert expected == means(str(tmp_path / pattern), tmp_path / name)
-
-
-def test_nothing_is_held_from_a_rejected_row(windows: Readings, tmp_path: Path) -> None:
-    """An engine begins with its first row without a gap: what a rejected row before it said is not repeated."""
-    some = flights(windows[:1]).to_pydict()
-    some["sensor_2"][0] = some["sensor_3"][1] = some["sensor_3"][3] = None
-    path = write(pa.table(some), tmp_path / "a.parquet")
-    assert 3 == score(path, tmp_path / "out.parquet", missing="hold")
-    assert [0, 1] == [one["row"] for one in rejected(tmp_path / "out.parquet")]

@@ -20,6 +20,7 @@ from model.contract import CHANNELS
 from model.windows import Readings
 from service.errors import InvalidInput, ServiceError
 from service.score import outputs
+from service.score.progress import Progress
 from tests.conftest import absent, start
 from tests.scoring import flights, read, rejected, score, write
 
@@ -303,13 +304,14 @@ def test_a_csv_without_its_metadata_is_no_finished_job(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as broken, pytest.raises(ServiceError, match="No space left"):
+    with monkeypatch.context() as broken:
         broken.setattr(outputs, "write_about", full)
-        score(path, output, latest=True)
+        with pytest.raises(ServiceError, match="No space left"):
+            score(path, output, latest=True)
     with pytest.raises(InvalidInput, match="--latest was true, now it is false"):
         score(path, output)
     assert 0 == score(path, output, latest=True)
-    assert 3 == read(output).num_rows
+    assert 4 == read(output).num_rows  # engines
 
 
 def test_a_job_that_was_killed_as_it_tidied_up_leaves_nothing(windows: Readings, tmp_path: Path) -> None:
@@ -419,6 +421,13 @@ def test_closed_standard_input_is_one_line(tmp_path: Path) -> None:
         words = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, "-m", "service.cli", *command]
         found = subprocess.run(words, capture_output=True, text=True)
         assert (1, "engine-health: standard input: is closed\n") == (found.returncode, found.stderr)
+
+
+def test_rows_of_an_earlier_run_are_counted_as_well() -> None:
+    """A job that finds everything done tells the engines and rejected rows of the whole, not of its own run."""
+    progress = Progress(quiet=True, interval=1.0)
+    progress.skip(10, 2, 3, 1.0)
+    assert (10, 2, 3) == tuple(progress.about[name] for name in ("rows", "engines", "rejected"))
 
 
 def test_a_failed_job_is_exit_code_1_and_one_line(tmp_path: Path) -> None:

@@ -179,13 +179,9 @@ class Gatherer:
         for k in np.unique(index[missing]).tolist():
             begin, end = np.searchsorted(index, (k, k + 1))
             mine = begin + np.flatnonzero(fit[begin:end])
-            if np.isnan(records["seen"][k]).any():  # an engine begins with the first row that lacks nothing
-                begun = np.cumsum(~np.isnan(rows.readings[mine]).any(axis=1)) > 0
-                lacking[mine[~begun]] = True
-                mine = mine[begun]
             filled = hold_last(np.concatenate([records["seen"][k][None], rows.readings[mine]]))[0][1:]
-            rows.readings[mine] = filled
-        last = np.flatnonzero(fit & ~lacking)[::-1]
+            rows.readings[mine], lacking[mine] = filled, np.isnan(filled).any(axis=1)
+        last = np.flatnonzero(fit)[::-1]
         who, first = np.unique(index[last], return_index=True)
         records["seen"][who] = rows.readings[last[first]]
         return lacking

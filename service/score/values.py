@@ -80,7 +80,7 @@ def _floats(values: Values) -> Floats:
 
 
 def names(values: Values) -> tuple[Values, Mask]:
-    """Ids of engines as texts, and which are none: missing, too long, with control characters. A whole number is its digits."""
+    """Ids of engines as texts, and which are none: missing, too long, with control characters; 7.0 is `7`."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
