@@ -198,7 +198,7 @@ def test_a_broken_line_gives_no_engine_another_name(windows: Readings, tmp_path:
     """An engine 7.0 of JSON lines is called 7 whether or not a line beside it is broken."""
     lines = write(flights(windows).slice(0, 3), tmp_path / "a.jsonl").read_text().replace('"a"', "7.0").splitlines()
     for more, code in (("", 0), ("broken", 3)):
-        (tmp_path / "b.jsonl").write_text("\n".join([*lines, more]))
+        (tmp_path / "b.jsonl").write_text("\n".join([more, *lines, ""]))
         assert code == score(tmp_path / "b.jsonl", tmp_path / "out.parquet")
         assert ["7"] * 3 == read(tmp_path / "out.parquet")["engine_id"].to_pylist()
 
