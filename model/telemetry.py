@@ -77,6 +77,8 @@ def read(name: str, channels: Sequence[str], gaps: bool = False) -> list[History
 
 def _text(name: str, said: str) -> str:
     try:
+        if name == STDIN and sys.stdin is None:
+            raise DataError(f"{said}: is closed")
         content = sys.stdin.buffer.read() if name == STDIN else Path(name).read_bytes()
         return (gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content).decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -140,7 +142,10 @@ def _flights(rows: Iterator[Row], channels: Sequence[str], alone: str, gaps: boo
         missing = [] if gaps else [name for name, value in zip(channels, values, strict=True) if value != value]
         if missing:
             raise DataError(f"{where}: {missing[0]}: missing")
-        yield Flight(where, engine, at, values, _number(fields.get(RUL, ""), where, RUL))
+        rul = _number(fields.get(RUL, ""), where, RUL)
+        if rul < 0:
+            raise DataError(f"{where}: {RUL}: {rul:g} is no true RUL")
+        yield Flight(where, engine, at, values, rul)
 
 
 def _number(text: str, where: str, column: str) -> float:

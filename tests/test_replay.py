@@ -19,11 +19,13 @@ import httpx
 import pytest
 from rich.console import Console
 
-from model import simulate
+from model import simulate, telemetry
+from model.cmapss import DataError
 from model.contract import CHANNELS
 from model.planted import Planted
 from service import cli
 from service.replay.board import Tally
+from service.replay.client import CallFailed, Client
 from service.replay.demo import main as demo_main
 from service.replay.flights import simulated
 from service.replay.live import Table
@@ -376,3 +378,27 @@ def _get(url: str) -> bytes:
     with urllib.request.urlopen(url, timeout=10) as answer:
         content: bytes = answer.read()
     return content
+
+
+@pytest.mark.parametrize(
+    ("url", "key"),
+    [
+        ("http://a..b", ""),
+        ("http://127.0.0.1:1/a b", ""),
+        ("http://127.0.0.1:1/\xe9", ""),
+        ("http://127.0.0.1:1", "a\nb"),
+        ("http://127.0.0.1:1", "\u2192"),
+    ],
+)
+def test_an_address_or_a_key_that_no_call_can_have_is_one_line(url: str, key: str) -> None:
+    """What cannot stand in a request is refused at once, and not tried again for a minute."""
+    with pytest.raises(CallFailed, match=r"is no address of a service|a key is printable ASCII"):
+        Client(url, key, 60.0)
+
+
+def test_a_negative_rul_is_no_end(tmp_path: Path) -> None:
+    """An engine cannot have failed before its last flight: the line is named, and nothing is sent."""
+    path = tmp_path / "a.csv"
+    path.write_text(",".join(["rul", *CHANNELS]) + "\n" + ",".join(["-3", *["1"] * len(CHANNELS)]) + "\n")
+    with pytest.raises(DataError, match="line 2: rul: -3 is no true RUL"):
+        telemetry.read(str(path), CHANNELS)

@@ -14,6 +14,7 @@ from model.contract import CHANNELS
 from model.windows import Readings
 from service.errors import InvalidInput
 from service.score import reading
+from service.score.sources import means
 from tests.scoring import flights, read, rejected, score, write
 
 ROW = 5  # where something is wrong
@@ -36,11 +37,13 @@ def changed(table: pa.Table, column: str, row: int, value: str) -> str:
 
 WRONG = [
     ("engine_id", "", "engine_id: expected 1 to 200 characters, got nothing"),
+    ("engine_id", "a\x01b", "engine_id: a name may not have control characters"),
     ("engine_id", "x" * 201, "engine_id: expected 1 to 200 characters"),
     ("cycle", "", "cycle: nothing is not a whole number"),
     ("cycle", "3.5", "cycle: '3.5' is not a whole number from 0"),
     ("cycle", "-1", "cycle: '-1' is not a whole number from 0"),
     ("cycle", "1e300", "cycle: '1e300' is not a whole number from 0"),
+    ("cycle", "9007199254740993", "cycle: '9007199254740993' is not a whole number from 0"),
     ("cycle", "soon", "cycle: 'soon' is not a whole number from 0"),
     ("sensor_4", "", "sensor_4: missing; --missing hold would repeat"),
     ("sensor_4", "NaN", "sensor_4: missing; --missing hold would repeat"),
@@ -157,6 +160,7 @@ def test_labels_that_are_none_are_rejected(windows: Readings, tmp_path: Path) ->
     some = flights(windows).slice(0, 6)
     for flag, values, wrong in (
         ("labels", ["normal", "2", "", "broken", "3", None], [3, 4]),
+        ("labels", ["1.0", "nan", "NA", "1.5", "3.0", "none"], [3, 4]),
         ("labels", [0, 1, 2, 3, -1, None], [3, 4]),
         ("rul", [0.0, 51.5, None, -1.0, np.inf, 300.0], [3, 4]),
     ):
@@ -175,6 +179,28 @@ def test_types_of_parquet_are_taken_as_numbers(windows: Readings, tmp_path: Path
         other = other.set_column(other.column_names.index(name), name, other[name].cast(kind))
     assert 0 == score(write(other, tmp_path / "b.parquet"), tmp_path / "out.parquet")
     assert read(tmp_path / "expected.parquet").equals(read(tmp_path / "out.parquet"))
+
+
+def test_bytes_and_half_floats_stop_no_job(windows: Readings, tmp_path: Path) -> None:
+    """Ids that are no UTF-8 are rejected rows, ids in sixteen bits are the numbers they are."""
+    some = flights(windows).slice(0, 3)
+    for values, wrong in (
+        (pa.array([b"a", b"\xff\xfe", b"a"], pa.binary()), [1]),
+        (pa.array(np.array([1, np.nan, 1], np.float16)), [1]),
+        (pa.array([b"a", b"a", b"a"], pa.binary(1)), []),
+    ):
+        path = write(some.set_column(0, "engine_id", values), tmp_path / "a.parquet")
+        assert (3 if wrong else 0) == score(path, tmp_path / "out.parquet")
+        assert wrong == ([one["row"] for one in rejected(tmp_path / "out.parquet")] if wrong else [])
+
+
+def test_a_broken_line_gives_no_engine_another_name(windows: Readings, tmp_path: Path) -> None:
+    """An engine 7.0 of JSON lines is called 7 whether or not a line beside it is broken."""
+    lines = write(flights(windows).slice(0, 3), tmp_path / "a.jsonl").read_text().replace('"a"', "7.0").splitlines()
+    for more, code in (("", 0), ("broken", 3)):
+        (tmp_path / "b.jsonl").write_text("\n".join([more, *lines, ""]))
+        assert code == score(tmp_path / "b.jsonl", tmp_path / "out.parquet")
+        assert ["7"] * 3 == read(tmp_path / "out.parquet")["engine_id"].to_pylist()
 
 
 def test_a_column_of_no_numbers_rejects_its_rows(windows: Readings, tmp_path: Path) -> None:
@@ -296,3 +322,15 @@ def test_one_large_row_group_is_read_in_pieces(tmp_path: Path) -> None:
     source = find((str(tmp_path / "a.parquet"),), tmp_path)[0]
     sizes = [chunk.rows for chunk in reading.chunks(source, ["engine_id", "cycle", *CHANNELS])]
     assert [reading.ROWS] * 3 + [5] == sizes
+
+
+def test_a_glob_of_any_depth_holds_its_own_folder(tmp_path: Path) -> None:
+    """`**` is no folder too: an output beside the inputs would be read the next time, and is refused."""
+    for pattern, name, expected in (
+        ("**/*.parquet", "o.parquet", True),
+        ("**/*.parquet", "a/b/o.parquet", True),
+        ("**", "o.csv", True),
+        ("a/**/o.*", "o.csv", False),
+        ("*.parquet", "a/o.parquet", False),
+    ):
+        assert expected == means(str(tmp_path / pattern), tmp_path / name)

@@ -20,6 +20,7 @@ from model.contract import CHANNELS
 from model.windows import Readings
 from service.errors import InvalidInput, ServiceError
 from service.score import outputs
+from service.score.progress import Progress
 from tests.conftest import absent, start
 from tests.scoring import flights, read, rejected, score, write
 
@@ -257,6 +258,78 @@ def test_a_folder_with_other_things_in_it_is_left_alone(windows: Readings, tmp_p
     assert "years of work" == (tmp_path / "out" / "thesis.txt").read_text()
 
 
+def test_what_somebody_put_beside_the_parts_is_left_alone(windows: Readings, tmp_path: Path) -> None:
+    """A folder that a job wrote is not replaced once there is anything else in it, and no report is written into it."""
+    path = write(flights(windows), tmp_path / "a.parquet")
+    assert 0 == score(path, tmp_path / "out")
+    with pytest.raises(InvalidInput, match="the report needs another one"):
+        score(path, tmp_path / "out", labels="cycle", report=tmp_path / "out" / "r.json")
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InvalidInput, match="it is left as it is"):
+        score(path, tmp_path / "out", latest=True)
+    assert "years of work" == (tmp_path / "out" / "thesis.txt").read_text()
+
+
+def test_rejected_rows_of_another_job_are_not_taken_for_those_of_this_one(windows: Readings, tmp_path: Path) -> None:
+    """An output beside which the rejected rows of another job lie, as a kill leaves them, is written again."""
+    good, bad, output = tmp_path / "a.parquet", tmp_path / "b.parquet", tmp_path / "out.parquet"
+    write(flights(windows), good)
+    some = flights(windows).to_pydict()
+    for row, path in ((7, bad), (9, tmp_path / "c.parquet")):
+        write(pa.table(some | {"sensor_2": [None, *some["sensor_2"][1:]] if row == 9 else some["sensor_2"]}), path)
+        some["sensor_2"][7] = None
+    write(pa.table(some), bad)
+    kept = {}
+    for path in (good, bad):
+        score(path, output)
+        kept[path] = output.read_bytes()
+    expected = rejected(output)
+    score(tmp_path / "c.parquet", output)
+    output.write_bytes(kept[bad])
+    assert 3 == score(bad, output)
+    assert expected == rejected(output)
+    output.write_bytes(kept[good])
+    assert 0 == score(good, output)
+    assert not outputs_errors(output).exists()
+
+
+def test_a_csv_without_its_metadata_is_no_finished_job(
+    windows: Readings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that stops between a CSV and its metadata does not pass for the job whose metadata lay there before."""
+    output = tmp_path / "out.csv"
+    path = write(flights(windows), tmp_path / "a.parquet")
+    assert 0 == score(path, output)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(outputs, "write_about", full)
+        with pytest.raises(ServiceError, match="No space left"):
+            score(path, output, latest=True)
+    with pytest.raises(InvalidInput, match="--latest was true, now it is false"):
+        score(path, output)
+    assert 0 == score(path, output, latest=True)
+    assert 4 == read(output).num_rows  # engines
+
+
+def test_a_job_that_was_killed_as_it_tidied_up_leaves_nothing(windows: Readings, tmp_path: Path) -> None:
+    """Whatever is left of the folder of a job that is done is removed by the same command; the next job begins."""
+    path, output = write(flights(windows), tmp_path / "a.parquet"), tmp_path / "out"
+    folder = tmp_path / "out.partial"
+    assert 0 == score(path, output)
+    for left in ("job.json", "whole/part-00000.parquet", "before/part-00000.parquet"):
+        (folder / left).parent.mkdir(parents=True, exist_ok=True)
+        (folder / left).write_text("{}")
+        assert 0 == score(path, output)
+        assert not folder.exists()
+    (folder / "before").mkdir(parents=True)
+    (folder / "before" / "part-00000.parquet").write_text("")
+    assert 0 == score(path, output, latest=True)
+    assert not folder.exists()
+
+
 def test_where_nothing_can_be_written_a_job_does_not_begin(windows: Readings, tmp_path: Path) -> None:
     """An output or a report in a folder that is not there, or that is the input itself, is refused before any work."""
     path = write(flights(windows), tmp_path / "a.parquet")
@@ -266,8 +339,11 @@ def test_where_nothing_can_be_written_a_job_does_not_begin(windows: Readings, tm
         (tmp_path / "out.parquet", tmp_path / "none" / "r.json", "none/r.json: its folder is not there"),
         (path, None, "a.parquet: lies in the input"),
         (tmp_path / "out.parquet", path, "a.parquet: lies in the input"),
+        (tmp_path / ("x" * 244 + ".parquet"), None, "File name too long"),
+        (tmp_path / "out.parquet", tmp_path, "is a folder"),
+        (tmp_path / "out.csv", tmp_path / "out.csv-metadata.json", "the report needs another one"),
     ):
-        with pytest.raises(InvalidInput, match=said):
+        with pytest.raises(ServiceError, match=said):
             score(path, output, report=report, labels="cycle")
     assert (before, ["a.parquet"]) == (path.read_bytes(), os.listdir(tmp_path))
 
@@ -320,6 +396,8 @@ USAGE = [
     (("", "out.csv"), "INPUT and OUTPUT need names"),
     (("in.csv", "."), "INPUT and OUTPUT need names"),
     (("in.csv", "out.csv", "--engine-column", "cycle"), "are two columns"),
+    (("in.csv", "out.csv", "--labels", ""), "a column needs a name"),
+    (("in.csv", "out\udcff.csv"), "a name that is no UTF-8"),
     (("in.csv", "out.csv", "--workers", "2"), "go with --engine ray"),
     (("in.csv", "out.csv", "--interval", "0"), "expected seconds above 0"),
     (("in.csv", "out.csv", "--temperature", "0"), "expected a number from 0.01"),
@@ -335,6 +413,21 @@ def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...], said: str, capsy
         main(["score", *arguments])
     assert 2 == exit_code.value.code
     assert said in capsys.readouterr().err
+
+
+def test_closed_standard_input_is_one_line(tmp_path: Path) -> None:
+    """`<&-`: both commands that read standard input say that it is closed."""
+    for command in (["score", "-", str(tmp_path / "out.csv")], ["predict", "-"]):
+        words = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, "-m", "service.cli", *command]
+        found = subprocess.run(words, capture_output=True, text=True)
+        assert (1, "engine-health: standard input: is closed\n") == (found.returncode, found.stderr)
+
+
+def test_rows_of_an_earlier_run_are_counted_as_well() -> None:
+    """A job that finds everything done tells the engines and rejected rows of the whole, not of its own run."""
+    progress = Progress(quiet=True, interval=1.0)
+    progress.skip(10, 2, 3, 1.0)
+    assert (10, 2, 3) == tuple(progress.about[name] for name in ("rows", "engines", "rejected"))
 
 
 def test_a_failed_job_is_exit_code_1_and_one_line(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ the clock, no engines.
 
 import http.client
 import json
+import re
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ LATER = (408, 429, 502, 503, 504)  # answers that say: not now
 CALL_SECONDS = 30.0  # for one try
 FIRST_WAIT, LONGEST_WAIT = 0.1, 5.0  # seconds between two tries, doubled each time
 MOST_ANSWER = 64 * 2**20  # bytes
+PRINTED = re.compile("[!-~]*")  # what a request line can hold
 SHOWN = 300  # characters of what a service says
 KEY_HINT = {401: "; --key KEY shows one", 403: "; --key KEY shows another one"}
 
@@ -41,6 +43,9 @@ class Client:
         patience: seconds without an answer after which a call fails.
         wait: sleeps, and shows meanwhile what is shown.
         trouble: told once in each outage why a call is repeated, and None when it was answered.
+
+    Raises:
+        CallFailed: an address or a key that no call can have.
     """
 
     def __init__(
@@ -52,6 +57,8 @@ class Client:
         trouble: Callable[[str | None], None] = lambda _: None,
     ) -> None:
         self.url, self._at = url, parse_url(url)
+        if not (key.isascii() and (key.isprintable() or not key)):
+            raise CallFailed("--key: a key is printable ASCII")
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._patience, self._wait, self._trouble = patience, wait, trouble
         self._connection: http.client.HTTPConnection | None = None
@@ -123,6 +130,9 @@ def parse_url(url: str) -> SplitResult:
     """
     try:
         at = urlsplit(url)
+        (at.hostname or "").encode("idna")
+        if not PRINTED.fullmatch(at.path):
+            raise ValueError
         if at.scheme not in ("http", "https") or not at.hostname or at.port == 0 or at.query or at.fragment:
             raise ValueError
     except ValueError:

@@ -52,7 +52,7 @@ def _understood(url: str, about: Any, tally: Tally) -> tuple[tuple[str, ...], in
     try:
         tally.classes = tuple(about["classes"])
         return tuple(channel["name"] for channel in about["channels"]), int(about["limits"]["max_instances"])
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         raise CallFailed(f"{url}: what answers there is no engine-health") from None
 
 

@@ -101,6 +101,8 @@ def options_of(flags: dict[str, Any]) -> Options:
     options = Options(**{**flags, "inputs": tuple(flags["inputs"])})
     if options.engine_column == options.cycle_column:
         parser.error("--engine-column and --cycle-column are two columns")
+    if "" in (options.engine_column, options.cycle_column, options.labels, options.rul):
+        parser.error("a column needs a name")
     if options.report and not options.truth_column:
         parser.error("--report needs --labels or --rul")
     if options.engine == "local" and (options.address or options.workers):
@@ -111,6 +113,10 @@ def options_of(flags: dict[str, Any]) -> Options:
         parser.error("INPUT and OUTPUT need names")
     if str(options.output) == STDIN:
         parser.error("-: a job that can be killed and go on writes to a file, not to standard output")
+    try:
+        f"{options.output}{options.report}".encode()
+    except UnicodeEncodeError:
+        parser.error("OUTPUT and --report: a name that is no UTF-8")
     if options.output.suffix.lower() not in (".parquet", ".csv", ""):
         parser.error(f"{options.output}: write .parquet, .csv, or a folder, whose name has no ending")
     return options

@@ -79,7 +79,7 @@ class Job:
     def forget(self, identity: dict[str, Any]) -> None:
         """Remove what a killed job left that had finished."""
         if _json(self.folder / "job.json") == json.loads(json.dumps(identity)):
-            shutil.rmtree(self.folder)
+            self._remove()
 
     @property
     def units(self) -> int:
@@ -125,15 +125,23 @@ class Job:
         if self.output.suffix:
             ready = self.folder / f"ready{self.output.suffix.lower()}"
             outputs.assemble(parts, ready, about)
+            if self.output.suffix.lower() == ".csv":  # what stands there is of the output before
+                outputs.about_path(self.output).unlink(missing_ok=True)
             ready.replace(self.output)
             if self.output.suffix.lower() == ".csv":
                 outputs.write_about(self.output, about)  # behind the output: what it tells of is there
         else:
             outputs.write_about(self.output, about, self.folder / "whole" / "_job.json")
             if self.output.exists():  # an earlier result; a folder with anything else in it was refused at the start
+                shutil.rmtree(self.folder / "before", ignore_errors=True)  # of a run that was killed just here
                 self.output.replace(self.folder / "before")
             (self.folder / "whole").replace(self.output)
         outputs.sync_folder(self.output.parent)
+        self._remove()
+
+    def _remove(self) -> None:
+        """Remove the folder, the journal first: without it the rest is a folder in which nothing was done yet."""
+        (self.folder / "journal").unlink(missing_ok=True)
         shutil.rmtree(self.folder)
 
     def _journal(self) -> Any:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 REJECT_ROWS = 2**16  # of a row group of the rejected rows
+OWN_PART = re.compile(r"part-\d{5,}\.parquet")
 BETWEEN = "|"  # the classes of a prediction set in CSV, which knows no lists
 
 
@@ -112,8 +114,12 @@ def about_path(output: Path) -> Path:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder is the result of a job, or empty."""
-    return folder.is_dir() and (about_path(folder).exists() or not any(folder.iterdir()))
+    """Whether a folder is the result of a job and nothing else, or empty."""
+    if not folder.is_dir():
+        return False
+    names = [path.name for path in folder.iterdir()]
+    about = about_path(folder).name
+    return not names or (about in names and all(name == about or OWN_PART.fullmatch(name) for name in names))
 
 
 def write_about(output: Path, about: dict[str, str], under: Path | None = None) -> None:
@@ -123,12 +129,13 @@ def write_about(output: Path, about: dict[str, str], under: Path | None = None) 
 
 
 class Rejected:
-    """The file of rejected rows, written as they come."""
+    """The file of rejected rows, written as they come; it says of which job they are."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fingerprint: str) -> None:
         import pyarrow as pa
 
-        self._schema = pa.schema([("row", pa.int64()), ("file", pa.string()), ("reason", pa.string())])
+        columns = [("row", pa.int64()), ("file", pa.string()), ("reason", pa.string())]
+        self._schema = pa.schema(columns, {"fingerprint": fingerprint})
         self.path, self.count = path, 0
         self._writer: Any = None
         self._rows: list[Any] = []

@@ -33,9 +33,10 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def skip(self, rows: int, fraction: float) -> None:
-        """Rows that an earlier run scored."""
+    def skip(self, rows: int, engines: int, rejected: int, fraction: float) -> None:
+        """Rows that an earlier run scored; the rest as in `tell`."""
         self.resumed += rows
+        self.engines, self.rejected = engines, rejected
         self._fraction = self._begun_at = fraction
         self._begun = time.monotonic()
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.cmapss import COLUMNS, health
-from service.api.schemas import MOST_CYCLE, MOST_NAME
+from service.api.schemas import CONTROL, MOST_CYCLE, MOST_NAME
 from service.errors import InvalidInput
 from service.runtime import Model
 from service.score import values
@@ -90,7 +90,7 @@ class Layout:
     ) -> tuple[Rows, list[Reject]]:
         found = _Reasons(chunk)
         names, wrong = values.names(chunk.columns[engine])
-        found.add(wrong, lambda i: f"{engine}: expected 1 to {MOST_NAME} characters, got {found.shown(engine, i)}")
+        found.add(wrong, partial(found.no_name, engine))
         at, wrong = values.cycles(chunk.columns[cycle])
         found.add(wrong, lambda i: f"{cycle}: {found.shown(cycle, i)} is not a whole number from 0 to {MOST_CYCLE}")
         telemetry, no_number = values.readings([chunk.columns[name] for name in readings])
@@ -130,6 +130,12 @@ class _Reasons:
         for i in np.flatnonzero(wrong).tolist():
             if i not in self.reasons:
                 self.reasons[i] = reason(i)
+
+    def no_name(self, name: str, i: int) -> str:
+        value = self._columns[name][i].as_py()
+        if isinstance(value, str) and CONTROL.search(value):
+            return f"{name}: a name may not have control characters"
+        return f"{name}: expected 1 to {MOST_NAME} characters, got {self.shown(name, i)}"
 
     def no_number(self, name: str, i: int) -> str:
         return f"{name}: expected a number, got {self.shown(name, i)}"

@@ -38,12 +38,12 @@ def score(options: Options, settings: Settings) -> int:
     Raises:
         ServiceError: the job cannot go on; what was done of it is kept.
     """
-    _check(options)
     proof = (settings.model, settings.model_digest, 1, scoring.BATCH, settings.deterministic)
     model = runtime.open_model(*proof)
     layout, temperature = Layout(options, model), options.temperature or model.manifest.temperature
     job = Job(options.output)
     try:
+        _check(options)
         with job:
             sources = find(options.inputs, _spooled(options, job.folder))
             identity = _identity(options, sources, model, temperature) | {"deterministic": settings.deterministic}
@@ -79,7 +79,7 @@ class _Run:
         self.scorer, self.settings = Scorer(model, temperature), settings
         self.whole_numbers = whole_numbers(sources, options.engine_column)
         self.labelled = options.truth_column is not None
-        self.rejected = outputs.Rejected(job.folder / "rejected.parquet")
+        self.rejected = outputs.Rejected(job.folder / "rejected.parquet", fingerprint(job.identity))
         self.progress = Progress(options.quiet, options.interval)
         self._tables: dict[str, list[Any]] = {}
         self._part = Part(0, 0)
@@ -139,7 +139,7 @@ class _Run:
 
     def _skip(self, unit: Unit, unanswered: list[Reject]) -> None:
         self._reject([*unit.rejects, *unanswered])
-        self.progress.skip(len(unit.starts) - len(unanswered), unit.fraction)
+        self.progress.skip(len(unit.starts) - len(unanswered), unit.engines, self.rejected.count, unit.fraction)
 
     def _keep(self, scored: Scored) -> None:
         """Put a unit into the part that is being filled."""
@@ -222,11 +222,13 @@ def _prefetched(reader: ThreadPoolExecutor, units: Iterator[Unit]) -> Iterator[U
 def _check(options: Options) -> None:
     """Refuse an output that could not be written, or that would be read next time."""
     output = options.output
-    if output.suffix and output.is_dir():
-        raise InvalidInput(f"{output}: is a folder")
     if not output.suffix and output.exists() and not outputs.is_ours(output):
         raise InvalidInput(f"{output}: is no folder that a job wrote; it is left as it is")
+    if options.report in (outputs.about_path(output), errors_of(output)) or _within(options.report, output):
+        raise InvalidInput(f"{options.report}: is a name of the output's own; the report needs another one")
     for path in _left(options):
+        if path.is_dir() and (path != output or output.suffix):
+            raise InvalidInput(f"{path}: is a folder")
         if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
             raise InvalidInput(f"{path}: its folder is not there, or cannot be written to")
         for name in options.inputs:
@@ -237,13 +239,21 @@ def _check(options: Options) -> None:
 def _left(options: Options) -> list[Path]:
     """The files that a job leaves."""
     beside = [] if options.report is None else [options.report]
-    return [options.output, errors_of(options.output), *beside]
+    about = [outputs.about_path(options.output)] if options.form == ".csv" else []
+    return [options.output, errors_of(options.output), *about, *beside]
+
+
+def _within(report: Path | None, folder: Path) -> bool:
+    """Whether a report would lie in an output that is a folder, and is replaced as a whole."""
+    return report is not None and not folder.suffix and report.resolve().is_relative_to(folder.resolve())
 
 
 def _spooled(options: Options, folder: Path) -> Path:
     """Where standard input is kept, if it is an input: it can be read twice then, and told from another."""
     kept = folder / "stdin"
     if STDIN in options.inputs:
+        if sys.stdin is None:
+            raise InvalidInput("standard input: is closed")
         with kept.open("wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
     return kept
@@ -266,6 +276,7 @@ def _already(options: Options, identity: dict[str, Any]) -> int | None:
         return None
     if options.report and not (options.report.exists() and mark in options.report.read_text(errors="replace")):
         return None
-    if about.get("rejected") == "0":
-        return DONE
-    return None if options.strict or not errors_of(options.output).exists() else REJECTED
+    errors = errors_of(options.output)
+    if about.get("rejected") == "0":  # else they are of a job that was killed before its output had its name
+        return None if errors.exists() else DONE
+    return None if options.strict or outputs.about_of(errors).get("fingerprint") != mark else REJECTED

@@ -80,9 +80,16 @@ def means(name: str, path: Path) -> bool:
     if Path(name).exists() or not glob.has_magic(name):
         return path.resolve().is_relative_to(Path(name).resolve())
     parts, pattern = (Path(os.path.abspath(one)).parts for one in (path, name))
-    if "**" in pattern:
-        return fnmatch(str(Path(*parts)), str(Path(*pattern)))
-    return len(parts) == len(pattern) and all(map(fnmatch, parts, pattern))
+    return _fits(parts, pattern)
+
+
+def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether the folders and the name of a path fit a glob's, in which `**` is any number of folders, none too."""
+    if not pattern or not parts:
+        return not parts and set(pattern) <= {"**"}
+    if pattern[0] == "**":
+        return _fits(parts, pattern[1:]) or _fits(parts[1:], pattern)
+    return fnmatch(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
 
 
 def _sources(name: str, spooled: Path) -> list[Source]:

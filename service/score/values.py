@@ -4,12 +4,13 @@ Works on whole columns; texts that are no numbers cost a regular expression, and
 """
 
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from service.api.schemas import MOST_CYCLE, MOST_NAME
+from service.api.schemas import CONTROL, MOST_CYCLE, MOST_NAME
 
 Mask = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
@@ -20,13 +21,28 @@ Values = Any  # a pyarrow.Array
 
 
 def plain(values: Values) -> Values:
-    """Without a dictionary, and texts as `string`."""
+    """Without a dictionary, texts as `string`, bytes that are no UTF-8 as no text that fits, halves as doubles."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
+    if pa.types.is_float16(values.type):  # which pyarrow hardly computes with
+        return values.cast(pa.float64())
     others = (pa.types.is_large_string, pa.types.is_string_view, pa.types.is_binary, pa.types.is_large_binary)
-    return values.cast(pa.string()) if any(is_such(values.type) for is_such in others) else values
+    if not any(is_such(values.type) for is_such in others):
+        return values
+    try:
+        return values.cast(pa.string())
+    except pa.ArrowInvalid:
+        return pa.array([_text(value) for value in values.to_pylist()], pa.string())
+
+
+def _text(value: bytes | None) -> str | None:
+    """Bytes as a text; with a NUL, which no name, number or class has, where they are none."""
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return "\0"
 
 
 def numbers(values: Values) -> tuple[Floats, Mask]:
@@ -64,7 +80,7 @@ def _floats(values: Values) -> Floats:
 
 
 def names(values: Values) -> tuple[Values, Mask]:
-    """Ids of engines as texts, and which are none: missing, too long, or with a NUL. A whole number is its digits."""
+    """Ids of engines as texts, and which are none: missing, too long, with control characters; 7.0 is `7`."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -80,14 +96,16 @@ def names(values: Values) -> tuple[Values, Mask]:
         return pa.nulls(len(values), pa.string()), np.ones(len(values), dtype=np.bool_)
     length = pc.fill_null(pc.utf8_length(texts), 0).to_numpy(zero_copy_only=False)
     wrong = (length < 1) | (length > MOST_NAME)
-    nul = pc.fill_null(pc.match_substring(texts, "\0"), False).to_numpy(zero_copy_only=False)
-    return texts, np.asarray(wrong | nul, dtype=np.bool_)
+    control = pc.fill_null(pc.match_substring_regex(texts, CONTROL.pattern), False).to_numpy(zero_copy_only=False)
+    return texts, np.asarray(wrong | control, dtype=np.bool_)
 
 
 def cycles(values: Values) -> tuple[Integers, Mask]:
     """Cycles (N,), and which are no whole number from 0 to the largest."""
     found, wrong = numbers(values)
     wrong = wrong | ~((found >= 0) & (found <= MOST_CYCLE) & (found == np.floor(found)))
+    for i in np.flatnonzero(found == MOST_CYCLE).tolist():  # as which a float also has the next whole number
+        wrong[i] = Decimal(str(values[i].as_py())) != MOST_CYCLE
     return np.where(wrong, 0, found).astype(np.int64), wrong
 
 
@@ -109,17 +127,14 @@ def classes(values: Values, known: tuple[str, ...]) -> tuple[Integers, Mask]:
     import pyarrow.compute as pc
 
     values = plain(values)
+    found, wrong = numbers(values)
+    given = ~np.isnan(found)
+    wrong = wrong | (given & ~((found >= 0) & (found < len(known)) & (found == np.floor(found))))
+    place = np.where(given & ~wrong, found, -1).astype(np.int64)
     if not pa.types.is_string(values.type):
-        found, wrong = numbers(values)
-        given = ~np.isnan(found)
-        wrong = wrong | (given & ~((found >= 0) & (found < len(known)) & (found == np.floor(found))))
-        return np.where(given & ~wrong, found, -1).astype(np.int64), wrong
-    values = pc.utf8_trim_whitespace(values)
-    texts = pc.if_else(pc.equal(values, ""), pa.scalar(None, pa.string()), values)
-    place = pc.index_in(texts, pa.array(known)).fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-    digits = pc.index_in(texts, pa.array([str(k) for k in range(len(known))])).fill_null(-1)
-    place = np.where(place < 0, digits.to_numpy(zero_copy_only=False), place)
-    return place, (place < 0) & texts.is_valid().to_numpy(zero_copy_only=False)
+        return place, wrong
+    named = pc.index_in(pc.utf8_trim_whitespace(values), pa.array(known)).fill_null(-1).to_numpy(zero_copy_only=False)
+    return np.where(named < 0, place, named).astype(np.int64), (named < 0) & wrong
 
 
 def classes_of_rul(values: Values, classify: Callable[[Floats], Integers]) -> tuple[Integers, Mask]:
