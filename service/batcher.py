@@ -16,7 +16,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -95,10 +95,8 @@ class Batcher(Generic[Found]):
         self._observer, self._cap = observer, max_batch_rows
         self._most_rows, self._most_seconds = max_queue_rows, max_queue_seconds
         self._lock = threading.Lock()
-        self._lines: tuple[deque[_Job[Found]], deque[_Job[Found]]] = (
-            deque(),
-            deque(),
-        )  # those who fit in a batch, those who are cut
+        # those who fit in a batch, and those who are cut
+        self._lines: tuple[deque[_Job[Found]], deque[_Job[Found]]] = (deque(), deque())
         self._waiting = [0, 0]  # rows in each line
         self._turn = 0
         self._idle = True  # the thread waits to be woken
@@ -249,7 +247,7 @@ class Batcher(Generic[Found]):
     def _tell(self, batch: _Batch[Found], told: _Told[Found] | Exception | None) -> None:
         """What became of a batch, told in the event loop."""
         for job, refusal in batch.refused:
-            self._settle(job, error=refusal)
+            self._settle(job, refusal)
         if isinstance(told, _Told):
             try:
                 self._answer(batch.pieces, told)
@@ -257,7 +255,7 @@ class Batcher(Generic[Found]):
                 told = raised
         if isinstance(told, Exception):
             for job, _ in batch.pieces:
-                self._settle(job, error=told)
+                self._settle(job, told)
         self._rouse()
 
     def _answer(self, pieces: list[tuple[_Job[Found], Rows]], told: _Told[Found]) -> None:
@@ -283,16 +281,16 @@ class Batcher(Generic[Found]):
         elif heard := [_counted(job) for job in finished if not job.done.done()]:
             self._observer.answered(heard)
         for job in finished:
-            self._settle(job, job.parts)
+            self._settle(job)
 
-    def _settle(self, job: _Job[Found], parts: Sequence[Piece[Found]] = (), error: Exception | None = None) -> None:
+    def _settle(self, job: _Job[Found], error: Exception | None = None) -> None:
         """Tell one caller, once."""
         if job.settled:
             return
         job.settled = True
         if not job.done.done():
             if error is None:
-                job.done.set_result(list(parts))
+                job.done.set_result(job.parts)
             else:
                 job.done.set_exception(error)
         self._callers -= 1

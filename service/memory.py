@@ -16,7 +16,7 @@ from model.numerics import Floats
 from model.windows import Readings
 from service.errors import Fault, InvalidInput, MemoryUnavailable
 from service.metrics import Metrics, observe_all
-from service.predictor import Answers, Inference, Prediction, Predictor, calibrated, joined, measured, rows_of, whole
+from service.predictor import Answers, Prediction, Predictor, calibrated, joined, measured, rows_of, whole
 from service.runtime import Model
 from service.settings import Settings
 from service.storage import labels, queries, readings, remember, tempering
@@ -250,7 +250,7 @@ def _together(predictor: Predictor, landed: Sequence[Landed]) -> tuple[Predictio
         if one.made is not None:
             ids.append(one.made.id)
             answers, k = one.made.answers
-            parts.append(rows_of(Inference(answers), k, k + 1))
+            parts.append(rows_of(answers, k, k + 1))
         elif one.kept is not None:
             ids.append(one.kept.id)
             rul = None if one.kept.rul is None else np.array([one.kept.rul], dtype=np.float32)

@@ -91,7 +91,7 @@ class Prediction:
     @cached_property
     def answers(self) -> Answers:
         """All of them together."""
-        return joined([rows_of(*piece) for piece in self.pieces])
+        return together(self.pieces)
 
 
 def answer(model: Model, telemetry: Batch, temperature: float) -> Answers:
@@ -121,12 +121,16 @@ def calibrated(model: Model, logits: Batch, rul: Batch | None, finite: Mask, tem
     return Answers(logits, rul, p, 0.0 - (p * log_p).sum(axis=1), sets, finite)
 
 
-def rows_of(found: Inference, begin: int, end: int) -> Answers:
+def rows_of(answers: Answers, begin: int, end: int) -> Answers:
     """Some rows of some answers."""
-    answers = found.answers
     if begin == 0 and end == len(answers.logits):
         return answers
     return Answers(*(None if column is None else column[begin:end] for column in answers))  # type: ignore[arg-type]  # column by column
+
+
+def together(pieces: Pieces) -> Answers:
+    """The answers that lie in some pieces, in their order."""
+    return joined([rows_of(piece.found.answers, piece.begin, piece.end) for piece in pieces])
 
 
 def whole(answers: Answers) -> Pieces:
@@ -227,8 +231,8 @@ class Predictor:
         t = self.temperature if temperature is None else temperature
         if not explain and targets is None and t == self.temperature:
             return Prediction(t, pieces)
-        found = joined([rows_of(*piece) for piece in pieces])
-        answers = rows_of(Inference(found), 0, n)
+        found = together(pieces)
+        answers = rows_of(found, 0, n)
         many = answers.logits.size > MANY_NUMBERS
         prediction = (
             await asyncio.to_thread(self._scored, answers, targets, t) if many else self._scored(answers, targets, t)
@@ -306,10 +310,11 @@ class Predictor:
 
     def answered(self, answered: Sequence[tuple[Rows, Pieces]]) -> None:
         """Count what was answered. Only the newest row of a window is news: the others were counted before."""
-        answers = joined([rows_of(*piece) for _, pieces in answered for piece in pieces])
+        pieces = [piece for _, some in answered for piece in some]
+        answers = together(pieces)
         windows = [rows if rows.ndim == 2 else rows[:, -1] for rows, _ in answered]
         newest = windows[0] if len(windows) == 1 else np.concatenate(windows)
-        if not all(piece.found.finite for _, pieces in answered for piece in pieces):
+        if not all(piece.found.finite for piece in pieces):
             newest, answers = newest[answers.finite], _those(answers, answers.finite)
         top = answers.logits.argmax(axis=1)
         self._metrics.answers(self._series, top, answers.probabilities.max(axis=1), answers.expected_loss)

@@ -1,6 +1,5 @@
 import hashlib
 import io
-import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from model import fetch
+from tests.conftest import serving
 
 
 def zipped(files: dict[str, bytes]) -> bytes:
@@ -37,15 +37,8 @@ def served(content: bytes, status: int = 200) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/data.zip"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as url:
+        yield f"{url}/data.zip"
 
 
 @pytest.fixture

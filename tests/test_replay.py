@@ -5,11 +5,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -30,7 +28,7 @@ from service.replay.demo import main as demo_main
 from service.replay.flights import simulated
 from service.replay.live import Table
 from service.replay.run import limited
-from tests.conftest import Service, running, start
+from tests.conftest import Service, running, serving, start
 from tests.test_predict import as_csv, as_text
 
 FAST = ("--speed", "max", "--patience", "30")
@@ -141,18 +139,6 @@ class _Broken(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         pass
-
-
-@contextmanager
-def serving(server: ThreadingHTTPServer) -> Iterator[str]:
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def test_nothing_is_lost_and_nothing_said_twice(kept: Service, capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,13 +101,14 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
             asked.explain,
         )
         named, what_if = asked.instances, asked.temperature is not None
-        ids: Sequence[str | None] = prediction_ids(len(named), time.time())
+        ids: Sequence[str | None]
         told: dict[str, Any] = {}
         if lifecycle.remembers:
             memory, targets = lifecycle.memory(), decoded.targets
             ids, results = await memory.remember(predictor, named, decoded.telemetry, found, targets)
             told = results_json(targets, results, model.manifest.classes)
         else:
+            ids = prediction_ids(len(named), time.time())
             predictor.count_labels(found, decoded.targets)
         return await aside.run(
             len(named) * len(model.manifest.classes) > LARGE_ANSWER,
