@@ -1,8 +1,9 @@
 """What the console costs: the browser for each look at a thousand engines, and the service for being looked at.
 
 A thousand simulated engines fly 200 cycles a second (`POST /v1/cycles`, open loop: a late answer delays no later
-flight, and is timed from when its flight was due). The service has one core, load and browser share the other. Rounds
-with the Fleet page open and without take turns, so that a noisy neighbour meets both.
+flight, and is timed from when its flight was due). The service has one core. Load and browser share the other, where
+the browser gets what the load leaves: elsewhere it runs on a machine of its own, and its work is no latency of the
+service. Rounds with the Fleet page open and without take turns, so that a noisy neighbour meets both.
 """
 
 import argparse
@@ -157,7 +158,9 @@ def main() -> None:
         command = [sys.executable, "-m", "service.cli", "serve", "--port", str(port)]
         with served(command, around, SERVER_CORE, home + "readyz", Path.cwd()):
             os.sched_setaffinity(0, {CLIENT_CORE})
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # what is started now inherits it
             with chromium() as browser:
+                os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
                 report(Fleet(port, flags.per_second), browser, home, flags.rounds, flags.seconds)
 
 
