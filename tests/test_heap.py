@@ -33,7 +33,7 @@ def held(fixed: bool, **environment: str) -> float:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these limits")
 def test_large_blocks_go_back_to_the_machine() -> None:
-    """What is freed is not held between what is not; glibc by itself would hold it, and whoever tunes it is left alone."""
+    """What is freed is not held between what is not; glibc by itself would hold it, and who tunes it is left alone."""
     assert held(fixed=True) < 12
     assert held(fixed=False) > 60
     assert held(fixed=True, GLIBC_TUNABLES="glibc.malloc.tcache_count=7") > 60
