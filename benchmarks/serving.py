@@ -49,7 +49,7 @@ def measured(rounds: int, seconds: float) -> Found:
         cases: dict[str, Callable[[], Mapping[str, float]]] = {
             "bare": lambda: singles(floor, seconds),
             "ours": lambda: singles(own, seconds),
-            "many": lambda: rows(base(port), seconds),
+            "many": lambda: rows(base(stateless), seconds),  # what Arrow names engines for would be remembered
             "alone": lambda: {"rows": alone()["binary_rows"]},
             "bare-flights": lambda: numbered(floor, load.flights, seconds),
             "flights": lambda: numbered(base(port) + "/v1/cycles", load.flights, seconds),

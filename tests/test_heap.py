@@ -17,8 +17,8 @@ for size in (31, 24, 16):  # glibc learns from what is freed
     np.ones(size << 20, np.uint8)
 before = resident()
 large, small = [], []
-for _ in range(60):  # what goes lies between what stays
-    large.append(np.ones(2 << 20, np.uint8))
+for _ in range(30):  # what goes lies between what stays
+    large.append(np.ones(5 << 20, np.uint8))
     small.append(np.ones(100_000, np.uint8))
 large.clear()
 print(resident() - before)
@@ -26,7 +26,7 @@ print(resident() - before)
 
 
 def held(fixed: bool, **environment: str) -> float:
-    """MiB that a process holds more after 120 MiB came and went, 6 MiB of small blocks between them stayed."""
+    """MiB that a process holds more after 150 MiB came and went, 3 MiB of small blocks between them stayed."""
     command = [sys.executable, "-c", HELD.format(fixed=fixed)]
     return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
