@@ -64,6 +64,14 @@ def test_settings_and_commands_that_are_named_exist(name: str) -> None:
     assert set() == {word for words in said for word in words} - targets
 
 
+def test_every_command_is_a_command() -> None:
+    """Each target that `make help` lists runs whatever file has its name, and no other is declared to."""
+    text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    listed = re.findall(r"^([a-z-]+):.*## ", text, re.MULTILINE)
+    (phony,) = re.findall(r"^\.PHONY:(.*)$", text, re.MULTILINE)
+    assert sorted(listed) == sorted(phony.split())
+
+
 @now
 def test_calls_that_are_named_exist(name: str) -> None:
     """Every path below /v1 and /v2 that a document names is one of the service, or the beginning of one."""
