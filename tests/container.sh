@@ -115,7 +115,7 @@ here=http://127.0.0.1:8000
 
 run() { # compose, in a network of its own
     ip link set lo up
-    trap 'compose down -v || true' EXIT
+    trap 'compose --profile demo down -v || true' EXIT
     compose up -d engine-health prometheus alertmanager || { tail -30 "$work/compose.log"; fail "compose up"; }
     until_true ready
     kept "ready"
