@@ -1,5 +1,5 @@
 # The service on the production lock alone: no torch, no compiler, no pip. Any builder of the last years builds it.
-ARG MODEL_DIGEST=d4994f571cfa3787fb392bb57c3038255a3f2113189b24091aa62ade96255084
+ARG MODEL_DIGEST=6c7b2de555812aef0823030c2d054b5257be7064ff7e42c7ee1e92396bdf98ee
 
 FROM python:3.11-slim AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore

@@ -31,10 +31,7 @@ from benchmarks.peers import BUILD
 ADMIN = {"Authorization": "Bearer soak"}
 LOAD = request("/v2/repository/models/engine-health/load", headers=ADMIN)
 LABELS = ("normal", "degrading", "critical")
-ENGINES, END_CYCLE = (
-    200,
-    150,
-)  # flights of so many engines in turn; one that has flown so many has ended, and begins anew
+ENGINES, END_CYCLE = 200, 150  # flights of so many engines in turn; one that has flown so many begins anew
 SIZES = range(1, 65)
 RETENTION_DAYS = 5 / 1440  # what is remembered grows for a while, and then no more: forgotten every ten minutes
 SAMPLE_SECONDS, PART_SECONDS = 10.0, 300.0  # the first and last five minutes
@@ -46,6 +43,7 @@ SELDOM = {  # and every so many seconds
     ("POST", "/v1/calibration/fits"): 20.0,  # below the 30 s after which an idle connection is ended
 }
 FITTED = {200, 201, 409, 422}  # a fit that helps nobody is refused, and that is an answer
+CROWD = 16  # readers at once; the service has four connections for them
 BROKEN_OFF = "/v1/evaluate"  # the only call that clients break off, so that all others can be counted
 
 
@@ -79,6 +77,17 @@ class Mixture:
         often = [self._client(turn, 0.01) for turn in (self._predict, self._tensors, self._fly) for _ in range(2)]
         seldom = [self._client(self._plain(*call), pause) for call, pause in SELDOM.items()]
         await asyncio.gather(*often, *seldom, self._client(self._reload, 15.0), self._break_off(), self._sample())
+
+    async def crowd(self) -> None:
+        """Many readers at once, so that every connection to the database is open."""
+        turn = self._plain("GET", "/v1/calibration")
+        for _ in range(3):
+            await asyncio.gather(*[self._once(turn) for _ in range(CROWD)])
+
+    async def _once(self, turn: Callable[[Connection], Awaitable[None]]) -> None:
+        connection = await Connection.to(self.running.port)
+        await turn(connection)
+        connection.close()
 
     async def _client(self, turn: Callable[[Connection], Awaitable[None]], pause: float) -> None:
         connection = await Connection.to(self.running.port)
@@ -223,6 +232,7 @@ def main() -> int:
 async def _mixed(running: Running, minutes: float) -> list[Line]:
     warm = Mixture(running, 10 / 60)  # whatever is opened once is open then
     await warm.run()
+    await warm.crowd()
     await asyncio.sleep(1)
     before, mixture = running.descriptors(), Mixture(running, minutes)
     mixture.told.answers, mixture.told.rows, mixture.flight = warm.told.answers, warm.told.rows, warm.flight

@@ -19,6 +19,7 @@ from model import contract
 from model.calibrate import OUTPUT as CALIBRATION
 from model.contract import Manifest
 from model.fit import CHECKPOINT, load
+from model.histories import Histories
 from model.network import EngineHealth, Normaliser
 from model.train import Knobs
 
@@ -30,18 +31,47 @@ def to_onnx(network: torch.nn.Module, window: int) -> bytes:
 
     Only the batch is free. A free time axis exports without a word and answers wrongly in recurrent layers.
     """
-    example = torch.randn(2, window, len(contract.CHANNELS), generator=torch.Generator().manual_seed(0))
+    batch = {0: torch.export.Dim("batch", min=1)}
+    return _exported(network, (_rows(2, window),), [contract.INPUT], [contract.LOGITS, contract.RUL], (batch,))
+
+
+def histories_to_onnx(network: EngineHealth) -> bytes | None:
+    """The graph over histories: `telemetry` [rows, 17] and `starts` [windows] to `logits`, `rul` and `exact`.
+
+    None if the backbone cannot share work between windows.
+    """
+    window = network.config.window
+    try:
+        module = Histories(network)
+    except ValueError:
+        return None
+    rows = {0: torch.export.Dim("rows", min=window)}, {0: torch.export.Dim("windows", min=1)}
+    names = [contract.INPUT, contract.STARTS], [contract.LOGITS, contract.RUL, contract.EXACT]
+    return _exported(module, (_rows(window + 40), torch.arange(20)), *names, rows)
+
+
+def _rows(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, len(contract.CHANNELS), generator=torch.Generator().manual_seed(0))
+
+
+def _exported(
+    module: torch.nn.Module,
+    example: tuple[torch.Tensor, ...],
+    inputs: list[str],
+    outputs: list[str],
+    free: tuple[dict[int, Any], ...],
+) -> bytes:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it asks for torchvision, which nothing here needs
     with warnings.catch_warnings():  # torch warns of its own internals, differently in every release
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            network.eval(),
-            (example,),
-            input_names=[contract.INPUT],
-            output_names=[contract.LOGITS, contract.RUL],
+            module.eval(),
+            example,
+            input_names=inputs,
+            output_names=outputs,
             dynamo=True,
             external_data=False,
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            dynamic_shapes=free,
             verbose=False,
         )
     assert program is not None  # the dynamo exporter returns a program
@@ -97,7 +127,8 @@ def main() -> None:
         described = manifest(network, checkpoint, json.loads(flags.calibration.read_text()), flags.name)
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(f"to_onnx: {str(error).splitlines()[0]}") from None
-    contract.write(to_onnx(network, network.config.window), described, flags.output)
+    window = network.config.window
+    contract.write(to_onnx(network, window), described, flags.output, histories_to_onnx(network))
     print(f"wrote {flags.output}: {flags.output.stat().st_size / 1024:.0f} KiB")
 
 

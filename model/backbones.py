@@ -54,13 +54,13 @@ class RollingMlp(nn.Module):
 
     def __init__(self, window: int, sensors: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        spans = [*(span for span in SPANS if span < window), window]
-        newest = torch.arange(window, 0, -1).unsqueeze(1) <= torch.tensor(spans)  # (T, N)
+        self.spans = [*(span for span in SPANS if span < window), window]
+        newest = torch.arange(window, 0, -1).unsqueeze(1) <= torch.tensor(self.spans)  # (T, N)
         self.register_buffer("newest", newest.float())
         # A table: ONNX Runtime's logarithm rounds by the place in the batch, and a length is one of a few.
         lengths = 2 * torch.log(torch.arange(window + 1) + 1.0) / math.log(window + 1) - 1
         self.register_buffer("lengths", lengths, persistent=False)
-        self.first = nn.Linear(sensors * len(spans) + 2, hidden)
+        self.first = nn.Linear(sensors * len(self.spans) + 2, hidden)
         self.second = nn.Linear(hidden, hidden // 2)
         self.dropout = nn.Dropout(dropout)
         self.width = hidden // 2
@@ -69,18 +69,25 @@ class RollingMlp(nn.Module):
         """Means of each span, 0 where a sensor says nothing; the length of the history (log, -1..1); the share said."""
         x, says, real = rows
         both = torch.cat([x * says, says], dim=2).transpose(1, 2) @ self.newest  # (B, 2 S, N)
+        return self.described(both, real.sum(1, keepdim=True))
+
+    def described(self, both: Tensor, length: Tensor) -> Tensor:  # (B, 2 S, N), (B, 1) -> (B, S N + 2)
+        """The same from the sums of what is said over each span, and how many readings those are of."""
         sums, counts = both.chunk(2, dim=1)
         means, empty = sums / counts.clamp(min=1), counts == 0
         # Spans are nested: the empty ones come first, and the one after them is the shortest that has a mean.
         shortest = empty.sum(-1, keepdim=True).clamp(max=len(self.newest[0]) - 1)
         means = torch.where(empty, means.gather(-1, shortest), means).transpose(1, 2).flatten(1)
-        length = real.sum(1, keepdim=True)  # (B, 1)
         share = counts[:, :, -1].mean(1, keepdim=True) / length.clamp(min=1)
         return torch.cat([means, self.lengths[length.long()], 2 * share - 1], dim=1)
 
     def forward(self, rows: Rows) -> Tensor:  # (B, T, S) -> (B, H / 2)
         """What the window shows, as one vector."""
-        return F.relu(self.second(self.dropout(F.relu(self.first(self.features(rows))))))
+        return self.seen(self.features(rows))
+
+    def seen(self, features: Tensor) -> Tensor:  # (B, S N + 2) -> (B, H / 2)
+        """The two layers."""
+        return F.relu(self.second(self.dropout(F.relu(self.first(features)))))
 
     newest: Tensor
     lengths: Tensor

@@ -5,6 +5,7 @@ seal's own digits read as zeros, so that a byte changed by accident anywhere is 
 Knows nobody in this project, and onnx only to write.
 """
 
+import base64
 import hashlib
 import re
 from pathlib import Path
@@ -14,6 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 SCHEMA_VERSION = 1
 INPUT, LOGITS, RUL = "telemetry", "logits", "rul"
+STARTS, EXACT = (
+    "starts",
+    "exact",
+)  # of the second graph: where windows begin, and whether their answers are the network's
 CLASSES = ("normal", "degrading", "critical")
 RUL_THRESHOLDS = (125.0, 50.0)  # normal above the first, critical at or below the last
 RUL_CAP = 125.0
@@ -40,6 +45,7 @@ CHANNELS = tuple(name for name, _, _ in CHANNEL_TABLE)
 SETTINGS, SENSORS = CHANNELS[:3], CHANNELS[3:]
 
 MANIFEST_KEY, SEAL_KEY = "manifest", "seal"
+HISTORIES_KEY = "histories"  # a second graph for windows that overlap, base64; the file is whole without it
 UNSEALED = b"0" * 64
 SEALED = b'"sealed":true'  # in the manifest, so that a damaged seal is not taken for none
 # metadata_props is a protobuf map entry: field 1 the key, field 2 the value, each preceded by its length (64 = "@")
@@ -182,13 +188,18 @@ def check_seal(content: bytes) -> None:
         raise ContractError("the file changed after it was written (its seal does not fit its content)")
 
 
-def write(source: bytes, manifest: Manifest, target: Path) -> str:
-    """Put a manifest into an ONNX file, replacing an older one, and seal it. Returns the digest of what was written."""
+def write(source: bytes, manifest: Manifest, target: Path, histories: bytes | None = None) -> str:
+    """Put a manifest into an ONNX file, and a second graph if one is given, replacing older ones, and seal it.
+
+    Returns the digest of what was written.
+    """
     import onnx
 
     proto = onnx.load_model_from_string(source)
     kept = {entry.key: entry.value for entry in proto.metadata_props if entry.key not in (MANIFEST_KEY, SEAL_KEY)}
     kept[MANIFEST_KEY] = manifest.model_copy(update={"sealed": True}).model_dump_json()
+    if histories is not None:
+        kept[HISTORIES_KEY] = base64.b64encode(histories).decode()
     onnx.helper.set_model_props(proto, kept | {SEAL_KEY: UNSEALED.decode()})
     content = proto.SerializeToString(deterministic=True)
     content = content.replace(b"\x12\x40" + UNSEALED, b"\x12\x40" + seal_of(content).encode())

@@ -27,6 +27,7 @@ Backbone = Literal["rolling-mlp", "conv-gru", "cnn-bilstm-attention"]
 SAME_CONDITION = 0.5  # scales; farther from every centre is a condition that training never saw
 FAR = 1e4  # scales; settings beyond any flight are as far as this, so that nothing overflows
 BROKEN = 10.0  # deviations; wear reaches five
+GRAIN = 2.0**-12  # deviations; sums of multiples of it are exact in float32, in whatever order they are taken
 
 
 @dataclass(frozen=True)
@@ -76,21 +77,29 @@ class Normaliser(nn.Module):
         beyond ten deviations (broken, not worn) and by one that stands still. With settings, they stand before the
         sensors, scaled.
         """
+        normal, meant = self.scaled(telemetry)
+        real = real_rows(telemetry)
+        says = meant * (1 - stuck(telemetry[..., len(SETTINGS) :], real)) * real.unsqueeze(-1)
+        if self.with_settings:
+            settings = (telemetry[..., : len(SETTINGS)] / self.scales).clamp(-FAR, FAR)
+            normal = torch.cat([(settings / SETTINGS_SPAN).clamp(-1, 1), normal], dim=-1)
+        return Rows(normal, says, real)
+
+    def scaled(self, telemetry: Tensor) -> tuple[Tensor, Tensor]:  # (..., C) -> (..., S), (..., S)
+        """Sensors in deviations, to the grain, and which are meant: no row looks at another.
+
+        What is not meant stands as zero. The noise of a sensor is one deviation, four thousand times the grain.
+        """
         settings, sensors = telemetry[..., : len(SETTINGS)] / self.scales, telemetry[..., len(SETTINGS) :]
         settings = settings.clamp(-FAR, FAR)
         centres = self.centres / self.scales  # (K, 3)
         # nearest centre: |s - c|² = |s|² - 2 (s c - |c|²/2), and |s|² is the same for all
         near, condition = (settings @ centres.T - centres.square().sum(-1) / 2).max(-1)  # (B, T)
         known = settings.square().sum(-1) - 2 * near <= SAME_CONDITION**2  # (B, T)
-        normal = (sensors - self.means[condition]) / self.deviations[condition]
-        meant = (normal.abs() <= BROKEN) & known.unsqueeze(-1)
-        real = real_rows(telemetry)
-        says = meant * (1 - stuck(sensors, real)) * real.unsqueeze(-1)
+        normal = (sensors - self.means[condition]) / (self.deviations[condition] * GRAIN)  # a power of two: exact
+        meant = (normal.abs() <= BROKEN / GRAIN) & known.unsqueeze(-1)
         # Padding and held readings stay for the backbones that look at rows and not at what they say.
-        normal = torch.where(meant, normal, 0.0)
-        if self.with_settings:
-            normal = torch.cat([(settings / SETTINGS_SPAN).clamp(-1, 1), normal], dim=-1)
-        return Rows(normal, says, real)
+        return torch.where(meant, normal.round(), 0.0) * GRAIN, meant
 
     def fit(self, rows: Readings) -> None:
         """Statistics per condition from training rows (N, C).

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE
-from service import logs
+from service import heap, logs
 from service.errors import ServiceError
 from service.replay import options as replay_options
 from service.score import command as score_command
@@ -92,6 +92,7 @@ def score(flags: dict[str, Any]) -> int:
 
 def serve(settings: Settings) -> int:
     """Serve until told to stop; 1 if the artefact or the address cannot be used."""
+    heap.give_back()  # before anybody takes much
     import uvicorn  # what no other command has need of, and a second to import
 
     from service.api.app import create_app

@@ -20,7 +20,7 @@ from model.occlusion import Shift, Usual, occluded, shifts
 from service.batcher import Batcher, Piece, Rows
 from service.errors import Fault, InvalidInput
 from service.metrics import Labelled, Metrics, observe_all
-from service.runtime import Batch, Model
+from service.runtime import Batch, Model, Outputs
 from service.settings import Settings
 from service.sizes import Sizes
 from service.turns import Turns
@@ -96,7 +96,12 @@ class Prediction:
 
 def answer(model: Model, telemetry: Batch, temperature: float) -> Answers:
     """Run the network and calibrate: (N, *input_shape) float32, finite, to answers."""
-    logits, rul = model.run(telemetry)
+    return answers_of(model, model.run(telemetry), temperature)
+
+
+def answers_of(model: Model, outputs: Outputs, temperature: float) -> Answers:
+    """What the network said, calibrated; rows of which it said nothing finite are marked."""
+    logits, rul = outputs
     finite = np.asarray(np.isfinite(logits).all(axis=1))
     if rul is not None:
         finite &= np.isfinite(rul)

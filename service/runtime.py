@@ -83,10 +83,10 @@ def open_model(
         if required_digest and digest != required_digest:
             raise ContractError(f"digest is {digest}, required is {required_digest}")
         contract.check_seal(content)
-        session = _session(content, threads or allowed_cores())
-        manifest = _manifest(session)
-        model = Model(manifest, digest, _input_shape(session, manifest), _runner(session))
-        _check_outputs(session, manifest)
+        opened = session(content, threads or allowed_cores())
+        manifest = _manifest(opened)
+        model = Model(manifest, digest, _input_shape(opened, manifest), _runner(opened))
+        _check_outputs(opened, manifest)
         _check_golden(model)
         model = _warm(model, batch_rows, deterministic)
     except ContractError as error:
@@ -97,7 +97,21 @@ def open_model(
     return model
 
 
-def _session(content: bytes, threads: int) -> ort.InferenceSession:
+def metadata(content: bytes) -> dict[str, str]:
+    """What a file says of itself, the manifest included.
+
+    Raises:
+        ContractError: ONNX Runtime cannot open it.
+    """
+    return dict(session(content, 1).get_modelmeta().custom_metadata_map)
+
+
+def session(content: bytes, threads: int) -> ort.InferenceSession:
+    """A graph, opened to run on so many threads.
+
+    Raises:
+        ContractError: ONNX Runtime cannot open it.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = FATAL_ONLY
     options.intra_op_num_threads = threads

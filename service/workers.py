@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
-from service import logs
+from service import heap, logs
 from service.api.app import create_app
 from service.api.protocol import BoundedProtocol
 from service.metrics import share_between_workers
@@ -66,6 +66,7 @@ def serve_many(settings: Settings) -> int:
 
 def worker_app(settings: Settings, shared: Path, supervisor: int) -> ASGIApp:
     """The application of one worker; called in the worker's own process."""
+    heap.give_back()
     logs.configure(settings)
     BoundedProtocol.seconds = settings.request_seconds
     slot = take_slot(shared, settings.workers * 2)

@@ -16,9 +16,9 @@ from typing import Any
 
 from service import runtime
 from service.errors import InvalidInput, ServiceError
+from service.histories import open_histories
 from service.predictor import Answers
 from service.runtime import Model
-from service.score import scoring
 from service.score.gather import Unit, units
 from service.score.options import Options
 from service.score.rows import Layout
@@ -37,7 +37,9 @@ class Worker:
     """An actor: the model, opened once from its bytes, at one temperature."""
 
     def __init__(self, content: bytes, deterministic: bool, temperature: float) -> None:
-        self.scorer = Scorer(opened(content, deterministic), temperature)
+        with _file(content) as path:
+            model = opened(path, deterministic)
+            self.scorer = Scorer(model, temperature, open_histories(path, model))
 
     def __call__(self, rows: Any) -> Any:
         """A table of units to the same with their answers."""
@@ -46,18 +48,17 @@ class Worker:
         done = [pickle.dumps(self.answered(*pickle.loads(unit.as_py()))) for unit in rows["unit"]]
         return pa.table({"unit": pa.array(done, pa.large_binary())})
 
-    def answered(self, unit: Unit, wanted: bool) -> tuple[Unit, list[Answers]]:
-        """A unit and the answers of its batches; none if they are known."""
+    def answered(self, unit: Unit, wanted: bool) -> tuple[Unit, Answers | None]:
+        """A unit and its answers; None if they are known."""
         if not wanted:
-            return unit, []
-        windows, cuts = scoring.views(unit, self.scorer.model), range(0, len(unit.starts), BATCH)
-        return unit, [self.scorer.batch(windows, unit.starts[i : i + BATCH]) for i in cuts]
+            return unit, None
+        return unit, self.scorer.together(unit, [call() for call in self.scorer.batches(unit)])
 
 
 def answered(
     options: Options, sources: list[Source], path: Path, deterministic: bool, temperature: float, done: int
-) -> Generator[tuple[Unit, list[Answers]]]:
-    """Every unit in order, with the answers of its batches; none for the first `done` units.
+) -> Generator[tuple[Unit, Answers | None]]:
+    """Every unit in order, with its answers; None for the first `done` units.
 
     Raises:
         InvalidInput: there is no such cluster, it is too small, or a task failed on it more often than it is retried.
@@ -130,12 +131,18 @@ def _actors(options: Options, ray: Any) -> int:
     return workers
 
 
-def opened(content: bytes, deterministic: bool) -> Model:
-    """The model of some bytes, proven."""
+@contextmanager
+def _file(content: bytes) -> Iterator[Path]:
+    """A file of some bytes, for a while."""
     with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
         file.write(content)
         file.flush()
-        return runtime.open_model(Path(file.name), "", 1, BATCH, deterministic)
+        yield Path(file.name)
+
+
+def opened(path: Path, deterministic: bool) -> Model:
+    """The model of a file, proven, as every actor has it."""
+    return runtime.open_model(path, "", 1, BATCH, deterministic)
 
 
 def _datasource(options: Options, sources: list[Source], content: bytes, deterministic: bool, done: int) -> Any:
@@ -146,7 +153,8 @@ def _datasource(options: Options, sources: list[Source], content: bytes, determi
     def read() -> Iterator[Any]:
         import pyarrow as pa
 
-        model = opened(content, deterministic)
+        with _file(content) as path:
+            model = opened(path, deterministic)
         with tempfile.TemporaryDirectory() as folder, closing(States.of(model, Path(folder))) as states:
             for number, unit in enumerate(units(options, Layout(options, model), sources, states)):
                 yield pa.table({"unit": pa.array([pickle.dumps((unit, number >= done))], pa.large_binary())})

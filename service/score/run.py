@@ -14,6 +14,7 @@ import onnxruntime as ort
 
 from service import runtime
 from service.errors import InvalidInput, ServiceError
+from service.histories import open_histories
 from service.predictor import Answers, Predictor
 from service.runtime import Model, allowed_cores
 from service.score import outputs, scoring
@@ -76,7 +77,7 @@ class _Run:
     ) -> None:
         self.options, self.job, self.model, self.layout, self.sources = options, job, model, layout, sources
         self.files = [source.name for source in sources]
-        self.scorer, self.settings = Scorer(model, temperature), settings
+        self.scorer, self.settings = Scorer(model, temperature, open_histories(settings.model, model)), settings
         self.whole_numbers = whole_numbers(sources, options.engine_column)
         self.labelled = options.truth_column is not None
         self.rejected = outputs.Rejected(job.folder / "rejected.parquet", fingerprint(job.identity))
@@ -106,13 +107,13 @@ class _Run:
         """Every unit that stands in no part yet, with its answers."""
         done, unanswered = self.job.units, self.job.unanswered()
         with closing(self._answered(done)) as answered:
-            for number, (unit, parts) in enumerate(answered):
-                if number < done:
+            for number, (unit, found) in enumerate(answered):
+                if found is None:
                     self._skip(unit, unanswered.get(number, []))
                 else:
-                    yield self.scorer.end(unit, parts, self.files, self.labelled)
+                    yield self.scorer.end(unit, found, self.files, self.labelled)
 
-    def _answered(self, done: int) -> Generator[tuple[Unit, list[Answers]]]:
+    def _answered(self, done: int) -> Generator[tuple[Unit, Answers | None]]:
         if self.options.engine == "ray":
             from service.score import ray_job
 
@@ -120,22 +121,26 @@ class _Run:
             return ray_job.answered(self.options, self.sources, *about)
         return self._locally(done)
 
-    def _locally(self, done: int) -> Generator[tuple[Unit, list[Answers]]]:
+    def _locally(self, done: int) -> Generator[tuple[Unit, Answers | None]]:
         """One thread reads, some infer, and whoever asks here writes."""
-        waiting = deque[tuple[Unit, list[Future[Answers]]]]()
+        waiting = deque[tuple[Unit, list[Future[Answers]] | None]]()
         reader, pool = ThreadPoolExecutor(1), ThreadPoolExecutor(self.settings.threads or allowed_cores())
         with closing(States.of(self.model, self.job.folder)) as states:
             try:
                 found = units(self.options, self.layout, self.sources, states)
                 for number, unit in enumerate(_prefetched(reader, found)):
-                    waiting.append((unit, [] if number < done else self.scorer.begin(unit, pool)))
+                    begun = None if number < done else [pool.submit(call) for call in self.scorer.batches(unit)]
+                    waiting.append((unit, begun))
                     if len(waiting) > AHEAD:
-                        yield _waited(*waiting.popleft())
+                        yield self._waited(*waiting.popleft())
                 while waiting:
-                    yield _waited(*waiting.popleft())
+                    yield self._waited(*waiting.popleft())
             finally:
                 pool.shutdown(cancel_futures=True)
                 reader.shutdown(cancel_futures=True)
+
+    def _waited(self, unit: Unit, begun: list[Future[Answers]] | None) -> tuple[Unit, Answers | None]:
+        return unit, None if begun is None else self.scorer.together(unit, [future.result() for future in begun])
 
     def _skip(self, unit: Unit, unanswered: list[Reject]) -> None:
         self._reject([*unit.rejects, *unanswered])
@@ -205,10 +210,6 @@ class _Run:
         manifest = self.model.manifest
         names = {"model_name": manifest.name, "model_version": manifest.version, "model_digest": self.model.digest}
         return names | {"temperature": repr(self.scorer.temperature), "command": self.options.command}
-
-
-def _waited(unit: Unit, futures: list[Future[Answers]]) -> tuple[Unit, list[Answers]]:
-    return unit, [future.result() for future in futures]
 
 
 def _prefetched(reader: ThreadPoolExecutor, units: Iterator[Unit]) -> Iterator[Unit]:

@@ -3,8 +3,9 @@
 Each batch runs on one thread, and several run at once: so the same rows give the same bits on any number of cores.
 """
 
-from concurrent.futures import Executor, Future
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,15 @@ import numpy.typing as npt
 
 from model import numerics
 from model.numerics import Floats
-from service.predictor import FLOAT32, Answers, answer, calibrated, joined
+from service.histories import Histories, views
+from service.predictor import FLOAT32, Answers, answer, answers_of, calibrated, joined
 from service.runtime import Batch, Model
-from service.score.gather import Unit
+from service.score.gather import Integers, Unit
 from service.score.rows import Reject
 
 BATCH = 64  # windows of one inference, as in the service: no other size is faster for the bundled model
+TOGETHER = 1024  # windows of one inference over histories
+ROWS_EACH = 16  # rows laid out for a window, beyond which running each window by itself is quicker
 NO_ANSWER = "the model has no finite answer for these readings"
 
 
@@ -28,35 +32,58 @@ class Scored:
     unit: Unit
     answers: Answers
     loss: Floats | None  # (N,) NaN without a label; None if no labels were asked for
-    kept: npt.NDArray[np.int64]  # which rows of the unit the answers are of
+    kept: Integers  # which rows of the unit the answers are of
     unanswered: list[Reject]
 
 
 class Scorer:
-    """A model at one temperature."""
+    """A model at one temperature, and its graph over histories if it has one: same bits with and without."""
 
-    def __init__(self, model: Model, temperature: float) -> None:
-        self.model, self.temperature = model, temperature
+    def __init__(self, model: Model, temperature: float, histories: Histories | None = None) -> None:
+        self.model, self.temperature, self.histories = model, temperature, histories
 
-    def begin(self, unit: Unit, pool: Executor) -> "list[Future[Answers]]":
-        """Set a pool to work on the batches of a unit."""
-        windows = views(unit, self.model)
-        cuts = range(0, len(unit.starts), BATCH)
-        return [pool.submit(self.batch, windows, unit.starts[i : i + BATCH]) for i in cuts]
+    def batches(self, unit: Unit) -> "list[Callable[[], Answers]]":
+        """Calls that answer a unit between them, each on a thread of its choice; `together` takes what they give."""
+        if self._shares(unit):
+            starts = np.sort(unit.starts)
+            return [partial(self._overlapping, unit.flat, starts[i : i + TOGETHER]) for i in _cuts(starts, TOGETHER)]
+        windows = views(unit.flat, self.model)
+        return [partial(self._alone, windows, unit.starts[i : i + BATCH]) for i in _cuts(unit.starts, BATCH)]
 
-    def batch(self, windows: Batch, starts: npt.NDArray[np.int64]) -> Answers:
+    def together(self, unit: Unit, parts: list[Answers]) -> Answers:
+        """The answers of a unit, in the order of its rows."""
+        found = joined(parts or [self._nothing()])
+        if not self._shares(unit):
+            return found
+        order = np.argsort(unit.starts, kind="stable")
+        if (order[1:] > order[:-1]).all():
+            return found
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        return _at(found, place)
+
+    def _shares(self, unit: Unit) -> bool:
+        return self.histories is not None and len(unit.flat) <= ROWS_EACH * len(unit.starts)
+
+    def _alone(self, windows: Batch, starts: Integers) -> Answers:
         """Lay out some windows and answer them."""
         shape = (len(starts), *self.model.input_shape)
         return answer(self.model, np.ascontiguousarray(windows[starts]).reshape(shape), self.temperature)
 
-    def end(self, unit: Unit, parts: list[Answers], files: list[str], labelled: bool) -> Scored:
-        """The answers of all batches of a unit, in order, with the losses of labelled rows."""
-        found = joined(parts or [self._nothing()])
+    def _overlapping(self, flat: Batch, starts: Integers) -> Answers:
+        """Answer windows that begin one behind another in the rows of a unit."""
+        assert self.histories is not None  # asked before
+        begin, end = starts[0], starts[-1] + self.histories.window
+        outputs = self.histories.answers(flat[begin:end], starts - begin, BATCH)
+        return answers_of(self.model, outputs, self.temperature)
+
+    def end(self, unit: Unit, found: Answers, files: list[str], labelled: bool) -> Scored:
+        """A unit with its answers, and the losses of labelled rows."""
         kept = np.flatnonzero(found.finite)
         lacking = np.flatnonzero(~found.finite).tolist()
         unanswered = [Reject(int(unit.row[i]), files[unit.file[i]], NO_ANSWER) for i in lacking]
         if lacking:
-            found = Answers(*(None if column is None else column[kept] for column in found))  # type: ignore[arg-type]  # column by column
+            found = _at(found, kept)
         loss = self._losses(found, unit.label[kept]) if labelled else None
         return Scored(unit, found, loss, kept, unanswered)
 
@@ -66,7 +93,7 @@ class Scorer:
         logits = np.empty((0, len(manifest.classes)), np.float32)
         return calibrated(self.model, logits, rul, np.empty(0, np.bool_), self.temperature)
 
-    def _losses(self, found: Answers, label: npt.NDArray[np.int64]) -> Floats:
+    def _losses(self, found: Answers, label: Integers) -> Floats:
         known = label >= 0
         loss = np.full(len(label), np.nan)
         each = numerics.cross_entropy(found.logits[known], label[known], self.temperature, reduction="none")
@@ -74,12 +101,13 @@ class Scorer:
         return loss
 
 
-def views(unit: Unit, model: Model) -> Batch:
-    """Every window of a unit's rows, (M, window, C), without a copy."""
-    window = model.manifest.window or 1
-    if len(unit.flat) < window:
-        return np.empty((0, window, unit.flat.shape[1]), np.float32)
-    return np.lib.stride_tricks.sliding_window_view(unit.flat, window, axis=0).transpose(0, 2, 1)
+def _cuts(starts: Integers, size: int) -> range:
+    return range(0, len(starts), size)
+
+
+def _at(answers: Answers, which: Integers) -> Answers:
+    """Some rows of some answers, in this order."""
+    return Answers(*(None if column is None else column[which] for column in answers))  # type: ignore[arg-type]  # column by column
 
 
 def table(scored: Scored, model: Model, engine: str, cycle: str, whole_numbers: bool) -> Any:

@@ -1,0 +1,24 @@
+"""The C library's heap: what is large and freed goes back to the machine. Knows nothing of this project.
+
+glibc learns from each large block that is freed to keep larger ones: after a body of 30 MB, or a fit over a month of
+truths, everything up to 32 MB comes from a heap that has holes and never shrinks. With fixed limits it does not learn,
+and a block of a MiB and more is a mapping of its own. Elsewhere (musl, macOS) nothing is set.
+"""
+
+import ctypes
+import os
+
+TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # of mallopt(3), by the numbers of malloc.h
+LARGE = 2**20  # bytes; smaller ones come and go with every request, and mapping costs
+KEPT = 2**22  # bytes at the top of the heap that stay for the next request
+ARENAS = 2  # one for the event loop, one for all others; by default there are eight for each core
+
+
+def give_back() -> None:
+    """Fix the limits, unless the environment sets some of its own."""
+    if any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ:
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for what, value in ((TRIM_THRESHOLD, KEPT), (MMAP_THRESHOLD, LARGE), (ARENA_MAX, ARENAS)):
+            mallopt(what, value)

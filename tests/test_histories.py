@@ -1,0 +1,190 @@
+"""Work shared between overlapping windows: nothing of an answer may depend on it."""
+
+import base64
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from export.to_onnx import histories_to_onnx, to_onnx
+from export.verify import synthetic_windows
+from model import cmapss, contract
+from model.evaluate import ARTEFACT, open_artefact
+from model.histories import Histories
+from model.network import EngineHealth, NetworkConfig
+from model.windows import Readings, pad_left
+from service import histories, runtime
+from service.errors import ArtefactRejected
+from service.histories import Histories as Opened
+from service.histories import open_histories
+from service.score import run
+from tests.scoring import flights, read, score, write
+
+WINDOW = 23
+
+
+@pytest.fixture(scope="module")
+def network() -> EngineHealth:
+    """An untrained network of rolling means over 23 rows."""
+    torch.manual_seed(0)
+    made = EngineHealth(NetworkConfig(window=WINDOW, hidden=16)).eval()
+    made.normalise.centres.copy_(torch.arange(18).reshape(6, 3) * 10.0)
+    return made
+
+
+@pytest.fixture(scope="module")
+def bundled() -> Opened:
+    """The second graph of the committed artefact."""
+    found = open_histories(ARTEFACT, runtime.open_model(ARTEFACT))
+    assert found is not None
+    return found
+
+
+def shared(network: EngineHealth, rows: Readings) -> tuple[Readings, Readings, Readings]:
+    """Logits of every window with work shared, whether they hold, and the network's own."""
+    starts = np.arange(len(rows) - network.config.window + 1)
+    windows = np.lib.stride_tricks.sliding_window_view(rows, network.config.window, axis=0).transpose(0, 2, 1)
+    with torch.inference_mode():
+        logits, _, exact = Histories(network).eval()(torch.from_numpy(rows), torch.from_numpy(starts))
+        own, _ = network(torch.from_numpy(windows.copy()))
+    return logits.numpy(), exact.numpy(), own.numpy()
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_what_it_vouches_for_is_what_the_network_says_of_the_window_alone(
+    network: EngineHealth, data: st.DataObject
+) -> None:
+    """With padding, spells that stand still, repeated rows, broken sensors and unknown conditions, in any order."""
+    rows = synthetic_windows(network, 4, seed=data.draw(st.integers(0, 99))).reshape(-1, 17)
+    at = st.integers(0, len(rows) - 1)
+    for begin, length in data.draw(st.lists(st.tuples(at, st.integers(2, 9)), max_size=8)):
+        channels = data.draw(st.sampled_from([slice(None), slice(3, 4), slice(5, 9), slice(3, None)]))
+        rows[begin : begin + length, channels] = rows[begin, channels]
+    for place in data.draw(st.lists(at, max_size=3)):
+        rows[place, data.draw(st.integers(0, 16))] = data.draw(st.sampled_from([1e30, -1e6, 0.0, 3e38]))
+    logits, exact, own = shared(network, rows)
+    np.testing.assert_array_equal(own[exact].view(np.int32), logits[exact].view(np.int32))
+
+
+def test_it_vouches_for_short_histories_and_for_spells_inside(network: EngineHealth) -> None:
+    """Every window of an engine from its first flight on, and one in which a sensor stands still, is shared."""
+    flown = synthetic_windows(network, 1, seed=5)[0]
+    flown[10:16, 4] = flown[10, 4]
+    rows = np.concatenate([np.repeat(flown[:1], WINDOW - 1, axis=0), flown])
+    logits, exact, own = shared(network, rows)
+    spell = np.zeros(len(exact), np.bool_)
+    spell[11:14] = True  # the newest row is in the spell, before anybody can know how long it will last
+    np.testing.assert_array_equal(~spell, exact)
+    np.testing.assert_array_equal(own[exact], logits[exact])
+    assert (own[spell] != logits[spell]).any(axis=1).all()
+
+
+def test_only_rolling_means_share_work() -> None:
+    """A recurrent backbone has no second graph, and a window whose sums could be rounded has none."""
+    assert histories_to_onnx(EngineHealth(NetworkConfig(window=12, backbone="conv-gru", hidden=8))) is None
+    assert histories_to_onnx(EngineHealth(NetworkConfig(window=4096, hidden=8))) is None
+
+
+def test_real_histories_have_the_bits_of_real_windows(bundled: Opened, cmapss_dir: Path) -> None:
+    """Official test engines of all four subsets, every cycle: nine in ten shared, all answers the network's."""
+    model = bundled.model
+    for subset in ("FD001", "FD002", "FD003", "FD004"):
+        engines = [one.telemetry.astype(np.float32) for one in cmapss.read_test(cmapss_dir, subset)[:8]]
+        rows = np.concatenate([np.concatenate([np.repeat(one[:1], 99, axis=0), one]) for one in engines])
+        ends = np.cumsum([99 + len(one) for one in engines])
+        starts = np.concatenate(
+            [np.arange(end - 99 - len(one), end - 99) for end, one in zip(ends, engines, strict=True)]
+        )
+        windows = np.concatenate(
+            [np.stack([pad_left(one[: k + 1], 100) for k in range(len(one))]) for one in engines]
+        ).astype(np.float32)
+        own = [model.run(windows[i : i + 64]) for i in range(0, len(windows), 64)]
+        found = bundled.answers(rows, starts, 64)
+        np.testing.assert_array_equal(np.concatenate([one.logits for one in own]), found.logits)
+        np.testing.assert_array_equal(np.concatenate([one.rul for one in own if one.rul is not None]), found.rul)
+        assert bundled.run(rows, starts)[1].mean() > 0.9
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_job_writes_the_same_with_and_without(
+    windows: Readings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixed: bool
+) -> None:
+    """Bytes of the output, engine after engine and flight after flight, with many windows to a call and with few."""
+    table = flights(windows)
+    if mixed:
+        table = table.sort_by([("cycle", "ascending"), ("engine_id", "descending")])
+    source = write(table, tmp_path / "a.parquet")
+    called: list[int] = []
+    monkeypatch.setattr(Opened, "run", _counting(Opened.run, called))
+    assert 0 == score(source, tmp_path / "with.parquet")
+    assert 400 in called
+    monkeypatch.setattr(run, "open_histories", lambda *_: None)
+    assert 0 == score(source, tmp_path / "without.parquet")
+    assert (tmp_path / "with.parquet").read_bytes() == (tmp_path / "without.parquet").read_bytes()
+
+
+def test_no_second_graph_is_believed(windows: Readings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is missing, no graph, of another network, of other names: each is left aside, and the answers stay."""
+    expected = read(_scored(ARTEFACT, windows, tmp_path / "0", monkeypatch))
+    manifest = open_artefact(ARTEFACT)[1]
+    torch.manual_seed(3)
+    other = EngineHealth(NetworkConfig(hidden=8)).eval()
+    strange = [b"", b"no graph", histories_to_onnx(other), to_onnx(other, 100)]
+    for k, content in enumerate(strange):
+        path = tmp_path / f"{k}.onnx"
+        contract.write(ARTEFACT.read_bytes(), manifest, path, content)
+        assert open_histories(path, runtime.open_model(path)) is None
+        assert expected.equals(read(_scored(path, windows, tmp_path / f"of-{k}", monkeypatch)))
+    torn = onnx.load_model_from_string(ARTEFACT.read_bytes())
+    kept = {one.key: one.value for one in torn.metadata_props} | {contract.HISTORIES_KEY: "%%%"}
+    onnx.helper.set_model_props(torn, kept)
+    contract.write(torn.SerializeToString(), manifest, tmp_path / "torn.onnx")
+    assert open_histories(tmp_path / "torn.onnx", runtime.open_model(tmp_path / "torn.onnx")) is None
+
+
+def test_a_graph_that_vouches_wrongly_is_not_used(bundled: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bit of one answer is enough."""
+    asked = Opened.run
+
+    def wrong(self: Opened, rows: runtime.Batch, starts: histories.Starts) -> tuple[runtime.Outputs, histories.Mask]:
+        found, exact = asked(self, rows, starts)
+        found.logits.view(np.int32)[-1, -1] ^= 1
+        return found, exact
+
+    monkeypatch.setattr(Opened, "run", wrong)
+    assert open_histories(ARTEFACT, bundled.model) is None
+
+
+def test_a_file_that_changed_since_is_refused(bundled: Opened, tmp_path: Path) -> None:
+    """The second graph is of the very file whose network answers."""
+    contract.write(ARTEFACT.read_bytes(), open_artefact(ARTEFACT)[1], tmp_path / "m.onnx", b"x")
+    with pytest.raises(ArtefactRejected, match="changed while it was opened"):
+        open_histories(tmp_path / "m.onnx", bundled.model)
+
+
+def test_the_export_carries_it_as_base64_in_the_one_file() -> None:
+    """The artefact stays one file, and its metadata text."""
+    text = runtime.metadata(ARTEFACT.read_bytes())[contract.HISTORIES_KEY]
+    graph = onnx.load_model_from_string(base64.b64decode(text)).graph
+    assert [contract.INPUT, contract.STARTS] == [one.name for one in graph.input]
+    assert [contract.LOGITS, contract.RUL, contract.EXACT] == [one.name for one in graph.output]
+
+
+def _counting(called: object, sizes: list[int]) -> object:
+    def run(self: Opened, rows: runtime.Batch, starts: histories.Starts) -> object:
+        sizes.append(len(starts))
+        return called(self, rows, starts)  # type: ignore[operator]  # as it was
+
+    return run
+
+
+def _scored(model: Path, windows: Readings, output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ENGINE_HEALTH_MODEL", str(model))
+    source, target = write(flights(windows), output.with_suffix(".csv")), output.with_suffix(".parquet")
+    assert 0 == score(source, target)
+    return target
