@@ -32,8 +32,9 @@ LABEL org.opencontainers.image.title="engine-health" \
       org.opencontainers.image.version="0.1.0" \
       engine-health.model.digest="$MODEL_DIGEST"
 COPY --from=build /opt/engine-health /opt/engine-health
-# The one folder that the service may write to; its memory, engine-health.db, is made there.
-RUN mkdir /data && chown 10001:10001 /data
+# The base's pip is nobody's here. /data is the one folder that the service may write to; engine-health.db is made there.
+RUN rm -rf /usr/local/lib/python3.11/site-packages/* /usr/local/lib/python3.11/ensurepip /usr/local/bin/pip* /usr/local/bin/wheel \
+    && mkdir /data && chown 10001:10001 /data
 ENV PATH=/opt/engine-health/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \

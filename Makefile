@@ -8,7 +8,7 @@ CMAPSS_URL ?= https://phm-datasets.s3.amazonaws.com/NASA/6.+Turbofan+Engine+Degr
 
 .DEFAULT_GOAL := help
 .PHONY: help serve demo test check format train export evaluate fleet study fuzz kills bench bench-peers bench-score bench-monitor \
-	bench-console kills-score endurance data docs screenshots lock clean
+	bench-console kills-score endurance faults soak scaling data docs screenshots lock clean
 
 help:                            ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile

@@ -54,7 +54,9 @@ build() { # what needs the outside: Debian's packages for the base, Python's for
     image python:3.11-slim "$work/base" <<END
 FROM scratch
 ADD base.tar /
-RUN ln -s /usr/bin/python3.11 /usr/local/bin/python
+RUN ln -s /usr/bin/python3.11 /usr/local/bin/python \
+    && mkdir -p /usr/local/lib/python3.11/site-packages/pip /usr/local/lib/python3.11/ensurepip \
+    && touch /usr/local/bin/pip # where the base that it stands for has them
 END
     cp /usr/bin/prometheus /usr/bin/promtool /usr/bin/prometheus-alertmanager /usr/bin/amtool "$work/base"
     cp /usr/share/prometheus/alertmanager/*.tmpl "$work/base"
@@ -93,7 +95,7 @@ inspect() { # what the image is
     kept "its label is the artefact's digest"
     found=$(mount=$(podman image mount engine-health:0.1.0); cd "$mount"
         find . -user 10001 -o -group 10001 -o -perm -0002 -type f | sort | tr '\n' ' '
-        find opt \( -name torch -o -name pip -o -name '*.pt' \) | tr '\n' ' '
+        find opt usr/local \( -name torch -o -name pip -o -name ensurepip -o -name '*.pt' \) | tr '\n' ' '
         podman image unmount engine-health:0.1.0 >/dev/null)
     [ "$found" = "./data " ] || fail "found in the image: $found"
     kept "nothing belongs to its user but /data; no torch, no pip, no checkpoint in it"
@@ -113,7 +115,7 @@ here=http://127.0.0.1:8000
 
 run() { # compose, in a network of its own
     ip link set lo up
-    trap 'compose down -v || true' EXIT
+    trap 'compose --profile demo down -v || true' EXIT
     compose up -d engine-health prometheus alertmanager || { tail -30 "$work/compose.log"; fail "compose up"; }
     until_true ready
     kept "ready"
@@ -182,12 +184,16 @@ survives() { # the memory outlives its containers
 asks_for_keys() { # secrets are files
     compose down
     echo "a-key-of-this-test" >"$work/key" && chmod 644 "$work/key"
-    API_KEYS_FILE="$work/key" compose up -d engine-health || fail "compose up with a key"
+    API_KEYS_FILE="$work/key" compose up -d engine-health prometheus || fail "compose up with a key"
     until_true ready
+    local found
     [ "$(ask -o /dev/null -w '%{http_code}' "$here/v1/model")" = 401 ] || fail "answered without a key"
     [ "$(ask -o /dev/null -w '%{http_code}' -H 'X-API-Key: a-key-of-this-test' "$here/v1/model")" = 200 ] || fail "the key opens nothing"
-    in_service sh -c 'cat /proc/1/environ' | grep -q a-key-of-this-test && fail "the key stands in the environment"
+    found=$(in_service cat /proc/1/environ | tr '\0' ' ')
+    [[ $found == *ENGINE_HEALTH_PORT=8000* && $found != *a-key-of-this-test* ]] || fail "the environment: $found"
     kept "a key given as a file is asked for, and stands in no environment"
+    until_true prometheus_says 'sum(engine_health_http_requests_total{status="401"})' 1 # none was refused before
+    kept "Prometheus scrapes it still, without a key"
 }
 
 many_engines() { [[ $(ask "$here/v1/engines" | sed -n 's/.*"total":\([0-9]*\).*/\1/p') -ge 40 ]]; }

@@ -32,7 +32,7 @@ def test_every_container_is_hardened(name: str) -> None:
     assert (True, ["ALL"]) == (one["read_only"], one["cap_drop"])
     assert ["no-new-privileges:true"] == one["security_opt"]
     assert re.fullmatch(r"\d+[mg]", one["mem_limit"])
-    assert one["pids_limit"] > 0
+    assert one["pids_limit"] >= 1000  # a machine of 128 cores has some threads of ONNX Runtime and numpy for each
     assert "unless-stopped" == one["restart"]
     assert not {"privileged", "cap_add", "network_mode", "pid", "devices"} & set(one)
 
@@ -86,7 +86,10 @@ def test_secrets_are_files_and_named_as_the_service_reads_them() -> None:
         found = re.fullmatch(r"\$\{(\w+_FILE):-\./ops/compose/none\}", secret["file"])
         assert found
         assert name.removeprefix("engine_health_").upper() + "_FILE" == found[1]
-        assert name == "postgres_password" or name.removeprefix("engine_health_") in Settings.model_fields
+        if name.startswith("engine_health_"):
+            assert name.removeprefix("engine_health_") in Settings.model_fields
+        else:  # another program's, which is told where it lies
+            assert f"/run/secrets/{name}" in TEXT + (OPS / "alertmanager.yml").read_text()
     assert "" == (OPS / "compose" / "none").read_text()
     for one in SERVICES.values():
         secret = [key for key in one.get("environment", {}) if re.search("KEY|PASSWORD|DATABASE_URL|SECRET|TOKEN", key)]

@@ -9,6 +9,7 @@ import yaml
 
 from model.evaluate import ARTEFACT
 from service.api.app import create_app
+from service.api.keys import OPEN
 from service.settings import PREFIX, Settings, read_settings
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +65,14 @@ def test_settings_and_commands_that_are_named_exist(name: str) -> None:
     assert set() == {word for words in said for word in words} - targets
 
 
+def test_every_command_is_a_command() -> None:
+    """Each target that `make help` lists runs whatever file has its name, and no other is declared to."""
+    text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    listed = re.findall(r"^([a-z-]+):.*## ", text, re.MULTILINE)
+    (phony,) = re.findall(r"^\.PHONY:(.*)$", text, re.MULTILINE)
+    assert sorted(listed) == sorted(phony.split())
+
+
 @now
 def test_calls_that_are_named_exist(name: str) -> None:
     """Every path below /v1 and /v2 that a document names is one of the service, or the beginning of one."""
@@ -104,6 +113,14 @@ def test_the_card_knows_the_size_of_the_artefact() -> None:
     """The size that the model card gives is the file's, in KiB."""
     (size,) = re.findall(r"(\d+) KiB of ONNX", (ROOT / "docs" / "model-card.md").read_text())
     assert int(size) == round(ARTEFACT.stat().st_size / 1024)
+
+
+@pytest.mark.parametrize("name", ["README.md", "SECURITY.md"])
+def test_whatever_is_open_is_said_to_be(name: str) -> None:
+    """Both documents name each call that needs no key, but for the pages, of which they speak as such."""
+    text = (ROOT / name).read_text()
+    for path in OPEN - {"/", "/docs", "/openapi.json"}:
+        assert f"`{path}`" in text or f"`{path.rpartition('/')[0]}/*`" in text, path
 
 
 def test_limits_that_documents_repeat_are_those_of_the_image() -> None:

@@ -74,7 +74,7 @@ def test_it_runs_as_nobody_in_particular() -> None:
     """The user is 10001 by number, owns the data volume and nothing else, and is told to stop by SIGTERM."""
     assert ["10001:10001"] == given("USER")
     assert ["/data"] == given("WORKDIR") == given("VOLUME")
-    assert ["mkdir /data && chown 10001:10001 /data"] == given("RUN")
+    assert given("RUN")[0].endswith("&& mkdir /data && chown 10001:10001 /data")
     assert ["SIGTERM"] == given("STOPSIGNAL")
     names = [name for name, _ in FINAL]
     assert names.index("RUN") < names.index("USER") < names.index("CMD")

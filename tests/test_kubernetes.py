@@ -8,8 +8,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from service.settings import PREFIX, Settings
+from service.errors import SettingsRejected
+from service.settings import PREFIX, Settings, read_settings
 from service.workers import GRACE_SECONDS
+from tests.conftest import running
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "ops" / "kubernetes" / "engine-health.yaml").read_text()
@@ -19,11 +21,14 @@ POD = MANIFESTS["Deployment"]["spec"]["template"]["spec"]
 LABELS = {"app.kubernetes.io/name": "engine-health"}
 
 
-def inference_service() -> dict[str, Any]:
-    """The InferenceService of docs/operations.md."""
+def in_operations(key: str) -> dict[str, Any]:
+    """The one block of YAML in docs/operations.md that has a key."""
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "operations.md").read_text(), re.DOTALL)
-    (found,) = [one for one in map(yaml.safe_load, blocks) if one["kind"] == "InferenceService"]
+    (found,) = [one for one in map(yaml.safe_load, blocks) if key in one]
     return dict(found)
+
+
+PREDICTOR = in_operations("kind")["spec"]["predictor"]
 
 
 @pytest.mark.parametrize("version", ["1.29", kubernetes_validate.latest_version()])
@@ -44,7 +49,39 @@ def test_manifests_mean_the_same_pods() -> None:
     assert LABELS == POD["topologySpreadConstraints"][0]["labelSelector"]["matchLabels"]
     target = MANIFESTS["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
     assert ("Deployment", deployment["metadata"]["name"]) == (target["kind"], target["name"])
-    assert MANIFESTS["PodDisruptionBudget"]["spec"]["minAvailable"] < deployment["spec"]["replicas"]
+    assert 1 == MANIFESTS["PodDisruptionBudget"]["spec"]["maxUnavailable"]
+    assert MANIFESTS["HorizontalPodAutoscaler"]["spec"]["minReplicas"] > 1
+    assert "replicas" not in deployment["spec"]  # else every apply undoes what the HPA did
+
+
+@pytest.mark.parametrize("pod", [POD, PREDICTOR])
+def test_a_service_of_the_same_name_sets_nothing(pod: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kubernetes' variable for the Service is none that the service could start with, so that pods are given none."""
+    name = MANIFESTS["Service"]["metadata"]["name"].upper().replace("-", "_") + "_PORT"
+    monkeypatch.setenv(name, "tcp://10.96.0.17:80")
+    with pytest.raises(SettingsRejected, match=f"^{name}="):
+        read_settings()
+    assert pod["enableServiceLinks"] is False
+
+
+def test_a_pod_computes_on_the_cores_that_it_requests() -> None:
+    """One thread of inference for each requested core: without a limit it would take one for every core of the node."""
+    for container in (CONTAINER, *PREDICTOR["containers"]):
+        given = {one["name"]: one["value"] for one in container["env"]}
+        assert given["ENGINE_HEALTH_THREADS"] == container["resources"]["requests"]["cpu"]
+        assert {name.removeprefix(PREFIX).lower() for name in given} <= set(Settings.model_fields)
+
+
+def test_prometheus_finds_the_pods_under_the_name_that_alerts_ask_for() -> None:
+    """The scrape job of docs/operations.md has the name in ops/alerts.yml, and keeps the manifests' pods and port."""
+    (job,) = in_operations("scrape_configs")["scrape_configs"]
+    asked = set(re.findall(r'job="([^"]+)"', (ROOT / "ops" / "alerts.yml").read_text()))
+    assert asked == {job["job_name"]}
+    (rule,) = job["relabel_configs"]
+    ((label, value),) = LABELS.items()
+    assert f"__meta_kubernetes_pod_label_{re.sub('[./]', '_', label)}" == rule["source_labels"][0]
+    assert "__meta_kubernetes_pod_container_port_name" == rule["source_labels"][1]
+    assert ("keep", f"{value};{CONTAINER['ports'][0]['name']}") == (rule["action"], rule["regex"])
 
 
 def test_the_pod_is_what_the_image_expects() -> None:
@@ -78,14 +115,27 @@ def test_a_pod_has_time_to_drain() -> None:
     )
 
 
+def test_probes_need_no_key() -> None:
+    """Every path that a probe asks is answered with 200 without a key by a service that asks for keys."""
+    probes = [*(CONTAINER[f"{kind}Probe"] for kind in ("startup", "readiness", "liveness"))]
+    probes += [one["readinessProbe"] for one in PREDICTOR["containers"]]
+    with running(ENGINE_HEALTH_API_KEYS="a-key-of-this-test") as service:
+        assert 401 == service.client.get("/v2/models/engine-health/ready").status_code
+        assert [200] * len(probes) == [service.client.get(one["httpGet"]["path"]).status_code for one in probes]
+
+
 def test_the_inference_service_is_the_same_container() -> None:
-    """KServe's predictor in docs/operations.md is a valid pod of the same image, port and limits."""
-    predictor = inference_service()["spec"]["predictor"]
-    (container,) = predictor["containers"]
-    assert "serving.kserve.io/v1beta1" == inference_service()["apiVersion"]
+    """KServe's predictor in docs/operations.md is a valid pod of the same image, port, user and limits."""
+    (container,) = PREDICTOR["containers"]
+    assert ("serving.kserve.io/v1beta1", "InferenceService") == tuple(
+        map(in_operations("kind").get, ("apiVersion", "kind"))
+    )
     assert "kserve-container" == container["name"]  # KServe looks for this one
     assert (CONTAINER["image"], 8000) == (container["image"], container["ports"][0]["containerPort"])
-    assert CONTAINER["securityContext"] == container["securityContext"]
-    pod = {key: value for key, value in predictor.items() if key not in ("minReplicas", "maxReplicas")}
+    assert CONTAINER["resources"] == container["resources"]
+    user = {key: POD["securityContext"][key] for key in ("runAsNonRoot", "runAsUser", "runAsGroup")}
+    assert CONTAINER["securityContext"] | user == container["securityContext"]
+    assert "securityContext" not in PREDICTOR  # Knative refuses a pod's, unless a feature flag of its allows it
+    pod = {key: value for key, value in PREDICTOR.items() if key not in ("minReplicas", "maxReplicas")}
     manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": pod}
     kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)

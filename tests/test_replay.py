@@ -22,7 +22,7 @@ from model.cmapss import DataError
 from model.contract import CHANNELS
 from model.planted import Planted
 from service import cli
-from service.replay.board import Tally
+from service.replay.board import Lines, Tally
 from service.replay.client import CallFailed, Client
 from service.replay.demo import main as demo_main
 from service.replay.flights import simulated
@@ -71,6 +71,18 @@ def test_a_fleet_flies_until_it_has_failed(kept: Service, capsys: pytest.Capture
         assert list(range(1, life + 1)) == [row["cycle"] for row in found]
         assert ["critical"] * 51 == [row["label"] for row in found[-51:]]
         assert all(row["label"] is not None for row in found)
+
+
+def test_what_is_known_is_not_waited_for(kept: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same replay again, as of a container started anew, comes to what is new and waits for nothing else."""
+    fleet = ("--engines", "3", "--seed", "23", "--past", "2")
+    assert 0 == replayed(kept, *fleet, "--count", "60")
+    waits: list[float] = []
+    monkeypatch.setattr(Lines, "wait", lambda _, seconds: waits.append(seconds))
+    assert 0 == replayed(kept, *fleet, "--count", "64", "--speed", "2/min")
+    assert 3 == sum(seconds > 0 for seconds in waits)  # 64 - 60 new ones, of which nobody waits for the first
+    flown = list(limited(simulated(3, 23, Planted(), endless=False, retired=2), 64))
+    assert len(flown) == sum(len(history(kept, engine)) for engine in {flight.engine_id for flight in flown})
 
 
 def test_a_count_ends_a_replay_without_ends(kept: Service, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import pytest
 
 from model.windows import Readings
 from tests.conftest import Service, running
@@ -24,6 +25,7 @@ from tests.test_serving import ADMIN, LOAD, children, one, predicted, shared_fol
 
 JSON = {"Content-Type": "application/json"}
 HEAD = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+MIB = 2**20
 OVERLOADED = 'engine_health_rejected_total{reason="overloaded"}'
 
 
@@ -52,6 +54,28 @@ def heard(connection: socket.socket) -> bytes:
         if end and len(body) >= size:
             break
     return found
+
+
+@pytest.mark.parametrize(
+    ("path", "begin", "value", "end", "most"),
+    [
+        ("/v1/cycles", b'{"cycles":[', b"{}", b"]}", 8),
+        ("/v1/evaluate", b'{"logits":[[0,0,0]],"labels":[', b"{}", b"]}", 8),
+        ("/v1/predict", b'{"instances":[{"telemetry":[', b"[]", b"]}]}", 40),  # lists are made, to name the wrong ones
+    ],
+)
+def test_a_body_that_is_refused_does_not_fill_the_memory(
+    path: str, begin: bytes, value: bytes, end: bytes, most: int
+) -> None:
+    """Millions of empty values take a few times their bytes while what is wrong with them is found and named."""
+    with running() as service:
+        status = Path(f"/proc/{service.process.pid}/status")
+        body = begin + b",".join([value] * (16 * MIB // 3)) + end
+        before = resident(service)
+        Path(f"/proc/{service.process.pid}/clear_refs").write_text("5")  # the peak begins anew
+        assert 422 == service.client.post(path, content=body, headers=JSON).status_code
+        peak = int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))) / 1024
+        assert peak - before < most * len(body) / MIB
 
 
 def test_a_refusal_is_heard_by_who_sends_on_and_the_connection_is_kept() -> None:

@@ -1,4 +1,4 @@
-"""Faults as a table; exit code 1 if an acknowledged flight is lost or the service does not become well by itself.
+"""Faults as a table; exit code 1 if a flight is lost, the service is not well by itself, or a fault was none.
 
     python -m benchmarks.faults [FAULT ...]      # = make faults; five minutes
 
@@ -62,7 +62,8 @@ def row(name: str, found: Outcome | str) -> str:
     if isinstance(found, str):
         return f"| {name} | not tried: {found} | | | |"
     well = "**never**" if found.well is None else f"{found.well:.1f}"
-    return f"| {name} | {found.saw} | {found.acknowledged:,} | {found.lost or 0} | {well} |"
+    proven = "" if found.proven else "; **not as it should be**"
+    return f"| {name} | {found.saw}{proven} | {found.acknowledged:,} | {found.lost or 0} | {well} |"
 
 
 if __name__ == "__main__":

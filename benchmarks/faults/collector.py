@@ -9,7 +9,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from benchmarks.endurance.client import Connection, request
@@ -21,11 +21,27 @@ COLLECTORS, DASHBOARDS = 4, 2
 WELL_SECONDS = 60.0  # that a service may take to become well
 PAUSE_SECONDS = 0.05  # of a client after a failure
 SETTLED_SECONDS = 2.0  # without any failure, until which nothing is called well
-Event = tuple[float, str, str]  # when, which call, and its status or what broke
+REFUSED = "503"
+
+
+class Event(NamedTuple):
+    """An answer, or its failure: when, which call, which of the clients that make it, and the status or what broke."""
+
+    when: float
+    call: str
+    client: int
+    status: str
 
 
 class Untried(Exception):
     """A fault that cannot be made on this machine; the message says why."""
+
+
+class Seen(NamedTuple):
+    """What a fault says of itself, and whether it was there and met what is promised: else its line proves nothing."""
+
+    said: str
+    kept: bool
 
 
 class Outcome(NamedTuple):
@@ -35,10 +51,11 @@ class Outcome(NamedTuple):
     acknowledged: int
     lost: int
     well: float | None
+    proven: bool = True
 
     def kept(self) -> bool:
-        """Whether nothing acknowledged was lost, and all became well without help."""
-        return self.lost == 0 and self.well is not None and self.acknowledged > 0
+        """Whether the fault was one, nothing acknowledged was lost, and all became well without help."""
+        return self.proven and self.lost == 0 and self.well is not None and self.acknowledged > 0
 
 
 class Clients:
@@ -62,7 +79,7 @@ class Clients:
         collectors = [self._one("cycles", self._flight, k) for k in range(COLLECTORS)]
         await asyncio.gather(*collectors, *(self._one("predict", self._window, k) for k in range(DASHBOARDS)))
 
-    async def _one(self, name: str, body: Callable[[int], bytes], k: int) -> None:
+    async def _one(self, call: str, body: Callable[[int], bytes], k: int) -> None:
         connection: Connection | None = None
         while not self._stop.is_set():
             try:
@@ -71,8 +88,8 @@ class Clients:
                 status = str((await connection.ask(body(k))).status)
             except (OSError, TimeoutError) as error:
                 status, connection = type(error).__name__, None
-            self.events.append((time.monotonic(), name, status))
-            if status == "200" and name == "cycles":
+            self.events.append(Event(time.monotonic(), call, k, status))
+            if status == "200" and call == "cycles":
                 self.told[k] += 1
             await asyncio.sleep(0.005 if status == "200" else PAUSE_SECONDS)
 
@@ -85,8 +102,11 @@ class Clients:
         return request(PREDICT, json.dumps({"instances": [{"telemetry": self._lines}]}).encode(), JSON_HEADERS)
 
 
-def observed(port: int, fault: Callable[[], str | None]) -> Outcome:
-    """What clients see of a fault, which is over when `fault` returns; it may give something to add."""
+def observed(port: int, fault: Callable[[], Seen | None], refused: bool = False) -> Outcome:
+    """What clients see of a fault, which is over when `fault` returns; it may give something to add.
+
+    `refused`: flights must have been refused meanwhile, or there was no fault.
+    """
     clients = Clients(port)
     thread = threading.Thread(target=clients.run)
     thread.start()
@@ -99,27 +119,36 @@ def observed(port: int, fault: Callable[[], str | None]) -> Outcome:
     finally:
         clients.stop()
         thread.join()
-    said = _saw([event for event in clients.events if event[0] >= begun], begun)
-    return Outcome(f"{said}{f'; {more}' if more else ''}", sum(clients.told), _lost(port, clients.told), well)
+    events = [event for event in clients.events if event.when >= begun]
+    proven = not refused or any(event.call == "cycles" and event.status == REFUSED for event in events)
+    said = "; ".join((_saw(events, begun), *([more.said] if more else [])))
+    told = sum(clients.told)
+    return Outcome(said, told, _lost(port, clients.told), well, proven and (more is None or more.kept))
 
 
 def _until_well(clients: Clients, ended: float) -> float | None:
-    """Seconds from the end of the fault to the first of the answers after which nothing failed for a while."""
     while time.monotonic() < ended + WELL_SECONDS:
         time.sleep(0.1)
-        failed = max((when for when, _, status in clients.events if status != "200"), default=0.0)
-        good = {name: when for when, name, status in reversed(clients.events) if when > max(failed, ended)}
-        if len(good) == 2 and time.monotonic() > max(failed, ended) + SETTLED_SECONDS:
-            return max(good.values()) - ended
+        if (found := well(clients.events, ended, time.monotonic())) is not None:
+            return found
     return None
+
+
+def well(events: Sequence[Event], ended: float, now: float) -> float | None:
+    """Seconds from the end of the fault until each client was answered; None while one is not, or something fails."""
+    since = max((event.when for event in events if event.status != "200"), default=ended)
+    since = max(since, ended)
+    first = {(event.call, event.client): event.when for event in reversed(events) if event.when > since}
+    settled = now > since + SETTLED_SECONDS
+    return max(first.values()) - ended if settled and len(first) == COLLECTORS + DASHBOARDS else None
 
 
 def _saw(events: list[Event], begun: float) -> str:
     """Each kind of failure with its number, and the longest time without an answer, by call."""
     parts = []
     for call in ("predict", "cycles"):
-        failures = Counter(status for _, name, status in events if name == call and status != "200")
-        good = [when for when, name, status in events if name == call and status == "200"]
+        failures = Counter(event.status for event in events if event.call == call and event.status != "200")
+        good = [event.when for event in events if event.call == call and event.status == "200"]
         silent = max((b - a for a, b in itertools.pairwise([begun, *good])), default=0.0)
         told = ", ".join(f"{n:,} x {status}" for status, n in failures.most_common()) or "no failure"
         parts.append(f"{call}: {told}, longest silence {silent:.1f} s")

@@ -5,7 +5,7 @@ import time
 
 from benchmarks.endurance.client import HOST
 from benchmarks.endurance.stage import Running, windows_json
-from benchmarks.faults.collector import Outcome, observed
+from benchmarks.faults.collector import Outcome, Seen, observed
 from benchmarks.faults.processes import remembering
 
 LEFT, SLOW, HALF = 1000, 200, 500
@@ -26,7 +26,7 @@ def slow() -> Outcome:
 def _with(number: int, first: bytes, then: bytes) -> Outcome:
     with remembering(request_seconds=REQUEST_SECONDS) as running:
 
-        def fault() -> str:
+        def fault() -> Seen:
             before, begun = running.descriptors(), time.monotonic()
             held = [socket.create_connection((HOST, running.port)) for _ in range(number)]
             for one in held:
@@ -43,7 +43,8 @@ def _with(number: int, first: bytes, then: bytes) -> Outcome:
             rest, seconds = max(0, running.descriptors() - before), time.monotonic() - begun
             for one in held:
                 one.close()
-            return f"{most} held, {rest} left after {seconds:.0f} s (limit {REQUEST_SECONDS:g} s)"
+            said = f"{most} held, {rest} left after {seconds:.0f} s (limit {REQUEST_SECONDS:g} s)"
+            return Seen(said, most > 0.9 * number and rest == 0)
 
         return observed(running.port, fault)
 
@@ -52,7 +53,7 @@ def half_closed() -> Outcome:
     """Half of them ask whole requests and then close what they send through; the others do so amid a request."""
     with remembering() as running:
 
-        def fault() -> str:
+        def fault() -> Seen:
             before, asked = running.descriptors(), windows_json(1)
             whole, torn = ([_sent(running, asked[:end]) for _ in range(HALF // 2)] for end in (None, -1))
             answered = sum(_heard(one).startswith(b"HTTP/1.1 200 ") for one in whole)
@@ -60,7 +61,7 @@ def half_closed() -> Outcome:
             time.sleep(1)
             rest = max(0, running.descriptors() - before)
             both = f"{answered} of {len(whole)} whole requests answered, {len(torn) - refused} of {len(torn)} torn ones"
-            return f"{both}; {rest} left open"
+            return Seen(f"{both}; {rest} left open", refused == len(torn) and rest == 0)
 
         return observed(running.port, fault)
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from benchmarks.endurance.stage import MIB, Running, service
-from benchmarks.faults.collector import Outcome, Untried, observed
+from benchmarks.faults.collector import Outcome, Seen, Untried, observed
 from benchmarks.peers import BUILD
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -61,7 +61,7 @@ def out_of_memory() -> Outcome:
         for pid in (running.pid, *before):
             (group / "cgroup.procs").write_text(str(pid))
 
-        def fault() -> str:
+        def fault() -> Seen:
             _limit(group, _used(group) + ROOM)
             hog = socket.create_connection(("127.0.0.1", running.port))
             with hog, suppress(OSError):  # cut when the worker is killed
@@ -74,7 +74,7 @@ def out_of_memory() -> Outcome:
             _limit(group, 2**40)
             if not gone:
                 raise Untried("no worker was killed within 20 s")
-            return f"{gone} of {len(before)} workers killed"
+            return Seen(f"{gone} of {len(before)} workers killed", True)
 
         return observed(running.port, fault)
 
@@ -119,7 +119,7 @@ def descriptors() -> Outcome:
     """Room for 64 open files, and 200 connections."""
     with remembering() as running:
 
-        def fault() -> str:
+        def fault() -> Seen:
             most = resource.prlimit(running.pid, resource.RLIMIT_NOFILE)
             resource.prlimit(running.pid, resource.RLIMIT_NOFILE, (DESCRIPTORS, most[1]))
             held = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(CONNECTIONS)]
@@ -127,6 +127,6 @@ def descriptors() -> Outcome:
             had = running.descriptors()
             for one in held:
                 one.close()
-            return f"{had} of {DESCRIPTORS} descriptors in use for {HELD_SECONDS} s"
+            return Seen(f"{had} of {DESCRIPTORS} descriptors in use for {HELD_SECONDS} s", had == DESCRIPTORS)
 
         return observed(running.port, fault)

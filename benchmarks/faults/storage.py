@@ -1,25 +1,29 @@
 """Faults below the memory: a full disk, one that takes no writes, a database that is gone, a clock that jumps."""
 
+import json
 import os
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 
-from benchmarks.endurance.stage import service
-from benchmarks.faults.collector import Outcome, Untried, observed
+from benchmarks.endurance.stage import Running, service
+from benchmarks.faults.collector import Outcome, Seen, Untried, observed
 from benchmarks.faults.processes import remembering
+from benchmarks.load import get
+from benchmarks.serving import base
 from tests.postgres import postgres
 
-FAULT_SECONDS = 5
+FAULT_SECONDS, JUMP_SECONDS = 5, 3600
 DISK_MIB = 24
 CLOCK = """
 import os, time
 now, now_ns = time.time, time.time_ns
-time.time = lambda: now() - 3600 * os.path.exists({jumped!r})
-time.time_ns = lambda: now_ns() - 3600 * 10**9 * os.path.exists({jumped!r})
+time.time = lambda: now() - {seconds} * os.path.exists({jumped!r})
+time.time_ns = lambda: now_ns() - {seconds} * 10**9 * os.path.exists({jumped!r})
 """  # libfaketime, tried first, left the service hardly able to answer before any jump
 
 
@@ -50,7 +54,7 @@ def full() -> Outcome:
             time.sleep(FAULT_SECONDS)
             ballast.unlink()
 
-        return observed(running.port, fault)
+        return observed(running.port, fault, refused=True)
 
 
 def read_only() -> Outcome:
@@ -63,7 +67,7 @@ def read_only() -> Outcome:
                 time.sleep(FAULT_SECONDS)
                 _remount(disk, "rw")
 
-            return observed(running.port, fault)
+            return observed(running.port, fault, refused=True)
 
 
 def _remount(disk: Path, how: str) -> None:
@@ -81,14 +85,27 @@ def gone() -> Outcome:
             time.sleep(FAULT_SECONDS)
             cluster.start()
 
-        return observed(running.port, fault)
+        return observed(running.port, fault, refused=True)
 
 
 def clock() -> Outcome:
     """The wall clock that the service's Python reads goes back an hour, while it runs, and stays there."""
     with tempfile.TemporaryDirectory(prefix="faults-clock-") as folder:
         jumped = Path(folder, "jumped")
-        Path(folder, "sitecustomize.py").write_text(CLOCK.format(jumped=str(jumped)))
+        Path(folder, "sitecustomize.py").write_text(CLOCK.format(jumped=str(jumped), seconds=JUMP_SECONDS))
         path = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
         with remembering({"PYTHONPATH": path}) as running:
-            return observed(running.port, jumped.touch)
+
+            def fault() -> Seen:
+                jumped.touch()
+                time.sleep(1)
+                age = time.time() - _newest(running)
+                return Seen(f"what is kept now is dated {age / 3600:.1f} h ago", age > JUMP_SECONDS / 2)
+
+            return observed(running.port, fault)
+
+
+def _newest(running: Running) -> float:
+    """When the service says that it kept the last flight of each engine, and of them the last."""
+    engines = json.loads(get(f"{base(running.port)}/v1/engines")[1])["engines"]
+    return max(datetime.fromisoformat(one["updated_at"]).timestamp() for one in engines)

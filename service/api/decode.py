@@ -197,7 +197,9 @@ def _numbers(
     rows: list[JsonValue], channels: tuple[str, ...], hold: bool | None, loc: Loc, faults: list[Fault]
 ) -> Batch | None:
     """Rows as (T, channels) float32, value by value, missing ones as NaN; None after naming what is wrong."""
-    before, found = len(faults), np.full((len(rows), len(channels)), np.nan, dtype=np.float32)
+    before, fit = len(faults), all(isinstance(row, list) and len(row) == len(channels) for row in rows)
+    # of millions of empty rows nothing is kept, but that they are wrong
+    found = np.full((len(rows) if fit else 0, len(channels)), np.nan, dtype=np.float32)
     for t, row in enumerate(rows):
         if not isinstance(row, list) or len(row) != len(channels):
             got = f"{len(row)} values" if isinstance(row, list) else _kind(row)
@@ -207,7 +209,7 @@ def _numbers(
                 problem = _problem(value, hold)
                 if problem:
                     faults.append(Fault((*loc, t, channels[k]), problem))
-                elif value is not None:
+                elif fit and value is not None:
                     found[t, k] = value
         if len(faults) >= MOST_FAULTS:
             break

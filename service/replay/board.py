@@ -19,6 +19,7 @@ class Tally:
     drifts: tuple[tuple[int, str], ...] = ()  # since which flight, and what
     flights: int = 0  # past ones among them
     live: int = 0  # flights of the replay itself
+    known: int = 0  # of those the first ones, that the service knew before: the replay was begun anew
     ends: int = 0
     conflicts: int = 0
     first_conflict: str = ""
@@ -28,9 +29,14 @@ class Tally:
     began: float | None = None  # when the first flight that is not past was sent
 
     @property
+    def again(self) -> bool:
+        """Whether all that was flown so far was told before."""
+        return self.known == self.live > 0
+
+    @property
     def speed(self) -> float:
         """Flights a second, past ones apart."""
-        return 0.0 if self.began is None else self.live / max(time.monotonic() - self.began, 1.0)
+        return 0.0 if self.began is None else (self.live - self.known) / max(time.monotonic() - self.began, 1.0)
 
     def worst_first(self) -> list[Prediction]:
         """The newest predictions, that most likely of the last class first."""

@@ -17,6 +17,7 @@ from service.replay.flights import Flight, recorded, simulated
 from service.replay.options import SIMULATED, Options
 
 AT_ONCE = 500  # flights of one call, where so many are due
+EARLY_SECONDS = 10.0  # that flights may come too early which are told together with known ones
 
 
 def replay(options: Options) -> int:
@@ -34,7 +35,7 @@ def replay(options: Options) -> int:
         about = client.call("GET", "/v1/model").body
         channels, most = _understood(options.url, about, tally)
         flights = limited(_flights(options, channels), options.count)
-        for chunk in due(flights, options.speed, min(AT_ONCE, most), shown):
+        for chunk in due(flights, options.speed, most, shown, tally):
             send(client, chunk, tally, shown)
     except KeyboardInterrupt:
         shown.say("stopped; the same command goes on from the beginning and changes nothing that is known")
@@ -83,27 +84,32 @@ def limited(flights: Iterator[Flight], count: int | None) -> Iterator[Flight]:
         yield flight
 
 
-def due(flights: Iterator[Flight], speed: float, most: int, shown: Lines) -> Iterator[list[Flight]]:
+def due(flights: Iterator[Flight], speed: float, most: int, shown: Lines, tally: Tally) -> Iterator[list[Flight]]:
     """Flights in groups, each when its time has come: one by one, or together where the service is behind.
 
     Args:
-        flights: in their order; past ones are due at once.
+        flights: in their order; past ones are due at once, and so are the first ones as long as they are known.
         speed: flights a second.
         most: flights of a group.
         shown: what waits.
+        tally: what became of those before.
     """
     group: list[Flight] = []
-    began, flown = 0.0, 0
+    began, flown, most = 0.0, 0, min(most, AT_ONCE)
+    together = max(1, int(min(most, speed * EARLY_SECONDS)))
     for flight in flights:
-        if not flight.past:
+        apart = group and not flight.past and (group[-1].past or _ahead(began, flown, speed) > 0)
+        if apart and not tally.again:
+            yield group
+            group = []
+        if tally.again:  # time begins with what was not told before
+            began, flown = time.monotonic(), len(group)
+        elif not flight.past:
             began = began or time.monotonic()
-            if group and (group[-1].past or _ahead(began, flown, speed) > 0):
-                yield group
-                group = []
             shown.wait(_ahead(began, flown, speed))
-            flown += 1
+        flown += not flight.past
         group.append(flight)
-        if len(group) >= most:
+        if len(group) >= (together if tally.again else most):
             yield group
             group = []
     if group:
@@ -126,6 +132,7 @@ def send(client: Client, flights: list[Flight], tally: Tally, shown: Lines) -> N
         raise CallFailed(f"{client.url}: {answer.body.get('detail')}")
     predictions = answer.body.get("predictions") or [None] * len(flights)
     for flight, result, found in zip(flights, results, predictions, strict=True):
+        tally.known += not flight.past and tally.known == tally.live and result["result"] == "unchanged"
         tally.flights, tally.live = tally.flights + 1, tally.live + (not flight.past)
         if found is not None:
             tally.latest[flight.engine_id] = found
