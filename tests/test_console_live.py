@@ -370,10 +370,12 @@ def test_a_model_without_rul_has_no_cycles_left(browser: Browser, tmp_path: Path
     names = [f"the digit {k}, of which there are ten" if k == 7 else f"digit {k}" for k in range(10)]
     (tmp_path / "names.txt").write_text("\n".join(names))
     flags = ["--logits", "scores", "--classes", f"@{tmp_path}/names.txt"]
-    assert 0 == attach.main([str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx"), *flags])
+    attach.main([str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx"), *flags])
     with running(ENGINE_HEALTH_MODEL=str(tmp_path / "out.onnx")) as service:
         inputs = np.random.default_rng(1).random((20, 64)) / 4
         service.predict([{"engine_id": f"e{k}", "cycle": k, "telemetry": x.tolist()} for k, x in enumerate(inputs)])
+        told = service.client.get("/v1/engines/e3", params={"sensors": True})
+        assert (200, None) == (told.status_code, told.json()["sensors"])
         with watched(browser, home(service), viewport={"width": 1280, "height": 1500}) as console:
             page = console.open()
             expect(row(page, "e3")).to_be_visible()
