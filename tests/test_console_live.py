@@ -145,9 +145,7 @@ def test_a_row_that_is_held_hides_no_other(console: Watched, flown: Service) -> 
     expect(row(page, "e05")).to_have_count(0)
 
 
-def test_a_pointer_that_rests_in_the_list_holds_nothing(
-    browser: Browser, flown: Service, windows: Readings
-) -> None:
+def test_a_pointer_that_rests_in_the_list_holds_nothing(browser: Browser, flown: Service, windows: Readings) -> None:
     """On a screen that nobody touches the worst engine comes first again, wherever the mouse was left."""
     with watched(browser, home(flown)) as console:
         console.page.clock.install()
@@ -339,7 +337,9 @@ def test_a_number_out_of_range_is_shown_as_it_is_used(console: Watched, field: s
 def test_the_temperature_is_read_out_as_one(console: Watched) -> None:
     """A slider that counts powers of ten says the temperature to who does not see it."""
     page = console.open("#/explorer?z=1,2&t=2.5")
-    expect(page.get_by_role("slider", name="Temperature, from sharp to flat")).to_have_attribute("aria-valuetext", "2.5")
+    expect(page.get_by_role("slider", name="Temperature, from sharp to flat")).to_have_attribute(
+        "aria-valuetext", "2.5"
+    )
 
 
 def test_a_key_that_is_declined_is_asked_for_once(browser: Browser) -> None:
@@ -390,6 +390,29 @@ def test_a_model_without_rul_has_no_cycles_left(browser: Browser, tmp_path: Path
                     page.set_viewport_size({"width": width, "height": 1500})
                     expect(page.locator("html")).to_have_js_property("scrollWidth", width)
         assert ([], []) == (console.errors, console.outside)
+
+
+def test_a_thousand_classes_leave_room_for_engines(browser: Browser, flown: Service) -> None:
+    """Of very many classes only those are there to choose from that there are most of; the worst engine stays in sight."""
+    names = [f"n{k:04} tabby, tabby cat of the kind {k}" for k in range(1000)]
+
+    def many(route: Route) -> None:
+        route.fulfill(json=route.fetch().json() | {"classes": names})
+
+    def spread(route: Route) -> None:
+        told = route.fetch().json()
+        for k, one in enumerate(told["engines"]):
+            one |= {"health": names[k % 20], "probabilities": dict.fromkeys(names, 0.001)}
+        route.fulfill(json=told)
+
+    with watched(browser, home(flown), viewport={"width": 375, "height": 1800}) as console:
+        console.page.route("**/v1/model", many)
+        console.page.route("**/v1/engines?*", spread)
+        page = console.open()
+        expect(page.locator(".rows .row").first).to_be_in_viewport()
+        assert 1 + 12 == page.locator(".count:visible").count()
+        expect(page.locator("html")).to_have_js_property("scrollWidth", 375)
+    assert [] == console.errors
 
 
 def test_files_are_packed_only_for_who_takes_that(service: Service) -> None:

@@ -10,6 +10,7 @@ const MOST = 5000; // engines that are shown; who looks for another one opens it
 const TREND = 30; // cycles
 const ANEW = 300; // looks after which everything is asked again: what is forgotten is no change
 const BEYOND = 6; // rows made above and below what is seen
+const TILES = 12; // classes to choose from
 const RESTS = 10_000; // ms after which a pointer that lies in the list chooses nothing there
 
 const SORTS = {
@@ -176,8 +177,14 @@ class Fleet {
   choose() {
     const words = this.words.trim().toLowerCase();
     const standing = [...this.engines.values()].filter((one) => this.all || one.ended === null);
+    const count = this.classes.map(() => 0);
+    for (const one of standing) if (one.k >= 0) count[one.k] += 1;
+    const least = [...count].sort((a, b) => b - a)[TILES - 1] ?? 0; // of a thousand classes those that there are most of
+    let free = TILES;
     for (const { k, button, figure } of this.filters) {
-      say(figure, number(k === null ? standing.length : standing.filter((one) => one.k === k).length));
+      say(figure, number(k === null ? standing.length : count[k]));
+      const crowded = k !== null && count.length > TILES && (count[k] < Math.max(1, least) || free-- <= 0);
+      button.hidden = crowded && this.picked !== this.classes[k];
       button.setAttribute("aria-pressed", String(k === null ? !this.picked : this.picked === this.classes[k]));
     }
     const found = standing.filter((one) => (!this.picked || this.classes[one.k] === this.picked) && (!words || one.id.toLowerCase().includes(words)));
