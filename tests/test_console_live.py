@@ -61,7 +61,7 @@ def unavailable(route: Route) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_engine_of_any_name_can_be_opened(console: Watched, name: str) -> None:
-    """Slashes, quotes, HTML, other scripts, two hundred letters: found in the fleet, opened, no wider than a telephone."""
+    """Slashes, quotes, HTML, other scripts, two hundred letters: found, opened, no wider than a telephone."""
     page = console.open(f"#/fleet?find={quote(name, safe='')}")
     page.set_viewport_size({"width": 375, "height": 800})
     link = page.get_by_role("link", name=name, exact=True)
@@ -172,7 +172,7 @@ def test_ended_engines_are_asked_for_only_when_wanted(console: Watched, flown: S
 
 
 def test_enter_finds_what_was_meant(console: Watched) -> None:
-    """A part of several names leads to the first of them in the list; a whole name, or the only one, opens its engine."""
+    """A part of several names leads to the first of them; a whole name, or the only one, opens its engine."""
     page = console.open("#/fleet?sort=name")
     find = page.get_by_label("Find an engine")
     find.fill("e0")
@@ -208,7 +208,7 @@ def test_looks_do_not_multiply(console: Watched) -> None:
 
 
 def test_a_page_can_be_opened_while_nobody_answers(browser: Browser, tmp_path: Path) -> None:
-    """Each page says that nothing answers, also one that was not opened before, and shows itself when something does."""
+    """Each page says that nothing answers, also one not opened before, and shows itself when something does."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -277,7 +277,7 @@ def test_who_leaves_a_page_hears_no_more_of_it(console: Watched) -> None:
 
 
 def test_a_double_click_takes_one_change_back(console: Watched, flown: Service) -> None:
-    """Who clicks twice means it once; and a change that was made is told though the figures cannot be read afterwards."""
+    """Who clicks twice means it once; and a change that was made is told whatever the figures do then."""
     for value in (1.1, 1.2, 1.3):
         flown.client.put("/v1/calibration/temperature", json={"temperature": value}, headers=ADMIN)
     page = console.open("#/calibration")
@@ -393,7 +393,7 @@ def test_a_model_without_rul_has_no_cycles_left(browser: Browser, tmp_path: Path
 
 
 def test_a_thousand_classes_leave_room_for_engines(browser: Browser, flown: Service) -> None:
-    """Of very many classes only those are there to choose from that there are most of; the worst engine stays in sight."""
+    """Of very many classes the most frequent ones are there to choose from; the worst engine stays in sight."""
     names = [f"n{k:04} tabby, tabby cat of the kind {k}" for k in range(1000)]
 
     def many(route: Route) -> None:

@@ -120,7 +120,7 @@ class Fleet {
   keep(row, engines) {
     const p = this.classes.map((name) => row.probabilities[name] ?? 0);
     const old = engines.get(row.engine_id);
-    const risk = Object.values(row.probabilities).at(-1); // of the model that answered, which may be an older one
+    const risk = row.probabilities[this.classes.at(-1)] ?? Object.values(row.probabilities).at(-1); // of the model that answered, which may be an older one
     const trend = row.trend ?? old?.trend ?? [];
     if (!row.trend && row.cycle !== null && row.cycle > (trend.at(-1)?.[0] ?? -1)) trend.push([row.cycle, risk]);
     while (trend.length && trend[0][0] <= row.cycle - TREND) trend.shift();
