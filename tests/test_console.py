@@ -143,7 +143,7 @@ def test_an_engine_shows_its_history_and_its_sensors(console: Watched, fleet: Se
     expect(page.locator(".chart .main-svg").first).to_be_visible()
     assert 4 == page.locator(".js-plotly-plot").count()
     page.locator(".behind summary").first.click()
-    assert len(history["history"]) == page.locator(".behind[open] tbody tr").count()
+    expect(page.locator(".behind[open] tbody tr")).to_have_count(len(history["history"]))
     moved = history["sensors"]["channels"][0]
     first = page.get_by_role("region", name="Sensors that moved most").locator("tbody tr").first
     expect(first).to_contain_text(moved["channel"].replace("sensor_", "sensor "))
@@ -226,7 +226,7 @@ def test_charts_that_cannot_be_drawn_have_their_tables(console: Watched) -> None
     page = console.open("#/engine/FD001-65")
     expect(page.get_by_text("pip install plotly").first).to_be_visible()
     page.locator(".behind summary").first.click()
-    assert 25 == page.locator(".behind[open] tbody tr").count()
+    expect(page.locator(".behind[open] tbody tr")).to_have_count(25)
 
 
 def test_calibration_of_a_time_without_predictions(console: Watched) -> None:
@@ -236,7 +236,7 @@ def test_calibration_of_a_time_without_predictions(console: Watched) -> None:
     page.get_by_label("Predictions of").select_option("all time")
     expect(page.locator(".js-plotly-plot")).to_have_count(2)
     page.locator(".behind summary").first.click()
-    assert page.locator(".behind[open] tbody tr").count() > 3
+    expect(page.locator(".behind[open] tbody tr").nth(3)).to_be_attached()
 
 
 def shown(page: Page) -> tuple[float, list[float]]:
