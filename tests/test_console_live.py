@@ -19,7 +19,16 @@ from tests.browser import Watched, down, up, watched
 from tests.conftest import Service, running
 
 ADMIN = {"X-API-Key": "wheel"}
-NAMES = ("a/b/c", "q\"u'o", "<img src=x onerror=alert(1)>&amp;", "x" * 200, "двигатель-7", "محرك", "h#a?b=c&d", "100%")
+NAMES: tuple[str, ...] = (
+    "a/b/c",
+    "q\"u'o",
+    "<img src=x onerror=alert(1)>&amp;",
+    "x" * 200,
+    "двигатель-7",
+    "محرك",
+    "h#a?b=c&d",
+    "100%",
+)
 NAMES += ("50%25", "back\\slash", "plus+plus", "with space")
 expect.set_options(timeout=20_000)  # milliseconds; a busy machine is not a wrong answer
 
