@@ -4,6 +4,7 @@ Bit for bit the answer of `/v1/predict` at the artefact's temperature: the same 
 """
 
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -99,8 +100,15 @@ def table(model: Model, engines: Sequence[Newest], found: Answers, temperature: 
 
 
 def _aligned(lines: list[list[str]], right: set[int]) -> Iterator[str]:
-    """Columns as wide as their longest cell, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    """Columns as wide as their widest cell, numbers to the right."""
+    widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        cells = [c.rjust(w) if k in right else c.ljust(w) for k, (c, w) in enumerate(zip(line, widths, strict=True))]
+        gaps = [" " * (width - _width(cell)) for cell, width in zip(line, widths, strict=True)]
+        cells = [gap + cell if k in right else cell + gap for k, (cell, gap) in enumerate(zip(line, gaps, strict=True))]
         yield "  ".join(cells).rstrip()
+
+
+def _width(text: str) -> int:
+    """Places on a terminal: two of a Chinese or Japanese letter, none of an accent that stands on another one."""
+    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+    return len(text) + wide - sum(unicodedata.combining(letter) > 0 for letter in text)

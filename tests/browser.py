@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +15,7 @@ import numpy as np
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
 
 from model import cmapss
+from tests.conftest import start
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = [
@@ -114,3 +117,23 @@ def fly_nasas(client: httpx.Client, folder: Path, subset: str, ended: int, runni
         if k < ended:
             end = {"engine_id": history.engine_id, "failed_at_cycle": int(history.cycle[-1])}
             assert client.post("/v1/outcomes", json=end).status_code == 200
+
+
+def up(port: str, environment: dict[str, str]) -> "subprocess.Popen[str]":
+    """A service on a port that is known, ready."""
+    process = start("serve", "--port", port, **environment)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            if 200 == httpx.get(f"http://127.0.0.1:{port}/readyz", trust_env=False).status_code:
+                return process
+        except httpx.TransportError:
+            time.sleep(0.05)
+    process.kill()
+    raise AssertionError(process.communicate())
+
+
+def down(process: "subprocess.Popen[str]") -> None:
+    """It ends."""
+    process.terminate()
+    process.communicate(timeout=30)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
@@ -25,6 +25,9 @@ from model import cmapss
 from model.contract import Manifest
 from model.evaluate import ARTEFACT, open_artefact
 from model.windows import Readings
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 START_SECONDS = 60
 settings.register_profile("house", deadline=None)  # a busy machine is not a wrong answer
@@ -64,6 +67,20 @@ def programs() -> None:
     if os.environ.get("CI") == "true":
         pytest.fail(message)
     pytest.skip(message)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    """One browser; without it a test skips, but in CI it fails."""
+    from tests.browser import absent, chromium, in_ci  # which not every test needs
+
+    missing = absent()
+    if missing and in_ci():
+        pytest.fail(missing)
+    if missing:
+        pytest.skip(missing)
+    with chromium() as found:
+        yield found
 
 
 @dataclass

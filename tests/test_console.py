@@ -1,38 +1,23 @@
 import re
 import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
 from model.windows import Readings
-from tests.browser import Watched, absent, chromium, fly_nasas, in_ci, watched
-from tests.conftest import Service, running, start
+from tests.browser import Watched, down, fly_nasas, up, watched
+from tests.conftest import Service, running
 
 ADMIN, TOO_SHARP = "wheel", 0.2  # a temperature at which the model says far more than it knows
 CROWD = 900
 CONTRAST = {"runOnly": {"type": "rule", "values": ["color-contrast"]}}  # all that colours change
 expect.set_options(timeout=20_000)  # milliseconds; a busy machine is not a wrong answer
 PAGES = ("#/fleet", "#/engine/FD001-61", "#/calibration", "#/explorer")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """One browser; without it a test skips, but in CI it fails."""
-    missing = absent()
-    if missing and in_ci():
-        pytest.fail(missing)
-    if missing:
-        pytest.skip(missing)
-    with chromium() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +143,7 @@ def test_an_engine_shows_its_history_and_its_sensors(console: Watched, fleet: Se
     expect(page.locator(".chart .main-svg").first).to_be_visible()
     assert 4 == page.locator(".js-plotly-plot").count()
     page.locator(".behind summary").first.click()
-    assert len(history["history"]) == page.locator(".behind[open] tbody tr").count()
+    expect(page.locator(".behind[open] tbody tr")).to_have_count(len(history["history"]))
     moved = history["sensors"]["channels"][0]
     first = page.get_by_role("region", name="Sensors that moved most").locator("tbody tr").first
     expect(first).to_contain_text(moved["channel"].replace("sensor_", "sensor "))
@@ -241,7 +226,7 @@ def test_charts_that_cannot_be_drawn_have_their_tables(console: Watched) -> None
     page = console.open("#/engine/FD001-65")
     expect(page.get_by_text("pip install plotly").first).to_be_visible()
     page.locator(".behind summary").first.click()
-    assert 25 == page.locator(".behind[open] tbody tr").count()
+    expect(page.locator(".behind[open] tbody tr")).to_have_count(25)
 
 
 def test_calibration_of_a_time_without_predictions(console: Watched) -> None:
@@ -251,7 +236,7 @@ def test_calibration_of_a_time_without_predictions(console: Watched) -> None:
     page.get_by_label("Predictions of").select_option("all time")
     expect(page.locator(".js-plotly-plot")).to_have_count(2)
     page.locator(".behind summary").first.click()
-    assert page.locator(".behind[open] tbody tr").count() > 3
+    expect(page.locator(".behind[open] tbody tr").nth(3)).to_be_attached()
 
 
 def shown(page: Page) -> tuple[float, list[float]]:
@@ -370,26 +355,6 @@ def test_a_service_that_goes_and_comes_back(browser: Browser, tmp_path: Path) ->
             assert ([], []) == (console.errors, console.outside)
     finally:
         down(process)
-
-
-def up(port: str, environment: dict[str, str]) -> "subprocess.Popen[str]":
-    """A service on a port that is known, ready."""
-    process = start("serve", "--port", port, **environment)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        try:
-            if 200 == httpx.get(f"http://127.0.0.1:{port}/readyz", trust_env=False).status_code:
-                return process
-        except httpx.TransportError:
-            time.sleep(0.05)
-    process.kill()
-    raise AssertionError(process.communicate())
-
-
-def down(process: "subprocess.Popen[str]") -> None:
-    """It ends."""
-    process.terminate()
-    process.communicate(timeout=30)
 
 
 def test_without_a_memory_the_console_says_so(browser: Browser) -> None:

@@ -138,6 +138,21 @@ def test_the_table_can_be_read(fleet: list[History], tmp_path: Path, capsys: pyt
     assert model.startswith("engine-health ")
 
 
+def test_columns_stand_below_each_other_in_any_script(
+    fleet: list[History], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A Japanese letter takes two places of a terminal, an accent none: what follows is not moved."""
+    path = tmp_path / "fleet.csv"
+    names = ("日本エンジン", "e\u0301ngine", "plain")
+    path.write_text(as_csv([History(n, e.cycle, e.telemetry) for n, e in zip(names, fleet[:3], strict=True)]))
+    assert 0 == cli.main(["predict", str(path)])
+    head, *lines = capsys.readouterr().out.splitlines()[:4]
+    found = {line.split()[0]: line.index("normal" if "normal" in line else "d") for line in lines}
+    assert head.index("health") - 6 == found["日本エンジン"]
+    assert head.index("health") + 1 == found["e\u0301ngine"]
+    assert head.index("health") == found["plain"]
+
+
 def test_a_reader_may_leave(tmp_path: Path, fleet: list[History]) -> None:
     """What is piped into `head` ends without a traceback."""
     path = tmp_path / "fleet.csv"

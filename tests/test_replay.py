@@ -359,6 +359,34 @@ def test_the_demo_is_one_command(tmp_path: Path) -> None:
         demo.communicate()
 
 
+def test_a_closed_terminal_ends_the_demo(tmp_path: Path) -> None:
+    """A terminal that is closed leaves no service behind; and the demo finds its own service past any proxy."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    proxy = "http://127.0.0.1:9"  # where nobody listens
+    environment = {"ENGINE_HEALTH_PORT": port, "PYTHONPATH": os.getcwd(), "http_proxy": proxy, "no_proxy": ""}
+    demo = subprocess.Popen(
+        [sys.executable, "-m", "service.replay.demo", "--past", "0", "--engines", "1"],
+        env=os.environ | environment,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert demo.stdout is not None
+        assert demo.stdout.readline().startswith("The console is at")
+        demo.send_signal(signal.SIGHUP)
+        _, failed = demo.communicate(timeout=30)
+        assert (0, "") == (demo.returncode, failed)
+        with socket.socket() as probe:
+            assert 0 != probe.connect_ex(("127.0.0.1", int(port)))
+    finally:
+        demo.kill()
+        demo.communicate()
+
+
 def test_a_demo_disturbs_no_other_service(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

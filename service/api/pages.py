@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import importlib.util
 import mimetypes
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,11 +40,12 @@ class Page:
         """The file, packed for who takes that; 304 for who has it."""
         self._pack()
         headers = GUARDS | {"Cache-Control": self.kept, "ETag": self.tag, "Vary": "Accept-Encoding"}
-        if self.tag in (one.strip().removeprefix("W/") for one in request.headers.get("if-none-match", "").split(",")):
+        known = [one.strip().removeprefix("W/") for one in request.headers.get("if-none-match", "").split(",")]
+        if self.tag in known or "*" in known:
             return Response(status_code=304, headers=headers)
         kind = TYPES.get(self.path.suffix) or mimetypes.guess_type(self.path.name)[0] or "application/octet-stream"
         kind += "; charset=utf-8" if kind.startswith("text/") else ""
-        if self.packed is not None and "gzip" in request.headers.get("accept-encoding", ""):
+        if self.packed is not None and takes_gzip(request.headers.get("accept-encoding", "")):
             return Response(self.packed, headers=headers | {"Content-Encoding": "gzip"}, media_type=kind)
         return Response(self.path.read_bytes(), headers=headers, media_type=kind)
 
@@ -52,6 +54,13 @@ class Page:
             content = self.path.read_bytes()
             self.packed = gzip.compress(content, 6, mtime=0) if len(content) > WORTH_PACKING else None
             self.tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+
+
+def takes_gzip(accepted: str) -> bool:
+    """Whether a client that sends this `Accept-Encoding` takes gzip: a weight of 0 is a no."""
+    weights = {name.strip().lower(): weight for name, _, weight in (one.partition(";") for one in accepted.split(","))}
+    weight = weights.get("gzip", weights.get("*", "q=0"))
+    return re.fullmatch(r"\s*q=0(\.0*)?\s*", weight) is None
 
 
 def build_router() -> APIRouter:

@@ -30,6 +30,8 @@ START_SECONDS = 60.0
 def main(flags: list[str]) -> int:
     """Run both until told to stop; 1 if either fails."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a terminal that is closed ends both; not under nohup
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     parser = argparse.ArgumentParser("demo", description="A service, and a simulated fleet that flies for it.")
     add_to(parser)
     try:
@@ -75,9 +77,10 @@ def _serve() -> "subprocess.Popen[bytes]":
 def _wait(service: "subprocess.Popen[bytes]", url: str) -> None:
     """Return when the service is ready; raises ServiceError if it ended, or is not for long."""
     until = monotonic() + START_SECONDS
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy leads to this machine
     while service.poll() is None and monotonic() < until:
         try:
-            urllib.request.urlopen(f"{url}/readyz", timeout=5).close()
+            direct.open(f"{url}/readyz", timeout=5).close()
             return
         except OSError:
             sleep(0.1)

@@ -106,7 +106,7 @@ def flights(connection: Connection, engine_id: str, channels: tuple[str, ...], m
     asked = asked.where(engines.c.engine_id == engine_id, layouts.c.channels == names)
     rows = connection.execute(asked.order_by(c.cycle.desc()).limit(most)).all()[::-1]
     values = np.frombuffer(b"".join(row.telemetry for row in rows), dtype=np.float32)
-    return [row.cycle for row in rows], values.reshape(-1, len(channels))
+    return [row.cycle for row in rows], values.reshape(len(rows), len(channels))  # a foreign model may name none
 
 
 def all_kinds(connection: Connection) -> dict[int, Kind]:

@@ -1,6 +1,6 @@
 // How far the probabilities can be believed: in words, in charts, and what can be done about it.
 
-import { h, table, dash, facts, moment, number, percent, plural, signed, span } from "./page.js";
+import { h, refill, table, dash, facts, moment, number, percent, plural, signed, span } from "./page.js";
 import { get, live, post, putAsAdmin } from "./service.js";
 import { level, shape } from "./health.js";
 import { Chart } from "./charts.js";
@@ -13,19 +13,20 @@ const NEAR = 0.1;
 const Z = 1.645; // 90 % of a normal distribution lie within so many standard deviations
 
 export async function open(main, _, { signal, query, remember, beat, tell }) {
-  const page = new Calibration(main, query, remember, signal, tell);
+  const page = new Calibration(main, query, remember, signal);
   window.addEventListener("themechange", () => page.again(), { signal });
-  await live(SECONDS, signal, async () => {
+  page.look = live(SECONDS, signal, async () => {
     await page.load();
     beat("live", "live");
   }, tell);
+  await page.look();
 }
 
 class Calibration {
-  constructor(main, query, remember, signal, tell) {
-    Object.assign(this, { remember, signal, tell, fitted: null });
-    this.window = query.get("window") ?? "";
-    this.windows = h("select", { class: "field", on: { change: () => this.look() } }, WINDOWS.map(([value, text]) => h("option", { value, text })));
+  constructor(main, query, remember, signal) {
+    Object.assign(this, { remember, signal });
+    this.window = WINDOWS.some(([value]) => value === query.get("window")) ? query.get("window") : "";
+    this.windows = h("select", { class: "field", on: { change: () => this.choose() } }, WINDOWS.map(([value, text]) => h("option", { value, text })));
     this.windows.value = this.window;
     this.verdict = h("section", { class: "card verdict", "aria-live": "polite" }, h("p", { text: "Asking the service …" }));
     this.figures = h("section", { class: "card" });
@@ -37,7 +38,7 @@ class Calibration {
     this.changes = h("div");
     this.said = h("div", { role: "status" });
     this.fit = h("button", { type: "button", class: "button first", text: "Fit a temperature", on: { click: () => this.refit() } });
-    this.back = h("button", { type: "button", class: "button", text: "Take the last change back", on: { click: () => this.change({ rollback: true }, "Taken back.") } });
+    this.back = h("button", { type: "button", class: "button", text: "Take the last change back", on: { click: (event) => { if (event.detail < 2) this.change({ rollback: true }, "Taken back."); } } });
     this.body = h("div", { class: "grid", hidden: true }, this.figures,
       h("section", { class: "card half" }, h("h2", { text: "How often is each confidence right?" }),
         h("p", { text: "On the line, what it says is what happens. The bars are where chance alone puts 90 % of such bins." }), this.reliability.element),
@@ -50,15 +51,17 @@ class Calibration {
       h("div", { class: "inline" }, h("label", {}, "Predictions of", this.windows))), h("div", { class: "stack" }, this.verdict, this.body));
   }
 
-  look() {
+  choose() {
     this.window = this.windows.value;
     this.remember(this.window ? { window: this.window } : {});
-    this.load().catch((error) => this.tell(error));
+    this.look();
   }
 
   async load() {
-    const window = this.window ? `&window=${this.window}` : "";
+    const asked = this.window;
+    const window = asked ? `&window=${asked}` : "";
     const [found, tempered] = await Promise.all([get(`v1/calibration?periods=${PERIODS}${window}`, this.signal), get("v1/calibration/temperature", this.signal)]);
+    if (asked !== this.window) return; // another time was chosen meanwhile
     this.found = found;
     this.body.hidden = false;
     this.speak(found);
@@ -73,6 +76,7 @@ class Calibration {
 
   speak(found) {
     const [of, title, text] = verdict(found);
+    if (this.verdict.textContent === title + text) return; // what did not change is not read out again
     this.verdict.dataset.state = found.state;
     this.verdict.replaceChildren(shape(of), h("div", {}, h("h2", { text: title }), h("p", { text })));
   }
@@ -120,7 +124,7 @@ class Calibration {
 
   tellClasses(classes) {
     const name = (one, k) => h("span", { class: "health" }, shape(level(k, classes.length)), h("span", { text: one.class }));
-    this.classes.replaceChildren(h("h2", { text: "By class" }), h("p", { text: "How often each class was said to be and was, and how well it was found." }),
+    refill(this.classes, h("h2", { text: "By class" }), h("p", { text: "How often each class was said to be and was, and how well it was found." }),
       table(["Class", ["Truths", "number"], ["Said", "number"], ["Seen", "number"], ["Found", "number"], ["Right when called", "number"], ["ECE", "number"]],
         classes.map((one, k) => [name(one, k), number(one.n), percent(one.said), percent(one.seen), percent(one.recall), percent(one.precision), one.ece === null ? dash : one.ece.toFixed(3)]), "By class"));
   }
@@ -129,7 +133,7 @@ class Calibration {
     const { lag_seconds: lag, sources } = labels;
     const rows = labels.by_age.filter((band) => band.n > 0).map((band) => [band.to_seconds === null ? `older than ${span(band.from_seconds)}` : `${band.from_seconds ? span(band.from_seconds) : "0"} to ${span(band.to_seconds)}`,
       number(band.n), meter(band.share), percent(band.share)]);
-    this.labels.replaceChildren(h("h2", { text: "Truths and their delay" }),
+    refill(this.labels, h("h2", { text: "Truths and their delay" }),
       h("p", { text: labels.selection_biased ? "Fewer than four in five predictions have a truth yet. Those that have one may be the hard ones." : "Enough predictions have a truth to speak for the fleet." }),
       facts([["Have a truth", percent(labels.share)], ["Half came within", span(lag.p50)], ["Nine in ten within", span(lag.p90)], ["Told by ends", number(sources.outcome)], ["by running on", number(sources.survival)], ["by inspections", number(sources.inspection)]]),
       rows.length ? table(["Age of the prediction", ["Predictions", "number"], "Share", ["Have a truth", "number"]], rows, "Share with a truth by age") : h("p"));
@@ -147,21 +151,20 @@ class Calibration {
       const [of, text] = word(one.psi - one.noise);
       return [name.replace("sensor_", "sensor ").replace("op_setting_", "setting "), h("span", { class: "health small" }, shape(of), text), meter(Math.min(1, one.psi / (4 * FAR)), of), one.psi.toFixed(3), one.noise.toFixed(3)];
     });
-    this.drift.replaceChildren(h("h2", { text: "Drift, without any truth" }), h("p", { text: "Population stability index against engines held out in training. A fleet of one kind differs from a mixed one without anything being broken." }),
+    refill(this.drift, h("h2", { text: "Drift, without any truth" }), h("p", { text: "Population stability index against engines held out in training. A fleet of one kind differs from a mixed one without anything being broken." }),
       rows.length ? table(["What", "State", "Distance", ["PSI", "number"], ["Chance", "number"]], rows, "Drift of confidence, entropy and each channel") : h("p", { class: "note", text: "No prediction in this time." }));
   }
 
   tellTemperature({ temperature, temperature_source: source, changes }) {
     const rows = [...changes].reverse().map((one) => [moment(one.changed_at), one.temperature.toFixed(4), one.rollback ? "taken back" : one.fit_id ? "from a fit" : "by hand", h("code", { text: one.who })]);
-    this.changes.replaceChildren(facts([["In force", temperature.toFixed(4), { artefact: "as the model was delivered", fit: "fitted here" }[source] ?? source]]),
+    refill(this.changes, facts([["In force", temperature.toFixed(4), { artefact: "as the model was delivered", fit: "fitted here" }[source] ?? source]]),
       rows.length ? table(["Changed", ["Temperature", "number"], "How", "By"], rows, "Every change of the temperature, newest first") : h("p", { class: "muted small", text: "It was never changed." }));
     this.back.disabled = !rows.length || source === "artefact";
   }
 
-  async refit() {
-    this.fit.disabled = true;
-    this.said.replaceChildren(h("p", { class: "muted", text: "Fitting …" }));
-    try {
+  refit() {
+    return this.alone("No fit", async () => {
+      this.said.replaceChildren(h("p", { class: "muted", text: "Fitting …" }));
       const fit = await post("v1/calibration/fits", this.window ? { window: this.window } : {});
       const loss = fit.held_out.cross_entropy;
       const apply = h("button", { type: "button", class: "button first", text: `Apply ${fit.temperature.toFixed(4)}`, on: { click: () => this.change({ fit_id: fit.fit_id }, "Applied.") } });
@@ -169,25 +172,29 @@ class Calibration {
         h("p", {}, h("b", { text: `Temperature ${fit.temperature.toFixed(4)}` }), ` from ${plural(fit.n, "truth")} of ${plural(fit.engines, "engine")}; in force is ${fit.active_temperature.toFixed(4)}.`),
         h("p", { text: `On engines left out the loss goes from ${loss.before.toFixed(4)} to ${loss.after.toFixed(4)} nats. ${fit.sure ? "The whole interval is a gain." : "That may still be chance: the interval includes none."}` }),
         apply));
-    } catch (error) {
-      this.refused(error, "No fit");
-    }
-    this.fit.disabled = false;
+    });
   }
 
-  async change(body, done) {
-    try {
+  change(body, done) {
+    return this.alone("Nothing was changed", async () => {
       const now = await putAsAdmin("v1/calibration/temperature", body);
       this.said.replaceChildren(h("p", { class: "note", text: `${done} The temperature is ${now.temperature.toFixed(4)} now; every worker follows within two seconds.` }));
-      await this.load();
-    } catch (error) {
-      this.refused(error, "Nothing was changed");
-    }
+      this.look();
+    });
   }
 
-  refused(error, title) {
-    if (error.name === "AbortError") return;
-    this.said.replaceChildren(h("p", { class: "note bad", text: `${title}: ${error.message}.`.replace("..", ".") }));
+  /** One thing at a time. A fit that could not be applied stays to be applied. */
+  async alone(title, work) {
+    if (this.changing) return;
+    this.changing = true;
+    this.said.querySelector(".bad")?.remove();
+    try {
+      await work();
+    } catch (error) {
+      this.said.querySelector("p.muted")?.remove();
+      this.said.append(h("p", { class: "note bad", text: `${title}: ${error.message}.`.replace("..", ".") }));
+    }
+    this.changing = false;
   }
 
   again() {

@@ -1,6 +1,6 @@
 // Charts, drawn by the Plotly of the installed package, each with its table behind it. Knows no service.
 
-import { h, table } from "./page.js";
+import { h, refill, table } from "./page.js";
 import { colours } from "./health.js";
 
 const WRITTEN = "9f215cf04c5486422605d13261cb87401f4e7763b6296af81e98efbc0130da53";
@@ -23,7 +23,7 @@ export function plotly() {
 export class Chart {
   constructor(label, height = 260) {
     this.plot = h("div", { class: "chart", role: "img", "aria-label": label, style: { height: `${height}px` } });
-    this.details = h("details", { class: "behind", on: { toggle: () => this.fill() } }, h("summary", { text: "As a table" }));
+    this.details = h("details", { class: "behind", on: { toggle: () => this.fill() } }, h("summary", { text: "As a table" }), this.behind = h("div"));
     this.element = h("figure", {}, this.plot, this.details);
     this.label = label;
     this.height = height;
@@ -58,10 +58,7 @@ export class Chart {
   fill() {
     if (!this.details.open || !this.tell) return;
     const { titles, rows } = this.tell();
-    const shown = table(titles, rows, `${this.label}, as a table`);
-    const old = this.details.querySelector(".scroll");
-    if (old) old.replaceWith(shown);
-    else this.details.append(shown);
+    refill(this.behind, table(titles, rows, `${this.label}, as a table`));
   }
 }
 

@@ -1,6 +1,6 @@
 // One engine: what was said of it and when, which sensors moved, and what became of it.
 
-import { h, say, table, dash, facts, moment, number, percent, plural, signed, span, empty } from "./page.js";
+import { h, refill, say, table, dash, facts, moment, number, percent, plural, signed, span, empty } from "./page.js";
 import { get, live, model, now, post } from "./service.js";
 import { badge, colour, faded } from "./health.js";
 import { Chart } from "./charts.js";
@@ -11,16 +11,19 @@ const SYMBOLS = ["circle", "triangle-up", "hexagon2"];
 export async function open(main, id, { signal, beat, tell }) {
   const page = new Engine(main, id, signal);
   window.addEventListener("themechange", () => page.again(), { signal });
-  await live(SECONDS, signal, async () => {
+  page.look = live(SECONDS, signal, async () => {
     try {
       await page.load();
-      beat("live", "live");
     } catch (error) {
       if (error.status !== 404) throw error;
       page.unknown();
     }
+    beat("live", "live");
   }, tell);
+  await page.look();
 }
+
+const left = (prediction) => Number.isFinite(prediction.rul); // not of a model that knows classes only
 
 class Engine {
   constructor(main, id, signal) {
@@ -34,7 +37,7 @@ class Engine {
   async load() {
     this.model ??= await model(this.signal);
     const found = await get(`v1/engines/${encodeURIComponent(this.id)}?sensors=true`, this.signal);
-    const mark = [found.history.length, found.history.at(-1)?.prediction_id, found.failed_at_cycle, found.history.filter((one) => one.label !== null).length].join();
+    const mark = JSON.stringify([found.failed_at_cycle, found.history.map((one) => [one.prediction_id, one.label, one.source])]);
     this.found = found;
     this.rows = found.history;
     this.last = this.rows.at(-1);
@@ -47,13 +50,12 @@ class Engine {
   }
 
   unknown() {
-    if (this.body) return;
-    this.body = h("div");
-    this.main.append(this.body);
-    this.body.append(empty("Nothing is known of this engine", `No flight and no prediction of “${this.id}” is remembered. Is the name right? Capitals count.`, h("a", { class: "button", href: "#/fleet", text: "See the fleet" })));
+    if (this.body || this.nobody) return;
+    this.main.append(this.nobody = empty("Nothing is known of this engine", `No flight and no prediction of “${this.id}” is remembered. Is the name right? Capitals count.`, h("a", { class: "button", href: "#/fleet", text: "See the fleet" })));
   }
 
   frame() {
+    this.nobody?.remove();
     const classes = this.model.classes;
     this.facts = h("section", { class: "card" });
     this.probabilities = new Chart("Class probabilities of each cycle, stacked", 280);
@@ -62,8 +64,8 @@ class Engine {
     this.away = new Chart("How far a sensor is from what is usual, by cycle", 380);
     this.sensors = h("div");
     this.forms = h("section", { class: "card half" }, h("h2", { text: "What became of it" }), this.outcome(), this.inspection());
-    this.table = h("details", { class: "behind", on: { toggle: () => this.history() } }, h("summary", { text: "Every prediction, as a table" }));
-    const rul = this.last.rul !== null;
+    this.table = h("details", { class: "behind", on: { toggle: () => this.history() } }, h("summary", { text: "Every prediction, as a table" }), this.every = h("div"));
+    const rul = left(this.last);
     const sensors = Boolean(this.found.sensors);
     this.body = h("div", { class: "grid" }, this.facts,
       h("section", { class: rul ? "card half" : "card" }, h("h2", { text: "Health" }), h("p", { text: "Probability of each class, stacked to one." }), this.probabilities.element),
@@ -86,13 +88,13 @@ class Engine {
   renew() {
     const { last, rows } = this;
     const classes = this.model.classes;
-    this.title.replaceChildren(h("h1", { text: this.id }), badge(classes.indexOf(last.health), classes));
+    this.title.replaceChildren(h("h1", { text: this.id }), badge(last.health, classes));
     const lossy = rows.filter((one) => one.loss !== null);
     const mean = (name) => lossy.reduce((sum, one) => sum + one[name], 0) / lossy.length;
     const worst = classes.at(-1);
     this.facts.replaceChildren(facts([
       [`Probability of ${worst}`, percent(last.probabilities[worst], 1)],
-      ...(last.rul === null ? [] : [["Cycles left", number(last.rul), "predicted"]]),
+      ...(!left(last) ? [] : [["Cycles left", number(last.rul), "predicted"]]),
       ["Not ruled out", last.prediction_set?.join(", ") || dash],
       ["Predictions", number(rows.length), `${number(lossy.length)} with a truth`],
       ...(lossy.length ? [["Loss", mean("loss").toFixed(3), `nats; ${mean("expected_loss").toFixed(3)} expected`]] : []),
@@ -111,7 +113,7 @@ class Engine {
       traces: classes.map((name, k) => ({ x, y: p(name), name, stackgroup: "one", mode: "lines", line: { width: 0.8, color: colour(k, classes.length, c) }, fillcolor: faded(colour(k, classes.length, c), 0.62), hovertemplate: "%{y:.1%}" })),
       layout: { xaxis: { title: { text: "cycle" } }, yaxis: { range: [0, 1], tickformat: ".0%" } },
     }), () => ({ titles: ["Cycle", ...classes.map((name) => [name, "number"])], rows: rows.map((one) => [number(one.cycle), ...classes.map((name) => percent(one.probabilities[name], 1))]) }));
-    if (this.last.rul !== null) this.drawRul(x);
+    if (left(this.last)) this.drawRul(x);
     this.drawSets(x);
     if (this.found.sensors) this.drawSensors();
   }
@@ -155,9 +157,7 @@ class Engine {
     const rows = channels.slice(0, 7).map((one) => [
       h("div", {}, h("button", { type: "button", class: "pick", "aria-pressed": String(one.channel === this.picked), text: one.channel.replace("sensor_", "sensor "), on: { click: () => this.pick(one.channel) } }),
         h("div", { class: "muted small", text: described[one.channel]?.description ?? "" })), bar(one.moved), signed(one.moved, 2)]);
-    const focused = document.activeElement?.classList.contains("pick") ? document.activeElement.textContent : null;
-    this.sensors.replaceChildren(table(["Sensor", "Away from usual", ["Moved", "number"]], rows, "Sensors that moved most"));
-    if (focused) [...this.sensors.querySelectorAll(".pick")].find((one) => one.textContent === focused)?.focus();
+    refill(this.sensors, table(["Sensor", "Away from usual", ["Moved", "number"]], rows, "Sensors that moved most"));
     const of = channels.find((one) => one.channel === this.picked) ?? channels[0];
     const about = described[of.channel];
     say(this.awayTitle, `${of.channel.replace("sensor_", "Sensor ")} over time`);
@@ -189,7 +189,7 @@ class Engine {
         const done = await post("v1/outcomes", { engine_id: this.id, failed_at_cycle: cycle, revise });
         const how = { joined: "Recorded", pending: "Recorded", unchanged: "Known already", revised: "Replaced" }[done.result];
         said.append(h("p", { class: "note", text: `${how}: failed at cycle ${number(cycle)}. ${plural(done.labelled, "prediction")} got a truth by it.` }));
-        await this.load();
+        this.look();
       } catch (error) {
         const known = error.body?.results?.[0]?.known;
         said.append(h("p", { class: "note bad" }, known === undefined ? `Not recorded: ${error.message}.` : `Not recorded: this engine is known to have failed at cycle ${number(known)}. `,
@@ -213,7 +213,7 @@ class Engine {
         const { result } = (await post("v1/labels", { labels: [label] })).results[0];
         const how = { joined: "Recorded.", pending: "Kept until that cycle is predicted.", unchanged: "Known already.", revised: "Replaced." }[result];
         said.append(h("p", { class: "note", text: how ?? result }));
-        await this.load();
+        this.look();
       } catch (error) {
         const known = error.body?.results?.[0]?.known;
         said.append(h("p", { class: "note bad" }, known === undefined ? `Not recorded: ${error.message}.` : `Not recorded: at this cycle it was found ${typeof known === "string" ? known : "otherwise"}. `,
@@ -231,7 +231,6 @@ class Engine {
     const rows = [...this.rows].reverse().map((one) => [number(one.cycle), moment(one.made_at), one.health, percent(one.probabilities[classes.at(-1)], 1), number(one.rul, 1), one.prediction_set?.join(", ") ?? dash,
       typeof one.label === "string" ? one.label : one.label ? "soft" : dash, one.source ?? dash, one.loss === null ? dash : one.loss.toFixed(3), one.expected_loss.toFixed(3)]);
     const shown = table(["Cycle", "Answered", "Health", [classes.at(-1), "number"], ["Cycles left", "number"], "Not ruled out", "Truth", "Told by", ["Loss", "number"], ["Expected", "number"]], rows, "Every prediction of this engine, newest first");
-    this.table.querySelector(".scroll")?.remove();
-    this.table.append(shown);
+    refill(this.every, shown);
   }
 }

@@ -9,6 +9,8 @@ const FEWEST = 2;
 const MOST = 10;
 const REACH = 10; // of a slider; farther where a logit is
 const [COLDEST, HOTTEST] = [0.01, 100]; // temperatures that the service takes
+const MOST_LOGIT = 1e6; // far beyond it, z / temperature is no number any more
+const within = (logit) => Math.min(MOST_LOGIT, Math.max(-MOST_LOGIT, logit));
 const PRESETS = {
   "Confident and right": () => ({ logits: [6, 1, 0, -1], y: 0 }),
   "Confident and wrong": () => ({ logits: [6, 1, 0, -1], y: 3 }),
@@ -31,7 +33,7 @@ class Explorer {
     Object.assign(this, { signal, remember, beat, classes: [], why: null });
     const given = (query.get("z") ?? "").split(",").map(Number);
     const usable = given.length >= FEWEST && given.length <= MOST && given.every(Number.isFinite) && query.get("z");
-    this.logits = usable ? given : [2, 1, 0.1, -1];
+    this.logits = usable ? given.map(within) : [2, 1, 0.1, -1];
     this.y = Math.min(this.logits.length - 1, Math.max(0, Math.trunc(Number(query.get("y")) || 0)));
     this.temperature = Math.min(HOTTEST, Math.max(COLDEST, Number(query.get("t")) || 1));
     this.build(main);
@@ -41,7 +43,7 @@ class Explorer {
     this.count = h("input", { class: "field", type: "number", min: FEWEST, max: MOST, on: { change: () => this.resize(Number(this.count.value)) } });
     this.rows = h("div", { class: "logits" });
     this.hot = h("input", { class: "wide", type: "range", min: -2, max: 2, step: 0.01, "aria-label": "Temperature, from sharp to flat", on: { input: () => this.heat(10 ** Number(this.hot.value)) } });
-    this.exact = h("input", { class: "field", type: "number", min: COLDEST, max: HOTTEST, step: "any", "aria-label": "Temperature", on: { change: () => this.heat(Number(this.exact.value)) } });
+    this.exact = h("input", { class: "field", type: "number", min: COLDEST, max: HOTTEST, step: "any", "aria-label": "Temperature", on: { change: () => this.heat(this.exact.value === "" ? 1 : Number(this.exact.value)) } });
     this.engine = h("input", { class: "field", list: "engines", placeholder: "Engine", "aria-label": "Engine whose newest prediction to load" });
     this.list = h("datalist", { id: "engines" });
     this.loaded = h("p", { class: "muted small", role: "status" });
@@ -88,13 +90,13 @@ class Explorer {
   }
 
   move(k, value) {
-    this.logits[k] = Math.min(1e6, Math.max(-1e6, Number.isFinite(value) ? value : 0));
+    this.logits[k] = within(Number.isFinite(value) ? value : 0);
     this.why = null;
     this.show();
   }
 
   heat(value) {
-    this.temperature = Math.min(HOTTEST, Math.max(COLDEST, value || 1));
+    this.temperature = Math.min(HOTTEST, Math.max(COLDEST, value));
     this.show();
   }
 
@@ -121,14 +123,15 @@ class Explorer {
   show() {
     const found = (this.found = worked(this.logits, this.y, this.temperature));
     this.count.value = this.logits.length;
-    if (document.activeElement !== this.exact) this.exact.value = Number(this.temperature.toPrecision(4));
+    this.exact.value = Number(this.temperature.toPrecision(4));
     this.hot.value = Math.log10(this.temperature);
+    this.hot.setAttribute("aria-valuetext", String(this.exact.value)); // the slider itself counts powers of ten
     const reach = Math.max(REACH, ...this.logits.map(Math.abs));
     this.controls.forEach(({ slider, exact, truth }, k) => {
       slider.min = -reach;
       slider.max = reach;
       slider.value = this.logits[k];
-      if (document.activeElement !== exact) exact.value = Number(this.logits[k].toPrecision(7));
+      exact.value = Number(this.logits[k].toPrecision(7));
       truth.checked = k === this.y;
     });
     this.bars.forEach(({ fill, value, row }, k) => {

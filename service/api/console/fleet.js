@@ -10,11 +10,13 @@ const MOST = 5000; // engines that are shown; who looks for another one opens it
 const TREND = 30; // cycles
 const ANEW = 300; // looks after which everything is asked again: what is forgotten is no change
 const BEYOND = 6; // rows made above and below what is seen
+const TILES = 12; // classes to choose from
+const RESTS = 10_000; // ms after which a pointer that lies in the list chooses nothing there
 
 const SORTS = {
   worst: ["Worst first", "descending", (a, b) => b.risk - a.risk || sooner(a, b)],
   rul: ["Fewest cycles left", "ascending", (a, b) => sooner(a, b)],
-  name: ["Engine", "ascending", (a, b) => compare(a, b)],
+  name: ["By name", "ascending", (a, b) => compare(a, b)],
   newest: ["Newest reading", "ascending", (a, b) => b.at - a.at || compare(a, b)],
   oldest: ["Oldest reading", "descending", (a, b) => a.at - b.at || compare(a, b)],
 };
@@ -28,10 +30,11 @@ export async function open(main, _, { signal, query, remember, beat, tell }) {
   window.addEventListener("resize", () => fleet.resize(), { signal });
   document.addEventListener("keydown", (event) => fleet.key(event), { signal });
   signal.addEventListener("abort", () => clearInterval(fleet.clock));
-  await live(SECONDS, signal, async () => {
+  fleet.look = live(SECONDS, signal, async () => {
     await fleet.load(signal);
     beat("live", "live");
   }, tell);
+  await fleet.look();
 }
 
 class Fleet {
@@ -47,15 +50,16 @@ class Fleet {
     this.sorting = h("select", { class: "field", "aria-label": "Order", on: { change: () => this.by(this.sorting.value) } },
       Object.entries(SORTS).map(([name, [title]]) => h("option", { value: name, text: title, selected: name === this.sort })));
     this.sorting.value = this.sort;
-    this.ended = h("input", { type: "checkbox", on: { change: () => { this.all = this.ended.checked; this.changed(); } } });
+    this.ended = h("input", { type: "checkbox", on: { change: () => this.withEnded(this.ended.checked) } });
     this.ended.checked = this.all;
     this.held = h("span", { class: "held", role: "status" });
     this.rows = h("div", { class: "rows", role: "rowgroup" });
     this.none = h("p", { class: "none", hidden: true });
     this.titles = this.makeTitles();
     this.table = h("div", { class: "fleet", role: "table", "aria-label": "Engines" }, h("div", { role: "rowgroup", class: "titles-group" }, this.titles), this.rows);
-    this.table.addEventListener("pointerenter", () => { this.pointed = true; });
-    this.table.addEventListener("pointerleave", () => { this.pointed = false; this.draw(); });
+    this.pointed = -Infinity; // when the pointer last moved in the list
+    this.table.addEventListener("pointermove", () => { this.pointed = performance.now(); });
+    this.table.addEventListener("pointerleave", () => { this.pointed = -Infinity; this.draw(); });
     this.table.addEventListener("focusout", (event) => { if (!this.table.contains(event.relatedTarget)) queueMicrotask(() => this.draw()); });
     this.subtitle = h("p", { text: "Asking the service …" });
     main.append(h("div", { class: "head" }, h("div", {}, h("h1", { text: "Fleet" }), this.subtitle)));
@@ -72,33 +76,55 @@ class Fleet {
       title("Not ruled out", null, "set"), title("Cycle", null, "cycle"), title("Age", "newest", "age"));
   }
 
-  /** Everything the first time, then what changed. */
+  /** Everything the first time, after a trouble and now and then; else what changed. */
   async load(signal) {
-    if (!this.classes) this.classes = (await model(signal)).classes;
     this.looks = (this.looks ?? 0) + 1;
-    if (this.looks % ANEW === 0) this.from = null;
-    if (!this.from) this.engines.clear();
+    const from = this.anew || this.looks % ANEW === 0 ? null : this.from;
+    this.anew = false;
+    this.from = null; // until this look has come to its end: who comes back may be another service
+    if (!from) this.use((await model(signal)).classes);
     const next = since();
-    const changed = this.from ? `&since=${encodeURIComponent(this.from)}` : `&trend=${TREND}`;
+    const which = from ? `&since=${encodeURIComponent(from)}` : `&trend=${TREND}${this.all ? "" : "&running=true"}`;
+    const engines = from ? this.engines : new Map();
     let page = null;
     do {
-      page = await get(`v1/engines?limit=${PAGE}${changed}${page ? `&next=${encodeURIComponent(page.next)}` : ""}`, signal);
-      for (const row of page.engines) this.keep(row);
-    } while (page.next && (this.from || this.engines.size < MOST));
-    this.total = this.from ? Math.max(this.total, this.engines.size) : page.total;
+      page = await get(`v1/engines?limit=${PAGE}${which}${page ? `&next=${encodeURIComponent(page.next)}` : ""}`, signal);
+      for (const row of page.engines) this.keep(row, engines);
+    } while (page.next && (from || engines.size < MOST));
+    this.engines = engines;
+    const counts = [...engines.values()].some((one) => Number.isFinite(one.rul)); // a model may know classes only
+    this.table.classList.toggle("no-rul", !counts && engines.size > 0);
+    this.total = from ? Math.max(this.total, engines.size) : page.total;
     this.from = next;
     this.frame();
     this.draw();
   }
 
-  keep(row) {
+  /** The classes of the model; with others everything is made anew. */
+  use(classes) {
+    if (classes.join("\n") === this.classes?.join("\n")) return;
+    this.classes = classes;
+    this.made.clear();
+    this.rows.replaceChildren();
+    this.framed = null;
+  }
+
+  /** Ended engines are asked for only when they are wanted: in the course of time they are the most, and the worst. */
+  withEnded(wanted) {
+    this.all = wanted;
+    this.anew = true;
+    this.changed();
+    this.look();
+  }
+
+  keep(row, engines) {
     const p = this.classes.map((name) => row.probabilities[name] ?? 0);
-    const old = this.engines.get(row.engine_id);
-    const risk = Object.values(row.probabilities).at(-1); // of the model that answered, which may be an older one
+    const old = engines.get(row.engine_id);
+    const risk = row.probabilities[this.classes.at(-1)] ?? Object.values(row.probabilities).at(-1); // of the model that answered, which may be an older one
     const trend = row.trend ?? old?.trend ?? [];
     if (!row.trend && row.cycle !== null && row.cycle > (trend.at(-1)?.[0] ?? -1)) trend.push([row.cycle, risk]);
     while (trend.length && trend[0][0] <= row.cycle - TREND) trend.shift();
-    this.engines.set(row.engine_id, { id: row.engine_id, cycle: row.cycle, k: this.classes.indexOf(row.health), health: row.health, p, risk, rul: row.rul,
+    engines.set(row.engine_id, { id: row.engine_id, cycle: row.cycle, k: this.classes.indexOf(row.health), health: row.health, p, risk, rul: row.rul,
       set: row.prediction_set, at: Date.parse(row.updated_at), ended: row.failed_at_cycle, trend });
   }
 
@@ -125,7 +151,7 @@ class Fleet {
 
   filter(k) {
     const figure = h("b", { text: "0" });
-    const name = k === null ? h("span", { class: "plain", text: "all engines" }) : badge(k, this.classes);
+    const name = k === null ? h("span", { class: "plain", text: "all engines" }) : badge(this.classes[k], this.classes);
     const button = h("button", { type: "button", class: "count", "aria-pressed": "false", on: { click: () => {
       this.picked = k === null || this.picked === this.classes[k] ? null : this.classes[k];
       this.changed();
@@ -147,29 +173,36 @@ class Fleet {
     this.draw();
   }
 
-  /** Which engines in which order; the order stays while somebody points into it. */
+  /** Which engines in which order. While somebody is in the list it stays: no row goes, or moves to another's place. */
   choose() {
     const words = this.words.trim().toLowerCase();
     const standing = [...this.engines.values()].filter((one) => this.all || one.ended === null);
+    const count = this.classes.map(() => 0);
+    for (const one of standing) if (one.k >= 0) count[one.k] += 1;
+    const least = [...count].sort((a, b) => b - a)[TILES - 1] ?? 0; // of a thousand classes those that there are most of
+    let free = TILES;
     for (const { k, button, figure } of this.filters) {
-      say(figure, number(k === null ? standing.length : standing.filter((one) => one.k === k).length));
+      say(figure, number(k === null ? standing.length : count[k]));
+      const crowded = k !== null && count.length > TILES && (count[k] < Math.max(1, least) || free-- <= 0);
+      button.hidden = crowded && this.picked !== this.classes[k];
       button.setAttribute("aria-pressed", String(k === null ? !this.picked : this.picked === this.classes[k]));
     }
     const found = standing.filter((one) => (!this.picked || this.classes[one.k] === this.picked) && (!words || one.id.toLowerCase().includes(words)));
     found.sort(SORTS[this.sort][2]);
-    const hold = this.order.length > 0 && (this.pointed || this.rows.contains(document.activeElement));
-    if (!hold) return found;
-    const place = new Map(this.order.map((one, i) => [one.id, i]));
-    return found.map((one, i) => [place.get(one.id) ?? this.order.length + i, one]).sort((a, b) => a[0] - b[0]).map(([, one]) => one);
+    this.best = found;
+    const points = performance.now() - this.pointed < RESTS;
+    if (!this.order.length || !(points || this.rows.contains(document.activeElement))) return found;
+    const held = this.order.map((one) => this.engines.get(one.id) ?? one);
+    const places = new Set(held.map((one) => one.id));
+    return [...held, ...found.filter((one) => !places.has(one.id))];
   }
 
   draw() {
     if (!this.framed) return;
     this.order = this.choose();
-    const best = [...this.order].sort(SORTS[this.sort][2]);
-    say(this.held, best.some((one, i) => one !== this.order[i]) ? "Order held while you are in the list" : "");
+    say(this.held, this.order.length !== this.best.length || this.best.some((one, i) => one !== this.order[i]) ? "Order held while you are in the list" : "");
     const beyond = this.total > this.engines.size ? ` The ${number(this.engines.size)} worst of ${number(this.total)} are here; find another one by its whole name and Enter.` : "";
-    say(this.subtitle, `${plural(this.order.length, "engine")}, ${SORTS[this.sort][0].toLowerCase()}.${beyond}`);
+    say(this.subtitle, `${plural(this.best.length, "engine")}, ${SORTS[this.sort][0].toLowerCase()}.${beyond}`);
     for (const title of this.titles.children) {
       const mine = title.dataset.sort && (title.dataset.sort === this.sort || (title.dataset.sort === "newest" && this.sort === "oldest"));
       if (title.dataset.sort) title.setAttribute("aria-sort", mine ? SORTS[this.sort][1] : "none");
@@ -233,8 +266,10 @@ class Fleet {
     if (event.key === "Escape") { this.search.value = this.words = ""; this.changed(); }
     if (event.key !== "Enter") return;
     const exact = this.search.value.trim();
-    const only = this.order.length === 1 ? this.order[0].id : null;
-    if (exact) location.hash = `#/engine/${encodeURIComponent(only ?? exact)}`;
+    const all = this.total <= this.engines.size; // then who is not here is nowhere
+    if (!exact) return;
+    if (this.order.length > 1 && all && !this.engines.has(exact)) this.made.get(this.order[0].id)?.link.focus();
+    else location.hash = `#/engine/${encodeURIComponent(this.order.length === 1 ? this.order[0].id : exact)}`;
   }
 
   /** "/" finds; arrows go from engine to engine. */

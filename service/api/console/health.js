@@ -23,8 +23,10 @@ export function reshape(picture, of) {
   picture.firstChild.setAttribute("d", PATHS[of]);
 }
 
-export function badge(k, classes) {
-  return h("span", { class: "health" }, shape(level(k, classes.length)), h("span", { text: classes[k] }));
+/** A class by its name; one that the model does not have, of a model before it, is to be watched. */
+export function badge(name, classes) {
+  const k = classes.indexOf(name);
+  return h("span", { class: "health" }, shape(k < 0 ? LEVELS[1] : level(k, classes.length)), h("span", { text: name }));
 }
 
 const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();

@@ -2,12 +2,17 @@
 
 import { h, empty } from "./page.js";
 import { Problem } from "./service.js";
+import * as calibration from "./calibration.js";
+import * as engine from "./engine.js";
+import * as explorer from "./explorer.js";
+import * as fleet from "./fleet.js";
 
+// All are here from the start: a page that had to be fetched could not be shown while nobody answers.
 const PAGES = {
-  fleet: ["Fleet", () => import("./fleet.js")],
-  engine: ["Engine", () => import("./engine.js")],
-  calibration: ["Calibration", () => import("./calibration.js")],
-  explorer: ["Explorer", () => import("./explorer.js")],
+  fleet: ["Fleet", fleet],
+  engine: ["Engine", engine],
+  calibration: ["Calibration", calibration],
+  explorer: ["Explorer", explorer],
 };
 const main = document.getElementById("page");
 const pulse = document.getElementById("pulse");
@@ -20,27 +25,35 @@ async function show() {
   const ending = (leave = new AbortController());
   const [path, query] = (location.hash.replace(/^#\/?/, "") || "fleet").split("?");
   const [name, ...rest] = path.split("/");
-  const [title, load] = PAGES[name] ?? PAGES.fleet;
+  const [title, opened] = PAGES[name] ?? PAGES.fleet;
   for (const link of document.querySelectorAll("nav a")) {
     const here = link.hash === `#/${name}` || (name === "engine" && link.hash === "#/fleet");
     if (here) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  const rest_ = decodeURIComponent(rest.join("/"));
-  document.title = `${rest_ || title} – engine-health`;
+  const id = decoded(rest.join("/"));
+  document.title = `${id || title} – engine-health`;
   tell(null);
   pulse.textContent = "";
-  const opened = await load();
-  if (ending.signal.aborted) return;
   main.replaceChildren();
   window.scrollTo(0, 0);
   if (!first) main.focus({ preventScroll: true });
   first = false;
-  const around = { signal: ending.signal, query: new URLSearchParams(query ?? ""), remember, beat, tell };
+  const mine = (say) => (...words) => { if (!ending.signal.aborted) say(...words); }; // who has left is not heard
+  const around = { signal: ending.signal, query: new URLSearchParams(query ?? ""), remember: mine(remember), beat: mine(beat), tell: mine(tell) };
   try {
-    await opened.open(main, rest_, around);
+    await opened.open(main, id, around);
   } catch (error) {
-    if (!ending.signal.aborted && error.name !== "AbortError") tell(error);
+    if (error.name !== "AbortError") around.tell(error);
+  }
+}
+
+/** What an address means; one that somebody wrote by hand may hold a lonely %. */
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
   }
 }
 

@@ -80,6 +80,21 @@ export function table(titles, rows, caption) {
       h("tbody", {}, rows.map((row) => h("tr", row.props ?? {}, (row.cells ?? row).map(cell))))));
 }
 
+/** Put other things into an element; who reads one of its tables stays where they are in it. */
+export function refill(element, ...children) {
+  const named = (one) => one.getAttribute("aria-label");
+  const parts = () => element.querySelectorAll(".scroll, button, a");
+  const focused = element.contains(document.activeElement) ? document.activeElement : null;
+  const called = focused && (named(focused) ?? focused.textContent);
+  const places = new Map([...parts()].map((one) => [named(one), [one.scrollTop, one.scrollLeft]]));
+  element.replaceChildren(...children);
+  for (const one of parts()) {
+    const [top, left] = places.get(named(one)) ?? [0, 0];
+    if (top || left) Object.assign(one, { scrollTop: top, scrollLeft: left });
+    if (called !== null && called === (named(one) ?? one.textContent)) one.focus({ preventScroll: true });
+  }
+}
+
 /** What stands where there is nothing yet: what is so, and what to do. */
 export function empty(title, text, ...more) {
   return h("section", { class: "card empty" }, h("h2", { text: title }), h("p", { text }), ...more);

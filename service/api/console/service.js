@@ -4,6 +4,7 @@
 import { h } from "./page.js";
 
 const KEYS = { api: "engine-health.key", admin: "engine-health.admin-key" };
+const AGAIN = 3; // seconds until what failed is tried again
 const SLACK = 4000; // ms: who is told "since" also gets what was being committed then
 
 /** What the service, or the way to it, said no with. `status` is 0 where nobody answered. */
@@ -61,9 +62,11 @@ async function read(answer) {
 }
 
 let asking = null;
+let declined = false; // the key of the service, which every look at it would ask for again
 
 /** Ask for a key, once for all who wait for it. Who closes the question gets the problem. */
 function askForKey(kind, why) {
+  if (declined && kind === "api") return Promise.reject(refusal(kind));
   asking ??= dialog(kind, why).finally(() => { asking = null; });
   return asking;
 }
@@ -92,7 +95,10 @@ function dialog(kind, why) {
     box.addEventListener("close", () => {
       box.remove();
       if (used) resolve();
-      else reject(new Problem(401, admin ? "No admin key was given, so nothing was changed." : "This service asks for a key. Reload the page to give one."));
+      else {
+        declined ||= !admin;
+        reject(refusal(kind));
+      }
     });
     document.body.append(box);
     box.showModal();
@@ -100,14 +106,23 @@ function dialog(kind, why) {
   });
 }
 
+function refusal(kind) {
+  return new Problem(401, kind === "admin" ? "No admin key was given." : "This service asks for a key. Reload the page to give one.");
+}
+
 /** The model that answers: its classes, thresholds and channels. */
 export const model = (signal) => get("v1/model", signal);
 
-/** Do something now and again, until `signal`; not while the tab is hidden. Troubles are told and tried again. */
+/** Something that is done now and again from its first call on, and at once at every other one, until `signal`.
+    Not while the tab is hidden, and never twice at a time. Troubles are told, and soon tried again. */
 export function live(seconds, signal, work, trouble) {
   let timer = 0;
+  let busy = false;
+  let more = false; // somebody could not wait while it was being done
   const round = async () => {
+    if (busy) return void (more = true);
     clearTimeout(timer);
+    [busy, more] = [true, false];
     let wait = seconds;
     try {
       if (!document.hidden) {
@@ -118,9 +133,11 @@ export function live(seconds, signal, work, trouble) {
       if (signal.aborted || error.name === "AbortError") return;
       trouble(error);
       if (error.status === 401 || error.status === 501) return; // asking again changes nothing
-      wait = Math.max(seconds, 3);
+      wait = AGAIN;
+    } finally {
+      busy = false;
     }
-    if (!signal.aborted) timer = setTimeout(round, wait * 1000);
+    if (!signal.aborted) timer = setTimeout(round, more ? 0 : wait * 1000);
   };
   const seen = () => { if (!document.hidden) round(); };
   document.addEventListener("visibilitychange", seen);
@@ -128,5 +145,5 @@ export function live(seconds, signal, work, trouble) {
     clearTimeout(timer);
     document.removeEventListener("visibilitychange", seen);
   });
-  return round();
+  return round;
 }
