@@ -29,7 +29,11 @@ REACH = (  # case, against, figure, reach, whether more is better
     ("one window of an engine, remembered, 64 connections", "the same without a database", "memory", 0.70, True),
     ("one flight a request, kept, `/v1/cycles`, 64 connections", "a bare FastAPI route", "flights", 0.35, True),
 )
-LIMITS = (("start to ready, s", "start", 1.5), ("resident memory of one worker, MB", "memory", 180.0))
+LIMITS = (
+    ("start to ready, s", "start", 1.5),
+    ("resident memory of one worker at ready, MB", "memory", 180.0),
+    ("the same after all rounds", "after", None),
+)
 ONE_THREAD, STATELESS = {"ENGINE_HEALTH_THREADS": "1"}, {"ENGINE_HEALTH_DATABASE_URL": ""}
 Found = dict[str, dict[str, Figure]]
 
@@ -61,7 +65,7 @@ def measured(rounds: int, seconds: float) -> Found:
         found = load.median_rounds(cases, rounds)
         memory = resident(pid)
     found["start"] = load.median_rounds({"start": started}, rounds)["start"]
-    found["start"]["memory"] = Figure(memory, memory, memory)
+    found["start"]["after"] = Figure(memory, memory, memory)
     return found
 
 
@@ -109,14 +113,14 @@ def rows(url: str, seconds: float) -> Mapping[str, float]:
 
 
 def started() -> Mapping[str, float]:
-    """Seconds from the command to the first ready answer."""
+    """Seconds from the command to the first ready answer, and megabytes held then."""
     port = load.free_port()
     begun = time.perf_counter()
     with (
         tempfile.TemporaryDirectory(dir=BUILD) as folder,
-        load.served(command(port), ONE_THREAD | kept_in(folder), SERVER_CORE, base(port) + "/readyz", ROOT),
+        load.served(command(port), ONE_THREAD | kept_in(folder), SERVER_CORE, base(port) + "/readyz", ROOT) as pid,
     ):
-        return {"start": time.perf_counter() - begun}
+        return {"start": time.perf_counter() - begun, "memory": resident(pid)}
 
 
 def resident(pid: int) -> float:
@@ -145,7 +149,7 @@ def table(found: Found) -> Iterator[str]:
         sign = "≥" if more else "≤"
         yield f"| {case} | {against} | {here:,.4g} | {there:,.4g} | **{here / there:.2f}** | {sign} {reach:g} |"
     for case, name, limit in LIMITS:
-        yield f"| {case} | | {found['start'][name].median:.3g} | | | ≤ {limit:g} |"
+        yield f"| {case} | | {found['start'][name].median:.3g} | | | {'' if limit is None else f'≤ {limit:g}'} |"
 
 
 def main() -> None:
