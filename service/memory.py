@@ -23,6 +23,7 @@ from service.storage import labels, queries, readings, remember, tempering
 from service.storage.book import Book, Joined
 from service.storage.database import Database
 from service.storage.labels import Answered, End, Ended, Labels, Result, Said
+from service.storage.locks import lock_all
 from service.storage.readings import Flight, Flights, Landed, Predicted, Stored
 from service.storage.remember import Batch, By, Made
 
@@ -65,7 +66,7 @@ class Memory:
         self._metrics = metrics
         book = Book()
         self.database = Database(
-            settings.database_url, book.forget, settings.max_queue_rows, settings.max_queue_seconds
+            settings.database_url, book.forget, settings.max_queue_rows, settings.max_queue_seconds, lock_all
         )
         self._retention = settings.retention_days * 86400
         self._remember = partial(remember.remember, book)

@@ -68,7 +68,14 @@ def address(text: str) -> URL:
 class Database:
     """One database, seen from one process. `up` says whether the last transaction succeeded."""
 
-    def __init__(self, url: str, failed: Callable[[], None], max_queue: int, max_seconds: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        failed: Callable[[], None],
+        max_queue: int,
+        max_seconds: float,
+        begun: Callable[[Connection, Sequence[Sequence[Any]]], None] | None = None,
+    ) -> None:
         self._url = address(url)
         self._file = str(self._url.database) if self._url.get_backend_name() == "sqlite" else None
         self._writing = _engine(self._url, "BEGIN IMMEDIATE", 1)
@@ -79,6 +86,7 @@ class Database:
         event.listen(self._writing, "after_cursor_execute", self._work)
         event.listen(self._writing, "commit", self._wait)
         self._failed = failed  # told of a transaction that was not committed
+        self._begun = begun  # told of all items of a transaction, by kind of work, before any of it is done
         self._inode: int | None = None  # of the file that was migrated
         self.up, self._reason = False, "the database does not answer"
         self._queue: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
@@ -217,6 +225,8 @@ class Database:
             self._find()
             done: list[tuple[_Asked, Any]] = []
             with self._writing.begin() as connection:
+                if self._begun is not None:
+                    self._begun(connection, [[one.item for one in asked] for asked in kinds.values()])
                 for work, asked in kinds.items():
                     done += zip(asked, work(connection, [one.item for one in asked]), strict=True)
         except DBAPIError as error:
