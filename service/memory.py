@@ -96,8 +96,10 @@ class Memory:
         """Forget what is older than the settings say, a little at a time."""
         if not self._retention:
             return
-        while await self.database.write(queries.prune, time.time() - self._retention):
-            pass
+        gone, before = 1, time.time() - self._retention
+        while gone:
+            old = await self.database.read(lambda connection: queries.too_old(connection, before))
+            gone = await self.database.write(queries.prune, old) if old.engines else 0
 
     async def remember(
         self,

@@ -11,6 +11,7 @@ from sqlalchemy import ARRAY, Connection, Integer, String, any_, bindparam, or_,
 
 from service.storage.book import MOST_VALUES
 from service.storage.labels import End, Labels
+from service.storage.queries import Old
 from service.storage.readings import Flights
 from service.storage.remember import Batch
 from service.storage.tables import engines, predictions
@@ -33,23 +34,25 @@ def lock_all(connection: Connection, together: Sequence[Sequence[Any]]) -> None:
     """
     if connection.dialect.name != "postgresql":
         return
-    names, made, statements = set[str](), set[str](), 0
+    names, made, ids, statements = set[str](), set[str](), set[int](), 0
     for items in together:
         before = len(names)
         for item in items:
-            _add(item, names, made)
+            _add(item, names, made, ids)
         statements += -(-(len(names) - before) // MOST_VALUES)  # what an earlier kind names is locked by then
-    if statements + len(made) > 1:
-        owners = connection.execute(_OWNERS, {"made": sorted(made)}).scalars().all() if made else []
-        connection.execute(_LOCK, {"names": sorted(names), "ids": sorted(set(owners))})
+    if ids or statements + len(made) > 1:
+        ids |= set(connection.execute(_OWNERS, {"made": sorted(made)}).scalars()) if made else set()
+        connection.execute(_LOCK, {"names": sorted(names), "ids": sorted(ids)})
 
 
-def _add(item: Any, names: set[str], made: set[str]) -> None:
-    """What an item says of whose engine it is: a name, or the id of a prediction."""
+def _add(item: Any, names: set[str], made: set[str], ids: set[int]) -> None:
+    """What an item says of whose engine it is: a name, the id of a prediction, or the engine's number."""
     if isinstance(item, End):
         names.add(item.engine_id)
     elif isinstance(item, Batch | Flights):
         names.update(row.engine_id for row in item.rows)
+    elif isinstance(item, Old):
+        ids.update(item.engines)
     elif isinstance(item, Labels):
         made.update(row.prediction_id for row in item.rows if row.prediction_id)
         names.update(row.engine_id for row in item.rows if row.engine_id and not row.prediction_id)

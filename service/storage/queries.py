@@ -6,11 +6,25 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, func, insert, or_, select, tuple_, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Table,
+    and_,
+    delete,
+    exists,
+    func,
+    insert,
+    or_,
+    select,
+    tuple_,
+    update,
+)
 
 from model.numerics import Floats
 from model.windows import Readings
-from service.storage.book import Kind, parts, read_kind
+from service.storage.book import MOST_VALUES, Kind, parts, read_kind
 from service.storage.tables import engines, layouts, models, predictions, readings, truths
 
 PAGE = 100
@@ -161,19 +175,44 @@ def prove(connection: Connection, items: Sequence[None]) -> list[None]:
     return [None for _ in items]
 
 
-def prune(connection: Connection, items: Sequence[float]) -> list[int]:
-    """Forget predictions, flights and truths from before some time, a little of each; how much it was.
+class Old(NamedTuple):
+    """What is to be forgotten: what is from before some time, of these engines."""
 
-    A truth stays as long as a prediction that it is of. Who remembers flights reads them again.
+    before: float
+    engines: list[int]
+
+
+def _too_old(before: float) -> dict[Table, ColumnElement[bool]]:
+    """Which rows of which table; a truth stays as long as a prediction that it is of."""
+    return {
+        predictions: predictions.c.made < before,
+        readings: readings.c.told < before,
+        truths: (truths.c.told < before) & ~_OF_TRUTH,
+    }
+
+
+def too_old(connection: Connection, before: float) -> Old:
+    """Some of the engines of which something is to be forgotten, so that they can be locked before it is."""
+    found: set[int] = set()
+    for table, old in _too_old(before).items():
+        found |= set(connection.execute(select(table.c.engine).where(old).limit(PRUNE_ROWS)).scalars())
+    return Old(before, sorted(found)[:MOST_VALUES])
+
+
+def prune(connection: Connection, items: Sequence[Old]) -> list[int]:
+    """Forget predictions, flights and truths, a little of each; how much it was.
+
+    Who remembers flights reads them again.
     """
-    before, gone = max(items), 0
-    for table, old in (
-        (predictions, predictions.c.made < before),
-        (readings, readings.c.told < before),
-        (truths, (truths.c.told < before) & ~_OF_TRUTH),
-    ):
+    return [_pruned(connection, item) for item in items]
+
+
+def _pruned(connection: Connection, item: Old) -> int:
+    gone = 0
+    for table, old in _too_old(item.before).items():
         keys = list(table.primary_key.columns)
-        found = [tuple(row) for row in connection.execute(select(*keys).where(old).limit(PRUNE_ROWS))]
+        asked = select(*keys).where(table.c.engine.in_(item.engines), old).limit(PRUNE_ROWS)
+        found = [tuple(row) for row in connection.execute(asked)]
         for part in parts(found, 200):
             gone += connection.execute(delete(table).where(tuple_(*keys).in_(part))).rowcount
             if table is predictions:
@@ -181,4 +220,4 @@ def prune(connection: Connection, items: Sequence[float]) -> list[int]:
             if table is readings:
                 ids = sorted({engine for engine, _ in part})
                 connection.execute(update(engines).where(engines.c.id.in_(ids)).values(revision=engines.c.revision + 1))
-    return [gone for _ in items]
+    return gone
