@@ -62,6 +62,10 @@ def _wait(connection: Connection, items: Any) -> list[None]:
     return [None for _ in items]
 
 
+def _pause(connection: Connection, items: Any) -> list[None]:
+    return _wait(connection, items)  # another kind of work than that, between two others
+
+
 def test_two_processes_never_wait_for_each_other_in_a_circle(cluster: Postgres) -> None:
     """Work of several kinds on the same engines, in any order, from two processes: no transaction is given up."""
 
@@ -85,20 +89,20 @@ def test_two_processes_never_wait_for_each_other_in_a_circle(cluster: Postgres) 
 def test_forgetting_locks_as_everybody_does(cluster: Postgres) -> None:
     """One process forgets what another one writes to: no transaction is given up, and all that was old is gone."""
 
-    async def ask() -> tuple[int, int, int]:
+    async def ask() -> tuple[int, int]:
         url = cluster.url("forgetting")
         one, other = Process(url), Process(url)
-        await one.together(one.predict("0" * 32, "e1", 0))
         await other.together()
-        for k in range(1, 20):
+        for k in range(10):
+            await one.together(one.predict(f"{k:032x}", "e1", k))
             old = await other.database.read(lambda connection: queries.too_old(connection, 2.0))
-            writes = one.together(one.predict(f"{k:032x}a"[1:], "e2", k), one.end("e1", k))
-            await asyncio.gather(writes, other.together(other.end("e1", k), (queries.prune, old)))
+            forgets = other.together(other.end("e2", k), (_pause, None), (queries.prune, old))
+            await asyncio.gather(forgets, one.together(one.end("e1", k), one.end("e2", k)))
         old = await other.database.read(lambda connection: queries.too_old(connection, 2.0))
-        gone = await other.database.write(queries.prune, old)
+        await other.database.write(queries.prune, old)
         left = await other.database.read(lambda connection: queries.too_old(connection, 2.0))
         await one.database.close()
         await other.database.close()
-        return one.again + other.again, min(gone, 1), len(left.engines)
+        return one.again + other.again, len(left.engines)
 
-    assert (0, 1, 0) == asyncio.run(ask())
+    assert (0, 0) == asyncio.run(ask())

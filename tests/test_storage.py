@@ -1,6 +1,8 @@
 import asyncio
 import json
+import os
 import shutil
+import socket
 import sqlite3
 from collections.abc import Iterator
 from functools import partial
@@ -13,7 +15,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Connection, create_engine
+from sqlalchemy import Connection, create_engine, text
 
 from model.contract import Manifest
 from model.numerics import Floats
@@ -356,3 +358,58 @@ def test_a_page_counts_the_engines_that_it_shows(tmp_path: Path) -> None:
 
     found = asyncio.run(ask())
     assert (1, ["b"]) == (found.total, [row.engine_id for row in found.rows])
+
+
+def test_survivors_testify_for_a_model_that_came_later(tmp_path: Path) -> None:
+    """Where a model that knows no RUL was met first, engines that run on still prove what another one predicted."""
+    knows_none = By("e" * 64, Manifest(name="other", version="1", classes=("x", "y", "z")), 1.0, "artefact")
+    said = [(knows_none, 0), *((By(DIGEST, MANIFEST, 1.0, "artefact"), cycle) for cycle in (1, 2, 127, 128))]
+
+    async def ask() -> list[int]:
+        database, book = opened(f"sqlite:///{tmp_path}/memory.db")
+        for k, (by, cycle) in enumerate(said):
+            made = Made(f"{k:032x}", "a", cycle, logits_of("a", cycle), None, 0, 0.5, None)
+            await database.write(partial(remember.remember, book), Batch(by, float(k), [made]))
+        found = await database.read(lambda connection: queries.counted(connection, DIGEST, CLASSES, None))
+        await database.close()
+        return [int(source) for source in found.source]
+
+    assert [2, 2, -1, -1] == asyncio.run(ask())
+
+
+def test_a_look_up_that_takes_too_long_is_no_outage(cluster: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks for more than can be read in time hears so; the database counts as there, and predictions are kept."""
+    monkeypatch.setattr("service.storage.database.SLOW_SECONDS", 1)
+
+    async def ask() -> tuple[bool, str]:
+        database, _ = opened(cluster.url("slowly"))
+        await database.write(nothing, None)
+        with pytest.raises(MemoryUnavailable) as told:
+            await database.read(lambda connection: connection.execute(text("SELECT pg_sleep(30)")))
+        up = database.up
+        await database.close()
+        return up, told.value.detail
+
+    assert (True, "the database took longer than 1 s to look this up") == asyncio.run(ask())
+
+
+def test_how_long_postgresql_is_waited_for(cluster: Postgres) -> None:
+    """A host that vanished is given up by the kernel in ten seconds; what the address asks for itself stands."""
+
+    def look(connection: Connection) -> tuple[list[Any], int, int]:
+        raw: Any = connection.connection.dbapi_connection
+        with socket.socket(fileno=os.dup(raw.fileno())) as found:
+            unanswered = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+            idle = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+        names = ("statement_timeout", "work_mem", "application_name")
+        return [connection.execute(text(f"SHOW {name}")).scalar() for name in names], unanswered, idle
+
+    async def ask() -> tuple[list[Any], int, int]:
+        address = cluster.url("patience") + "?options=-c%20work_mem%3D9MB&application_name=mine&keepalives_idle=7"
+        database, _ = opened(address)
+        await database.write(nothing, None)
+        found = await database.read(look)
+        await database.close()
+        return found
+
+    assert (["10s", "9MB", "mine"], 10_000, 7) == asyncio.run(ask())

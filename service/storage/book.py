@@ -110,6 +110,7 @@ class Book:
             connection.execute(insert_missing(connection, models), row)
             found = connection.execute(select(models).where(models.c.digest == digest)).one()
             self._kinds[digest] = read_kind(found)
+            self._by_id.clear()  # it lacks this one: survivors would not testify for its predictions
         return self._kinds[digest]
 
     def engines(self, connection: Connection, names: Iterable[str]) -> dict[str, EngineRow]:

@@ -30,6 +30,7 @@ TRIES = 4  # of a transaction that PostgreSQL gave up in favour of another one
 MOST_WORK = 256  # requests of one transaction
 MOST_ROWS = 4096  # and rows beyond which it takes no further request: windows of flights are in memory together
 PASSING = ("40001", "40P01")  # SQLSTATE of serialization failure and deadlock: the same again may succeed
+TOO_LONG = "57014"  # SQLSTATE of a statement that was cancelled after its time
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -173,6 +174,11 @@ class Database:
                 raise MemoryUnavailable(self._reason)
             with self._reading.begin() as connection:
                 return work(connection)
+        except DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) == TOO_LONG:  # it is there; who writes is not to think otherwise
+                message = f"the database took longer than {SLOW_SECONDS} s to look this up"
+                raise MemoryUnavailable(message) from error
+            raise self._unavailable(error) from error
         except (SQLAlchemyError, sqlite3.Error) as error:
             raise self._unavailable(error) from error
 
@@ -297,8 +303,18 @@ def _engine(url: URL, begin: str, connections: int) -> Engine:
         event.listen(engine, "connect", _configure)
         event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(begin))
         return engine
-    slow = {"connect_timeout": SLOW_SECONDS, "options": f"-c statement_timeout={SLOW_SECONDS}s"}
-    return create_engine(url, pool_size=connections, max_overflow=0, pool_pre_ping=True, connect_args=slow)
+    return create_engine(_patient(url), pool_size=connections, max_overflow=0, pool_pre_ping=True)
+
+
+def _patient(url: URL) -> URL:
+    """The same database, and how long it is waited for; what the address says itself stands.
+
+    A host that vanished acknowledges nothing: the kernel gives its connections up, where it would wait for hours.
+    """
+    options = f"-c statement_timeout={SLOW_SECONDS}s {url.query.get('options', '')}".strip()
+    slow = {"connect_timeout": str(SLOW_SECONDS), "tcp_user_timeout": str(SLOW_SECONDS * 1000)}  # milliseconds
+    alive = {"keepalives_idle": "5", "keepalives_interval": "1", "keepalives_count": "5"}  # seconds
+    return url.set(query={**slow, **alive, **url.query, "options": options})
 
 
 def _configure(connection: sqlite3.Connection, _: object) -> None:
