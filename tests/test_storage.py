@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, create_engine, text
 
 from model.contract import Manifest
-from model.numerics import Floats
+from model.numerics import Floats, log_softmax
 from service.errors import MemoryUnavailable, SchemaRejected, SettingsRejected
 from service.storage import labels, queries, remember
 from service.storage.book import Book
@@ -256,6 +256,27 @@ def test_one_that_fails_fails_alone(template: Path, tmp_path: Path) -> None:
     assert isinstance(failed, ValueError)
 
 
+def test_who_counts_badly_holds_up_nobody(template: Path, tmp_path: Path) -> None:
+    """Where what follows a commit raises, its own caller hears of it, and the others are answered."""
+    path = tmp_path / "memory.db"
+    shutil.copy(template, path)
+
+    def then(result: str) -> None:
+        if result == "bad":
+            raise ValueError("bad")
+
+    async def ask() -> list[Any]:
+        database, _ = opened(f"sqlite:///{path}")
+        asked = [database.write(lambda _, items: list(items), item, then) for item in ("a", "bad", "b")]
+        found = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 30)
+        await database.close()
+        return found
+
+    first, failed, last = asyncio.run(ask())
+    assert ("a", "b") == (first, last)
+    assert isinstance(failed, ValueError)
+
+
 def test_a_database_that_is_away_is_said_and_found_again(tmp_path: Path) -> None:
     """A file that is moved away is an error for who asks; moved back, it is gone on with, nothing lost."""
     path = tmp_path / "memory.db"
@@ -342,6 +363,27 @@ def test_a_truth_is_not_forgotten_before_its_prediction(tmp_path: Path) -> None:
         return np.asarray(left.label[left.source == 0])
 
     assert one_hot(2).tolist() == asyncio.run(ask())[0].tolist()
+
+
+def test_what_is_left_of_an_engine_is_shown(tmp_path: Path) -> None:
+    """Where the latest prediction is forgotten, the newest that is left is the latest; a lower cycle may come."""
+    steps: list[Step] = [("predict", "a", 9), ("predict", "b", 9), ("predict", "a", 5), ("predict", "a", 3)]
+
+    async def ask() -> list[tuple[str, int]]:
+        await told(f"sqlite:///{tmp_path}/memory.db", steps)
+        database, book = opened(f"sqlite:///{tmp_path}/memory.db")
+        assert 2 == await pruned(database, 2.0)
+        made = Made("f" * 32, "b", 1, logits_of("b", 1), None, 0, 0.1, None)
+        await database.write(
+            partial(remember.remember, book), Batch(By(DIGEST, MANIFEST, 1.0, "artefact"), 9.0, [made])
+        )
+        found = await database.read(lambda connection: queries.page(connection, queries.Wanted()))
+        await database.close()
+        logits = np.frombuffer(logits_of("a", 5), np.float32)
+        assert {np.exp(log_softmax(logits))[-1], 0.1} == {row.risk for row in found.rows}
+        return sorted((row.engine_id, row.cycle) for row in found.rows)
+
+    assert [("a", 5), ("b", 1)] == asyncio.run(ask())
 
 
 def test_a_page_counts_the_engines_that_it_shows(tmp_path: Path) -> None:

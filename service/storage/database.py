@@ -280,7 +280,10 @@ class Database:
 def _tell(told: Sequence[tuple[_Asked, Any]]) -> None:
     for one, result in told:
         if one.then is not None and not isinstance(result, Exception):
-            one.then(result)
+            try:
+                one.then(result)
+            except Exception as error:  # heard of by its own caller; the others would wait for ever
+                result = error
         if one.done.done():  # whoever asked has left
             continue
         if isinstance(result, Exception):

@@ -12,6 +12,7 @@ from sqlalchemy import (
     Row,
     Table,
     and_,
+    bindparam,
     delete,
     exists,
     func,
@@ -22,7 +23,7 @@ from sqlalchemy import (
     update,
 )
 
-from model.numerics import Floats
+from model.numerics import Floats, log_softmax
 from model.windows import Readings
 from service.storage.book import MOST_VALUES, Kind, parts, read_kind
 from service.storage.tables import engines, layouts, models, predictions, readings, truths
@@ -34,7 +35,8 @@ _OF_TRUTH = or_(
     exists().where(predictions.c.engine == truths.c.engine, predictions.c.cycle == truths.c.cycle),
     exists().where(predictions.c.id == truths.c.prediction),
 )
-_NO_LATEST = update(engines).values(latest=None, health=None, risk=None)  # its cycle stays: older ones may be there
+_LATEST = ("latest", "latest_cycle", "health", "risk")
+_LEAD = update(engines).where(engines.c.id == bindparam("key")).values({name: bindparam(name) for name in _LATEST})
 
 _ANSWER = [predictions.c[name] for name in ("engine", "cycle", "made", "model", "temperature", "logits", "rul")]
 
@@ -216,8 +218,30 @@ def _pruned(connection: Connection, item: Old) -> int:
         for part in parts(found, 200):
             gone += connection.execute(delete(table).where(tuple_(*keys).in_(part))).rowcount
             if table is predictions:
-                connection.execute(_NO_LATEST.where(engines.c.latest.in_([key for (key,) in part])))
+                _lead(connection, [key for (key,) in part])
             if table is readings:
                 ids = sorted({engine for engine, _ in part})
                 connection.execute(update(engines).where(engines.c.id.in_(ids)).values(revision=engines.c.revision + 1))
     return gone
+
+
+def _lead(connection: Connection, gone: Sequence[str]) -> None:
+    """Of engines whose latest prediction is gone, let the newest that is left be the latest."""
+    which = list(connection.execute(select(engines.c.id).where(engines.c.latest.in_(gone))).scalars())
+    if not which:
+        return
+    c = predictions.c
+    order = (c.cycle.desc().nulls_last(), c.id.desc())
+    rank = func.row_number().over(partition_by=c.engine, order_by=order).label("rank")
+    left = (
+        select(c.engine, c.id, c.cycle, c.temperature, c.logits, rank).where(c.engine.in_(which), c.counts).subquery()
+    )
+    none = dict.fromkeys(_LATEST)
+    found = {engine: {"key": engine} | none for engine in which}
+    for row in connection.execute(select(left).where(left.c.rank == 1)):
+        logits = np.frombuffer(row.logits, dtype=np.float32)
+        risk = float(np.exp(log_softmax(logits, row.temperature))[-1])
+        found[row.engine] = dict(
+            zip(("key", *_LATEST), (row.engine, row.id, row.cycle, int(logits.argmax()), risk), strict=True)
+        )
+    connection.execute(_LEAD, list(found.values()))
