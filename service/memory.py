@@ -19,7 +19,7 @@ from service.metrics import Metrics, observe_all
 from service.predictor import Answers, Prediction, Predictor, calibrated, joined, measured, rows_of, whole
 from service.runtime import Model
 from service.settings import Settings
-from service.storage import labels, queries, readings, remember, tempering
+from service.storage import forget, labels, queries, readings, remember, tempering
 from service.storage.book import Book, Joined
 from service.storage.database import Database
 from service.storage.labels import Answered, End, Ended, Labels, Result, Said
@@ -98,8 +98,8 @@ class Memory:
             return
         gone, before = 1, time.time() - self._retention
         while gone:
-            old = await self.database.read(lambda connection: queries.too_old(connection, before))
-            gone = await self.database.write(queries.prune, old) if old.engines else 0
+            old = await self.database.read(lambda connection: forget.too_old(connection, before))
+            gone = await self.database.write(forget.prune, old) if old.engines else 0
 
     async def remember(
         self,

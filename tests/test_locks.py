@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import Connection, text
 
 from model.contract import Manifest
-from service.storage import labels, queries, remember
+from service.storage import forget, labels, remember
 from service.storage.book import Book
 from service.storage.database import Database
 from service.storage.labels import End, Labels, Said
@@ -95,12 +95,12 @@ def test_forgetting_locks_as_everybody_does(cluster: Postgres) -> None:
         await other.together()
         for k in range(10):
             await one.together(one.predict(f"{k:032x}", "e1", k))
-            old = await other.database.read(lambda connection: queries.too_old(connection, 2.0))
-            forgets = other.together(other.end("e2", k), (_pause, None), (queries.prune, old))
+            old = await other.database.read(lambda connection: forget.too_old(connection, 2.0))
+            forgets = other.together(other.end("e2", k), (_pause, None), (forget.prune, old))
             await asyncio.gather(forgets, one.together(one.end("e1", k), one.end("e2", k)))
-        old = await other.database.read(lambda connection: queries.too_old(connection, 2.0))
-        await other.database.write(queries.prune, old)
-        left = await other.database.read(lambda connection: queries.too_old(connection, 2.0))
+        old = await other.database.read(lambda connection: forget.too_old(connection, 2.0))
+        await other.database.write(forget.prune, old)
+        left = await other.database.read(lambda connection: forget.too_old(connection, 2.0))
         await one.database.close()
         await other.database.close()
         return one.again + other.again, len(left.engines)

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, create_engine, func, select
 
 from model.contract import Manifest
 from model.windows import Readings
-from service.storage import queries, readings, remember
+from service.storage import forget, readings, remember
 from service.storage.book import Book
 from service.storage.migrate import migrate
 from service.storage.readings import Flight, Flights, Landed, Predicted
@@ -91,6 +91,6 @@ def test_flights_that_are_forgotten_are_in_nobody_s_mind(connection: Connection)
     book, who = Book(), by(3)
     readings.store(book, connection, [told(who, 2, 4)])
     readings.store(book, connection, [told(who, 6)._replace(told=5.0)])
-    assert 4 == queries.prune(connection, [queries.too_old(connection, 3.0)])[0]  # two flights, and their predictions
+    assert 4 == forget.prune(connection, [forget.too_old(connection, 3.0)])[0]  # two flights, and their predictions
     ((after, *_),) = readings.store(book, connection, [told(who, 8)._replace(told=6.0)])
     assert [6.0, 8.0] == logits(after[0])[:2]

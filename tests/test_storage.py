@@ -20,7 +20,7 @@ from sqlalchemy import Connection, create_engine, text
 from model.contract import Manifest
 from model.numerics import Floats, log_softmax
 from service.errors import MemoryUnavailable, SchemaRejected, SettingsRejected
-from service.storage import labels, queries, remember
+from service.storage import forget, labels, queries, remember
 from service.storage.book import Book
 from service.storage.database import Database, address
 from service.storage.labels import End, Labels, Said
@@ -96,8 +96,8 @@ async def told(url: str, steps: list[Step]) -> queries.Found:
 async def pruned(database: Database, before: float) -> int:
     """How much of what is older was forgotten."""
     await database.write(nothing, None)
-    old = await database.read(lambda connection: queries.too_old(connection, before))
-    return await database.write(queries.prune, old)
+    old = await database.read(lambda connection: forget.too_old(connection, before))
+    return await database.write(forget.prune, old)
 
 
 def nothing(_: Connection, items: Any) -> list[None]:

@@ -10,8 +10,8 @@ from typing import Any
 from sqlalchemy import ARRAY, Connection, Integer, String, any_, bindparam, or_, select
 
 from service.storage.book import MOST_VALUES
+from service.storage.forget import Old
 from service.storage.labels import End, Labels
-from service.storage.queries import Old
 from service.storage.readings import Flights
 from service.storage.remember import Batch
 from service.storage.tables import engines, predictions
