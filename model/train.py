@@ -136,16 +136,18 @@ def disturb(rows: Rows, knobs: Knobs, generator: torch.Generator) -> Rows:
     """Noise on every reading, a bias on every sensor of a window, and some sensors silent.
 
     In deviations of the operating condition. Half of the silent sensors are so through the whole window, the others
-    through its newest rows.
+    through its newest rows. Settings, which stand before the sensors for some backbones, are left as they are.
     """
-    batch, window, sensors = rows.normal.shape
+    batch, window, sensors = rows.says.shape
+    settings, normal = rows.normal[..., :-sensors], rows.normal[..., -sensors:]
     a_window = (batch, 1, sensors)
-    noise = torch.randn(rows.normal.shape, generator=generator) * knobs.noise
+    noise = torch.randn(normal.shape, generator=generator) * knobs.noise
     bias = torch.randn(a_window, generator=generator) * knobs.bias
     silent = torch.rand(a_window, generator=generator) < knobs.channel_dropout
     since = torch.randint(-window, window, a_window, generator=generator)
     speaks = ~(silent & (torch.arange(window).view(1, -1, 1) >= since))
-    return Rows((rows.normal + noise + bias) * speaks, rows.says * speaks, rows.real)
+    disturbed = torch.cat([settings, (normal + noise + bias) * speaks], dim=-1)
+    return Rows(disturbed, rows.says * speaks, rows.real)
 
 
 def begin_late(rows: Rows, knobs: Knobs, generator: torch.Generator) -> Rows:

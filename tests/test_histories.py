@@ -1,6 +1,7 @@
 """Work shared between overlapping windows: nothing of an answer may depend on it."""
 
 import base64
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.to_onnx import histories_to_onnx, to_onnx
-from export.verify import synthetic_windows
+from export.verify import shortest, synthetic_windows, torch_answers
 from model import cmapss, contract
 from model.evaluate import ARTEFACT, open_artefact
 from model.histories import Histories
@@ -21,7 +22,7 @@ from service import histories, runtime
 from service.errors import ArtefactRejected
 from service.histories import Histories as Opened
 from service.histories import open_histories
-from service.score import run
+from service.score import run, scoring
 from tests.scoring import flights, read, score, write
 
 WINDOW = 23
@@ -147,6 +148,66 @@ def test_no_second_graph_is_believed(windows: Readings, tmp_path: Path, monkeypa
     assert open_histories(tmp_path / "torn.onnx", runtime.open_model(tmp_path / "torn.onnx")) is None
 
 
+@pytest.mark.parametrize(("kind", "kept"), [("Or", 0), ("Or", 1), ("And", 0), ("And", 1), ("Round", 0), ("Relu", 0)])
+def test_a_graph_that_forgets_something_is_not_used(tmp_path: Path, kind: str, kept: int) -> None:
+    """What a window alone decides, what is not meant, the grain: without any one of them the proof fails."""
+    content, manifest = graph_of(ARTEFACT), open_artefact(ARTEFACT)[1]
+    for k, node in enumerate(content.graph.node):
+        if node.op_type == kind:
+            contract.write(ARTEFACT.read_bytes(), manifest, tmp_path / "m.onnx", without(content, k, kept))
+            assert open_histories(tmp_path / "m.onnx", runtime.open_model(tmp_path / "m.onnx")) is None, node.output
+
+
+def test_a_network_with_a_short_window_shares_work_too(network: EngineHealth, tmp_path: Path) -> None:
+    """Whoever trains one has its second graph used: the proof asks for bits, and for a share that all can reach."""
+    inputs = synthetic_windows(network, 4, seed=1)
+    logits, rul = torch_answers(network, inputs)
+    golden = [
+        {"telemetry": shortest(window), "logits": row.tolist(), "rul": float(cycles)}
+        for window, row, cycles in zip(inputs, logits, rul, strict=True)
+    ]
+    told = open_artefact(ARTEFACT)[1].model_dump() | {"window": WINDOW, "golden": golden}
+    graphs = to_onnx(network, WINDOW), histories_to_onnx(network)
+    contract.write(graphs[0], contract.Manifest.model_validate(told), tmp_path / "m.onnx", graphs[1])
+    assert open_histories(tmp_path / "m.onnx", runtime.open_model(tmp_path / "m.onnx")) is not None
+
+
+def test_where_company_changes_the_bits_nothing_is_shared(bundled: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a processor that rounds a window alone in another way, in both graphs, a job runs each window by itself."""
+    asked, alone = Opened.run, bundled.model.run
+
+    def run(self: Opened, rows: runtime.Batch, starts: histories.Starts) -> tuple[runtime.Outputs, histories.Mask]:
+        found, exact = asked(self, rows, starts)
+        return (rounded(found) if len(starts) == 1 else found), exact
+
+    def rounded(found: runtime.Outputs) -> runtime.Outputs:
+        return runtime.Outputs(np.nextafter(found.logits, np.float32(9e9)), found.rul)
+
+    model = dataclasses.replace(bundled.model, run=lambda one: rounded(alone(one)) if len(one) == 1 else alone(one))
+    monkeypatch.setattr(Opened, "run", run)
+    assert open_histories(ARTEFACT, model) is None
+
+
+def test_a_graph_that_fails_on_some_rows_leaves_them_to_the_network(bundled: Opened) -> None:
+    """No job ends by what only saves it time."""
+    content = graph_of(ARTEFACT)
+    bound = next(k for k, node in enumerate(content.graph.node) if node.op_type == "Clip" and not node.input[1])
+    failing = Opened(bundled.model, runtime.session(without(content, bound, 0), 1))
+    rows = np.repeat(np.arange(100, dtype=np.float32), 17).reshape(100, 17) - 1e9  # no sensor says anything
+    with pytest.raises(Exception, match="Out of range"):
+        failing.run(rows, np.array([0]))
+    np.testing.assert_array_equal(bundled.model.run(rows[None]).logits, failing.answers(rows, np.array([0]), 64).logits)
+
+
+@given(st.lists(st.integers(0, 2**18), max_size=200, unique=True), st.integers(1, 3000))
+def test_calls_are_no_larger_than_what_was_proven(some: list[int], more: int) -> None:
+    """However engines of one flight and of many lie in a unit: its windows in turn, few at once, and close together."""
+    starts = np.union1d(np.array(some, np.int64), np.arange(more))
+    calls = scoring._near(starts)
+    np.testing.assert_array_equal(starts, np.concatenate(calls))
+    assert all(len(one) <= histories.TOGETHER and np.ptp(one) < histories.LARGE for one in calls if len(one))
+
+
 def test_a_graph_that_vouches_wrongly_is_not_used(bundled: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     """One bit of one answer is enough."""
     asked = Opened.run
@@ -173,6 +234,20 @@ def test_the_export_carries_it_as_base64_in_the_one_file() -> None:
     graph = onnx.load_model_from_string(base64.b64decode(text)).graph
     assert [contract.INPUT, contract.STARTS] == [one.name for one in graph.input]
     assert [contract.LOGITS, contract.RUL, contract.EXACT] == [one.name for one in graph.output]
+
+
+def graph_of(path: Path) -> onnx.ModelProto:
+    """The second graph of a file."""
+    return onnx.load_model_from_string(base64.b64decode(runtime.metadata(path.read_bytes())[contract.HISTORIES_KEY]))
+
+
+def without(content: onnx.ModelProto, k: int, kept: int) -> bytes:
+    """A graph in which a node passes one of its inputs on, and does nothing."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(content)
+    node = changed.graph.node[k]
+    node.CopyFrom(onnx.helper.make_node("Identity", [node.input[kept]], [node.output[0]]))
+    return bytes(changed.SerializeToString())
 
 
 def _counting(called: object, sizes: list[int]) -> object:

@@ -191,6 +191,14 @@ def test_disturbing_adds_noise_and_bias_and_silences_sensors() -> None:
     assert 0.24 == pytest.approx(float(silent[:, 0].float().mean()), abs=0.03)
 
 
+def test_disturbing_leaves_settings_as_they_are() -> None:
+    """For a backbone that reads settings before the sensors, only the sensors get noise."""
+    rows = Rows(torch.zeros(3, 9, 17), torch.ones(3, 9, 14), torch.ones(3, 9))
+    found = disturb(rows, QUICK, torch.Generator().manual_seed(0)).normal
+    assert not found[..., :3].any()
+    assert found[..., 3:].any()
+
+
 @pytest.mark.parametrize("thresholds", [(125.0, 50.0), (80.0, 30.0), (100.0,)])
 def test_classes_are_the_mass_of_the_rul_distribution(thresholds: tuple[float, ...]) -> None:
     """Class probabilities are sums of bin probabilities between thresholds, RUL is their mean: they cannot disagree."""

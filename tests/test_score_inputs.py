@@ -266,6 +266,15 @@ def cut(name: str) -> Any:
     return make
 
 
+def followed(name: str) -> Any:
+    def make(table: pa.Table, folder: Path) -> Path:
+        path = write(table, folder / name)
+        path.write_bytes(path.read_bytes() + b"what nobody packed")
+        return path
+
+    return make
+
+
 def twice(table: pa.Table, folder: Path) -> Path:
     path = write(table, folder / "in.csv")
     path.write_text(path.read_text().replace("sensor_3", "sensor_2", 1))
@@ -287,6 +296,8 @@ UNUSABLE = [
     (named("in", b"\x1f\x8b\x00\x00broken"), "in: "),
     (named("in.csv.gz", b"\x1f\x8b\x08\x00"), "in.csv.gz: "),
     (named("in.csv", b"\xff\xfe\x00,\n"), "in.csv: not UTF-8"),
+    (followed("in.csv.gz"), "in.csv.gz: zlib"),
+    (named("\udcff.csv", b"a,b\n1,2\n"), "a name that is no UTF-8"),
     (cut("in.csv.gz"), "in.csv.gz: "),
     (cut("in.parquet"), "in.parquet: "),
     (cut("in.jsonl.zst"), "in.jsonl.zst: "),

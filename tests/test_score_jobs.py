@@ -440,7 +440,7 @@ def test_without_a_terminal_there_is_a_line_of_the_log_now_and_then(
     fleet: Path, windows: Readings, tmp_path: Path
 ) -> None:
     """Off a terminal: JSON lines with rows, rate, engines, rejected rows, the last one at the end; none if quiet."""
-    flags = ("--interval", "0.1", "--part-rows", PART)
+    flags = ("--interval", "1e-6", "--part-rows", PART)
     code, said = finished(fleet, tmp_path / "out.csv", *flags, ENGINE_HEALTH_LOG_LEVEL="info")
     lines = [json.loads(line) for line in said.splitlines()]
     assert 3 == code

@@ -13,14 +13,13 @@ import numpy.typing as npt
 
 from model import numerics
 from model.numerics import Floats
-from service.histories import Histories, views
+from service.histories import LARGE, TOGETHER, Histories, views
 from service.predictor import FLOAT32, Answers, answer, answers_of, calibrated, joined
 from service.runtime import Batch, Model
 from service.score.gather import Integers, Unit
 from service.score.rows import Reject
 
 BATCH = 64  # windows of one inference, as in the service: no other size is faster for the bundled model
-TOGETHER = 1024  # windows of one inference over histories
 ROWS_EACH = 16  # rows laid out for a window, beyond which running each window by itself is quicker
 NO_ANSWER = "the model has no finite answer for these readings"
 
@@ -45,8 +44,7 @@ class Scorer:
     def batches(self, unit: Unit) -> "list[Callable[[], Answers]]":
         """Calls that answer a unit between them, each on a thread of its choice; `together` takes what they give."""
         if self._shares(unit):
-            starts = np.sort(unit.starts)
-            return [partial(self._overlapping, unit.flat, starts[i : i + TOGETHER]) for i in _cuts(starts, TOGETHER)]
+            return [partial(self._overlapping, unit.flat, starts) for starts in _near(np.sort(unit.starts))]
         windows = views(unit.flat, self.model)
         return [partial(self._alone, windows, unit.starts[i : i + BATCH]) for i in _cuts(unit.starts, BATCH)]
 
@@ -103,6 +101,12 @@ class Scorer:
 
 def _cuts(starts: Integers, size: int) -> range:
     return range(0, len(starts), size)
+
+
+def _near(starts: Integers) -> list[Integers]:
+    """Sorted starts in calls: of so many windows at most, and within so many rows, which bounds what a call takes."""
+    blocks = np.split(starts, np.flatnonzero(np.diff(starts // LARGE)) + 1)
+    return [block[i : i + TOGETHER] for block in blocks for i in _cuts(block, TOGETHER)]
 
 
 def _at(answers: Answers, which: Integers) -> Answers:

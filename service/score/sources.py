@@ -107,6 +107,10 @@ def _sources(name: str, spooled: Path) -> list[Source]:
 
 def _source(path: Path, name: str, partition: dict[str, str | None]) -> Source:
     try:
+        name.encode()
+    except UnicodeEncodeError:  # it could stand in no metadata, and in no file of rejected rows
+        raise InvalidInput(f"{name!a}: a name that is no UTF-8") from None
+    try:
         if path.exists() and not path.is_file():  # a pipe can be read once, and a resumed job reads again
             raise InvalidInput(f"{name}: is no regular file; - reads what is piped in")
         with path.open("rb") as file:
