@@ -62,7 +62,8 @@ def measured(table: Any, predictor: Predictor, source: str) -> Json:
     label = np.where((index >= 0)[:, None], np.eye(len(classes))[np.maximum(index, 0)], np.nan)
     at = np.zeros(n)
     kind = np.where(index >= 0, SOURCES.index(source), -1)
-    inputs = [one.buffers()[1].to_pybytes() for one in table["bins"].chunks] if "bins" in table.column_names else []
+    binned = table["bins"].chunks if "bins" in table.column_names else []
+    inputs = b"".join(one.buffers()[1].to_pybytes() for one in binned)
     about = (logits, np.full(n, predictor.temperature), label, table["engine"].to_numpy(), at, at, kind, inputs)
     known = index >= 0
     found = labelled(numerics.scaled(logits[known], predictor.temperature), index[known], about[3][known])
