@@ -23,7 +23,7 @@ from model.contract import RUL_CAP, ContractError, Golden
 from model.evaluate import ARTEFACT, open_artefact
 from model.fit import CHECKPOINT, load
 from model.network import EngineHealth
-from model.windows import Readings
+from model.windows import Readings, overlapping
 
 BATCHES = (1, 2, 7, 64)
 GOLDEN_WINDOWS = 4
@@ -87,12 +87,11 @@ def vouched(session: ort.InferenceSession, histories: ort.InferenceSession, rows
         VerifyError: one of those has not the bits that the network gives.
     """
     starts = np.arange(len(rows) - window + 1)
-    windows = np.lib.stride_tricks.sliding_window_view(rows, window, axis=0).transpose(0, 2, 1)
     answers = histories.run(
         [contract.LOGITS, contract.RUL, contract.EXACT], {contract.INPUT: rows, contract.STARTS: starts}
     )
     exact = np.asarray(answers[2])
-    for found, own in zip(answers, _run(session, np.ascontiguousarray(windows)), strict=False):
+    for found, own in zip(answers, _run(session, np.ascontiguousarray(overlapping(rows, window))), strict=False):
         if not np.array_equal(np.asarray(found)[exact], own[exact]):
             raise VerifyError("the graph over histories vouches for windows that the network answers otherwise")
     return float(exact.mean())
@@ -111,10 +110,6 @@ def _run(session: ort.InferenceSession, batch: Readings) -> tuple[Readings, Read
     if logits.shape[0] != len(batch) or rul.shape != (len(batch),):
         raise VerifyError(f"batch {len(batch)}: answers of shapes {logits.shape} and {rul.shape}")
     return logits, rul
-
-
-def _metadata(session: ort.InferenceSession) -> dict[str, str]:
-    return dict(session.get_modelmeta().custom_metadata_map)
 
 
 def _share(session: ort.InferenceSession, histories: bytes, windows: Readings) -> float:
@@ -138,7 +133,8 @@ def main() -> None:
         network, checkpoint = load(flags.checkpoint)
         session, manifest = open_artefact(flags.input)
         inputs = synthetic_windows(network, max(BATCHES))
-        measured, text = measure(network, session, inputs), _metadata(session).get(contract.HISTORIES_KEY)
+        measured = measure(network, session, inputs)
+        text = session.get_modelmeta().custom_metadata_map.get(contract.HISTORIES_KEY)
         share = 0.0 if text is None else _share(session, base64.b64decode(text), inputs)
     except (VerifyError, ContractError, DataError) as error:
         raise SystemExit(f"verify: {error}") from None

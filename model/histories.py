@@ -8,6 +8,7 @@ M = rows, N = windows, C = 17 channels, S = 14 sensors.
 """
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class Histories(nn.Module):
         normal, meant = self.normalise.scaled(telemetry)
         copied = _repeats((telemetry[1:] == telemetry[:-1]).all(1, keepdim=True))  # (M, 1) of the row after it
         same = _repeats(telemetry[1:, len(SETTINGS) :] == telemetry[:-1, len(SETTINGS) :]) * (1 - copied)  # (M, S)
-        run = same * _older(same, 1) * _older(same, 2) * _older(same, 3)  # 1 where the STUCK-th repetition ends
+        run = reduce(torch.mul, [_older(same, k) for k in range(STUCK)])  # 1 where the STUCK-th repetition ends
         held = _older(torch.stack([_newer(run, k) for k in range(STUCK)]).amax(0), 1)
         says = meant * (1 - held) * (1 - copied)
         begun = copied * (1 - _older(copied, 1))  # copies that are no padding, unless a window begins with them
@@ -87,12 +88,5 @@ def _sums(x: Tensor, spans: Sequence[int]) -> list[Tensor]:  # (M, ...) -> (M, .
                 longest = max(length for length in sums if length <= span - taken)
                 parts.append(_older(sums[longest], taken))
                 taken += longest
-            sums[span] = _added(parts)
+            sums[span] = reduce(torch.add, parts)
     return [sums[span] for span in spans]
-
-
-def _added(parts: list[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total

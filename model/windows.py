@@ -26,9 +26,14 @@ def every_window(history: Readings, window: int) -> Readings:
 
     A read-only view on one padded copy of the history: nothing is copied per window.
     """
-    padded = np.concatenate([np.repeat(history[:1], window - 1, axis=0), history])
-    view = np.lib.stride_tricks.sliding_window_view(padded, window, axis=0)  # (T, C, window)
-    return view.transpose(0, 2, 1)
+    return overlapping(np.concatenate([np.repeat(history[:1], window - 1, axis=0), history]), window)
+
+
+def overlapping(rows: Readings, window: int) -> Readings:
+    """Every window that lies in rows (M, C), (M - window + 1, window, C): a read-only view, none if they are fewer."""
+    if len(rows) < window:
+        return np.empty((0, window, rows.shape[1]), np.float32)
+    return np.lib.stride_tricks.sliding_window_view(rows, window, axis=0).transpose(0, 2, 1)
 
 
 def hold_last(history: Readings) -> tuple[Readings, npt.NDArray[np.int64]]:

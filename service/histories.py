@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from model import contract
+from model.windows import overlapping
 from service import runtime
 from service.errors import ArtefactRejected
 from service.runtime import Batch, Model, Outputs
@@ -89,20 +90,11 @@ def open_histories(path: Path, model: Model) -> Histories | None:
         return None
 
 
-def views(rows: Batch, model: Model) -> Batch:
-    """Every window of rows (M, C) that lie one behind another, (M - window + 1, window, C), without a copy."""
-    window = model.manifest.window or 1
-    if len(rows) < window:
-        return np.empty((0, window, rows.shape[1]), np.float32)
-    return np.lib.stride_tricks.sliding_window_view(rows, window, axis=0).transpose(0, 2, 1)
-
-
 def _alone(model: Model, rows: Batch, starts: Starts, most: int) -> Outputs:
     """The network's answers for windows that begin at `starts`, at most so many at once."""
-    windows = views(rows, model)
-    parts = [model.run(np.ascontiguousarray(windows[starts[i : i + most]])) for i in range(0, len(starts), most)]
-    rul = [part.rul for part in parts if part.rul is not None]
-    return Outputs(np.concatenate([part.logits for part in parts]), np.concatenate(rul) if rul else None)
+    windows = overlapping(rows, model.manifest.window or 1)
+    cuts = range(0, len(starts), most)
+    return runtime.joined([model.run(np.ascontiguousarray(windows[starts[i : i + most]])) for i in cuts])
 
 
 def _proven(found: Histories) -> bool:

@@ -130,7 +130,12 @@ def rows_of(answers: Answers, begin: int, end: int) -> Answers:
     """Some rows of some answers."""
     if begin == 0 and end == len(answers.logits):
         return answers
-    return Answers(*(None if column is None else column[begin:end] for column in answers))  # type: ignore[arg-type]  # column by column
+    return picked(answers, slice(begin, end))
+
+
+def picked(answers: Answers, which: slice | npt.NDArray[np.int64]) -> Answers:
+    """Some rows of some answers, in this order."""
+    return Answers(*(None if column is None else column[which] for column in answers))  # type: ignore[arg-type]  # column by column
 
 
 def together(pieces: Pieces) -> Answers:

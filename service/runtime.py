@@ -1,7 +1,7 @@
 """The only ONNX Runtime: opens an artefact, makes it prove itself, runs batches. Knows no HTTP and no metrics."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -212,11 +212,15 @@ def _singly(run: Callable[[Batch], Outputs]) -> Callable[[Batch], Outputs]:
     """Each window in a batch of its own: kernels round by where in a batch a row lies, and by how large that is."""
 
     def singly(batch: Batch) -> Outputs:
-        parts = [run(batch[i : i + 1]) for i in range(len(batch))]
-        rul = [part.rul for part in parts if part.rul is not None]
-        return Outputs(np.concatenate([part.logits for part in parts]), np.concatenate(rul) if rul else None)
+        return joined([run(batch[i : i + 1]) for i in range(len(batch))])
 
     return singly
+
+
+def joined(parts: Sequence[Outputs]) -> Outputs:
+    """What the network answers for some rows after what it answers for others."""
+    rul = [part.rul for part in parts if part.rul is not None]
+    return Outputs(np.concatenate([part.logits for part in parts]), np.concatenate(rul) if rul else None)
 
 
 def _probes(model: Model, golden: Batch) -> Batch:

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +18,7 @@ import httpx
 import pytest
 from rich.console import Console
 
+from benchmarks.load import free_port
 from model import simulate, telemetry
 from model.cmapss import DataError
 from model.contract import CHANNELS
@@ -329,22 +331,29 @@ def test_the_live_table_shows_the_worst_first() -> None:
     assert "sensor_11:+2sd" in text
 
 
-def test_the_demo_is_one_command(tmp_path: Path) -> None:
-    """The demo starts a service and its fleet, prints the console's address, and Ctrl-C ends both."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    environment = {"ENGINE_HEALTH_PORT": port, "PYTHONPATH": os.getcwd()}
+@contextmanager
+def begun_demo(folder: Path, *flags: str, **environment: str) -> Iterator[tuple["subprocess.Popen[str]", int]]:
+    """A demo that runs in a folder, and the port of its service; it is gone afterwards."""
+    port = free_port()
     demo = subprocess.Popen(
-        [sys.executable, "-m", "service.replay.demo", "--past", "1", "--engines", "3"],
-        env=os.environ | environment,
-        cwd=tmp_path,
+        [sys.executable, "-m", "service.replay.demo", *flags],
+        env=os.environ | {"ENGINE_HEALTH_PORT": str(port), "PYTHONPATH": os.getcwd()} | environment,
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    address = f"http://127.0.0.1:{port}"
     try:
+        yield demo, port
+    finally:
+        demo.kill()
+        demo.communicate()
+
+
+def test_the_demo_is_one_command(tmp_path: Path) -> None:
+    """The demo starts a service and its fleet, prints the console's address, and Ctrl-C ends both."""
+    with begun_demo(tmp_path, "--past", "1", "--engines", "3") as (demo, port):
+        address = f"http://127.0.0.1:{port}"
         assert demo.stdout is not None
         assert demo.stdout.readline().startswith(f"The console is at {address}/")
         until(lambda: json.loads(_get(f"{address}/v1/engines"))["total"] == 4)
@@ -354,37 +363,19 @@ def test_the_demo_is_one_command(tmp_path: Path) -> None:
         assert (0, "") == (demo.returncode, failed)
         with pytest.raises(OSError, match="refused"):
             _get(f"{address}/livez")
-    finally:
-        demo.kill()
-        demo.communicate()
 
 
 def test_a_closed_terminal_ends_the_demo(tmp_path: Path) -> None:
     """A terminal that is closed leaves no service behind; and the demo finds its own service past any proxy."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     proxy = "http://127.0.0.1:9"  # where nobody listens
-    environment = {"ENGINE_HEALTH_PORT": port, "PYTHONPATH": os.getcwd(), "http_proxy": proxy, "no_proxy": ""}
-    demo = subprocess.Popen(
-        [sys.executable, "-m", "service.replay.demo", "--past", "0", "--engines", "1"],
-        env=os.environ | environment,
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
+    with begun_demo(tmp_path, "--past", "0", "--engines", "1", http_proxy=proxy, no_proxy="") as (demo, port):
         assert demo.stdout is not None
         assert demo.stdout.readline().startswith("The console is at")
         demo.send_signal(signal.SIGHUP)
         _, failed = demo.communicate(timeout=30)
         assert (0, "") == (demo.returncode, failed)
         with socket.socket() as probe:
-            assert 0 != probe.connect_ex(("127.0.0.1", int(port)))
-    finally:
-        demo.kill()
-        demo.communicate()
+            assert 0 != probe.connect_ex(("127.0.0.1", port))
 
 
 def test_a_demo_disturbs_no_other_service(

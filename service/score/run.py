@@ -77,7 +77,9 @@ class _Run:
     ) -> None:
         self.options, self.job, self.model, self.layout, self.sources = options, job, model, layout, sources
         self.files = [source.name for source in sources]
-        self.scorer, self.settings = Scorer(model, temperature, open_histories(settings.model, model)), settings
+        here = options.engine != "ray"  # else every actor opens its own
+        self.scorer = Scorer(model, temperature, open_histories(settings.model, model) if here else None)
+        self.settings = settings
         self.whole_numbers = whole_numbers(sources, options.engine_column)
         self.labelled = options.truth_column is not None
         self.rejected = outputs.Rejected(job.folder / "rejected.parquet", fingerprint(job.identity))

@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from model import numerics
 from model.numerics import Floats
-from service.histories import LARGE, TOGETHER, Histories, views
-from service.predictor import FLOAT32, Answers, answer, answers_of, calibrated, joined
+from model.windows import overlapping
+from service.histories import LARGE, TOGETHER, Histories
+from service.predictor import FLOAT32, Answers, answer, answers_of, calibrated, joined, picked
 from service.runtime import Batch, Model
 from service.score.gather import Integers, Unit
 from service.score.rows import Reject
@@ -45,7 +46,7 @@ class Scorer:
         """Calls that answer a unit between them, each on a thread of its choice; `together` takes what they give."""
         if self._shares(unit):
             return [partial(self._overlapping, unit.flat, starts) for starts in _near(np.sort(unit.starts))]
-        windows = views(unit.flat, self.model)
+        windows = overlapping(unit.flat, self.model.manifest.window or 1)
         return [partial(self._alone, windows, unit.starts[i : i + BATCH]) for i in _cuts(unit.starts, BATCH)]
 
     def together(self, unit: Unit, parts: list[Answers]) -> Answers:
@@ -58,7 +59,7 @@ class Scorer:
             return found
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
-        return _at(found, place)
+        return picked(found, place)
 
     def _shares(self, unit: Unit) -> bool:
         return self.histories is not None and len(unit.flat) <= ROWS_EACH * len(unit.starts)
@@ -81,7 +82,7 @@ class Scorer:
         lacking = np.flatnonzero(~found.finite).tolist()
         unanswered = [Reject(int(unit.row[i]), files[unit.file[i]], NO_ANSWER) for i in lacking]
         if lacking:
-            found = _at(found, kept)
+            found = picked(found, kept)
         loss = self._losses(found, unit.label[kept]) if labelled else None
         return Scored(unit, found, loss, kept, unanswered)
 
@@ -107,11 +108,6 @@ def _near(starts: Integers) -> list[Integers]:
     """Sorted starts in calls: of so many windows at most, and within so many rows, which bounds what a call takes."""
     blocks = np.split(starts, np.flatnonzero(np.diff(starts // LARGE)) + 1)
     return [block[i : i + TOGETHER] for block in blocks for i in _cuts(block, TOGETHER)]
-
-
-def _at(answers: Answers, which: Integers) -> Answers:
-    """Some rows of some answers, in this order."""
-    return Answers(*(None if column is None else column[which] for column in answers))  # type: ignore[arg-type]  # column by column
 
 
 def table(scored: Scored, model: Model, engine: str, cycle: str, whole_numbers: bool) -> Any:

@@ -147,7 +147,7 @@ def counted(connection: Connection, digest: str, classes: int, since: float | No
 
 
 def _columns(rows: Sequence[Any], classes: int) -> tuple[Any, ...]:
-    """Columns of some rows: as rows they would take ten times the room."""
+    """Columns of some rows, in the order in which they are asked for."""
     columns: Sequence[Any] = list(zip(*rows, strict=True)) or [()] * 8
     logits, temperature, label, engine, made, labelled, source, inputs = columns
     unknown, nan = np.full(classes, np.nan).tobytes(), float("nan")
