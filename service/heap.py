@@ -2,7 +2,8 @@
 
 glibc learns from each large block that is freed to keep larger ones: after a body of 30 MB, or a fit over a month of
 truths, everything up to 32 MB comes from a heap that has holes and never shrinks. With fixed limits it does not learn,
-and a block of 4 MiB and more is a mapping of its own. Elsewhere (musl, macOS) nothing is set.
+and a block of 4 MiB and more is a mapping of its own. What is smaller leaves holes, which are given back now and then.
+Elsewhere (musl, macOS) nothing is set.
 """
 
 import ctypes
@@ -22,3 +23,10 @@ def give_back() -> None:
     if mallopt is not None:
         for what, value in ((TRIM_THRESHOLD, KEPT), (MMAP_THRESHOLD, LARGE), (ARENA_MAX, ARENAS)):
             mallopt(what, value)
+
+
+def tidy() -> None:
+    """Give the holes back: the pages between blocks in use of which nothing is in use. Some milliseconds."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

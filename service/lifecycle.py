@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from service import heap
 from service.errors import ArtefactRejected, NoMemory, NotReady, SchemaRejected, ServiceError
 from service.memory import Memory
 from service.metrics import Metrics
@@ -26,6 +27,7 @@ GARBAGE = (20_000, 20, 20)  # objects of a few hundred requests; Python's own 70
 LOOK_SECONDS = 0.25  # how often a worker looks whether another one has a new model
 ASK_SECONDS = 1.0  # how often a worker asks the database whether the temperature is another one
 PRUNE_SECONDS = 600.0  # how often what is too old is forgotten
+TIDY_SECONDS = 60.0  # how often the heap gives its holes back
 log = logging.getLogger("engine_health")
 
 
@@ -95,7 +97,8 @@ class Lifecycle:
             log.exception("the model could not be opened")
             on_rejected(f"{type(error).__name__}: {error}")
             return
-        watching = [self._follow_workers(self._copy)] if self._copy else []
+        watching = [_keep_tidy()]
+        watching += [self._follow_workers(self._copy)] if self._copy else []
         watching += [self._follow_memory(self._memory)] if self._memory else []
         await asyncio.gather(*watching)
 
@@ -249,6 +252,13 @@ class Lifecycle:
             await self._load(copy)
         except ArtefactRejected as error:
             log.error("another worker's model was refused: %s", error.detail)
+
+
+async def _keep_tidy() -> None:
+    """Fits and large bodies take for a moment what would else be held for ever, in pieces between what is needed."""
+    while True:
+        await asyncio.sleep(TIDY_SECONDS)
+        await asyncio.to_thread(heap.tidy)
 
 
 async def _retire(predictor: Predictor) -> None:

@@ -37,3 +37,28 @@ def test_large_blocks_go_back_to_the_machine() -> None:
     assert held(fixed=True) < 12
     assert held(fixed=False) > 60
     assert held(fixed=True, GLIBC_TUNABLES="glibc.malloc.tcache_count=7") > 60
+
+
+HOLES = """
+import numpy as np
+from service import heap
+heap.give_back()
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1024
+blocks = [np.ones(1 << 20, np.uint8) for _ in range(200)]
+before = resident()
+del blocks[::2]
+held = resident()
+heap.tidy()
+print(before - held, held - resident(), sum(block.sum(dtype=int) for block in blocks) == len(blocks) << 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these limits")
+def test_holes_are_given_back() -> None:
+    """Of 100 MiB that lay between what stays, nothing is held once the heap is tidied, and what stays is untouched."""
+    found = subprocess.run([sys.executable, "-c", HOLES], env={}, capture_output=True, text=True, check=True).stdout
+    at_once, tidied, whole = found.split()
+    assert float(at_once) < 10
+    assert float(tidied) > 90
+    assert whole == "True"

@@ -23,7 +23,9 @@ NUMBERS = st.one_of(
 )
 OTHERS: st.SearchStrategy[Any] = st.sampled_from([None, True, "1", [1.0], {}, [], [[2]]])
 CELLS = st.one_of(*[NUMBERS] * 9, OTHERS)
-NAMES = st.sampled_from(["FD001-24", "", "[", "a" * 201, "a\0b", "\u00e9" * 200, 7, None, True])
+NAMES = st.sampled_from(
+    ["FD001-24", "", "[", "}, {", ']}, {"telemetry": [', "a" * 201, "a\0b", "\u00e9" * 200, 7, None, True]
+)
 
 
 @st.composite
@@ -62,11 +64,13 @@ def slowly(body: bytes, model: Model) -> tuple[list[tuple[str | None, int | None
     return [(x.engine_id, x.cycle) for x in asked.instances], decoded.telemetry.tobytes()
 
 
-@given(BODIES, st.sampled_from([None, 2]))
-def test_the_quick_way_says_what_the_schemas_say_or_nothing(model: Model, asked: Any, indent: int | None) -> None:
-    """Whatever is read in one pass is what the schemas read, to the bit; what they refuse is never read."""
+@given(BODIES, st.sampled_from([None, 2]), st.sampled_from([2**20, 300, 100, 10]))
+def test_the_quick_way_says_what_the_schemas_say_or_nothing(
+    model: Model, asked: Any, indent: int | None, piece: int
+) -> None:
+    """Whatever is read in one pass, cut or not, is what the schemas read, to the bit; what they refuse is not."""
     body = json.dumps(asked, indent=indent).encode()
-    found = read_quickly(body, model, 4096)
+    found = read_quickly(body, model, 4096, piece)
     if found is not None:
         names = [(flight.engine_id, flight.cycle) for flight in found.flights]
         assert slowly(body, model) == (names, found.decoded.telemetry.tobytes())
@@ -84,12 +88,20 @@ def test_the_quick_way_says_what_the_schemas_say_or_nothing(model: Model, asked:
         b'{"instances":[{"telemetry":%s,"engine_id":"\xff"}]}',
         *(b"", b"[]", b"3", b"null", b'{"instances":3}', b'{"instances":[3]}', b'{"instances":{"a":{"telemetry":%s}}}'),
         *(b'{"instances":[{"telemetry":3}]}', b'{"instances":[{"telemetry":{"seventeen_letters":[1]}}]}'),
+        b'{"instances":[{"telemetry":%s},{"telemetry":%s}',
+        b'{"instances":[{"telemetry":%s},{"telemetry":%s},]}',
+        b'{"instances":[{"telemetry":%s}],{"telemetry":%s}]}',
+        b'{"instances":[{"telemetry":%s}]},{"telemetry":%s}]}',
+        b'{"instances":[{"telemetry":%s}],"more":[{"telemetry":%s},{"telemetry":%s}]}',
+        b'{"instances":[[{"telemetry":%s},{"telemetry":%s}]]}',
+        b'[{"telemetry":%s},{"telemetry":%s}]',
     ],
 )
-def test_what_is_no_plain_body_is_left_to_the_schemas(model: Model, body: bytes) -> None:
-    """Broken JSON, and names told twice, are not read in one pass."""
+@pytest.mark.parametrize("piece", [2**20, 1000, 10])
+def test_what_is_no_plain_body_is_left_to_the_schemas(model: Model, body: bytes, piece: int) -> None:
+    """Broken JSON, and names told twice, are not read in one pass, wherever the body is cut."""
     row = json.dumps([[1.0] * CHANNELS] * WINDOW).encode()
-    assert read_quickly(body.replace(b"%s", row), model, 4096) is None
+    assert read_quickly(body.replace(b"%s", row), model, 4096, piece) is None
 
 
 def test_plain_bodies_are_read_in_one_pass(model: Model) -> None:
@@ -103,3 +115,16 @@ def test_plain_bodies_are_read_in_one_pass(model: Model) -> None:
     assert read_quickly(body, model, 3) is None
     with pytest.raises(ServiceError):
         read_predict(body, model, 3)
+
+
+@pytest.mark.parametrize("piece", [5_000, 20_000, 50_000, 2**20])
+def test_long_plain_bodies_are_read_in_pieces(model: Model, piece: int) -> None:
+    """Many instances are cut between any two of them, and read as one body is; too many are still too many."""
+    rows = np.random.default_rng(0).normal(500, 100, (9, 4, CHANNELS)).tolist()
+    instances = [{"engine_id": f"engine {k}", "telemetry": table[: 1 + k % 4]} for k, table in enumerate(rows)]
+    body = json.dumps({"instances": instances}, indent=1).encode()
+    found = read_quickly(body, model, 9, piece)
+    assert found is not None
+    names = [(flight.engine_id, flight.cycle) for flight in found.flights]
+    assert slowly(body, model) == (names, found.decoded.telemetry.tobytes())
+    assert read_quickly(body, model, 8, piece) is None

@@ -17,6 +17,7 @@ from service.runtime import Batch
 
 PIECE = 1 << 20  # bytes parsed at a time; a millisecond or two
 FLOAT32_MOST = float(np.finfo(np.float32).max) + 2.0**103  # less than this is rounded to the largest float32
+FEW = 8192  # numbers that BLAS adds up in this thread: of more, others have a part, and may find no core free
 MISSING = b" 1e300 "  # what stands for null while it is parsed: no float32, and part of nothing that is beside it
 Flat = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -159,7 +160,8 @@ def to_float32(values: Flat, missing: bool = False) -> Batch | None:
     flat = values.ravel()
     # the sum of squares is the cheapest look at all of them; only a suspicious one is followed by a second
     with np.errstate(over="ignore", invalid="ignore"):
-        small = flat.dot(flat) < FLOAT32_MOST
+        parts = (flat[begin : begin + FEW] for begin in range(0, len(flat), FEW))
+        small = sum(part.dot(part) for part in parts) < FLOAT32_MOST
     if not small:
         fits = np.abs(flat) < FLOAT32_MOST  # not so where one is NaN
         if not (fits | np.isnan(flat) if missing else fits).all():

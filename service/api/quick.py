@@ -1,10 +1,13 @@
 """The commonest body of `/v1/predict`, read in one pass; whatever is unusual in it is left to the schemas.
 
 They parse twice, which lets them name the place of any fault: first what an instance is, then its numbers. A body of
-rows of numbers and of names has no fault to be named, and is parsed here once, straight into an array.
+rows of numbers and of names has no fault to be named, and is parsed here once, straight into an array; a long one is
+cut between its instances, because a parser holds the interpreter until it is done.
 """
 
+import re
 from codecs import BOM_UTF8
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +21,9 @@ from service.api.schemas import CONTROL, MOST_CYCLE, MOST_NAME
 from service.runtime import Batch, Model
 
 TELEMETRY, ENGINE, CYCLE = "telemetry", "engine_id", "cycle"
+_BETWEEN = re.compile(rb"}[ \t\r\n]*,(?=[ \t\r\n]*\{)")  # two instances
+_LAST = re.compile(rb"\][ \t\r\n]*}[ \t\r\n]*\Z")  # nothing follows the instances
+_BEGIN, _END, _TAIL = b'{"instances":[', b"]}", 256
 
 
 class Quick(NamedTuple):
@@ -27,22 +33,58 @@ class Quick(NamedTuple):
     decoded: Decoded
 
 
-def read_quickly(body: bytes, model: Model, most: int) -> Quick | None:
-    """A body of nothing but instances of rows of numbers, perhaps with engine and cycle; None if it is any other."""
+def read_quickly(body: bytes, model: Model, most: int, piece: int = PIECE) -> Quick | None:
+    """A body of nothing but instances of rows of numbers, perhaps with engine and cycle; None if it is any other.
+
+    Args:
+        body: as it was sent.
+        model: whose input they shall be.
+        most: instances; more are left to the schemas, which say that they are too many.
+        piece: bytes that are parsed at a time, twice as many at most.
+    """
     window = model.manifest.window
-    if window is None or len(body) > PIECE or body.startswith(BOM_UTF8):  # which this parser would read over
+    if window is None or body.startswith(BOM_UTF8):  # which this parser would read over
         return None
+    flights: list[Flight] = []
+    batches = []
     try:
-        flights, tables = _instances(body, len(model.channels), most)
+        for part in _pieces(body, piece):
+            some, batch = _instances(part, window, len(model.channels), most - len(flights))
+            flights += some
+            batches.append(batch)
     except (ValueError, TypeError, RuntimeError, KeyError):  # as the parser has it, and Unusual
         return None
-    padded = [table if len(table) == window else windows.pad_left(table, window) for table in tables]
-    batch = padded[0][None] if len(padded) == 1 else np.stack(padded)
-    return Quick(flights, Decoded(batch, None, None))
+    return Quick(flights, Decoded(batches[0] if len(batches) == 1 else np.concatenate(batches), None, None))
 
 
-def _instances(body: bytes, width: int, most: int) -> tuple[list[Flight], list[Batch]]:
-    """What each instance is called by, and its rows (T, width).
+def _pieces(body: bytes, size: int) -> Iterator[bytes]:
+    """A long body cut between its instances, each piece a body.
+
+    Every piece is such a body if, and only if, the whole is: a cut through anything but the list of instances leaves a
+    piece that has no end.
+
+    Raises:
+        Unusual: it cannot be cut.
+    """
+    if len(body) > size and not _LAST.search(body, max(0, len(body) - _TAIL)):
+        raise Unusual  # before most of it is read for nothing
+    begin, head = 0, b""
+    while len(body) - begin > size:
+        end = body.find(b"}", begin + size)
+        if end < 0 or end - begin > 2 * size:
+            raise Unusual
+        between = _BETWEEN.match(body, end)
+        if between is None:  # the last one, or another bracket
+            break
+        yield head + body[begin : end + 1] + _END
+        begin, head = between.end(), _BEGIN
+    if len(body) - begin > 2 * size:
+        raise Unusual
+    yield head + body[begin:] if begin else body
+
+
+def _instances(body: bytes, window: int, width: int, most: int) -> tuple[list[Flight], Batch]:
+    """What each instance is called by, and the newest window of its rows, (N, window, width).
 
     Raises:
         ValueError, TypeError, RuntimeError, KeyError: anything is unusual.
@@ -53,20 +95,23 @@ def _instances(body: bytes, width: int, most: int) -> tuple[list[Flight], list[B
     instances = document["instances"]
     if not isinstance(instances, simdjson.Array) or not 0 < len(instances) <= most:
         raise Unusual
-    flights, tables, rows = [], [], 0
+    flights, tables = [], []
     for instance in instances:
         if not isinstance(instance, simdjson.Object):
             raise Unusual
         names = list(instance.keys())
-        flights.append(Flight(None, None) if names == [TELEMETRY] else _flight(instance, names))
-        values = to_float32(flat_rows(instance[TELEMETRY], width))
-        if values is None:
-            raise Unusual
-        tables.append(values.reshape(-1, width))
-        rows += len(tables[-1])
-    if brackets(body) != 1 + len(tables) + rows:  # a list within a row would be flattened without a word
+        flights.append(_NOBODY if names == [TELEMETRY] else _flight(instance, names))
+        tables.append(flat_rows(instance[TELEMETRY], width))
+    lengths = [len(table) // width for table in tables]
+    if brackets(body) != 1 + len(tables) + sum(lengths):  # a list within a row would be flattened without a word
         raise Unusual
-    return flights, tables
+    values = to_float32(tables[0] if len(tables) == 1 else np.concatenate(tables))
+    if values is None:
+        raise Unusual
+    if set(lengths) == {window}:
+        return flights, values.reshape(-1, window, width)
+    histories = np.split(values.reshape(-1, width), np.cumsum(lengths)[:-1])
+    return flights, np.stack([windows.pad_left(history, window) for history in histories])
 
 
 def _flight(instance: simdjson.Object, names: list[str]) -> Flight:
@@ -79,3 +124,6 @@ def _flight(instance: simdjson.Object, names: list[str]) -> Flight:
     if not (named and dated):
         raise Unusual
     return Flight(engine, cycle)
+
+
+_NOBODY = Flight(None, None)
