@@ -57,4 +57,4 @@ def sets(logits: npt.ArrayLike, temperature: float, limit: float, method: Method
 def sets_of(p: Floats, limit: float, method: Method = "lac") -> npt.NDArray[np.bool_]:
     """As `sets`, from the probabilities (N, C) themselves."""
     found = scores_of(p, method)
-    return np.asarray((found <= limit) | (found == found.min(axis=1, keepdims=True)))
+    return np.asarray(found <= np.maximum(found.min(axis=1, keepdims=True), limit))

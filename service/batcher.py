@@ -26,6 +26,7 @@ from service.errors import ClientGone, Overloaded, ServiceError
 
 Rows = npt.NDArray[np.float32]
 Found = TypeVar("Found")
+UNTOLD = 16  # batches of which the event loop hears together, if nobody waits for one of them
 PACES = 9  # full batches whose median says how fast rows are answered: one long pause says nothing
 
 
@@ -62,6 +63,10 @@ class _Job(Generic[Found]):
         self.taken = self.answered = 0
         self.settled = False
         self.parts: list[Piece[Found]] = []
+
+    def is_taken(self) -> bool:
+        """Whether every row is in a batch."""
+        return self.taken == len(self.rows)
 
 
 class _Batch(NamedTuple, Generic[Found]):
@@ -189,8 +194,11 @@ class Batcher(Generic[Found]):
             self._serve(loop)
 
     def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
-        """A batch, and others while they are full; the event loop sees to the rest."""
-        batch = self._next(1)
+        """A batch, and others while they are full; the event loop sees to the rest.
+
+        It is told of a batch that is the last of no caller together with one that is, or that no other follows.
+        """
+        batch, untold = self._next(1), list[tuple[_Batch[Found], _Told[Found] | Exception | None]]()
         while batch is not None:
             told: _Told[Found] | Exception | None = None
             started = time.perf_counter()
@@ -201,9 +209,12 @@ class Batcher(Generic[Found]):
                     told = _Told(rows, self.run(rows), started, time.perf_counter() - started)
             except Exception as raised:  # whatever the callable raises is its callers' to hear
                 told = raised
-            done = batch
+            untold.append((batch, told))
+            last = batch.refused or not isinstance(told, _Told) or any(job.is_taken() for job, _ in batch.pieces)
             batch = self._next(self._cap)  # before the loop hears of this one: it wakes a thread that is idle by then
-            loop.call_soon_threadsafe(self._tell, done, told)
+            if last or batch is None or len(untold) == UNTOLD:
+                loop.call_soon_threadsafe(self._tell, untold)
+                untold = []
 
     def _next(self, least: int) -> _Batch[Found] | None:
         """The next batch, the lines in turn; the room that one leaves is the other's. None if fewer rows wait."""
@@ -232,7 +243,7 @@ class Batcher(Generic[Found]):
             room -= len(rows)
             self._waiting[line] -= len(rows)
             batch.pieces.append((job, rows))
-            if job.taken == len(job.rows):
+            if job.is_taken():
                 jobs.popleft()
         return room
 
@@ -244,18 +255,19 @@ class Batcher(Generic[Found]):
             return Overloaded(waited, self._most_seconds)
         return None
 
-    def _tell(self, batch: _Batch[Found], told: _Told[Found] | Exception | None) -> None:
-        """What became of a batch, told in the event loop."""
-        for job, refusal in batch.refused:
-            self._settle(job, refusal)
-        if isinstance(told, _Told):
-            try:
-                self._answer(batch.pieces, told)
-            except Exception as raised:  # as above; nobody is left waiting
-                told = raised
-        if isinstance(told, Exception):
-            for job, _ in batch.pieces:
-                self._settle(job, told)
+    def _tell(self, untold: list[tuple[_Batch[Found], _Told[Found] | Exception | None]]) -> None:
+        """What became of some batches, told in the event loop."""
+        for batch, told in untold:
+            for job, refusal in batch.refused:
+                self._settle(job, refusal)
+            if isinstance(told, _Told):
+                try:
+                    self._answer(batch.pieces, told)
+                except Exception as raised:  # as above; nobody is left waiting
+                    told = raised
+            if isinstance(told, Exception):
+                for job, _ in batch.pieces:
+                    self._settle(job, told)
         self._rouse()
 
     def _answer(self, pieces: list[tuple[_Job[Found], Rows]], told: _Told[Found]) -> None:

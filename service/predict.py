@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import orjson
 
 from model import telemetry, windows
 from model.cmapss import DataError, History
@@ -79,7 +78,7 @@ def as_lines(model: Model, engines: Sequence[Newest], found: Answers, temperatur
     """An object for each engine, in the order of the file, shaped as a prediction of `/v1/predict`."""
     nobody = [None] * len(engines)
     for row in prediction_rows(model, engines, Prediction(temperature, whole(found)), nobody):
-        yield orjson.dumps(row).decode()
+        yield row.decode()
 
 
 def table(model: Model, engines: Sequence[Newest], found: Answers, temperature: float) -> Iterator[str]:

@@ -19,7 +19,7 @@ from model.numerics import Floats
 from model.occlusion import Shift, Usual, occluded, shifts
 from service.batcher import Batcher, Piece, Rows
 from service.errors import Fault, InvalidInput
-from service.metrics import Labelled, Metrics, observe_all
+from service.metrics import Labelled, Metrics, observe, observe_all
 from service.runtime import Batch, Model, Outputs
 from service.settings import Settings
 from service.sizes import Sizes
@@ -102,10 +102,9 @@ def answer(model: Model, telemetry: Batch, temperature: float) -> Answers:
 def answers_of(model: Model, outputs: Outputs, temperature: float) -> Answers:
     """What the network said, calibrated; rows of which it said nothing finite are marked."""
     logits, rul = outputs
-    finite = np.asarray(np.isfinite(logits).all(axis=1))
-    if rul is not None:
-        finite &= np.isfinite(rul)
-    if not finite.all():
+    finite = np.ones(len(logits), np.bool_)
+    if not (np.isfinite(logits).all() and (rul is None or np.isfinite(rul).all())):
+        finite = np.isfinite(logits).all(axis=1) & (finite if rul is None else np.isfinite(rul))
         logits = np.where(finite[:, None], logits, np.float32(0))
     return calibrated(model, logits, rul, finite, temperature)
 
@@ -117,13 +116,12 @@ def calibrated(model: Model, logits: Batch, rul: Batch | None, finite: Mask, tem
     coverage holds nowhere else. They are never empty: the most probable class always belongs.
     """
     manifest = model.manifest
-    log_p = numerics.log_softmax(logits, temperature)
-    p = np.exp(log_p)
+    p, entropy = numerics.posterior(logits, temperature)
     rule, sets = manifest.conformal, None
     if rule is not None:
         own = p if temperature == manifest.temperature else numerics.softmax(logits, manifest.temperature)
         sets = conformal.sets_of(own, rule.threshold, rule.method)
-    return Answers(logits, rul, p, 0.0 - (p * log_p).sum(axis=1), sets, finite)
+    return Answers(logits, rul, p, entropy, sets, finite)
 
 
 def rows_of(answers: Answers, begin: int, end: int) -> Answers:
@@ -170,6 +168,7 @@ class Predictor:
         reference = manifest.reference.channels if manifest.reference and a_value_each else {}
         self._binned = [k for k, name in enumerate(manifest.channel_names) if name in reference]
         self._bins = {manifest.channel_names[k]: reference[manifest.channel_names[k]].edges for k in self._binned}
+        self._lone = list(zip(self._binned, self._bins.values(), strict=True))
         self._edges = np.full((len(self._bins), max(map(len, self._bins.values()), default=0)), np.nan)
         for row, edges in zip(self._edges, self._bins.values(), strict=True):
             row[: len(edges)] = edges
@@ -308,6 +307,8 @@ class Predictor:
         )
 
     def _run(self, rows: Rows) -> Inference:
+        if not rows.flags.aligned:  # a tensor behind a header of any length
+            rows = rows.copy()
         return Inference(answer(self.model, rows, self.temperature))
 
     def batch(self, rows: int, seconds: float) -> None:
@@ -316,7 +317,10 @@ class Predictor:
 
     def waited(self, seconds: list[float]) -> None:
         """As `batcher.Observer`."""
-        observe_all(self._metrics.queue_duration, np.array(seconds))
+        if len(seconds) == 1:
+            observe(self._metrics.queue_duration, seconds[0])
+        else:
+            observe_all(self._metrics.queue_duration, np.array(seconds))
 
     def answered(self, answered: Sequence[tuple[Rows, Pieces]]) -> None:
         """Count what was answered. Only the newest row of a window is news: the others were counted before."""
@@ -328,7 +332,9 @@ class Predictor:
             newest, answers = newest[answers.finite], _those(answers, answers.finite)
         top = answers.logits.argmax(axis=1)
         self._metrics.answers(self._series, top, answers.probabilities.max(axis=1), answers.expected_loss)
-        if self._binned:
+        if len(newest) == 1:  # a lone caller's are found, and counted, sooner one by one
+            self._metrics.input(self._series, self._bins_of_one(newest))
+        elif self._binned:
             self._metrics.inputs(self._series, self._bins_of(newest))
 
     @property
@@ -342,12 +348,16 @@ class Predictor:
         return tuple(self._bins)
 
     def _bins_of(self, newest: Batch) -> npt.NDArray[np.uint8]:
-        if len(newest) == 1:  # a lone caller's are found sooner one by one
-            values = newest[0].tolist()
-            found = [bisect_left(edges, values[k]) for k, edges in zip(self._binned, self._bins.values(), strict=True)]
-            return np.array([found]).astype(np.uint8)
+        if len(newest) == 1:
+            return np.array([self._bins_of_one(newest)], np.uint8)
         readings = newest[:, self._binned].astype(np.float64)
         return np.asarray((self._edges < readings[:, :, None]).sum(axis=2, dtype=np.uint8))  # no edge of NaN is below
+
+    def _bins_of_one(self, newest: Batch) -> list[int]:
+        if not self._binned:
+            return []
+        values = newest[0].tolist()
+        return [bisect_left(edges, values[k]) for k, edges in self._lone]
 
 
 def measured(logits: npt.ArrayLike, truths: Floats, t: float, sets: Mask | None) -> Labelled:

@@ -14,7 +14,7 @@ import orjson
 
 from model.occlusion import Shift
 from service.memory import Named
-from service.predictor import Answers, Prediction
+from service.predictor import Answers, Evaluation, Prediction, Predictor
 from service.runtime import Model
 
 NONE = b"null"
@@ -23,8 +23,8 @@ ROW = b'{"prediction_id":%s,"engine_id":%s,"cycle":%s,%s,"loss":%s%s%s}'
 
 def prediction_rows(
     model: Model, instances: Sequence[Named], found: Prediction, ids: Sequence[str | None]
-) -> list[orjson.Fragment]:
-    """One object an instance, in their order, for `orjson.dumps` to put where they belong."""
+) -> list[bytes]:
+    """One object an instance, in their order, as JSON."""
     write = _writer(model.manifest.classes)
     parts = [part for piece in found.pieces for part in piece.found.once(write)[piece.begin : piece.end]]
     losses = None if found.loss is None else _texts([found.loss[:, None]])
@@ -32,8 +32,32 @@ def prediction_rows(
     for i, (instance, (health, sets)) in enumerate(zip(instances, parts, strict=True)):
         who = (_text(ids[i]), _text(instance.engine_id), _number(instance.cycle))
         moved = b"" if found.moved is None else b',"explanation":' + _explanation(found.moved[i], model)
-        rows.append(orjson.Fragment(ROW % (*who, health, NONE if losses is None else losses[i][0], sets, moved)))
+        rows.append(ROW % (*who, health, NONE if losses is None else losses[i][0], sets, moved))
     return rows
+
+
+def envelope(
+    predictor: Predictor, rows: Sequence[bytes], found: Prediction, what_if: bool, more: dict[str, Any]
+) -> bytes:
+    """Rows as the whole answer, as JSON; `what_if` where the caller gave the temperature, `more` stands behind."""
+    manifest, digest = predictor.model.manifest, predictor.model.digest
+    source = "request" if what_if else predictor.temperature_source
+    parts = [_head(manifest.name, manifest.version, digest, found.temperature, source), b",".join(rows), b"]"]
+    evaluation = _means(found.evaluation) if found.evaluation else None
+    for name, value in {"evaluation": evaluation, **more}.items():
+        parts.append(b',"%s":%s' % (name.encode(), orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)))
+    return b"".join((*parts, b"}"))
+
+
+@lru_cache(maxsize=64)
+def _head(name: str, version: str, digest: str, temperature: float, source: str) -> bytes:
+    model = {"name": name, "version": version, "digest": digest}
+    head = orjson.dumps({"model": model, "temperature": temperature, "temperature_source": source})
+    return head[:-1] + b',"predictions":['
+
+
+def _means(evaluation: Evaluation) -> dict[str, Any]:
+    return {name: value if name == "count" else np.float32(value) for name, value in vars(evaluation).items()}
 
 
 @lru_cache(maxsize=16)

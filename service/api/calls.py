@@ -7,7 +7,6 @@ import numpy as np
 
 from model import numerics
 from service.api import schemas
-from service.api.answers import prediction_rows
 from service.api.arrow import read_table
 from service.api.cuts import check_unread, whole
 from service.api.decode import Decoded, decode_instances, decode_labels, decode_logits, parse_long, refuse
@@ -16,7 +15,7 @@ from service.api.flights import decode_histories, histories
 from service.api.quick import read_quickly
 from service.errors import Fault, InvalidInput
 from service.memory import Named
-from service.predictor import Evaluation, Prediction, Predictor
+from service.predictor import Predictor
 from service.runtime import Model
 from service.settings import Settings
 
@@ -76,28 +75,6 @@ def _admit(instances: int, explain: bool, model: Model, most: int) -> None:
     most = most // max(1, len(model.channels)) if explain else most
     if instances > most:
         refuse([Fault(("instances",), f"{instances} instances, at most {most} are {verb} in one call")])
-
-
-def predict_json(
-    predictor: Predictor,
-    instances: Sequence[Named],
-    found: Prediction,
-    ids: Sequence[str | None],
-    what_if: bool = False,
-) -> dict[str, Any]:
-    """What `/v1/predict` answers; `what_if` where the caller gave the temperature."""
-    model, manifest = predictor.model, predictor.model.manifest
-    return {
-        "model": {"name": manifest.name, "version": manifest.version, "digest": model.digest},
-        "temperature": found.temperature,
-        "temperature_source": "request" if what_if else predictor.temperature_source,
-        "predictions": prediction_rows(model, instances, found, ids),
-        "evaluation": _means(found.evaluation) if found.evaluation else None,
-    }
-
-
-def _means(evaluation: Evaluation) -> dict[str, Any]:
-    return {name: value if name == "count" else np.float32(value) for name, value in vars(evaluation).items()}
 
 
 def evaluate_json(body: bytes, classes: tuple[str, ...], most: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from msgspec import Struct
 
 from service.api import recall, schemas
 from service.api.body import JSON, media_type, read_body
-from service.api.routes import LARGE_ANSWER, LARGE_BODY, Aside, Endpoint, documented, json_response
+from service.api.routes import LARGE_ANSWER, LARGE_BODY, Aside, Endpoint, Written, documented, json_response
 from service.errors import Conflict, Fault, InvalidInput, Unknown
 from service.lifecycle import Lifecycle
 from service.storage import queries
@@ -28,7 +28,7 @@ def build_cycles(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
         flights = await aside.run(large, lambda: recall.read_flights(body, model, limits.max_instances))
         answer = await memory.fly(predictor, flights)
         many = len(flights) * len(model.manifest.classes) > LARGE_ANSWER
-        return await aside.run(many, lambda: json_response(recall.cycles_json(predictor, flights, answer)))
+        return await aside.run(many, lambda: Written(recall.cycles_json(predictor, flights, answer), 200, JSON))
 
     return cycles
 

@@ -58,7 +58,7 @@ def columns(text: bytes, names: tuple[str, ...], cuts: Cuts, hold: bool = False)
     if found.keys() != set(names) or not names:
         return None
     texts = [whole(found[name], cuts) for name in names]
-    values = [numbers(text, "d", hold) if brackets(text) == 1 else None for text in texts]
+    values = [numbers(text, "d", hold) if text.count(b"[") == 1 else None for text in texts]
     lengths = {0 if column is None else len(column) for column in values}
     return np.stack(values, axis=1) if len(lengths) == 1 and lengths != {0} else None  # type: ignore[arg-type]  # none is None
 
@@ -84,7 +84,7 @@ def _flat(text: bytes, kind: Literal["d", "i"], width: int | None, hold: bool) -
         if width is None and isinstance(rows, simdjson.Array):
             return _held(np.frombuffer(rows.as_buffer(of_type=kind), np.float64 if kind == "d" else np.int64), missing)
         flat = flat_rows(rows, width)
-        if brackets(text) != len(rows) + 1:  # type: ignore[arg-type]  # it has a length, or was refused
+        if text.count(b"[") != len(rows) + 1:  # type: ignore[arg-type]  # it has a length, or was refused
             return None  # a list within a row would be flattened without a word
         return _held(flat, missing)
     except (ValueError, TypeError, RuntimeError):  # not JSON, or something in it is no number
@@ -110,15 +110,6 @@ def flat_rows(rows: Any, width: int | None) -> Floats:
     return np.frombuffer(rows.as_buffer(of_type="d"), dtype=np.float64)
 
 
-def brackets(text: bytes) -> int:
-    """How many opening brackets there are, in half the time that `bytes.count` needs for so many."""
-    return _count(text, b"[")
-
-
-def _count(text: bytes, one: bytes) -> int:
-    return int(np.count_nonzero(np.frombuffer(text, dtype=np.uint8) == ord(one)))
-
-
 def pieces(text: bytes) -> list[bytes]:
     """A list cut behind its rows, each piece a list; of anything else nonsense, as a parser finds."""
     found, begin = [], 0
@@ -142,7 +133,7 @@ def nested_pieces(text: bytes) -> list[bytes]:
     while True:
         comma = text.find(b",", begin + PIECE)
         piece, opened = text[begin : comma if comma >= 0 else len(text)], depth
-        depth += _count(piece, b"[") - _count(piece, b"]")
+        depth += piece.count(b"[") - piece.count(b"]")
         ends = piece.strip()
         if not ends or ends.startswith(b"]") or (depth < 1 or ends.endswith(b"[") if comma >= 0 else depth):
             return [*found, b""]  # a comma beside which there is no value, or behind the list; or it never ends
@@ -160,13 +151,18 @@ def to_float32(values: Flat, missing: bool = False) -> Batch | None:
     flat = values.ravel()
     # the sum of squares is the cheapest look at all of them; only a suspicious one is followed by a second
     with np.errstate(over="ignore", invalid="ignore"):
-        parts = (flat[begin : begin + FEW] for begin in range(0, len(flat), FEW))
-        small = sum(part.dot(part) for part in parts) < FLOAT32_MOST
+        small = _squares(flat) < FLOAT32_MOST
     if not small:
         fits = np.abs(flat) < FLOAT32_MOST  # not so where one is NaN
         if not (fits | np.isnan(flat) if missing else fits).all():
             return None
     return values.astype(np.float32)
+
+
+def _squares(flat: Flat) -> float:
+    if len(flat) <= FEW:
+        return flat.dot(flat)  # type: ignore[no-any-return]  # numpy's product is Any
+    return sum(_squares(flat[begin : begin + FEW]) for begin in range(0, len(flat), FEW))
 
 
 def fits_float32(value: float) -> bool:

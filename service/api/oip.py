@@ -165,7 +165,7 @@ def _telemetry(inference: Inference, model: Model, most: int) -> tensors.Array:
         whole = np.isfinite(found.sum())
     if not whole and len(bad := np.argwhere(~np.isfinite(found))):
         raise InvalidInput(f"input {contract.INPUT!r}: {bad[0].tolist()} is not finite")
-    return found if found.flags.aligned else found.copy()
+    return found
 
 
 def _targets(inference: Inference, model: Model, rows: int) -> Floats | None:

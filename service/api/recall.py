@@ -17,7 +17,7 @@ from model.numerics import Floats
 from model.occlusion import Usual
 from model.windows import Readings
 from service.api import schemas
-from service.api.calls import predict_json
+from service.api.answers import NONE, envelope, prediction_rows
 from service.api.decode import MOST_FAULTS, Loc, label_distribution, refuse
 from service.api.numbers import fits_float32, to_float32
 from service.api.told import label_json, told_json
@@ -92,8 +92,8 @@ def _reading(raw: msgspec.Raw, channels: tuple[str, ...], loc: Loc, faults: list
     return np.array(values, dtype=np.float32) if len(faults) == before else None
 
 
-def cycles_json(predictor: Predictor, flights: Sequence[Flight], answer: Answer) -> dict[str, Any]:
-    """What `/v1/cycles` answers.
+def cycles_json(predictor: Predictor, flights: Sequence[Flight], answer: Answer) -> bytes:
+    """What `/v1/cycles` answers, as JSON.
 
     Raises:
         Conflict: every flight contradicts what is known of its cycle.
@@ -107,10 +107,9 @@ def cycles_json(predictor: Predictor, flights: Sequence[Flight], answer: Answer)
     if answer.prediction is None:
         raise Conflict("every flight contradicts what is known of its cycle", results=told)
     accepted = [flight for flight, landed in zip(flights, answer.landed, strict=True) if landed.known is None]
-    found = predict_json(predictor, accepted, answer.prediction, answer.ids)
-    rows = iter(found["predictions"])
-    found["predictions"] = [next(rows) if landed.known is None else None for landed in answer.landed]
-    return found | {"results": told}
+    found = iter(prediction_rows(predictor.model, accepted, answer.prediction, answer.ids))
+    rows = [next(found) if landed.known is None else NONE for landed in answer.landed]
+    return envelope(predictor, rows, answer.prediction, False, {"results": told})
 
 
 def _named(channels: tuple[str, ...], values: Readings) -> dict[str, np.float32]:

@@ -12,9 +12,10 @@ from fastapi.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from service.api import schemas
+from service.api.answers import envelope, prediction_rows
 from service.api.arrow import ARROW
 from service.api.body import JSON, announced, leaving, media_type, read_body
-from service.api.calls import evaluate_json, model_json, predict_json, read_predict, read_predict_table
+from service.api.calls import evaluate_json, model_json, read_predict, read_predict_table
 from service.api.told import results_json
 from service.lifecycle import Lifecycle
 from service.memory import prediction_ids
@@ -110,10 +111,12 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
         else:
             ids = prediction_ids(len(named), time.time())
             predictor.count_labels(found, decoded.targets)
-        return await aside.run(
-            len(named) * len(model.manifest.classes) > LARGE_ANSWER,
-            lambda: json_response(predict_json(predictor, named, found, ids, what_if) | told),
-        )
+
+        def written() -> Response:
+            rows = prediction_rows(model, named, found, ids)
+            return Written(envelope(predictor, rows, found, what_if, told), 200, JSON)
+
+        return await aside.run(len(named) * len(model.manifest.classes) > LARGE_ANSWER, written)
 
     return predict
 
