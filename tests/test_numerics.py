@@ -243,3 +243,14 @@ def test_fit_temperature_needs_rows(logits: object, targets: list[int], weights:
     """No rows, or none that weighs anything, is an error and not a temperature."""
     with pytest.raises(ValueError, match="temperature needs"):
         numerics.fit_temperature(logits, np.array(targets, dtype=int), weights)  # type: ignore[arg-type]  # empty array
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.7, 1.0, 100.0])
+def test_answering_many_gives_the_bits_of_answering_one(temperature: float) -> None:
+    """The quick way to probabilities and entropies is log_softmax and entropy to the bit, also where one is certain."""
+    logits = np.random.default_rng(0).normal(0, 30, (500, 3)).astype(np.float32)
+    logits[0], logits[1] = (3e38, -3e38, 0), (0, 0, 0)
+    p, entropy = numerics.posterior(logits, temperature)
+    np.testing.assert_array_equal(p, np.exp(numerics.log_softmax(logits, temperature)))
+    np.testing.assert_array_equal(entropy, numerics.entropy(logits, temperature))
+    assert not np.signbit(entropy).any()

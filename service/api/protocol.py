@@ -125,7 +125,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._words = 0
         cycle = self.cycle
         if not cycle.response_complete:
-            cycle.body += body
+            cycle.body = _joined(cycle.body, body)  # type: ignore[assignment]  # uvicorn makes bytes of it, or leaves them
             if len(cycle.body) > HIGH_WATER_LIMIT:
                 self.flow.pause_reading()
             cycle.message_event.set()
@@ -203,6 +203,16 @@ class BoundedProtocol(HttpToolsProtocol):
     def _close(self) -> None:
         self.transport.close()
         self._reader.watch()
+
+
+def _joined(held: bytes | bytearray, more: bytes) -> bytes | bytearray:
+    """What came, behind what came before; the first piece, which often is the only one, is not copied."""
+    if not held:
+        return more
+    if isinstance(held, bytes):
+        held = bytearray(held)
+    held += more
+    return held
 
 
 _NOWHERE = _Nowhere()
