@@ -16,6 +16,7 @@ from service.api.cuts import Cuts, whole
 from service.runtime import Batch
 
 PIECE = 1 << 20  # bytes parsed at a time; a millisecond or two
+SHORT = 1 << 16  # bytes that are looked through sooner one by one than all together
 FLOAT32_MOST = float(np.finfo(np.float32).max) + 2.0**103  # less than this is rounded to the largest float32
 FEW = 8192  # numbers that BLAS adds up in this thread: of more, others have a part, and may find no core free
 MISSING = b" 1e300 "  # what stands for null while it is parsed: no float32, and part of nothing that is beside it
@@ -58,7 +59,7 @@ def columns(text: bytes, names: tuple[str, ...], cuts: Cuts, hold: bool = False)
     if found.keys() != set(names) or not names:
         return None
     texts = [whole(found[name], cuts) for name in names]
-    values = [numbers(text, "d", hold) if text.count(b"[") == 1 else None for text in texts]
+    values = [numbers(text, "d", hold) if brackets(text) == 1 else None for text in texts]
     lengths = {0 if column is None else len(column) for column in values}
     return np.stack(values, axis=1) if len(lengths) == 1 and lengths != {0} else None  # type: ignore[arg-type]  # none is None
 
@@ -84,7 +85,7 @@ def _flat(text: bytes, kind: Literal["d", "i"], width: int | None, hold: bool) -
         if width is None and isinstance(rows, simdjson.Array):
             return _held(np.frombuffer(rows.as_buffer(of_type=kind), np.float64 if kind == "d" else np.int64), missing)
         flat = flat_rows(rows, width)
-        if text.count(b"[") != len(rows) + 1:  # type: ignore[arg-type]  # it has a length, or was refused
+        if brackets(text) != len(rows) + 1:  # type: ignore[arg-type]  # it has a length, or was refused
             return None  # a list within a row would be flattened without a word
         return _held(flat, missing)
     except (ValueError, TypeError, RuntimeError):  # not JSON, or something in it is no number
@@ -110,6 +111,15 @@ def flat_rows(rows: Any, width: int | None) -> Floats:
     return np.frombuffer(rows.as_buffer(of_type="d"), dtype=np.float64)
 
 
+def brackets(text: bytes) -> int:
+    """How many opening brackets there are; where nothing else stands, `bytes.count` holds the interpreter for long."""
+    return text.count(b"[") if len(text) <= SHORT else _count(text, b"[")
+
+
+def _count(text: bytes, one: bytes) -> int:
+    return int(np.count_nonzero(np.frombuffer(text, dtype=np.uint8) == ord(one)))
+
+
 def pieces(text: bytes) -> list[bytes]:
     """A list cut behind its rows, each piece a list; of anything else nonsense, as a parser finds."""
     found, begin = [], 0
@@ -133,7 +143,7 @@ def nested_pieces(text: bytes) -> list[bytes]:
     while True:
         comma = text.find(b",", begin + PIECE)
         piece, opened = text[begin : comma if comma >= 0 else len(text)], depth
-        depth += piece.count(b"[") - piece.count(b"]")
+        depth += _count(piece, b"[") - _count(piece, b"]")
         ends = piece.strip()
         if not ends or ends.startswith(b"]") or (depth < 1 or ends.endswith(b"[") if comma >= 0 else depth):
             return [*found, b""]  # a comma beside which there is no value, or behind the list; or it never ends

@@ -191,9 +191,9 @@ def _temperature(inference: Inference) -> float | None:
 
 def _wanted(inference: Inference, model: Model) -> list[tuple[str, bool]]:
     """Names of the outputs in the order asked for, and whether each leaves as bytes; all of them if none is named."""
-    known = [output["name"] for output in metadata(model)["outputs"]]
-    if LABEL not in inference.inputs:
-        known.remove("loss")
+    known = ["logits", "probabilities", "health"]
+    known += ["rul"] if model.manifest.rul_thresholds is not None else []
+    known += ["loss"] if LABEL in inference.inputs else []
     asked, default = inference.asked.outputs, _flag(inference.asked.parameters, "binary_data_output", False)
     if not asked:
         return [(name, default) for name in known]

@@ -16,7 +16,7 @@ import simdjson
 from model import windows
 from service.api.decode import Decoded
 from service.api.flights import Flight
-from service.api.numbers import PIECE, Unusual, flat_rows, parser, to_float32
+from service.api.numbers import PIECE, Unusual, brackets, flat_rows, parser, to_float32
 from service.api.schemas import CONTROL, MOST_CYCLE, MOST_NAME
 from service.runtime import Batch, Model
 
@@ -103,7 +103,7 @@ def _instances(body: bytes, window: int, width: int, most: int) -> tuple[list[Fl
         flights.append(_NOBODY if names == [TELEMETRY] else _flight(instance, names))
         tables.append(flat_rows(instance[TELEMETRY], width))
     lengths = [len(table) // width for table in tables]
-    if body.count(b"[") != 1 + len(tables) + sum(lengths):  # a list within a row would be flattened without a word
+    if brackets(body) != 1 + len(tables) + sum(lengths):  # a list within a row would be flattened without a word
         raise Unusual
     values = to_float32(tables[0] if len(tables) == 1 else np.concatenate(tables))
     if values is None:
