@@ -67,7 +67,8 @@ class Edge:
         request_id = _request_id(headers)
         held = scope[HELD] = Held(self._buffer)
         scope[HEADERS] = headers
-        lane = self._lane(path) if method == "POST" and not CONTROL.search(path) else None
+        odd = CONTROL.search(path)
+        lane = self._lane(path) if method == "POST" and not odd else None
         if method == "HEAD":  # as GET; the server, whose scope is another one, sends no body
             scope = {**scope, "method": "GET"}
 
@@ -92,7 +93,7 @@ class Edge:
         if self._origins:  # whose headers errors have too
             tell = partial(self._origins.send, send=watched, request_headers=Headers(scope=scope))
         try:
-            if CONTROL.search(path):  # some patterns match before a last newline, and others do not
+            if odd:  # some patterns match before a last newline, and others do not
                 raise HTTPException(404, "no path has control characters")
             if self._origins and method == "OPTIONS" and headers.keys() >= PREFLIGHT:  # browsers show no key here
                 await _preflight(self._origins, scope)(scope, receive, watched)
