@@ -5,7 +5,8 @@ fault, so that a good request never pays for the explanation of a bad one.
 """
 
 import json
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,13 +17,14 @@ from msgspec import Raw
 from model import numerics, windows
 from model.numerics import Floats
 from service.api.cuts import Cuts, cut, whole
-from service.api.numbers import PIECE, columns, fits_float32, table, to_float32
+from service.api.numbers import PIECE, brackets, columns, fits_float32, pieces, table, to_float32
 from service.api.schemas import Body, Instance, Label, describe, parse
 from service.errors import Fault, InvalidInput, NotJson
 from service.runtime import Batch, Model
 
 Loc = tuple[str | int, ...]
 MOST_DIGITS = 400  # of an integer; what has more is not even a float64
+MOST_LISTS = 4096  # beyond what is right; more are not made objects of, to name the place of the first
 LOOK_BACK = 4096  # rows looked at together for a value to hold
 MOST_FAULTS = 20  # a whole wrong file does not need a million lines to be understood
 JsonValue = Any
@@ -118,13 +120,22 @@ def _history(text: bytes, channels: tuple[str, ...], hold: bool, cuts: Cuts) -> 
 
 
 def _suspicious(text: bytes, channels: tuple[str, ...], hold: bool, loc: Loc, faults: list[Fault]) -> Batch | None:
-    rows = _by_name(_loads(text, loc), channels, loc, faults)
-    if rows is None:
+    if text[:1] == b"{" and brackets(text) > len(channels) + MOST_LISTS:
+        faults.append(Fault(loc, f"expected a list of values for each of {len(channels)} channels, got more lists"))
         return None
-    if not isinstance(rows, list) or not rows:
-        faults.append(Fault(loc, "expected at least one row of readings"))
-        return None
-    return _numbers(rows, channels, hold, loc, faults)
+    found, before = [], 0
+    for value in _parts(text, loc):
+        rows = _by_name(value, channels, loc, faults)
+        if rows is None:
+            return None
+        if not isinstance(rows, list) or not rows:
+            faults.append(Fault(loc, "expected at least one row of readings"))
+            return None
+        found.append(_numbers(rows, channels, hold, loc, faults, before))
+        before += len(rows)
+        if len(faults) >= MOST_FAULTS:
+            break
+    return None if any(part is None for part in found) else np.concatenate(found)  # type: ignore[arg-type]  # none is None
 
 
 def hold_window(
@@ -153,6 +164,15 @@ def _last_seen(values: Batch) -> Batch:
         if not np.isnan(found).any():
             break
     return found
+
+
+def _parts(text: bytes, loc: Loc) -> Iterator[JsonValue]:
+    """A value; the rows of a long list a piece at a time: what is nothing but brackets takes 70 times its bytes."""
+    for k, piece in enumerate(pieces(text) if text[:1] == b"[" else [text]):
+        value = _loads(piece, loc)
+        if k and value == []:
+            raise NotJson(f"{describe(loc)} is not JSON: there is no value behind a comma")
+        yield value
 
 
 def _loads(text: bytes, loc: Loc) -> JsonValue:
@@ -194,26 +214,29 @@ def _by_name(value: JsonValue, channels: tuple[str, ...], loc: Loc, faults: list
 
 
 def _numbers(
-    rows: list[JsonValue], channels: tuple[str, ...], hold: bool | None, loc: Loc, faults: list[Fault]
+    rows: list[JsonValue], channels: tuple[str, ...], hold: bool | None, loc: Loc, faults: list[Fault], before: int = 0
 ) -> Batch | None:
-    """Rows as (T, channels) float32, value by value, missing ones as NaN; None after naming what is wrong."""
-    before, fit = len(faults), all(isinstance(row, list) and len(row) == len(channels) for row in rows)
+    """Rows as (T, channels) float32, value by value, missing ones as NaN; None after naming what is wrong.
+
+    `before` are the rows that came before these.
+    """
+    known, fit = len(faults), all(isinstance(row, list) and len(row) == len(channels) for row in rows)
     # of millions of empty rows nothing is kept, but that they are wrong
     found = np.full((len(rows) if fit else 0, len(channels)), np.nan, dtype=np.float32)
     for t, row in enumerate(rows):
         if not isinstance(row, list) or len(row) != len(channels):
             got = f"{len(row)} values" if isinstance(row, list) else _kind(row)
-            faults.append(Fault((*loc, t), f"expected a row of {len(channels)} numbers, got {got}"))
+            faults.append(Fault((*loc, before + t), f"expected a row of {len(channels)} numbers, got {got}"))
         else:
             for k, value in enumerate(row):
                 problem = _problem(value, hold)
                 if problem:
-                    faults.append(Fault((*loc, t, channels[k]), problem))
+                    faults.append(Fault((*loc, before + t, channels[k]), problem))
                 elif fit and value is not None:
                     found[t, k] = value
         if len(faults) >= MOST_FAULTS:
             break
-    return found if len(faults) == before else None
+    return found if len(faults) == known else None
 
 
 def _problem(value: JsonValue, hold: bool | None) -> str | None:
@@ -232,6 +255,10 @@ def _kind(value: JsonValue) -> str:
 
 def _tensor(text: bytes, shape: tuple[int, ...], loc: Loc, faults: list[Fault]) -> Batch | None:
     """Numbers of any shape; None after naming the first place that is wrong."""
+    lists = sum(math.prod(shape[:k]) for k in range(len(shape)))
+    if brackets(text) > lists + MOST_LISTS:
+        faults.append(Fault(loc, f"expected finite numbers of shape {list(shape)}, got more lists"))
+        return None
     values = _loads(text, loc)
     fault = _misfit(values, shape, loc)
     if fault is not None:
@@ -269,15 +296,21 @@ def decode_logits(text: bytes, most: int) -> Floats:
 
 
 def _suspicious_logits(text: bytes) -> Floats:
+    loc: Loc = ("logits",)
     faults: list[Fault] = []
-    rows = _loads(text, ("logits",))
-    if not (isinstance(rows, list) and rows and isinstance(rows[0], list) and rows[0]):
-        faults.append(Fault(("logits",), "expected rows of logits, at least one class each"))
-    refuse(faults)
-    names = tuple(str(k) for k in range(len(rows[0])))
-    _numbers(rows, names, None, ("logits",), faults)
+    names: tuple[str, ...] = ()
+    found, before = [], 0
+    for rows in _parts(text, loc):
+        if not (isinstance(rows, list) and rows and (names or (isinstance(rows[0], list) and rows[0]))):
+            refuse([Fault(loc, "expected rows of logits, at least one class each")])
+        names = names or tuple(str(k) for k in range(len(rows[0])))
+        if _numbers(rows, names, None, loc, faults, before) is not None:
+            found.append(np.array(rows, dtype=np.float64))
+        before += len(rows)
+        if len(faults) >= MOST_FAULTS:
+            break
     refuse([Fault((*f.loc[:2], int(f.loc[2])) if len(f.loc) == 3 else f.loc, f.msg) for f in faults])
-    return np.array(rows, dtype=np.float64)
+    return np.concatenate(found)
 
 
 def decode_labels(

@@ -1,0 +1,87 @@
+"""Long bodies that are wrong: named by place, and never many times their size in memory."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from model.evaluate import ARTEFACT
+from service.api.calls import evaluate_json, read_predict
+from service.errors import InvalidInput, NotJson
+from service.runtime import Model, open_model
+
+CHANNELS = 17
+MANY = 4 << 20  # lists
+GROWN = """
+import resource, sys
+from model.evaluate import ARTEFACT
+from service.api.calls import evaluate_json, read_predict
+from service.errors import ServiceError
+from service.runtime import open_model
+model, body = open_model(ARTEFACT), sys.stdin.buffer.read()
+def most():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = most()
+try:
+    evaluate_json(body, ("a", "b"), 10**9) if b"logits" in body else read_predict(body, model, 10**9)
+except ServiceError as error:
+    print(most() - before, error.detail)
+"""
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    """The committed one."""
+    return open_model(ARTEFACT)
+
+
+@pytest.mark.parametrize(
+    ("form", "told"),
+    [
+        (
+            b'{"instances":[{"telemetry":[%s]}]}',
+            "instances[0].telemetry[0]: expected a row of 17 numbers, got 0 values",
+        ),
+        (b'{"instances":[{"telemetry":{"setting_1":[%s]}}]}', "instances[0].telemetry: expected a list of values"),
+        (b'{"logits":[[1,2],%s],"labels":[0]}', "logits[1]: expected a row of 2 numbers, got 0 values"),
+    ],
+)
+def test_nothing_but_brackets_takes_no_memory_to_speak_of(form: bytes, told: str) -> None:
+    """Millions of empty lists are refused by their place, and never are all objects at one time."""
+    body = form % (b"[]," * MANY)[:-1]
+    run = subprocess.run([sys.executable, "-c", GROWN], input=body, capture_output=True, check=True)
+    grown, _, detail = run.stdout.decode().partition(" ")
+    assert detail.startswith(told)
+    assert float(grown) < 150  # MiB; as objects they would take 270
+
+
+def test_what_is_wrong_far_behind_is_named_by_its_place(model: Model) -> None:
+    """A wrong value and a short row some megabytes into a history are told by their row and channel."""
+    rows = np.random.default_rng(0).normal(500, 1, (20_000, CHANNELS)).tolist()
+    rows[15_000][3], rows[19_999] = None, [1.0]
+    with pytest.raises(InvalidInput) as refused:
+        read_predict(json.dumps({"instances": [{"telemetry": rows}]}).encode(), model, 10)
+    assert [fault.loc[:4] for fault in refused.value.faults] == [
+        ("instances", 0, "telemetry", 15_000),
+        ("instances", 0, "telemetry", 19_999),
+    ]
+
+
+def test_wrong_logits_far_behind_are_named_by_their_place() -> None:
+    """The same of logits."""
+    rows = np.random.default_rng(0).normal(0, 1, (200_000, 3)).tolist()
+    rows[150_000][2] = "1"
+    with pytest.raises(InvalidInput) as refused:
+        evaluate_json(json.dumps({"logits": rows, "labels": [0] * len(rows)}).encode(), ("a", "b", "c"), 10**6)
+    assert [fault.loc for fault in refused.value.faults] == [("logits", 150_000, 2)]
+
+
+def test_a_long_list_that_ends_with_a_comma_is_no_json(model: Model) -> None:
+    """No cut makes JSON of what is none."""
+    row = json.dumps([None] + [1.0] * (CHANNELS - 1))
+    text = ",".join([row.replace("null", "1e0")] * 20_000)
+    for bad in (text + ",", text + f",{row},"):
+        with pytest.raises(NotJson):
+            read_predict(b'{"instances":[{"telemetry":[%s]}],"missing":"hold"}' % bad.encode(), model, 10)
