@@ -40,6 +40,8 @@ def model() -> Model:
 @pytest.mark.parametrize(
     ("form", "told"),
     [
+        (b'{"instances":[{"telemetry":[1.25,%s]}]}', "instances[0].telemetry: expected rows of numbers"),
+        (b'{"instances":[{"telemetry":[[1],{},%s]}]}', "instances[0].telemetry: expected numbers, got many objects"),
         (
             b'{"instances":[{"telemetry":[%s]}]}',
             "instances[0].telemetry[0]: expected a row of 17 numbers, got 0 values",
@@ -49,8 +51,9 @@ def model() -> Model:
     ],
 )
 def test_nothing_but_brackets_takes_no_memory_to_speak_of(form: bytes, told: str) -> None:
-    """Millions of empty lists are refused by their place, and never are all objects at one time."""
-    body = form % (b"[]," * MANY)[:-1]
+    """Millions of empty lists, objects or numbers are refused by their place, and never are all objects at one time."""
+    filling = next(some for some in (b"1.25,", b"{},", b"[],") if some in form or some == b"[],")
+    body = form % (filling * MANY)[:-1]
     run = subprocess.run([sys.executable, "-c", GROWN], input=body, capture_output=True, check=True)
     grown, _, detail = run.stdout.decode().partition(" ")
     assert detail.startswith(told)

@@ -17,7 +17,7 @@ from msgspec import Raw
 from model import numerics, windows
 from model.numerics import Floats
 from service.api.cuts import Cuts, cut, whole
-from service.api.numbers import PIECE, brackets, columns, fits_float32, pieces, table, to_float32
+from service.api.numbers import LONG_ROW, PIECE, brackets, columns, fits_float32, pieces, table, to_float32
 from service.api.schemas import Body, Instance, Label, describe, parse
 from service.errors import Fault, InvalidInput, NotJson
 from service.runtime import Batch, Model
@@ -167,8 +167,16 @@ def _last_seen(values: Batch) -> Batch:
 
 
 def _parts(text: bytes, loc: Loc) -> Iterator[JsonValue]:
-    """A value; the rows of a long list a piece at a time: what is nothing but brackets takes 70 times its bytes."""
+    """A value; the rows of a long list a piece at a time: what is nothing but brackets takes 70 times its bytes.
+
+    Raises:
+        NotJson, InvalidInput: it is none, or full of objects, or has no rows.
+    """
+    if brackets(text, b"{") > MOST_LISTS:
+        refuse([Fault(loc, "expected numbers, got many objects")])
     for k, piece in enumerate(pieces(text) if text[:1] == b"[" else [text]):
+        if len(piece) > LONG_ROW and text[:1] == b"[":
+            refuse([Fault(loc, f"expected rows of numbers, got one of more than {LONG_ROW} bytes")])
         value = _loads(piece, loc)
         if k and value == []:
             raise NotJson(f"{describe(loc)} is not JSON: there is no value behind a comma")

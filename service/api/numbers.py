@@ -16,6 +16,7 @@ from service.api.cuts import Cuts, whole
 from service.runtime import Batch
 
 PIECE = 1 << 20  # bytes parsed at a time; a millisecond or two
+LONG_ROW = 4 * PIECE  # no row of numbers is as long, and a parser keeps what it took for the longest text
 SHORT = 1 << 16  # bytes that are looked through sooner one by one than all together
 FLOAT32_MOST = float(np.finfo(np.float32).max) + 2.0**103  # less than this is rounded to the largest float32
 FEW = 8192  # numbers that BLAS adds up in this thread: of more, others have a part, and may find no core free
@@ -42,7 +43,7 @@ def table(text: bytes, width: int, hold: bool = False) -> Floats | None:
     """A list of rows of `width` numbers, (T, width); null as NaN if it may be held."""
     parts = []
     for piece in [text] if len(text) <= PIECE else pieces(text):
-        part = _flat(piece, "d", width, hold)
+        part = _flat(piece, "d", width, hold) if len(piece) <= LONG_ROW else None
         if part is None:
             return None
         parts.append(part)
@@ -111,9 +112,9 @@ def flat_rows(rows: Any, width: int | None) -> Floats:
     return np.frombuffer(rows.as_buffer(of_type="d"), dtype=np.float64)
 
 
-def brackets(text: bytes) -> int:
+def brackets(text: bytes, one: bytes = b"[") -> int:
     """How many opening brackets there are; where nothing else stands, `bytes.count` holds the interpreter for long."""
-    return text.count(b"[") if len(text) <= SHORT else _count(text, b"[")
+    return text.count(one) if len(text) <= SHORT else _count(text, one)
 
 
 def _count(text: bytes, one: bytes) -> int:
