@@ -26,7 +26,7 @@ from service.errors import ClientGone, Overloaded, ServiceError
 
 Rows = npt.NDArray[np.float32]
 Found = TypeVar("Found")
-UNTOLD = 16  # batches of which the event loop hears together, if nobody waits for one of them
+HUSH = 0.02  # seconds of batches of which the event loop hears together, if nobody waits for one of them
 PACES = 9  # full batches whose median says how fast rows are answered: one long pause says nothing
 
 
@@ -196,9 +196,11 @@ class Batcher(Generic[Found]):
     def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
         """A batch, and others while they are full; the event loop sees to the rest.
 
-        It is told of a batch that is the last of no caller together with one that is, or that no other follows.
+        It is told of a batch that is the last of no caller together with one that is, or that no other follows, but
+        never much later: whoever comes is told by the batches before how long it would wait.
         """
         batch, untold = self._next(1), list[tuple[_Batch[Found], _Told[Found] | Exception | None]]()
+        since = 0.0
         while batch is not None:
             told: _Told[Found] | Exception | None = None
             started = time.perf_counter()
@@ -209,10 +211,11 @@ class Batcher(Generic[Found]):
                     told = _Told(rows, self.run(rows), started, time.perf_counter() - started)
             except Exception as raised:  # whatever the callable raises is its callers' to hear
                 told = raised
+            since = since if untold else started
             untold.append((batch, told))
             last = batch.refused or not isinstance(told, _Told) or any(job.is_taken() for job, _ in batch.pieces)
             batch = self._next(self._cap)  # before the loop hears of this one: it wakes a thread that is idle by then
-            if last or batch is None or len(untold) == UNTOLD:
+            if last or batch is None or time.perf_counter() - since > HUSH:
                 loop.call_soon_threadsafe(self._tell, untold)
                 untold = []
 

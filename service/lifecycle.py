@@ -13,6 +13,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from service import heap
@@ -258,7 +259,8 @@ async def _keep_tidy() -> None:
     """Fits and large bodies take for a moment what would else be held for ever, in pieces between what is needed."""
     while True:
         await asyncio.sleep(TIDY_SECONDS)
-        await asyncio.to_thread(heap.tidy)
+        with suppress(RuntimeError):  # no thread is to be had: the next minute is another try, and others go on
+            await asyncio.to_thread(heap.tidy)
 
 
 async def _retire(predictor: Predictor) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from service.batcher import Batcher, Piece, Rows
+from service.batcher import HUSH, Batcher, Piece, Rows
 from service.errors import ClientGone, Overloaded
 
 
@@ -171,6 +171,35 @@ def test_full_batches_need_no_event_loop() -> None:
         assert [1, *[8] * 5] == stage.seen.batches
 
     run(scene)
+
+
+def test_of_slow_batches_the_event_loop_hears_at_once() -> None:
+    """However many batches of a large request are still to come, those that took long are known: others go by them."""
+
+    async def scene(stage: Stage) -> None:
+        answered, run = 0, stage.batcher.run
+
+        def slowly(rows: Rows) -> Rows:
+            nonlocal answered
+            if answered == 3:
+                stage.gate.open.clear()
+            else:
+                time.sleep(2 * HUSH)
+            answered += 1
+            return run(rows)
+
+        stage.batcher.run = slowly
+        large = asyncio.create_task(stage.batcher.submit(rows_of(*range(80))))
+        while answered < 4:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0)
+        assert stage.seen.batches == [8, 8, 8]
+        with pytest.raises(Overloaded):
+            stage.batcher.check_room(9)
+        stage.gate.open.set()
+        await large
+
+    run(scene, max_queue_seconds=4 * HUSH)
 
 
 def test_whoever_would_wait_too_long_is_refused_at_once() -> None:

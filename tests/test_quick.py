@@ -104,6 +104,26 @@ def test_what_is_no_plain_body_is_left_to_the_schemas(model: Model, body: bytes,
     assert read_quickly(body.replace(b"%s", row), model, 4096, piece) is None
 
 
+@pytest.mark.parametrize("within", [0, 1, 2, CHANNELS - 1, CHANNELS, CHANNELS + 1, 2 * CHANNELS + 1])
+def test_a_list_within_a_row_is_no_row(model: Model, within: int) -> None:
+    """Numbers in a list in place of one number are not taken for more rows, however many they are."""
+    rows = [[1.0] * CHANNELS, [[2.0] * within, *[3.0] * (CHANNELS - 1)]]
+    body = json.dumps({"instances": [{"telemetry": rows}, {"telemetry": rows[:1]}]}).encode()
+    assert read_quickly(body, model, 4096) is None
+    with pytest.raises(ServiceError, match=r"telemetry\[1\].*expected a number, got a list"):
+        read_predict(body, model, 4096)
+
+
+@pytest.mark.parametrize("between", ["%s,", ",%s"])
+def test_blanks_without_end_are_left_to_the_schemas(model: Model, between: str) -> None:
+    """Where a long body is cut no megabytes of blanks are walked over, which would hold up everybody else."""
+    row = json.dumps({"telemetry": [[1.0] * CHANNELS]})
+    for blanks in (100, 1000):
+        body = f'{{"instances":[{row}{between % (" " * blanks)}{row}]}}'.encode()
+        assert (read_quickly(body, model, 4096, len(row) + 10) is None) == (blanks > 256)
+        assert len(read_predict(body, model, 4096).instances) == 2
+
+
 def test_plain_bodies_are_read_in_one_pass(model: Model) -> None:
     """Windows whole, short or long, with names or without, are read quickly: the usual is not left to the schemas."""
     rows = np.random.default_rng(0).normal(500, 100, (3, 130, CHANNELS)).tolist()

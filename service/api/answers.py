@@ -42,11 +42,13 @@ def envelope(
     """Rows as the whole answer, as JSON; `what_if` where the caller gave the temperature, `more` stands behind."""
     manifest, digest = predictor.model.manifest, predictor.model.digest
     source = "request" if what_if else predictor.temperature_source
-    parts = [_head(manifest.name, manifest.version, digest, found.temperature, source), b",".join(rows), b"]"]
-    evaluation = _means(found.evaluation) if found.evaluation else None
+    tail, evaluation = [b"]"], _means(found.evaluation) if found.evaluation else None
     for name, value in {"evaluation": evaluation, **more}.items():
-        parts.append(b',"%s":%s' % (name.encode(), orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)))
-    return b"".join((*parts, b"}"))
+        tail.append(b',"%s":%s' % (name.encode(), orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)))
+    first, *others = rows  # there is one; all are joined once, because together they may be hundreds of megabytes
+    parts = [_head(manifest.name, manifest.version, digest, found.temperature, source) + first, *others]
+    parts[-1] += b"".join((*tail, b"}"))
+    return b",".join(parts)
 
 
 @lru_cache(maxsize=64)

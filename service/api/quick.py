@@ -21,7 +21,7 @@ from service.api.schemas import CONTROL, MOST_CYCLE, MOST_NAME
 from service.runtime import Batch, Model
 
 TELEMETRY, ENGINE, CYCLE = "telemetry", "engine_id", "cycle"
-_BETWEEN = re.compile(rb"}[ \t\r\n]*,(?=[ \t\r\n]*\{)")  # two instances
+_BETWEEN = re.compile(rb"}[ \t\r\n]{0,256},(?=[ \t\r\n]{0,256}\{)")  # two instances, and no megabytes of blanks
 _LAST = re.compile(rb"\][ \t\r\n]*}[ \t\r\n]*\Z")  # nothing follows the instances
 _BEGIN, _END, _TAIL = b'{"instances":[', b"]}", 256
 
@@ -95,14 +95,15 @@ def _instances(body: bytes, window: int, width: int, most: int) -> tuple[list[Fl
     instances = document["instances"]
     if not isinstance(instances, simdjson.Array) or not 0 < len(instances) <= most:
         raise Unusual
-    flights, tables = [], []
+    flights, tables, lengths = [], [], []
     for instance in instances:
         if not isinstance(instance, simdjson.Object):
             raise Unusual
         names = list(instance.keys())
         flights.append(_NOBODY if names == [TELEMETRY] else _flight(instance, names))
-        tables.append(flat_rows(instance[TELEMETRY], width))
-    lengths = [len(table) // width for table in tables]
+        rows: Any = instance[TELEMETRY]
+        tables.append(flat_rows(rows, width))
+        lengths.append(len(rows))
     if brackets(body) != 1 + len(tables) + sum(lengths):  # a list within a row would be flattened without a word
         raise Unusual
     values = to_float32(tables[0] if len(tables) == 1 else np.concatenate(tables))

@@ -1,0 +1,31 @@
+"""The answer of a prediction as bytes, without HTTP."""
+
+import tracemalloc
+
+import orjson
+from prometheus_client import CollectorRegistry
+
+from model.evaluate import ARTEFACT
+from service.api.answers import envelope
+from service.metrics import Metrics
+from service.predictor import Evaluation, Prediction, Predictor
+from service.runtime import open_model
+from service.settings import read_settings
+
+
+def test_rows_are_written_once_into_their_answer() -> None:
+    """An answer is its rows between its head and its end, and costs no second copy: it may have hundreds of MB."""
+    predictor = Predictor(open_model(ARTEFACT), Metrics(CollectorRegistry()), read_settings())
+    found = Prediction(2.0, [], evaluation=Evaluation(1, 0.1, 0.2, 1.0, 0.3))
+    for n in (1, 2, 20):
+        rows = [b'"%s"' % (b"abcdefghij" * 100_000) for _ in range(n)]
+        tracemalloc.start()
+        answer = envelope(predictor, rows, found, True, {"results": [None]})
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        told = orjson.loads(answer)
+        assert list(told) == ["model", "temperature", "temperature_source", "predictions", "evaluation", "results"]
+        assert told["predictions"] == [row[1:-1].decode() for row in rows]
+        assert (told["temperature"], told["temperature_source"], told["results"]) == (2.0, "request", [None])
+        assert told["evaluation"]["brier"] == 0.3
+        assert peak < len(answer) + 4_000_000
