@@ -10,12 +10,12 @@ from service.api.answers import envelope
 from service.metrics import Metrics
 from service.predictor import Evaluation, Prediction, Predictor
 from service.runtime import open_model
-from service.settings import Settings
+from service.settings import read_settings
 
 
 def test_rows_are_written_once_into_their_answer() -> None:
     """An answer is its rows between its head and its end, and costs no second copy: it may have hundreds of MB."""
-    predictor = Predictor(open_model(ARTEFACT), Metrics(CollectorRegistry()), Settings())
+    predictor = Predictor(open_model(ARTEFACT), Metrics(CollectorRegistry()), read_settings())
     found = Prediction(2.0, [], evaluation=Evaluation(1, 0.1, 0.2, 1.0, 0.3))
     for n in (1, 2, 20):
         rows = [b'"%s"' % (b"abcdefghij" * 100_000) for _ in range(n)]
