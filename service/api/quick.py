@@ -1,13 +1,10 @@
 """The commonest body of `/v1/predict`, read in one pass; whatever is unusual in it is left to the schemas.
 
 They parse twice, which lets them name the place of any fault: first what an instance is, then its numbers. A body of
-rows of numbers and of names has no fault to be named, and is parsed here once, straight into an array; a long one is
-cut between its instances, because a parser holds the interpreter until it is done.
+rows of numbers and of names has no fault to be named, and is parsed here once, straight into an array.
 """
 
-import re
 from codecs import BOM_UTF8
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,9 +18,6 @@ from service.api.schemas import CONTROL, MOST_CYCLE, MOST_NAME
 from service.runtime import Batch, Model
 
 TELEMETRY, ENGINE, CYCLE = "telemetry", "engine_id", "cycle"
-_BETWEEN = re.compile(rb"}[ \t\r\n]{0,256},(?=[ \t\r\n]{0,256}\{)")  # two instances, and no megabytes of blanks
-_LAST = re.compile(rb"\][ \t\r\n]*}[ \t\r\n]*\Z")  # nothing follows the instances
-_BEGIN, _END, _TAIL = b'{"instances":[', b"]}", 256
 
 
 class Quick(NamedTuple):
@@ -33,54 +27,16 @@ class Quick(NamedTuple):
     decoded: Decoded
 
 
-def read_quickly(body: bytes, model: Model, most: int, piece: int = PIECE) -> Quick | None:
-    """A body of nothing but instances of rows of numbers, perhaps with engine and cycle; None if it is any other.
-
-    Args:
-        body: as it was sent.
-        model: whose input they shall be.
-        most: instances; more are left to the schemas, which say that they are too many.
-        piece: bytes that are parsed at a time, twice as many at most.
-    """
+def read_quickly(body: bytes, model: Model, most: int) -> Quick | None:
+    """A body of nothing but instances of rows of numbers, perhaps with engine and cycle; None if it is any other."""
     window = model.manifest.window
-    if window is None or body.startswith(BOM_UTF8):  # which this parser would read over
+    if window is None or len(body) > PIECE or body.startswith(BOM_UTF8):  # which this parser would read over
         return None
-    flights: list[Flight] = []
-    batches = []
     try:
-        for part in _pieces(body, piece):
-            some, batch = _instances(part, window, len(model.channels), most - len(flights))
-            flights += some
-            batches.append(batch)
+        flights, batch = _instances(body, window, len(model.channels), most)
     except (ValueError, TypeError, RuntimeError, KeyError):  # as the parser has it, and Unusual
         return None
-    return Quick(flights, Decoded(batches[0] if len(batches) == 1 else np.concatenate(batches), None, None))
-
-
-def _pieces(body: bytes, size: int) -> Iterator[bytes]:
-    """A long body cut between its instances, each piece a body.
-
-    Every piece is such a body if, and only if, the whole is: a cut through anything but the list of instances leaves a
-    piece that has no end.
-
-    Raises:
-        Unusual: it cannot be cut.
-    """
-    if len(body) > size and not _LAST.search(body, max(0, len(body) - _TAIL)):
-        raise Unusual  # before most of it is read for nothing
-    begin, head = 0, b""
-    while len(body) - begin > size:
-        end = body.find(b"}", begin + size)
-        if end < 0 or end - begin > 2 * size:
-            raise Unusual
-        between = _BETWEEN.match(body, end)
-        if between is None:  # the last one, or another bracket
-            break
-        yield head + body[begin : end + 1] + _END
-        begin, head = between.end(), _BEGIN
-    if len(body) - begin > 2 * size:
-        raise Unusual
-    yield head + body[begin:] if begin else body
+    return Quick(flights, Decoded(batch, None, None))
 
 
 def _instances(body: bytes, window: int, width: int, most: int) -> tuple[list[Flight], Batch]:
