@@ -346,8 +346,8 @@ def begun_demo(folder: Path, *flags: str, **environment: str) -> Iterator[tuple[
     try:
         yield demo, port
     finally:
-        demo.kill()
-        demo.communicate()
+        demo.terminate()  # it takes its service with it; killed, it would leave one, which would be waited for
+        demo.communicate(timeout=30)
 
 
 def test_the_demo_is_one_command(tmp_path: Path) -> None:
