@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 START_SECONDS = 60
 settings.register_profile("house", deadline=None)  # a busy machine is not a wrong answer
 settings.load_profile("house")
+for ignored in (signal.SIGINT, signal.SIGHUP):  # as below `nohup`; who is started by a test is to hear them
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
