@@ -17,7 +17,8 @@ from msgspec import Raw
 from model import numerics, windows
 from model.numerics import Floats
 from service.api.cuts import Cuts, cut, whole
-from service.api.numbers import LONG_ROW, PIECE, brackets, columns, fits_float32, pieces, table, to_float32
+from service.api.depth import brackets
+from service.api.numbers import LONG_ROW, PIECE, columns, fits_float32, pieces, table, to_float32
 from service.api.schemas import Body, Instance, Label, describe, parse
 from service.errors import Fault, InvalidInput, NotJson
 from service.runtime import Batch, Model

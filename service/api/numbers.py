@@ -13,11 +13,11 @@ import numpy.typing as npt
 import simdjson
 
 from service.api.cuts import Cuts, whole
+from service.api.depth import brackets
 from service.runtime import Batch
 
 PIECE = 1 << 20  # bytes parsed at a time; a millisecond or two
 LONG_ROW = 4 * PIECE  # no row of numbers is as long, and a parser keeps what it took for the longest text
-SHORT = 1 << 16  # bytes that are looked through sooner one by one than all together
 FLOAT32_MOST = float(np.finfo(np.float32).max) + 2.0**103  # less than this is rounded to the largest float32
 FEW = 8192  # numbers that BLAS adds up in this thread: of more, others have a part, and may find no core free
 MISSING = b" 1e300 "  # what stands for null while it is parsed: no float32, and part of nothing that is beside it
@@ -112,15 +112,6 @@ def flat_rows(rows: Any, width: int | None) -> Floats:
     return np.frombuffer(rows.as_buffer(of_type="d"), dtype=np.float64)
 
 
-def brackets(text: bytes, one: bytes = b"[") -> int:
-    """How many opening brackets there are; where nothing else stands, `bytes.count` holds the interpreter for long."""
-    return text.count(one) if len(text) <= SHORT else _count(text, one)
-
-
-def _count(text: bytes, one: bytes) -> int:
-    return int(np.count_nonzero(np.frombuffer(text, dtype=np.uint8) == ord(one)))
-
-
 def pieces(text: bytes) -> list[bytes]:
     """A list cut behind its rows, each piece a list; of anything else nonsense, as a parser finds."""
     found, begin = [], 0
@@ -144,7 +135,7 @@ def nested_pieces(text: bytes) -> list[bytes]:
     while True:
         comma = text.find(b",", begin + PIECE)
         piece, opened = text[begin : comma if comma >= 0 else len(text)], depth
-        depth += _count(piece, b"[") - _count(piece, b"]")
+        depth += brackets(piece) - brackets(piece, b"]")
         ends = piece.strip()
         if not ends or ends.startswith(b"]") or (depth < 1 or ends.endswith(b"[") if comma >= 0 else depth):
             return [*found, b""]  # a comma beside which there is no value, or behind the list; or it never ends

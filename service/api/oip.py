@@ -132,22 +132,33 @@ def named(model: Model, name: str, version: str | None) -> Model:
 
 def metadata(model: Model) -> dict[str, Any]:
     """What the model takes and gives."""
-    classes, manifest = len(model.manifest.classes), model.manifest
+    manifest = model.manifest
 
     def tensor(name: str, datatype: str, *shape: int) -> dict[str, Any]:
         return {"name": name, "datatype": datatype, "shape": [-1, *shape]}
 
-    outputs = [tensor("logits", "FP32", classes), tensor("probabilities", "FP32", classes), tensor("health", "BYTES")]
-    if manifest.rul_thresholds is not None:
-        outputs.append(tensor("rul", "FP32"))
+    outputs = [tensor(name, kind, *shape) for name, (kind, shape) in _outputs(model).items()]
     inputs = [tensor(contract.INPUT, "FP32", *model.input_shape), tensor(LABEL, "INT64") | {"optional": True}]
     return {
         "name": manifest.name,
         "versions": [manifest.version],
         "platform": "onnxruntime_onnx",
         "inputs": inputs,
-        "outputs": [*outputs, tensor("loss", "FP32")],
+        "outputs": outputs,
         "parameters": {"digest": model.digest},
+    }
+
+
+def _outputs(model: Model) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The outputs in order, by name: datatype, and shape of one row. There is a loss only where a label is given."""
+    classes = (len(model.manifest.classes),)
+    rul: dict[str, tuple[str, tuple[int, ...]]] = {"rul": ("FP32", ())}
+    return {
+        "logits": ("FP32", classes),
+        "probabilities": ("FP32", classes),
+        "health": ("BYTES", ()),
+        **(rul if model.manifest.rul_thresholds is not None else {}),
+        "loss": ("FP32", ()),
     }
 
 
@@ -191,9 +202,7 @@ def _temperature(inference: Inference) -> float | None:
 
 def _wanted(inference: Inference, model: Model) -> list[tuple[str, bool]]:
     """Names of the outputs in the order asked for, and whether each leaves as bytes; all of them if none is named."""
-    known = ["logits", "probabilities", "health"]
-    known += ["rul"] if model.manifest.rul_thresholds is not None else []
-    known += ["loss"] if LABEL in inference.inputs else []
+    known = [name for name in _outputs(model) if name != "loss" or LABEL in inference.inputs]
     asked, default = inference.asked.outputs, _flag(inference.asked.parameters, "binary_data_output", False)
     if not asked:
         return [(name, default) for name in known]

@@ -12,8 +12,9 @@ import simdjson
 
 from model import windows
 from service.api.decode import Decoded
+from service.api.depth import brackets
 from service.api.flights import Flight
-from service.api.numbers import PIECE, Unusual, brackets, flat_rows, parser, to_float32
+from service.api.numbers import PIECE, Unusual, flat_rows, parser, to_float32
 from service.api.schemas import CONTROL, MOST_CYCLE, MOST_NAME
 from service.runtime import Batch, Model
 
