@@ -1,5 +1,5 @@
 # The service on the production lock alone: no torch, no compiler, no pip. Any builder of the last years builds it.
-ARG MODEL_DIGEST=6c7b2de555812aef0823030c2d054b5257be7064ff7e42c7ee1e92396bdf98ee
+ARG MODEL_DIGEST=a404842e4f4602bf5ecbee2c8ca77d92f3c81eadc40aa18e9c615b3aefbba69d
 
 FROM python:3.11-slim AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore

@@ -25,7 +25,7 @@ from benchmarks.load import machine
 from model.contract import CHANNELS
 from model.windows import every_window
 from service import runtime
-from service.runtime import allowed_cores
+from service.cores import allowed_cores
 from service.score.scoring import BATCH
 from service.settings import BUNDLED
 

@@ -21,6 +21,7 @@ from model.contract import Manifest
 from model.fit import CHECKPOINT, load
 from model.histories import Histories
 from model.network import EngineHealth, Normaliser
+from model.plan import Plan
 from model.train import Knobs
 
 UNVERIFIED = Path("build/unverified.onnx")
@@ -48,6 +49,14 @@ def histories_to_onnx(network: EngineHealth) -> bytes | None:
     rows = {0: torch.export.Dim("rows", min=window)}, {0: torch.export.Dim("windows", min=1)}
     names = [contract.INPUT, contract.STARTS], [contract.LOGITS, contract.RUL, contract.EXACT]
     return _exported(module, (_rows(window + 40), torch.arange(20)), *names, rows)
+
+
+def plan_to_onnx(network: EngineHealth) -> bytes | None:
+    """The network's graph laid out for speed, to the same bits; None if its backbone cannot have one."""
+    try:
+        return to_onnx(Plan(network), network.config.window)
+    except ValueError:
+        return None
 
 
 def _rows(*shape: int) -> torch.Tensor:
@@ -128,7 +137,9 @@ def main() -> None:
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(f"to_onnx: {str(error).splitlines()[0]}") from None
     window = network.config.window
-    contract.write(to_onnx(network, window), described, flags.output, histories_to_onnx(network))
+    contract.write(
+        to_onnx(network, window), described, flags.output, histories_to_onnx(network), plan_to_onnx(network)
+    )
     print(f"wrote {flags.output}: {flags.output.stat().st_size / 1024:.0f} KiB")
 
 

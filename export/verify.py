@@ -97,6 +97,18 @@ def vouched(session: ort.InferenceSession, histories: ort.InferenceSession, rows
     return float(exact.mean())
 
 
+def check_plan(session: ort.InferenceSession, plan: ort.InferenceSession, windows: Readings) -> None:
+    """Whether a plan gives the network's bits for windows (N, T, 17), alone and in company.
+
+    Raises:
+        VerifyError: it does not.
+    """
+    for size in BATCHES:
+        for found, own in zip(_run(plan, windows[:size]), _run(session, windows[:size]), strict=True):
+            if not np.array_equal(found.view(np.int32), own.view(np.int32)):
+                raise VerifyError(f"batch {size}: the plan answers otherwise than the network")
+
+
 def shortest(values: Readings) -> list[Any]:
     """Nested lists of the shortest decimals that are read back as the same float32."""
     return [float(str(value)) if value.ndim == 0 else shortest(value) for value in values]
@@ -112,9 +124,10 @@ def _run(session: ort.InferenceSession, batch: Readings) -> tuple[Readings, Read
     return logits, rul
 
 
-def _share(session: ort.InferenceSession, histories: bytes, windows: Readings) -> float:
-    opened = ort.InferenceSession(histories, providers=["CPUExecutionProvider"])
-    return vouched(session, opened, windows.reshape(-1, windows.shape[-1]), windows.shape[1])
+def _beside(session: ort.InferenceSession, key: str) -> ort.InferenceSession | None:
+    """A graph that lies in the file beside the network's own, if it is there."""
+    text = session.get_modelmeta().custom_metadata_map.get(key)
+    return ort.InferenceSession(base64.b64decode(text), providers=["CPUExecutionProvider"]) if text else None
 
 
 def _singly(session: ort.InferenceSession, batch: Readings) -> tuple[Readings, Readings]:
@@ -134,8 +147,11 @@ def main() -> None:
         session, manifest = open_artefact(flags.input)
         inputs = synthetic_windows(network, max(BATCHES))
         measured = measure(network, session, inputs)
-        text = session.get_modelmeta().custom_metadata_map.get(contract.HISTORIES_KEY)
-        share = 0.0 if text is None else _share(session, base64.b64decode(text), inputs)
+        plan, histories = _beside(session, contract.PLAN_KEY), _beside(session, contract.HISTORIES_KEY)
+        if plan is not None:
+            check_plan(session, plan, inputs)
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        share = 0.0 if histories is None else vouched(session, histories, rows, inputs.shape[1])
     except (VerifyError, ContractError, DataError) as error:
         raise SystemExit(f"verify: {error}") from None
     windows = synthetic_windows(network, GOLDEN_WINDOWS, seed=1)

@@ -60,6 +60,7 @@ class RollingMlp(nn.Module):
         # A table: ONNX Runtime's logarithm rounds by the place in the batch, and a length is one of a few.
         lengths = 2 * torch.log(torch.arange(window + 1) + 1.0) / math.log(window + 1) - 1
         self.register_buffer("lengths", lengths, persistent=False)
+        self.register_buffer("places", torch.arange(len(self.spans)), persistent=False)
         self.first = nn.Linear(sensors * len(self.spans) + 2, hidden)
         self.second = nn.Linear(hidden, hidden // 2)
         self.dropout = nn.Dropout(dropout)
@@ -69,16 +70,15 @@ class RollingMlp(nn.Module):
         """Means of each span, 0 where a sensor says nothing; the length of the history (log, -1..1); the share said."""
         x, says, real = rows
         both = torch.cat([x * says, says], dim=2).transpose(1, 2) @ self.newest  # (B, 2 S, N)
-        return self.described(both, real.sum(1, keepdim=True))
+        return self.described(*both.chunk(2, dim=1), real.sum(1, keepdim=True))
 
-    def described(self, both: Tensor, length: Tensor) -> Tensor:  # (B, 2 S, N), (B, 1) -> (B, S N + 2)
-        """The same from the sums of what is said over each span, and how many readings those are of."""
-        sums, counts = both.chunk(2, dim=1)
-        means, empty = sums / counts.clamp(min=1), counts == 0
+    def described(self, sums: Tensor, counts: Tensor, length: Tensor) -> Tensor:  # (B, S, N) twice, (B, 1)
+        """The same from the sums of what is said over each span, how many readings those are of, and rows (1 or more)."""
+        means = sums / counts.clamp(min=1)
         # Spans are nested: the empty ones come first, and the one after them is the shortest that has a mean.
-        shortest = empty.sum(-1, keepdim=True).clamp(max=len(self.newest[0]) - 1)
-        means = torch.where(empty, means.gather(-1, shortest), means).transpose(1, 2).flatten(1)
-        share = counts[:, :, -1].mean(1, keepdim=True) / length.clamp(min=1)
+        shortest = (counts[:, :, :-1] == 0).sum(-1, keepdim=True)
+        means = means.gather(-1, torch.maximum(shortest, self.places)).transpose(1, 2).flatten(1)
+        share = counts[:, :, -1].mean(1, keepdim=True) / length
         return torch.cat([means, self.lengths[length.long()], 2 * share - 1], dim=1)
 
     def forward(self, rows: Rows) -> Tensor:  # (B, T, S) -> (B, H / 2)
@@ -91,6 +91,7 @@ class RollingMlp(nn.Module):
 
     newest: Tensor
     lengths: Tensor
+    places: Tensor
 
 
 class ConvGru(nn.Module):

@@ -45,7 +45,8 @@ CHANNELS = tuple(name for name, _, _ in CHANNEL_TABLE)
 SETTINGS, SENSORS = CHANNELS[:3], CHANNELS[3:]
 
 MANIFEST_KEY, SEAL_KEY = "manifest", "seal"
-HISTORIES_KEY = "histories"  # a second graph for windows that overlap, base64; the file is whole without it
+# Graphs beside the network's own, base64, with its bits; the file is whole without them.
+PLAN_KEY, HISTORIES_KEY = "plan", "histories"  # laid out for speed; for windows that overlap
 UNSEALED = b"0" * 64
 SEALED = b'"sealed":true'  # in the manifest, so that a damaged seal is not taken for none
 # metadata_props is a protobuf map entry: field 1 the key, field 2 the value, each preceded by its length (64 = "@")
@@ -188,8 +189,10 @@ def check_seal(content: bytes) -> None:
         raise ContractError("the file changed after it was written (its seal does not fit its content)")
 
 
-def write(source: bytes, manifest: Manifest, target: Path, histories: bytes | None = None) -> str:
-    """Put a manifest into an ONNX file, and a second graph if one is given, replacing older ones, and seal it.
+def write(
+    source: bytes, manifest: Manifest, target: Path, histories: bytes | None = None, plan: bytes | None = None
+) -> str:
+    """Put a manifest into an ONNX file, and other graphs if they are given, replacing older ones, and seal it.
 
     Returns the digest of what was written.
     """
@@ -198,8 +201,11 @@ def write(source: bytes, manifest: Manifest, target: Path, histories: bytes | No
     proto = onnx.load_model_from_string(source)
     kept = {entry.key: entry.value for entry in proto.metadata_props if entry.key not in (MANIFEST_KEY, SEAL_KEY)}
     kept[MANIFEST_KEY] = manifest.model_copy(update={"sealed": True}).model_dump_json()
-    if histories is not None:
-        kept[HISTORIES_KEY] = base64.b64encode(histories).decode()
+    kept |= {
+        key: base64.b64encode(graph).decode()
+        for key, graph in ((HISTORIES_KEY, histories), (PLAN_KEY, plan))
+        if graph is not None
+    }
     onnx.helper.set_model_props(proto, kept | {SEAL_KEY: UNSEALED.decode()})
     content = proto.SerializeToString(deterministic=True)
     content = content.replace(b"\x12\x40" + UNSEALED, b"\x12\x40" + seal_of(content).encode())

@@ -14,28 +14,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.backbones import STUCK, RollingMlp
+from model.backbones import STUCK
 from model.contract import SETTINGS
-from model.network import BROKEN, GRAIN, EngineHealth
-
-EXACT = 2**24  # whole numbers up to here have a float32 of their own
+from model.network import EngineHealth
+from model.plan import rolling
 
 
 class Histories(nn.Module):
     """A network of rolling means, reading rows of many engines one behind another.
 
     Raises:
-        ValueError: the network has another backbone, or a window whose sums may be rounded.
+        ValueError: as `model.plan.rolling` does.
     """
 
     def __init__(self, network: EngineHealth) -> None:
         super().__init__()
-        backbone, window = network.backbone, network.config.window
-        if not isinstance(backbone, RollingMlp):
-            raise ValueError(f"only rolling means share work between windows, not {network.config.backbone}")
-        if not STUCK < window <= EXACT * GRAIN / BROKEN:
-            raise ValueError(f"sums over {window} rows may be rounded")
-        self.normalise, self.backbone, self.head, self.window = network.normalise, backbone, network.head, window
+        self.backbone, self.window = rolling(network), network.config.window
+        self.normalise, self.head = network.normalise, network.head
 
     def forward(self, telemetry: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Answers (N, classes) and (N,) of the windows of rows (M, C) that begin at `starts` (N,), and which hold (N,).
@@ -58,7 +53,8 @@ class Histories(nn.Module):
             | (copied[ends] > 0).squeeze(1)
             | (both[:, -1, -1] > begun[starts].squeeze(1))
         )
-        described = self.backbone.described(both[:, :-2], both[:, -2, -1:])
+        sums, counts = both[:, :-2].chunk(2, dim=1)
+        described = self.backbone.described(sums, counts, both[:, -2, -1:].clamp(min=1))
         logits, rul, *_ = self.head(self.backbone.seen(described))
         return logits, rul, ~alone
 

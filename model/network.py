@@ -183,7 +183,7 @@ class DistributionHead(nn.Module):
 
     def classes_of(self, log_p: Tensor) -> Tensor:  # (B, R) -> (B, classes)
         """Log-mass of each class."""
-        return torch.stack([log_p[:, run].logsumexp(-1) for run in self.runs], dim=-1)
+        return torch.cat([log_p[:, run].logsumexp(-1, keepdim=True) for run in self.runs], dim=-1)
 
     def mean_of(self, p: Tensor) -> Tensor:  # (B, R) -> (B,)
         """Mean RUL in cycles; more than 125 counts as 125.

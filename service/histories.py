@@ -8,7 +8,6 @@ import base64
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,19 +15,15 @@ import onnxruntime as ort
 
 from model import contract
 from model.windows import overlapping
-from service import runtime
+from service import runtime, trials
 from service.errors import ArtefactRejected
 from service.runtime import Batch, Model, Outputs
+from service.trials import Mask, bits
 
 Starts = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 SIZES = (1, 7, 64)  # windows of a call that proves the graph, beside one of LARGE
 LARGE = 2**14  # rows of the largest call that is proven; of larger ones nothing is known
 TOGETHER = 2**10  # windows of the same
-CALM = 2**10  # rows of noise in the history that proves a graph
-KINDS = ("held", "coarse", "copied", "scaled", "odd")  # of spells in that history
-SPELLS = (3, 4, 5, 8)  # rows of a spell; one of each kind is longer than a window
-ODD = (0.0, -0.0, 1e-40, 3e38, -3e38)  # readings that no healthy sensor gives
 
 
 @dataclass(frozen=True)
@@ -103,21 +98,21 @@ def _proven(found: Histories) -> bool:
     The network's are those of its usual batches. It must have them in small ones too: on a processor that rounds by the
     size of a batch, nothing that is put together in another way can give the same.
     """
-    rows, window = _history(found.model), found.window
+    rows, window = trials.flown(found.model.manifest), found.window
     every = np.arange(len(rows) - window + 1)
-    own = _bits(_alone(found.model, rows, every, max(SIZES)))
+    own = bits(_alone(found.model, rows, every, max(SIZES)))
     for starts in (part for size in SIZES for part in _cuts(len(every), size)):
-        alone = _bits(_alone(found.model, rows, starts, len(starts)))
+        alone = bits(_alone(found.model, rows, starts, len(starts)))
         some, exact = found.run(rows[starts[0] : starts[-1] + window], starts - starts[0])
-        if not (np.array_equal(alone, own[starts]) and np.array_equal(_bits(some)[exact], own[starts][exact])):
+        if not (np.array_equal(alone, own[starts]) and np.array_equal(bits(some)[exact], own[starts][exact])):
             return False
     whole, vouched = found.run(rows, every)
     copies = -(-LARGE // len(rows))
     drawn = np.sort(np.random.default_rng(0).permutation(copies * len(every))[:TOGETHER])
     copy, starts = np.divmod(drawn, len(every))
     large, exact = found.run(np.tile(rows, (copies, 1)), copy * len(rows) + starts)
-    same = np.array_equal(_bits(whole)[vouched], own[vouched])
-    same = same and np.array_equal(_bits(large)[exact], own[starts][exact])
+    same = np.array_equal(bits(whole)[vouched], own[vouched])
+    same = same and np.array_equal(bits(large)[exact], own[starts][exact])
     return same and bool(4 * vouched.sum() >= len(vouched) and 4 * exact.sum() >= len(exact))
 
 
@@ -125,43 +120,3 @@ def _cuts(count: int, size: int) -> Iterator[Starts]:
     """A few calls of so many windows, from all over the history."""
     for begin in np.unique(np.linspace(0, max(count - size, 0), 8).astype(np.int64)).tolist():
         yield np.arange(begin, min(begin + size, count))
-
-
-def _bits(outputs: Outputs) -> npt.NDArray[Any]:
-    """Answers (N, classes + 1) as they are written."""
-    return np.column_stack([column.view(np.int32) for column in outputs if column is not None])
-
-
-def _history(model: Model) -> Batch:
-    """The golden windows, an engine from its first flight on, and spells of every kind and length."""
-    random = np.random.default_rng(0)
-    golden = np.array([one.telemetry for one in model.manifest.golden], np.float32)
-    flights, window = golden.reshape(-1, golden.shape[-1]), golden.shape[1]
-
-    def noise(count: int) -> Batch:
-        drawn = flights[np.arange(count) % len(flights)]
-        return (drawn * (1 + 1e-3 * random.standard_normal(drawn.shape))).astype(np.float32)
-
-    calm = noise(CALM)
-    parts = [flights, np.repeat(calm[:1], window - 1, axis=0), calm]
-    for how in KINDS:
-        for length in (*SPELLS, window + max(SPELLS)):
-            rows = noise(window + length)
-            _spoil(rows[window // 2 :][:length], random.choice([True, False], rows.shape[1]), how, random)
-            parts.append(rows)
-    return np.concatenate(parts)
-
-
-def _spoil(rows: Batch, some: Mask, how: str, random: np.random.Generator) -> None:
-    """Let some channels (C,) be so, in place."""
-    if how == "held":
-        rows[:, some] = rows[0, some]
-    elif how == "coarse":  # three in four readings are those of before
-        for row, before in zip(rows[1:], rows, strict=False):
-            np.copyto(row, before, where=some & (random.random(len(some)) < 0.75))
-    elif how == "copied":
-        rows[:] = rows[0]
-    elif how == "scaled":  # from hardly to twice
-        rows[:, some] *= (1 + 10 ** random.uniform(-4, 0, some.sum())).astype(np.float32)
-    elif how == "odd":
-        rows[:, some] = random.choice(ODD, (len(rows), some.sum()))

@@ -17,7 +17,7 @@ import pytest
 
 from model.evaluate import ARTEFACT
 from model.windows import Readings
-from service.runtime import _paid_cores
+from service.cores import _paid_cores
 from tests.conftest import Service, running, start
 from tests.test_runtime import edited
 

@@ -128,6 +128,7 @@ def model_json(predictor: Predictor, limits: Settings) -> dict[str, Any]:
         "input_shape": predictor.model.input_shape,
         "deterministic": limits.deterministic,
         "batch_difference": predictor.model.batch_difference,
+        "planned": predictor.model.planned,
         "limits": {
             "max_body_bytes": limits.max_body_bytes,
             "max_buffered_bytes": limits.max_buffered_bytes,

@@ -16,7 +16,8 @@ from service import runtime
 from service.errors import InvalidInput, ServiceError
 from service.histories import open_histories
 from service.predictor import Answers, Predictor
-from service.runtime import Model, allowed_cores
+from service.cores import allowed_cores
+from service.runtime import Model
 from service.score import outputs, scoring
 from service.score.gather import Unit, units
 from service.score.job import Job, Part, errors_of, fingerprint
