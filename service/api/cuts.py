@@ -32,8 +32,6 @@ class Cuts(dict[bytes, memoryview]):
 def cut(body: bytes, names: Collection[bytes]) -> tuple[bytes, Cuts]:
     """A body whose long lists of numbers under some names are short marks, and the lists by their marks."""
     cuts = Cuts()
-    if b"\\" in body:  # a quote might be part of a text
-        return body, cuts
     kept, done, begin = [], 0, body.find(b'"')
     while begin >= 0:
         end = body.find(b'"', begin + 1)
@@ -45,16 +43,22 @@ def cut(body: bytes, names: Collection[bytes]) -> tuple[bytes, Cuts]:
             kept += [body[done : found[0]], mark]
             done = found[1]
         begin = following
-    return (b"".join((*kept, body[done:])), cuts) if cuts else (body, cuts)
+    short = b"".join((*kept, body[done:]))
+    return (short, cuts) if b"\\" not in short else (body, Cuts())  # a quote might be part of a text
 
 
-def whole(raw: Raw, cuts: Cuts) -> bytes:
-    """What stood there before anything was cut out."""
+def uncut(raw: Raw, cuts: Cuts) -> bytes | memoryview:
+    """What stood there before anything was cut out, not copied if it was."""
     text = bytes(raw)
     if text not in cuts:
         return text
     cuts.read.add(text)
-    return bytes(cuts[text])
+    return cuts[text]
+
+
+def whole(raw: Raw, cuts: Cuts) -> bytes:
+    """The same as bytes of its own."""
+    return bytes(uncut(raw, cuts))
 
 
 def check_unread(cuts: Cuts) -> None:

@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import orjson
-from msgspec import Raw
 
 from model import numerics, windows
 from model.numerics import Floats
-from service.api.cuts import Cuts, cut, whole
+from service.api.cuts import Cuts, cut, uncut
 from service.api.depth import brackets
-from service.api.numbers import LONG_ROW, PIECE, columns, fits_float32, pieces, table, to_float32
+from service.api.numbers import LONG_ROW, PIECE, columns, fits_float32, pieces, table, tables, to_float32
 from service.api.schemas import Body, Instance, Label, describe, parse
 from service.errors import Fault, InvalidInput, NotJson
 from service.runtime import Batch, Model
@@ -26,6 +25,7 @@ from service.runtime import Batch, Model
 Loc = tuple[str | int, ...]
 MOST_DIGITS = 400  # of an integer; what has more is not even a float64
 MOST_LISTS = 4096  # beyond what is right; more are not made objects of, to name the place of the first
+TOGETHER = 1 << 17  # bytes of telemetry that are parsed at once; some more where the last is long
 LOOK_BACK = 4096  # rows looked at together for a value to hold
 MOST_FAULTS = 20  # a whole wrong file does not need a million lines to be understood
 JsonValue = Any
@@ -72,14 +72,16 @@ def decode_instances(instances: list[Instance], model: Model, hold: bool, cuts: 
     batch = np.empty((len(instances), *model.input_shape), dtype=np.float32)
     imputed = np.zeros(len(channels), dtype=np.int64)
     window, cuts = model.manifest.window, Cuts() if cuts is None else cuts
-    for i, instance in enumerate(instances):
-        loc = ("instances", i, "telemetry")
-        if window is None:
-            values = _tensor(whole(instance.telemetry, cuts), model.input_shape, loc, faults)
+    for i, (text, history) in enumerate(_read(instances, channels, hold or window is None, cuts)):
+        loc, held = ("instances", i, "telemetry"), None
+        if history is not None and window is not None:
+            values = windows.pad_left(history, window)
+        elif window is None:
+            values = _tensor(bytes(text), model.input_shape, loc, faults)
         else:
-            values, held = _window(instance.telemetry, cuts, window, channels, hold, loc, faults)
-            if held is not None:
-                imputed += held
+            values, held = _window(bytes(text), cuts, window, channels, hold, loc, faults)
+        if held is not None:
+            imputed += held
         if values is not None:
             batch[i] = values
         if len(faults) >= MOST_FAULTS:
@@ -91,6 +93,21 @@ def decode_instances(instances: list[Instance], model: Model, hold: bool, cuts: 
     return Decoded(batch, targets, imputed if hold else None)
 
 
+def _read(
+    instances: list[Instance], channels: tuple[str, ...], singly: bool, cuts: Cuts
+) -> Iterator[tuple[bytes | memoryview, Batch | None]]:
+    """The telemetry of each instance as JSON, and as rows where several are usual and could be read together."""
+    texts: list[bytes | memoryview] = []
+    size = 0
+    for k, instance in enumerate(instances):
+        texts.append(uncut(instance.telemetry, cuts))
+        size += len(texts[-1])
+        if singly or size > TOGETHER or k == len(instances) - 1:
+            usual = not singly and size <= PIECE and all(text[:1] == b"[" for text in texts)
+            yield from zip(texts, (tables(texts, len(channels)) if usual else None) or [None] * len(texts), strict=True)
+            texts, size = [], 0
+
+
 def refuse(faults: list[Fault]) -> None:
     """Raise if anything is wrong; the detail is the first fault in words."""
     if faults:
@@ -98,10 +115,9 @@ def refuse(faults: list[Fault]) -> None:
 
 
 def _window(
-    raw: Raw, cuts: Cuts, window: int, channels: tuple[str, ...], hold: bool, loc: Loc, faults: list[Fault]
+    text: bytes, cuts: Cuts, window: int, channels: tuple[str, ...], hold: bool, loc: Loc, faults: list[Fault]
 ) -> tuple[Batch | None, npt.NDArray[np.int64] | None]:
     """The newest window of an instance, and how many values were held; None after naming what is wrong."""
-    text = whole(raw, cuts)
     values = _history(text, channels, hold, cuts)
     if values is None:
         for mark, found in cuts.items() if text[:1] == b"{" else ():

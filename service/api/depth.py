@@ -7,7 +7,7 @@ from service.errors import NotJson
 
 JSON_DEPTH = 512  # brackets within brackets; no call needs ten
 TOO_DEEP = f"the body is nested too deeply: at most {JSON_DEPTH} levels are read"
-SHORT = 1 << 16  # bytes that are looked through sooner one by one than all together
+SHORT = 1 << 12  # bytes that are looked through sooner bracket by bracket than all together
 PIECE = 1 << 20  # of what is told, looked at together
 QUOTE = ord('"')
 REST = bytes(set(range(256)) - set(b'[]{}"'))  # what tells nothing

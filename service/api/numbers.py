@@ -5,6 +5,8 @@ answered. Whoever is told None looks at the values one by one, to name the place
 """
 
 import threading
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
 import msgspec
@@ -49,6 +51,38 @@ def table(text: bytes, width: int, hold: bool = False) -> Floats | None:
         parts.append(part)
     flat = parts[0] if len(parts) == 1 else np.concatenate(parts)
     return flat.reshape(-1, width)
+
+
+def tables(texts: Sequence[bytes | memoryview], width: int) -> list[Batch] | None:
+    """Lists of rows of `width` numbers in one pass, each (T, width) in float32; None if anything is unusual in any.
+
+    A zero behind each keeps them apart: a text that is not one list is found out, whatever stands before and behind it.
+    """
+    text = b"[%b,0]" % b",0,".join(texts)
+    try:
+        found = parser().parse(text)
+        values = iter(found)  # type: ignore[call-overload]  # what cannot be iterated is a TypeError
+        lengths = [_rows(value, width) for value, zero in zip(values, values, strict=True) if zero == 0]
+        if not len(lengths) == len(texts) == len(found) // 2 or brackets(text) != 1 + len(texts) + sum(lengths):  # type: ignore[arg-type]  # a list
+            return None
+        flat = to_float32(np.frombuffer(found.as_buffer(of_type="d"), np.float64))  # type: ignore[union-attr]
+    except (ValueError, TypeError, RuntimeError):  # as in _flat
+        return None
+    if flat is None:
+        return None
+    begins = accumulate((1 + width * length for length in lengths), initial=0)
+    return [flat[at : at + width * length].reshape(-1, width) for at, length in zip(begins, lengths, strict=False)]
+
+
+def _rows(rows: Any, width: int) -> int:
+    """How many rows there are, each of `width`; the caller sees to it that no list is within those.
+
+    Raises:
+        ValueError, TypeError: it is something else.
+    """
+    if not isinstance(rows, simdjson.Array) or set(map(len, rows)) != {width}:  # type: ignore[arg-type]  # a number has none, which is a TypeError
+        raise Unusual
+    return len(rows)
 
 
 def columns(text: bytes, names: tuple[str, ...], cuts: Cuts, hold: bool = False) -> Floats | None:
@@ -107,8 +141,7 @@ def flat_rows(rows: Any, width: int | None) -> Floats:
     Raises:
         ValueError, TypeError, RuntimeError: it is something else.
     """
-    if not isinstance(rows, simdjson.Array) or set(map(len, rows)) != {width}:  # type: ignore[arg-type]  # a number has none, which is a TypeError
-        raise Unusual
+    _rows(rows, width)
     return np.frombuffer(rows.as_buffer(of_type="d"), dtype=np.float64)
 
 
