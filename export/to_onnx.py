@@ -137,9 +137,7 @@ def main() -> None:
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(f"to_onnx: {str(error).splitlines()[0]}") from None
     window = network.config.window
-    contract.write(
-        to_onnx(network, window), described, flags.output, histories_to_onnx(network), plan_to_onnx(network)
-    )
+    contract.write(to_onnx(network, window), described, flags.output, histories_to_onnx(network), plan_to_onnx(network))
     print(f"wrote {flags.output}: {flags.output.stat().st_size / 1024:.0f} KiB")
 
 

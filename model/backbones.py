@@ -70,10 +70,11 @@ class RollingMlp(nn.Module):
         """Means of each span, 0 where a sensor says nothing; the length of the history (log, -1..1); the share said."""
         x, says, real = rows
         both = torch.cat([x * says, says], dim=2).transpose(1, 2) @ self.newest  # (B, 2 S, N)
-        return self.described(*both.chunk(2, dim=1), real.sum(1, keepdim=True))
+        sums, counts = both.chunk(2, dim=1)
+        return self.described(sums, counts, real.sum(1, keepdim=True))
 
     def described(self, sums: Tensor, counts: Tensor, length: Tensor) -> Tensor:  # (B, S, N) twice, (B, 1)
-        """The same from the sums of what is said over each span, how many readings those are of, and rows (1 or more)."""
+        """The same from sums of what is said over each span, how many readings those are, and rows, which are not 0."""
         means = sums / counts.clamp(min=1)
         # Spans are nested: the empty ones come first, and the one after them is the shortest that has a mean.
         shortest = (counts[:, :, :-1] == 0).sum(-1, keepdim=True)

@@ -53,8 +53,8 @@ class Histories(nn.Module):
             | (copied[ends] > 0).squeeze(1)
             | (both[:, -1, -1] > begun[starts].squeeze(1))
         )
-        sums, counts = both[:, :-2].chunk(2, dim=1)
-        described = self.backbone.described(sums, counts, both[:, -2, -1:].clamp(min=1))
+        totals, counts = both[:, :-2].chunk(2, dim=1)
+        described = self.backbone.described(totals, counts, both[:, -2, -1:].clamp(min=1))
         logits, rul, *_ = self.head(self.backbone.seen(described))
         return logits, rul, ~alone
 

@@ -1,4 +1,4 @@
-"""The shipped network as it is served: time innermost, so that a runtime which goes from node to node goes in long steps.
+"""The shipped network as it is served: time innermost, for a runtime that goes from node to node, in long steps.
 
 `model.network` is written row by row, as one thinks of flights; a node of its graph works on three or fourteen numbers
 at a time. Here each channel is one run of the window's length, a condition's statistics are picked by a product with
@@ -54,7 +54,7 @@ class Plan(nn.Module):
     def forward(self, telemetry: Tensor) -> tuple[Tensor, Tensor]:  # (B, T, C) -> (B, classes), (B,)
         """Logits and RUL from raw physical readings."""
         channels = telemetry.transpose(1, 2).contiguous()
-        settings, sensors = channels.split([len(SETTINGS), len(SENSORS)], dim=1)
+        settings, sensors = torch.split(channels, [len(SETTINGS), len(SENSORS)], dim=1)
         known, mine = self.condition(settings)
         normal = (sensors - self.means @ mine) / (self.deviations @ mine)  # (B, S, T) in grains
         meant = normal.clamp(-MOST_GRAINS, MOST_GRAINS)

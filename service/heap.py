@@ -1,4 +1,4 @@
-"""The C library's heap: what a body took is there for the next one, and goes back now and then. Knows nothing of this project.
+"""The C library's heap: what a body took is there for the next, and goes back in time. Knows nothing of this project.
 
 A large block that glibc maps by itself costs a fault for each of its pages, each time, a tenth of the time of a body of
 15 MB; so blocks come from the heap, and its holes are given back once in a while. Left alone, it keeps them for ever.
@@ -15,7 +15,7 @@ KEPT = 2**25  # bytes at the top of the heap that stay for the next request
 ARENAS = 2  # one for the event loop, one for all others; by default there are eight for each core
 
 
-def give_back() -> None:
+def limit() -> None:
     """Fix the limits, which otherwise follow what is freed, unless the environment sets some of its own."""
     mallopt = _of_libc("mallopt")
     if mallopt is not None:

@@ -18,9 +18,10 @@ from model.windows import overlapping
 from service import runtime, trials
 from service.errors import ArtefactRejected
 from service.runtime import Batch, Model, Outputs
-from service.trials import Mask, bits
+from service.trials import bits
 
 Starts = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 SIZES = (1, 7, 64)  # windows of a call that proves the graph, beside one of LARGE
 LARGE = 2**14  # rows of the largest call that is proven; of larger ones nothing is known
 TOGETHER = 2**10  # windows of the same

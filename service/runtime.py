@@ -16,8 +16,9 @@ from model.contract import ContractError, Manifest
 from service import trials
 from service.cores import allowed_cores
 from service.errors import ArtefactRejected
-from service.trials import Batch, bits
+from service.trials import bits
 
+Batch = npt.NDArray[np.float32]
 PROBES = 3  # windows that prove a batch, beside the golden ones
 FEWER = (0, 1, 3)  # rows less than a bucket: kernels treat what is left over in another way
 RUL_UNITS = 100  # cycles are a hundred times as large as logits, and so is their rounding

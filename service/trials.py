@@ -9,7 +9,7 @@ import numpy.typing as npt
 from model.contract import Manifest
 from model.windows import overlapping
 
-Batch = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 CALM = 2**10  # rows of noise in the flights that prove a graph
 KINDS = ("held", "coarse", "copied", "scaled", "odd")  # of spells in them
@@ -18,26 +18,26 @@ ODD = (0.0, -0.0, 1e-40, 3e38, -3e38)  # readings that no healthy sensor gives
 SIZES = (1, 1, 1, 1, 7, 7, 64, 64, 64)  # windows of the batches that prove a graph which answers any batch
 
 
-def batches(manifest: Manifest) -> Iterator[Batch]:
-    """Batches of windows from all over the flights."""
+def batches(manifest: Manifest) -> Iterator[Rows]:
+    """Rowses of windows from all over the flights."""
     windows = overlapping(flown(manifest), manifest.window or 1)
     chosen = np.linspace(0, len(windows) - 1, sum(SIZES)).astype(np.int64)
     for some in np.split(np.random.default_rng(0).permutation(chosen), np.cumsum(SIZES)[:-1]):
         yield np.ascontiguousarray(windows[some])
 
 
-def bits(outputs: Iterable[Batch | None]) -> npt.NDArray[Any]:
+def bits(outputs: Iterable[Rows | None]) -> npt.NDArray[Any]:
     """Answers (N, classes + 1) as they are written."""
     return np.column_stack([column.view(np.int32) for column in outputs if column is not None])
 
 
-def flown(manifest: Manifest) -> Batch:
+def flown(manifest: Manifest) -> Rows:
     """The golden windows, an engine from its first flight on, and spells of every kind and length."""
     random = np.random.default_rng(0)
     golden = np.array([one.telemetry for one in manifest.golden], np.float32)
     flights, window = golden.reshape(-1, golden.shape[-1]), golden.shape[1]
 
-    def noise(count: int) -> Batch:
+    def noise(count: int) -> Rows:
         drawn = flights[np.arange(count) % len(flights)]
         return (drawn * (1 + 1e-3 * random.standard_normal(drawn.shape))).astype(np.float32)
 
@@ -51,7 +51,7 @@ def flown(manifest: Manifest) -> Batch:
     return np.concatenate(parts)
 
 
-def _spoil(rows: Batch, some: Mask, how: str, random: np.random.Generator) -> None:
+def _spoil(rows: Rows, some: Mask, how: str, random: np.random.Generator) -> None:
     """Let some channels (C,) be so, in place."""
     if how == "held":
         rows[:, some] = rows[0, some]

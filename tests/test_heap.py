@@ -13,7 +13,7 @@ KEPT = """
 import resource
 import numpy as np
 from service import heap
-heap.give_back()
+heap.limit()
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(9):  # a body of 15 MiB, and what is made of it
@@ -34,7 +34,7 @@ def test_what_a_large_body_took_is_there_for_the_next() -> None:
 HOLES = """
 import numpy as np
 from service import heap
-heap.give_back()
+heap.limit()
 def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1024
 blocks = [np.ones((1 + k % 2) << 20, np.uint8) for k in range(130)]

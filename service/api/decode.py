@@ -7,6 +7,7 @@ fault, so that a good request never pays for the explanation of a bad one.
 import json
 import math
 from collections.abc import Collection, Iterator
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,6 +75,7 @@ def decode_instances(instances: list[Instance], model: Model, hold: bool, cuts: 
     window, cuts = model.manifest.window, Cuts() if cuts is None else cuts
     for i, (text, history) in enumerate(_read(instances, channels, hold or window is None, cuts)):
         loc, held = ("instances", i, "telemetry"), None
+        values: Batch | None
         if history is not None and window is not None:
             values = windows.pad_left(history, window)
         elif window is None:
@@ -104,7 +106,7 @@ def _read(
         size += len(texts[-1])
         if singly or size > TOGETHER or k == len(instances) - 1:
             usual = not singly and size <= PIECE and all(text[:1] == b"[" for text in texts)
-            yield from zip(texts, (tables(texts, len(channels)) if usual else None) or [None] * len(texts), strict=True)
+            yield from zip_longest(texts, (usual and tables(texts, len(channels))) or ())
             texts, size = [], 0
 
 

@@ -60,12 +60,14 @@ def tables(texts: Sequence[bytes | memoryview], width: int) -> list[Batch] | Non
     """
     text = b"[%b,0]" % b",0,".join(texts)
     try:
-        found = parser().parse(text)
-        values = iter(found)  # type: ignore[call-overload]  # what cannot be iterated is a TypeError
+        found: Any = parser().parse(text)  # a list, as its text begins so and is JSON
+        values = iter(found)
         lengths = [_rows(value, width) for value, zero in zip(values, values, strict=True) if zero == 0]
-        if not len(lengths) == len(texts) == len(found) // 2 or brackets(text) != 1 + len(texts) + sum(lengths):  # type: ignore[arg-type]  # a list
+        if len(lengths) != len(texts) or len(found) != 2 * len(texts):
             return None
-        flat = to_float32(np.frombuffer(found.as_buffer(of_type="d"), np.float64))  # type: ignore[union-attr]
+        if brackets(text) != 1 + len(texts) + sum(lengths):
+            return None  # as in _flat
+        flat = to_float32(np.frombuffer(found.as_buffer(of_type="d"), np.float64))
     except (ValueError, TypeError, RuntimeError):  # as in _flat
         return None
     if flat is None:
@@ -74,7 +76,7 @@ def tables(texts: Sequence[bytes | memoryview], width: int) -> list[Batch] | Non
     return [flat[at : at + width * length].reshape(-1, width) for at, length in zip(begins, lengths, strict=False)]
 
 
-def _rows(rows: Any, width: int) -> int:
+def _rows(rows: Any, width: int | None) -> int:
     """How many rows there are, each of `width`; the caller sees to it that no list is within those.
 
     Raises:

@@ -1,0 +1,156 @@
+"""The plan, a network laid out for speed: its answers have the network's bits, or it is not used."""
+
+import base64
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from export.to_onnx import plan_to_onnx, to_onnx
+from export.verify import VerifyError, check_plan, shortest, synthetic_windows, torch_answers
+from model import cmapss, contract
+from model.evaluate import ARTEFACT, open_artefact
+from model.network import EngineHealth, NetworkConfig
+from model.plan import Plan
+from model.windows import Readings, every_window
+from service import runtime, trials
+from service.runtime import open_model
+from tests.conftest import Service
+
+WINDOW = 23
+
+
+@pytest.fixture(scope="module")
+def network() -> EngineHealth:
+    """An untrained network of rolling means over 23 rows."""
+    torch.manual_seed(0)
+    made = EngineHealth(NetworkConfig(window=WINDOW, hidden=16)).eval()
+    made.normalise.centres.copy_(torch.arange(18).reshape(6, 3) * 10.0)
+    return made
+
+
+def bits(pair: tuple[Readings, ...]) -> list[list[int]]:
+    """Answers as they are written."""
+    return [column.view(np.int32).tolist() for column in pair]
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_it_says_what_the_network_says(network: EngineHealth, data: st.DataObject) -> None:
+    """Padding, spells that stand still, repeated rows, broken sensors unknown conditions, in any order, to the bit."""
+    windows = synthetic_windows(network, 4, seed=data.draw(st.integers(0, 99)))
+    rows = windows.reshape(-1, 17)
+    at = st.integers(0, len(rows) - 1)
+    for begin, length in data.draw(st.lists(st.tuples(at, st.integers(2, 9)), max_size=8)):
+        channels = data.draw(st.sampled_from([slice(None), slice(0, 3), slice(3, 4), slice(5, 9), slice(3, None)]))
+        rows[begin : begin + length, channels] = rows[begin, channels]
+    for place in data.draw(st.lists(at, max_size=3)):
+        rows[place, data.draw(st.integers(0, 16))] = data.draw(st.sampled_from([1e30, -1e6, -0.0, 0.0, 3e38]))
+    for k, begin in enumerate(data.draw(st.lists(st.integers(0, WINDOW - 1), max_size=4))):
+        windows[k, :begin] = windows[k, begin]
+    assert bits(torch_answers(network, windows)) == bits(torch_answers(Plan(network), windows))
+
+
+def test_windows_of_real_engines_have_the_networks_bits(cmapss_dir: Path) -> None:
+    """Official test engines of all four subsets, every cycle, short histories too, in batches of several sizes."""
+    model, (session, _) = open_model(ARTEFACT, threads=1), open_artefact(ARTEFACT)
+    assert model.planned
+    for subset in cmapss.SUBSETS:
+        windows = np.concatenate([every_window(one.telemetry, 100) for one in cmapss.read_test(cmapss_dir, subset)[:6]])
+        for size in (1, 5, 64, 256):
+            for k in range(0, len(windows), size * (20 if size < 9 else 1)):
+                some = np.ascontiguousarray(windows[k : k + size], np.float32)
+                own = session.run([contract.LOGITS, contract.RUL], {contract.INPUT: some})
+                found = model.run(some)
+                assert found.rul is not None
+                assert bits((found.logits, found.rul)) == bits(tuple(own))
+
+
+def test_only_rolling_means_have_one() -> None:
+    """A recurrent backbone has no plan, and a window whose sums could be rounded has none."""
+    assert plan_to_onnx(EngineHealth(NetworkConfig(window=12, backbone="conv-gru", hidden=8))) is None
+    assert plan_to_onnx(EngineHealth(NetworkConfig(window=4096, hidden=8))) is None
+
+
+def test_no_plan_is_believed(tmp_path: Path) -> None:
+    """One that is no graph, of another network, of other names, without RUL: left aside, and the network answers."""
+    manifest, probes = open_artefact(ARTEFACT)[1], next(trials.batches(open_artefact(ARTEFACT)[1]))
+    expected = open_model(ARTEFACT).run(probes).logits
+    torch.manual_seed(3)
+    other = EngineHealth(NetworkConfig(hidden=8)).eval()
+    for k, content in enumerate([b"", b"no graph", to_onnx(other, 100), renamed(), without_rul()]):
+        path = tmp_path / f"{k}.onnx"
+        contract.write(ARTEFACT.read_bytes(), manifest, path, plan=content)
+        model = open_model(path)
+        assert not model.planned
+        np.testing.assert_array_equal(expected, model.run(probes).logits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"),
+    [("And", 0), ("And", 1), ("Or", 0), ("Or", 1)]
+    + [(kind, 0) for kind in ("Not", "Round", "Clip", "CumSum", "Relu", "Pad", "Max", "GatherElements")],
+)
+def test_a_plan_that_forgets_something_is_not_used(tmp_path: Path, kind: str, kept: int) -> None:
+    """A step that passes one of its inputs on and does nothing: the proof fails, whichever it is."""
+    content, manifest = plan(), open_artefact(ARTEFACT)[1]
+    some = [k for k, node in enumerate(content.graph.node) if node.op_type == kind]
+    assert some
+    for k in some[-1:] if kind == "Clip" else some:  # the first bounds settings of which nothing is said anyway
+        changed = plan()
+        node = changed.graph.node[k]
+        node.CopyFrom(onnx.helper.make_node("Identity", [node.input[kept]], [node.output[0]]))
+        contract.write(ARTEFACT.read_bytes(), manifest, tmp_path / "m.onnx", plan=changed.SerializeToString())
+        assert not open_model(tmp_path / "m.onnx").planned, (k, node.output)
+
+
+def test_a_network_that_someone_else_trains_has_its_plan_used(network: EngineHealth, tmp_path: Path) -> None:
+    """Another window, another width: exported and opened as the bundled one is."""
+    inputs = synthetic_windows(network, 4, seed=1)
+    logits, rul = torch_answers(network, inputs)
+    golden = [
+        {"telemetry": shortest(window), "logits": row.tolist(), "rul": float(cycles)}
+        for window, row, cycles in zip(inputs, logits, rul, strict=True)
+    ]
+    told = open_artefact(ARTEFACT)[1].model_dump() | {"window": WINDOW, "golden": golden}
+    manifest = contract.Manifest.model_validate(told)
+    contract.write(to_onnx(network, WINDOW), manifest, tmp_path / "m.onnx", plan=plan_to_onnx(network))
+    assert open_model(tmp_path / "m.onnx").planned
+
+
+def test_an_export_with_a_plan_of_another_network_is_refused() -> None:
+    """`make export` does not write a file whose plan would only be laid aside."""
+    session, _ = open_artefact(ARTEFACT)
+    other = runtime.session(to_onnx(EngineHealth(NetworkConfig(hidden=8)).eval(), 100), 1)
+    with pytest.raises(VerifyError, match="the plan answers otherwise"):
+        check_plan(session, other, trials.flown(open_artefact(ARTEFACT)[1])[:400].reshape(4, 100, 17))
+
+
+def test_whether_it_is_used_is_told(service: Service) -> None:
+    """`GET /v1/model` says so."""
+    assert service.client.get("/v1/model").json()["planned"] is True
+
+
+def renamed() -> bytes:
+    """The plan with another name for its input."""
+    changed = plan()
+    changed.graph.input[0].name = "readings"
+    for node in changed.graph.node:
+        node.input[:] = ["readings" if name == contract.INPUT else name for name in node.input]
+    return bytes(changed.SerializeToString())
+
+
+def without_rul() -> bytes:
+    """The plan without its second output."""
+    changed = plan()
+    del changed.graph.output[1:]
+    return bytes(changed.SerializeToString())
+
+
+def plan() -> onnx.ModelProto:
+    """The bundled plan."""
+    return onnx.load_model_from_string(base64.b64decode(runtime.metadata(ARTEFACT.read_bytes())[contract.PLAN_KEY]))
