@@ -1,7 +1,8 @@
 """The only ONNX Runtime: opens an artefact, makes it prove itself, runs batches. Knows no HTTP and no metrics."""
 
 import base64
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -72,7 +73,7 @@ def open_model(
         contract.check_seal(content)
         opened = session(content, threads or allowed_cores())
         manifest = _manifest(opened)
-        model = Model(manifest, digest, _input_shape(opened, manifest), _runner(opened))
+        model = Model(manifest, digest, _input_shape(opened, manifest), _runner(opened, manifest))
         _check_outputs(opened, manifest)
         _check_golden(model)
         model = _planned(model, opened, threads or allowed_cores())
@@ -143,14 +144,37 @@ def _check_outputs(session: ort.InferenceSession, manifest: Manifest) -> None:
         raise ContractError("an output 'rul' and rul_thresholds in the manifest go together")
 
 
-def _runner(session: ort.InferenceSession) -> Callable[[Batch], Outputs]:
+def _runner(session: ort.InferenceSession, manifest: Manifest) -> Callable[[Batch], Outputs]:
     names = [output.name for output in session.get_outputs() if output.name in (contract.LOGITS, contract.RUL)]
+    lone = _Lone(session, {name: (1, len(manifest.classes)) if name == contract.LOGITS else (1,) for name in names})
 
     def run(batch: Batch) -> Outputs:
+        if len(batch) == 1:
+            return lone.run(batch)
         found = dict(zip(names, session.run(names, {contract.INPUT: batch}), strict=True))
         return Outputs(found[contract.LOGITS], found.get(contract.RUL))
 
     return run
+
+
+class _Lone(threading.local):
+    """A window that comes alone: its answers lie where those of the last one did, one place a thread.
+
+    Nothing is looked up by its name and nothing is allocated for them, which is an eighth of a lone window's time.
+    """
+
+    def __init__(self, session: ort.InferenceSession, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._session, self._bound = session, session.io_binding()
+        self._found = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
+        for name, found in self._found.items():
+            self._bound.bind_output(name, "cpu", 0, np.float32, found.shape, found.ctypes.data)
+
+    def run(self, window: Batch) -> Outputs:
+        """What the network answers for a batch of one."""
+        self._bound.bind_cpu_input(contract.INPUT, np.ascontiguousarray(window))
+        self._session.run_with_iobinding(self._bound)
+        rul = self._found.get(contract.RUL)
+        return Outputs(self._found[contract.LOGITS].copy(), None if rul is None else rul.copy())
 
 
 def _check_golden(model: Model) -> None:
@@ -176,7 +200,7 @@ def _planned(model: Model, opened: ort.InferenceSession, threads: int) -> Model:
     if text is None or not model.manifest.golden:
         return model
     try:
-        run = _runner(session(base64.b64decode(text, validate=True), threads))
+        run = _runner(session(base64.b64decode(text, validate=True), threads), model.manifest)
         same = all(np.array_equal(bits(run(some)), bits(model.run(some))) for some in trials.batches(model.manifest))
     except Exception:  # each way in which a graph can fail has a class of its own, and here all mean: it is of no use
         return model
