@@ -190,7 +190,7 @@ class Metrics:
         observe_all(self.confidence, confidence)
         observe_all(self.entropy, entropy)
 
-    def inputs(self, series: "Series", bins: npt.NDArray[np.uint8]) -> None:
+    def inputs(self, series: "Series", bins: npt.NDArray[np.integer]) -> None:
         """The reference bins (N, channels) of the newest readings."""
         counts = np.bincount((bins + series.width * np.arange(bins.shape[1])).ravel()).tolist()
         for k, n in enumerate(counts):

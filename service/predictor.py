@@ -338,7 +338,7 @@ class Predictor:
             self._metrics.inputs(self._series, self._bins_of(newest))
 
     @property
-    def bins(self) -> Callable[[Batch], npt.NDArray[np.uint8]] | None:
+    def bins(self) -> Callable[[Batch], npt.NDArray[np.integer]] | None:
         """The reference bin of each channel that has a reference, for newest readings (N, channels); None without."""
         return self._bins_of if self._binned and self._edges.shape[1] < MOST_BINS else None
 
@@ -347,11 +347,12 @@ class Predictor:
         """The channels that `bins` tells of, in order."""
         return tuple(self._bins)
 
-    def _bins_of(self, newest: Batch) -> npt.NDArray[np.uint8]:
+    def _bins_of(self, newest: Batch) -> npt.NDArray[np.integer]:
         if len(newest) == 1:
             return np.array([self._bins_of_one(newest)], np.uint8)
         readings = newest[:, self._binned].astype(np.float64)
-        return np.asarray((self._edges < readings[:, :, None]).sum(axis=2, dtype=np.uint8))  # no edge of NaN is below
+        kind = np.uint8 if self._edges.shape[1] < MOST_BINS else np.int64
+        return np.asarray((self._edges < readings[:, :, None]).sum(axis=2, dtype=kind))  # no edge of NaN is below
 
     def _bins_of_one(self, newest: Batch) -> list[int]:
         if not self._binned:

@@ -8,7 +8,7 @@ from model import numerics
 from model.contract import CHANNELS, Manifest
 from model.windows import Readings
 from tests.conftest import Service, running
-from tests.test_runtime import identity_classifier
+from tests.test_runtime import edited, identity_classifier
 
 LABELS = ["normal", "degrading", "critical", [0.2, 0.3, 0.5]]
 
@@ -116,6 +116,23 @@ def test_newest_readings_are_counted_in_reference_bins(fresh: Service, manifest:
             m.get(f'engine_health_input_values_total{{bin="{b}",channel="{channel}"}}', 0) for b in range(len(expected))
         ]
         assert expected.tolist() == series
+
+
+def test_a_reference_of_many_bins_is_counted_as_one_of_few(windows: Readings, tmp_path: Path) -> None:
+    """Beyond 255 edges, more than a byte can tell, each newest value falls in its own bin, alone and in company."""
+    k = CHANNELS.index("sensor_4")
+    edges = np.linspace(windows[..., k].min() - 900, windows[..., k].max() + 1, 400).tolist()  # most of them below
+    reference = {"channels": {"sensor_4": {"edges": edges, "shares": [1 / 401] * 401}}}
+    path = edited(tmp_path / "m.onnx", {"reference": reference})
+    with running(ENGINE_HEALTH_MODEL=str(path)) as service:
+        service.predict([{"telemetry": window.tolist()} for window in windows])
+        service.predict([{"telemetry": windows[0].tolist()}])
+        m = service.metrics()
+    newest = [*windows[:, -1, k].astype(float), float(windows[0, -1, k])]
+    expected = np.bincount(np.searchsorted(edges, newest), minlength=401)
+    assert expected[256:].sum() > 0
+    found = [m.get(f'engine_health_input_values_total{{bin="{b}",channel="sensor_4"}}', 0) for b in range(401)]
+    assert expected.tolist() == found
 
 
 def test_requests_are_counted_by_route_template(fresh: Service, windows: Readings) -> None:

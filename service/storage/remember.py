@@ -48,7 +48,7 @@ class By(NamedTuple):
     manifest: Manifest
     temperature: float
     source: str
-    bins: Callable[[Readings], npt.NDArray[np.uint8]] | None = None  # (N, channels) to their reference bins
+    bins: Callable[[Readings], npt.NDArray[np.integer]] | None = None  # (N, channels) to their reference bins
 
 
 class Batch(NamedTuple):
