@@ -216,7 +216,10 @@ class Batcher(Generic[Found]):
             last = batch.refused or not isinstance(told, _Told) or any(job.is_taken() for job, _ in batch.pieces)
             batch = self._next(self._cap)  # before the loop hears of this one: it wakes a thread that is idle by then
             if last or batch is None or time.perf_counter() - since > HUSH:
-                loop.call_soon_threadsafe(self._tell, untold)
+                try:
+                    loop.call_soon_threadsafe(self._tell, untold)
+                except RuntimeError:  # the loop has ended, and with it whoever waited
+                    return
                 untold = []
 
     def _next(self, least: int) -> _Batch[Found] | None:

@@ -343,3 +343,26 @@ def test_closing_answers_everybody_who_was_let_in() -> None:
         await asyncio.gather(first, *waiting)
 
     run(scene)
+
+
+def test_a_thread_whose_loop_ended_ends_in_silence() -> None:
+    """What is still inferred when the event loop is gone is told to nobody, and raises nothing in its thread."""
+    gate = Gate()
+    gate.open.clear()
+
+    async def scene() -> threading.Thread:
+        batcher = Batcher[Rows](gate, Seen(), max_batch_rows=8, max_queue_rows=100, max_queue_seconds=60.0)
+        asking = asyncio.create_task(batcher.submit(rows_of(*range(20))))
+        assert await asyncio.to_thread(gate.entered.wait, 10)
+        asking.cancel()
+        assert batcher._thread is not None
+        return batcher._thread
+
+    thread = asyncio.run(scene())
+    raised: list[object] = []
+    before, threading.excepthook = threading.excepthook, raised.append
+    gate.open.set()
+    thread.join(0.5)  # it waits for more, which never comes
+    threading.excepthook = before
+    assert gate.batches
+    assert not raised
