@@ -90,16 +90,20 @@ class Normaliser(nn.Module):
 
         What is not meant stands as zero. The noise of a sensor is one deviation, four thousand times the grain.
         """
-        settings, sensors = telemetry[..., : len(SETTINGS)] / self.scales, telemetry[..., len(SETTINGS) :]
-        settings = settings.clamp(-FAR, FAR)
-        centres = self.centres / self.scales  # (K, 3)
-        # nearest centre: |s - c|² = |s|² - 2 (s c - |c|²/2), and |s|² is the same for all
-        near, condition = (settings @ centres.T - centres.square().sum(-1) / 2).max(-1)  # (B, T)
-        known = settings.square().sum(-1) - 2 * near <= SAME_CONDITION**2  # (B, T)
+        known, condition = self.nearest(telemetry[..., : len(SETTINGS)])
+        sensors = telemetry[..., len(SETTINGS) :]
         normal = (sensors - self.means[condition]) / (self.deviations[condition] * GRAIN)  # a power of two: exact
         meant = (normal.abs() <= BROKEN / GRAIN) & known.unsqueeze(-1)
         # Padding and held readings stay for the backbones that look at rows and not at what they say.
         return torch.where(meant, normal.round(), 0.0) * GRAIN, meant
+
+    def nearest(self, settings: Tensor) -> tuple[Tensor, Tensor]:  # (..., 3) -> (...), (...)
+        """Whether a row is of a condition that training saw, and the place of the one that is nearest."""
+        settings = (settings / self.scales).clamp(-FAR, FAR)
+        centres = self.centres / self.scales  # (K, 3)
+        # nearest centre: |s - c|² = |s|² - 2 (s c - |c|²/2), and |s|² is the same for all
+        near, condition = (settings @ centres.T - centres.square().sum(-1) / 2).max(-1)
+        return settings.square().sum(-1) - 2 * near <= SAME_CONDITION**2, condition
 
     def fit(self, rows: Readings) -> None:
         """Statistics per condition from training rows (N, C).

@@ -3,7 +3,8 @@
 `model.network` is written row by row, as one thinks of flights; a node of its graph works on three or fourteen numbers
 at a time. Here each channel is one run of the window's length, a condition's statistics are picked by a product with
 ones and zeros, and spells that stand still are found among booleans. Every number that the two layers see is a sum of
-multiples of 2^-12, or a count, exact in float32 in any order: the answers have the same bits.
+multiples of 2^-12, or a count, exact in float32 in any order: the answers have the same bits. The sum that tells
+whether a row is of a condition alone is rounded; at a border its last bit decides, and there a plan proves itself.
 B = batch, T = window, C = 17 channels, S = 14 sensors, K = operating conditions, N = spans.
 """
 
@@ -17,6 +18,7 @@ from model.network import BROKEN, FAR, GRAIN, SAME_CONDITION, EngineHealth
 
 EXACT = 2**24  # whole numbers up to here have a float32 of their own
 MOST_GRAINS = BROKEN / GRAIN
+APART = 2.01 * SAME_CONDITION  # scales; no row is of two conditions that are farther apart, however it is rounded
 DOUBLED = (1, 2)  # steps that make STUCK neighbours of one: 1 + 1 + 2
 
 
@@ -38,13 +40,16 @@ class Plan(nn.Module):
     """A network of rolling means, channel by channel.
 
     Raises:
-        ValueError: as `rolling` does.
+        ValueError: as `rolling` does, or a row can be of two conditions.
     """
 
     def __init__(self, network: EngineHealth) -> None:
         super().__init__()
         self.backbone, self.head, usual = rolling(network), network.head, network.normalise
         centres = usual.centres / usual.scales  # (K, 3)
+        if len(centres) > 1 and torch.pdist(centres).min() <= APART:
+            raise ValueError("two operating conditions are so near that a row can be of both")
+        self.normalise = usual
         self.register_buffer("scales", usual.scales.unsqueeze(1))
         self.register_buffer("twice", 2 * centres)
         self.register_buffer("squares", centres.square().sum(1, keepdim=True))
@@ -55,7 +60,7 @@ class Plan(nn.Module):
         """Logits and RUL from raw physical readings."""
         channels = telemetry.transpose(1, 2).contiguous()
         settings, sensors = torch.split(channels, [len(SETTINGS), len(SENSORS)], dim=1)
-        known, mine = self.condition(settings)
+        known, mine = self.alone(telemetry) if len(self.twice) == 1 else self.condition(settings)
         normal = (sensors - self.means @ mine) / (self.deviations @ mine)  # (B, S, T) in grains
         meant = normal.clamp(-MOST_GRAINS, MOST_GRAINS)
         differs = channels[:, :, 1:] != channels[:, :, :-1]  # (B, C, T - 1) from the row after it
@@ -67,6 +72,11 @@ class Plan(nn.Module):
         described = self.backbone.described(sums, counts, real.float().sum(2))
         logits, rul, *_ = self.head(self.backbone.seen(described))
         return logits, rul
+
+    def alone(self, telemetry: Tensor) -> tuple[Tensor, Tensor]:  # (B, T, C) -> (B, 1, T), (B, 1, T)
+        """The same of a network of one condition, in its own words: products with one column are rounded otherwise."""
+        known = self.normalise.nearest(telemetry[..., : len(SETTINGS)])[0].unsqueeze(1)
+        return known, torch.ones_like(known).float()
 
     def condition(self, settings: Tensor) -> tuple[Tensor, Tensor]:  # (B, 3, T) -> (B, 1, T), (B, K, T)
         """Whether a row is of a condition that training saw, and 1 at that condition.

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from model.contract import Manifest
+from model.contract import Conditions, Manifest
+from model.occlusion import Usual
 from model.windows import overlapping
 
 Rows = npt.NDArray[np.float32]
@@ -15,11 +16,12 @@ CALM = 2**10  # rows of noise in the flights that prove a graph
 KINDS = ("held", "coarse", "copied", "scaled", "odd")  # of spells in them
 SPELLS = (3, 4, 5, 8)  # rows of a spell; one of each kind is longer than a window
 ODD = (0.0, -0.0, 1e-40, 3e38, -3e38)  # readings that no healthy sensor gives
+BORDER = 0.5  # setting scales from what is usual in a condition; a row beyond is of none that training saw
 SIZES = (1, 1, 1, 1, 7, 7, 64, 64, 64)  # windows of the batches that prove a graph which answers any batch
 
 
 def batches(manifest: Manifest) -> Iterator[Rows]:
-    """Rowses of windows from all over the flights."""
+    """Windows from all over the flights, some at a time: (N, window, channels)."""
     windows = overlapping(flown(manifest), manifest.window or 1)
     chosen = np.linspace(0, len(windows) - 1, sum(SIZES)).astype(np.int64)
     for some in np.split(np.random.default_rng(0).permutation(chosen), np.cumsum(SIZES)[:-1]):
@@ -32,7 +34,7 @@ def bits(outputs: Iterable[Rows | None]) -> npt.NDArray[Any]:
 
 
 def flown(manifest: Manifest) -> Rows:
-    """The golden windows, an engine from its first flight on, and spells of every kind and length."""
+    """The golden windows, an engine from its first flight on, spells of every kind and length, conditions' borders."""
     random = np.random.default_rng(0)
     golden = np.array([one.telemetry for one in manifest.golden], np.float32)
     flights, window = golden.reshape(-1, golden.shape[-1]), golden.shape[1]
@@ -48,7 +50,18 @@ def flown(manifest: Manifest) -> Rows:
             rows = noise(window + length)
             _spoil(rows[window // 2 :][:length], random.choice([True, False], rows.shape[1]), how, random)
             parts.append(rows)
+    if manifest.conditions is not None:
+        parts.append(_border(noise(window + max(SPELLS)), manifest.conditions, random))
     return np.concatenate(parts)
+
+
+def _border(rows: Rows, conditions: Conditions, random: np.random.Generator) -> Rows:
+    """Rows so far from their conditions that the last bit of a sum tells whether they are of them."""
+    usual = Usual.of(conditions.setting_scales, conditions.usual)
+    away = random.standard_normal((len(rows), len(usual.scales)))
+    away *= BORDER * usual.scales / np.linalg.norm(away, axis=1, keepdims=True)
+    settings = usual.like(rows)[:, : len(usual.scales)] + away
+    return np.concatenate([settings, rows[:, len(usual.scales) :]], axis=1, dtype=np.float32)
 
 
 def _spoil(rows: Rows, some: Mask, how: str, random: np.random.Generator) -> None:

@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from model.evaluate import ARTEFACT
 from service.api import numbers as arrays
 from service.api.calls import evaluate_json, read_predict
 from service.api.cuts import LONG, Cuts, cut
-from service.api.numbers import FLOAT32_MOST, PIECE, columns, fits_float32, numbers, table, to_float32
+from service.api.numbers import FLOAT32_MOST, PIECE, columns, fits_float32, numbers, table, tables, to_float32
 from service.api.tensors import read
 from service.errors import InputRejected
 from service.runtime import open_model
@@ -117,11 +117,52 @@ def test_nested_lists_in_pieces_are_read_if_and_only_if_they_are_json(inside: st
                 assert re.findall(r"\d+", text) == [str(int(value)) for value in found.tolist()]
 
 
+PARTS = st.sampled_from(
+    ["[1,2]", "[3,4],[5,-0.0]", "[6,7]],0,[[8,9]", "[1,[2]]", "0", "[1e39,2]", "null", "{}", "[", "]", ",", ",0,", " "]
+)
+
+
+@given(st.lists(st.lists(PARTS, max_size=5).map("".join) | st.just("[8,9]"), min_size=1, max_size=4))
+@example(["[8,9]", "[1e39,2]"])
+@example(["[8,9]", "[1,[2]]", "[8,9]"])
+@example(["[8,9]", "[1,2],[3", "4]"])
+def test_tables_read_together_are_what_each_is_by_itself(texts: list[str]) -> None:
+    """Whatever stands between the brackets, some that fit those of a neighbour too: all as if alone, or none."""
+    texts = [f"[{text}]" for text in texts]
+    alone = [table(text.encode(), 2) for text in texts]
+    single = [None if found is None else to_float32(found) for found in alone]
+    together = tables([text.encode() for text in texts], 2)
+    assert (together is None) == any(found is None for found in single)
+    for found, own in zip(together or [], single, strict=together is not None):
+        assert own is not None
+        assert found.tobytes() == own.tobytes()
+        assert found.shape == own.shape
+
+
 ROW = f"[{','.join(['1.5'] * 17)}]"
 WINDOW = f"[{','.join([ROW] * 100)}]"
 NEARLY_NULL = f"[1e300,{'1,' * 15}0.{'0' * 290}null]"
 PAD, GARBAGE = " " * PIECE, "[@@" + " x" * LONG + "]"
 TENSOR = '{"inputs":[{"name":"telemetry","datatype":"FP32","shape":[1,100,17],"parameters":{"data":%s},"data":%s}]}'
+
+
+@pytest.mark.parametrize(
+    "wrong", ["[]", "[[1,2]]", f"[{ROW}", f"{WINDOW},0,{WINDOW}", "0", f"[[{'1,' * 16}[1]]]", "null"]
+)
+@pytest.mark.parametrize("place", [0, 7, 19])
+def test_a_wrong_window_among_many_is_refused_in_its_own_words(wrong: str, place: int) -> None:
+    """Windows are read several at a time; what is said of one is what is said of it alone, with its place."""
+    model = open_model(ARTEFACT, batch_rows=1)
+
+    def refusal(windows: list[str]) -> str:
+        told = ",".join(f'{{"telemetry":{window}}}' for window in windows)
+        with pytest.raises(InputRejected) as refused:
+            read_predict(f'{{"instances":[{told}],"temperature":1}}'.encode(), model, 100)
+        return refused.value.detail
+
+    alone, among = refusal([wrong]), refusal([*[WINDOW] * place, wrong, *[WINDOW] * (19 - place)])
+    if "the body" not in alone:  # which names a byte
+        assert alone.replace("instances[0]", f"instances[{place}]") == among
 
 
 def predicted(body: bytes) -> None:

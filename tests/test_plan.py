@@ -14,7 +14,7 @@ from export.to_onnx import plan_to_onnx, to_onnx
 from export.verify import VerifyError, check_plan, shortest, synthetic_windows, torch_answers
 from model import cmapss, contract
 from model.evaluate import ARTEFACT, open_artefact
-from model.network import EngineHealth, NetworkConfig
+from model.network import SAME_CONDITION, EngineHealth, NetworkConfig
 from model.plan import Plan
 from model.windows import Readings, every_window
 from service import runtime, trials
@@ -41,7 +41,7 @@ def bits(pair: tuple[Readings, ...]) -> list[list[int]]:
 @settings(max_examples=60)
 @given(st.data())
 def test_it_says_what_the_network_says(network: EngineHealth, data: st.DataObject) -> None:
-    """Padding, spells that stand still, repeated rows, broken sensors unknown conditions, in any order, to the bit."""
+    """Padding, spells that stand still, repeated rows, broken sensors, unknown conditions, in any order, to the bit."""
     windows = synthetic_windows(network, 4, seed=data.draw(st.integers(0, 99)))
     rows = windows.reshape(-1, 17)
     at = st.integers(0, len(rows) - 1)
@@ -74,6 +74,44 @@ def test_only_rolling_means_have_one() -> None:
     """A recurrent backbone has no plan, and a window whose sums could be rounded has none."""
     assert plan_to_onnx(EngineHealth(NetworkConfig(window=12, backbone="conv-gru", hidden=8))) is None
     assert plan_to_onnx(EngineHealth(NetworkConfig(window=4096, hidden=8))) is None
+
+
+def test_conditions_too_near_each_other_have_none() -> None:
+    """Where two centres are nearly one, which is nearer hangs on the order of a sum."""
+    network = EngineHealth(NetworkConfig(window=WINDOW, conditions=2, hidden=8))
+    for apart, made in ((0.9, False), (1.1, True)):
+        network.normalise.centres[1] = network.normalise.scales * torch.tensor([0.0, apart, 0.0])
+        assert made == (plan_to_onnx(network) is not None)
+
+
+@pytest.mark.parametrize("conditions", [1, 2, 6])
+def test_rows_at_the_border_of_a_condition_are_of_it_or_not_for_both(conditions: int) -> None:
+    """Half a scale from a centre the last bit of a sum decides, and in ONNX Runtime it is the same bit."""
+    torch.manual_seed(1)
+    network = EngineHealth(NetworkConfig(window=WINDOW, conditions=conditions, hidden=8)).eval()
+    usual, random = network.normalise, np.random.default_rng(0)
+    usual.centres.copy_(torch.linspace(1, 9, conditions)[:, None] * usual.scales * torch.tensor([0.9, 0.5, 0.7]))
+    made = plan_to_onnx(network)
+    assert made is not None
+    windows = random.standard_normal((64, WINDOW, 17))
+    away = windows[..., :3] / np.linalg.norm(windows[..., :3], axis=-1, keepdims=True) * SAME_CONDITION
+    of = random.integers(conditions, size=windows.shape[:2])
+    windows[..., :3] = usual.centres.numpy()[of] + away * usual.scales.numpy()
+    check_plan(runtime.session(to_onnx(network, WINDOW), 1), runtime.session(made, 1), windows.astype(np.float32))
+
+
+@pytest.mark.parametrize("factor", [1.1, 1 + 1e-4, 1 - 1e-4])
+def test_a_plan_with_the_border_elsewhere_is_not_used(tmp_path: Path, factor: float) -> None:
+    """A condition that ends a ten-thousandth later or sooner is found out; the trials know where it ends."""
+    assert trials.BORDER == SAME_CONDITION
+    changed = plan()
+    ends = next(node.input[1] for node in changed.graph.node if node.op_type == "LessOrEqual")
+    bound = next(one for one in changed.graph.initializer if one.name == ends)
+    bound.CopyFrom(onnx.numpy_helper.from_array(np.array(SAME_CONDITION**2 * factor, np.float32), ends))
+    contract.write(
+        ARTEFACT.read_bytes(), open_artefact(ARTEFACT)[1], tmp_path / "m.onnx", plan=changed.SerializeToString()
+    )
+    assert not open_model(tmp_path / "m.onnx").planned
 
 
 def test_no_plan_is_believed(tmp_path: Path) -> None:

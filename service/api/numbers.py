@@ -56,7 +56,8 @@ def table(text: bytes, width: int, hold: bool = False) -> Floats | None:
 def tables(texts: Sequence[bytes | memoryview], width: int) -> list[Batch] | None:
     """Lists of rows of `width` numbers in one pass, each (T, width) in float32; None if anything is unusual in any.
 
-    A zero behind each keeps them apart: a text that is not one list is found out, whatever stands before and behind it.
+    Each text begins and ends with a bracket, and may be wrong between. A zero behind each keeps them apart: what is not
+    one list has it for a row, or in a row among lists, and is found out whatever its neighbours are.
     """
     text = b"[%b,0]" % b",0,".join(texts)
     try:
