@@ -244,10 +244,10 @@ def measure(name: str, peer: Peer, seconds: float) -> Figures:
     return figures
 
 
-def alone() -> Figures:
+def alone(model: Path = ARTEFACT) -> Figures:
     """ONNX Runtime with nothing around it, on the server's core."""
     command = ["taskset", "-c", str(SERVER_CORE), sys.executable, "-m", "benchmarks.servers.alone"]
-    env = {**os.environ, "MODEL": str(ARTEFACT)}
+    env = {**os.environ, "MODEL": str(model)}
     printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=env).stdout
     single, best, batch = map(float, printed.split())
     return {"binary_rps": single, "binary_rows": best, "batch": batch}

@@ -7,6 +7,7 @@ other; they take turns, and so does ONNX Runtime alone. Medians over rounds. Fig
 """
 
 import argparse
+import base64
 import json
 import sys
 import tempfile
@@ -17,6 +18,8 @@ from pathlib import Path
 from benchmarks import load
 from benchmarks.load import CLIENT_CORE, JSON_HEADERS, SERVER_CORE, Figure
 from benchmarks.peers import BUILD, CONNECTIONS, INFER, ROOT, ROWS, alone, unfailing
+from model.contract import PLAN_KEY
+from model.evaluate import ARTEFACT, open_artefact
 from model.windows import Readings
 
 REACH = (  # case, against, figure, reach, whether more is better
@@ -25,6 +28,13 @@ REACH = (  # case, against, figure, reach, whether more is better
     ("1,000 windows, OIP binary", "ONNX Runtime alone, one thread, best batch, rows/s", "binary", 0.85, True),
     ("1,000 windows, `/v1/predict` JSON", "the same", "json", 0.40, True),
     ("1,000 windows, `/v1/predict` Arrow stream", "the same", "arrow", 0.40, True),
+    (
+        "1,000 windows, OIP binary",
+        "ONNX Runtime alone with the plan, which is what the service runs",
+        "plan",
+        None,
+        True,
+    ),
     ("p99 at 64 connections", "p50 of the same run", "tail", 3.0, False),
     ("one window of an engine, remembered, 64 connections", "the same without a database", "memory", 0.70, True),
     ("one flight a request, kept, `/v1/cycles`, 64 connections", "a bare FastAPI route", "flights", 0.35, True),
@@ -49,12 +59,15 @@ def measured(rounds: int, seconds: float) -> Found:
         load.served(command(stateless), ONE_THREAD | STATELESS, SERVER_CORE, base(stateless) + "/readyz", ROOT),
         load.served(command(port), ONE_THREAD | kept_in(folder), SERVER_CORE, base(port) + "/readyz", ROOT) as pid,
     ):
+        plan = Path(folder, "plan.onnx")
+        plan.write_bytes(base64.b64decode(open_artefact(ARTEFACT)[0].get_modelmeta().custom_metadata_map[PLAN_KEY]))
         floor, own = base(bare) + "/predict", base(port) + "/v1/predict"
         cases: dict[str, Callable[[], Mapping[str, float]]] = {
             "bare": lambda: singles(floor, seconds),
             "ours": lambda: singles(own, seconds),
             "many": lambda: rows(base(stateless), seconds),  # what Arrow names engines for would be remembered
             "alone": lambda: {"rows": alone()["binary_rows"]},
+            "plan": lambda: {"rows": alone(plan)["binary_rows"]},
             "bare-flights": lambda: numbered(floor, load.flights, seconds),
             "flights": lambda: numbered(base(port) + "/v1/cycles", load.flights, seconds),
             "stateless": lambda: numbered(base(stateless) + "/v1/predict", load.of_engines, seconds),
@@ -138,6 +151,7 @@ def table(found: Found) -> Iterator[str]:
         "binary": (many["binary"], best["rows"]),
         "json": (many["json"], best["rows"]),
         "arrow": (many["arrow"], best["rows"]),
+        "plan": (many["binary"], found["plan"]["rows"]),
         "tail": (ours["p99"], ours["p50"]),
         "memory": (found["remembered"]["rate"], found["stateless"]["rate"]),
         "flights": (found["flights"]["rate"], found["bare-flights"]["rate"]),
@@ -146,10 +160,15 @@ def table(found: Found) -> Iterator[str]:
     yield "| --- | --- | ---: | ---: | ---: | ---: |"
     for case, against, name, reach, more in REACH:
         here, there = (figure.median for figure in pairs[name])
-        sign = "≥" if more else "≤"
-        yield f"| {case} | {against} | {here:,.4g} | {there:,.4g} | **{here / there:.2f}** | {sign} {reach:g} |"
+        goal = "" if reach is None else f"{'≥' if more else '≤'} {reach:g}"
+        yield f"| {case} | {against} | {shown(here)} | {shown(there)} | **{here / there:.2f}** | {goal} |"
     for case, name, limit in LIMITS:
         yield f"| {case} | | {found['start'][name].median:.3g} | | | {'' if limit is None else f'≤ {limit:g}'} |"
+
+
+def shown(figure: float) -> str:
+    """Four digits, without an exponent."""
+    return f"{float(f'{figure:.4g}'):,.0f}" if figure >= 1000 else f"{figure:.4g}"
 
 
 def main() -> None:
