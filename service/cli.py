@@ -92,7 +92,7 @@ def score(flags: dict[str, Any]) -> int:
 
 def serve(settings: Settings) -> int:
     """Serve until told to stop; 1 if the artefact or the address cannot be used."""
-    heap.limit()  # before anybody takes much
+    heap.give_back()  # before anybody takes much
     import uvicorn  # what no other command has need of, and a second to import
 
     from service.api.app import create_app

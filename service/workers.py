@@ -66,7 +66,7 @@ def serve_many(settings: Settings) -> int:
 
 def worker_app(settings: Settings, shared: Path, supervisor: int) -> ASGIApp:
     """The application of one worker; called in the worker's own process."""
-    heap.limit()
+    heap.give_back()
     logs.configure(settings)
     BoundedProtocol.seconds = settings.request_seconds
     slot = take_slot(shared, settings.workers * 2)
