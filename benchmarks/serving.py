@@ -7,7 +7,6 @@ other; they take turns, and so does ONNX Runtime alone. Medians over rounds. Fig
 """
 
 import argparse
-import base64
 import json
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 from benchmarks import load
 from benchmarks.load import CLIENT_CORE, JSON_HEADERS, SERVER_CORE, Figure
 from benchmarks.peers import BUILD, CONNECTIONS, INFER, ROOT, ROWS, alone, unfailing
-from model.contract import PLAN_KEY
+from model.contract import PLAN_KEY, graph_beside
 from model.evaluate import ARTEFACT, open_artefact
 from model.windows import Readings
 
@@ -60,7 +59,8 @@ def measured(rounds: int, seconds: float) -> Found:
         load.served(command(port), ONE_THREAD | kept_in(folder), SERVER_CORE, base(port) + "/readyz", ROOT) as pid,
     ):
         plan = Path(folder, "plan.onnx")
-        plan.write_bytes(base64.b64decode(open_artefact(ARTEFACT)[0].get_modelmeta().custom_metadata_map[PLAN_KEY]))
+        kept = open_artefact(ARTEFACT)[0].get_modelmeta().custom_metadata_map
+        plan.write_bytes(graph_beside(kept, PLAN_KEY) or b"")
         floor, own = base(bare) + "/predict", base(port) + "/v1/predict"
         cases: dict[str, Callable[[], Mapping[str, float]]] = {
             "bare": lambda: singles(floor, seconds),

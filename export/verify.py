@@ -8,7 +8,6 @@ few synthetic windows as its golden windows; no reading of the data set leaves w
 """
 
 import argparse
-import base64
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +125,8 @@ def _run(session: ort.InferenceSession, batch: Readings) -> tuple[Readings, Read
 
 def _beside(session: ort.InferenceSession, key: str) -> ort.InferenceSession | None:
     """A graph that lies in the file beside the network's own, if it is there."""
-    text = session.get_modelmeta().custom_metadata_map.get(key)
-    return ort.InferenceSession(base64.b64decode(text), providers=["CPUExecutionProvider"]) if text else None
+    graph = contract.graph_beside(session.get_modelmeta().custom_metadata_map, key)
+    return None if graph is None else ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
 
 
 def _singly(session: ort.InferenceSession, batch: Readings) -> tuple[Readings, Readings]:

@@ -8,6 +8,7 @@ Knows nobody in this project, and onnx only to write.
 import base64
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -187,6 +188,16 @@ def check_seal(content: bytes) -> None:
     seals, claimed = _SEAL.findall(content), SEALED in content
     if (seals or claimed) and (len(seals) != 1 or seals[0].decode() != seal_of(content)):
         raise ContractError("the file changed after it was written (its seal does not fit its content)")
+
+
+def graph_beside(kept: Mapping[str, str], key: str) -> bytes | None:
+    """A graph beside the network's own, from the metadata of a file; None if there is none.
+
+    Raises:
+        binascii.Error: it is no base64.
+    """
+    text = kept.get(key)
+    return None if text is None else base64.b64decode(text, validate=True)
 
 
 def write(

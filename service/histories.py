@@ -4,7 +4,6 @@ The graph lies in the file's metadata and is no second opinion: it is used only 
 which it proves when it is opened, on this machine. Windows that it does not vouch for are left to the network.
 """
 
-import base64
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,11 +75,13 @@ def open_histories(path: Path, model: Model) -> Histories | None:
     content = path.read_bytes()
     if contract.digest(content) != model.digest:
         raise ArtefactRejected(f"{path}: changed while it was opened")
-    text = runtime.metadata(content).get(contract.HISTORIES_KEY)
-    if text is None or model.manifest.window is None or model.manifest.rul_thresholds is None:
+    if model.manifest.window is None or model.manifest.rul_thresholds is None:
         return None
     try:
-        found = Histories(model, runtime.session(base64.b64decode(text, validate=True), 1))
+        graph = contract.graph_beside(runtime.metadata(content), contract.HISTORIES_KEY)
+        if graph is None:
+            return None
+        found = Histories(model, runtime.session(graph, 1))
         return found if _proven(found) else None
     except Exception:  # each way in which a graph can fail has a class of its own, and here all mean: it is of no use
         return None

@@ -1,6 +1,5 @@
 """The only ONNX Runtime: opens an artefact, makes it prove itself, runs batches. Knows no HTTP and no metrics."""
 
-import base64
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -196,11 +195,11 @@ def _check_golden(model: Model) -> None:
 
 def _planned(model: Model, opened: ort.InferenceSession, threads: int) -> Model:
     """The model, run by the plan in its file if there is one that gives the network's bits here; else as it is."""
-    text = opened.get_modelmeta().custom_metadata_map.get(contract.PLAN_KEY)
-    if text is None or not model.manifest.golden:
-        return model
     try:
-        run = _runner(session(base64.b64decode(text, validate=True), threads), model.manifest)
+        plan = contract.graph_beside(opened.get_modelmeta().custom_metadata_map, contract.PLAN_KEY)
+        if plan is None or not model.manifest.golden:
+            return model
+        run = _runner(session(plan, threads), model.manifest)
         same = all(np.array_equal(bits(run(some)), bits(model.run(some))) for some in trials.batches(model.manifest))
     except Exception:  # each way in which a graph can fail has a class of its own, and here all mean: it is of no use
         return model

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.to_onnx import histories_to_onnx, to_onnx
-from export.verify import shortest, synthetic_windows, torch_answers
+from export.verify import synthetic_windows
 from model import cmapss, contract
 from model.evaluate import ARTEFACT, open_artefact
 from model.histories import Histories
@@ -23,18 +23,15 @@ from service.errors import ArtefactRejected
 from service.histories import Histories as Opened
 from service.histories import open_histories
 from service.score import run, scoring
+from tests.graphs import WINDOW, manifest_of, untrained, without
+from tests.graphs import bundled as bundled_graph
 from tests.scoring import flights, read, score, write
-
-WINDOW = 23
 
 
 @pytest.fixture(scope="module")
 def network() -> EngineHealth:
     """An untrained network of rolling means over 23 rows."""
-    torch.manual_seed(0)
-    made = EngineHealth(NetworkConfig(window=WINDOW, hidden=16)).eval()
-    made.normalise.centres.copy_(torch.arange(18).reshape(6, 3) * 10.0)
-    return made
+    return untrained()
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +148,7 @@ def test_no_second_graph_is_believed(windows: Readings, tmp_path: Path, monkeypa
 @pytest.mark.parametrize(("kind", "kept"), [("Or", 0), ("Or", 1), ("And", 0), ("And", 1), ("Round", 0), ("Relu", 0)])
 def test_a_graph_that_forgets_something_is_not_used(tmp_path: Path, kind: str, kept: int) -> None:
     """What a window alone decides, what is not meant, the grain: without any one of them the proof fails."""
-    content, manifest = graph_of(ARTEFACT), open_artefact(ARTEFACT)[1]
+    content, manifest = bundled_graph(contract.HISTORIES_KEY), open_artefact(ARTEFACT)[1]
     for k, node in enumerate(content.graph.node):
         if node.op_type == kind:
             contract.write(ARTEFACT.read_bytes(), manifest, tmp_path / "m.onnx", without(content, k, kept))
@@ -160,15 +157,8 @@ def test_a_graph_that_forgets_something_is_not_used(tmp_path: Path, kind: str, k
 
 def test_a_network_with_a_short_window_shares_work_too(network: EngineHealth, tmp_path: Path) -> None:
     """Whoever trains one has its second graph used: the proof asks for bits, and for a share that all can reach."""
-    inputs = synthetic_windows(network, 4, seed=1)
-    logits, rul = torch_answers(network, inputs)
-    golden = [
-        {"telemetry": shortest(window), "logits": row.tolist(), "rul": float(cycles)}
-        for window, row, cycles in zip(inputs, logits, rul, strict=True)
-    ]
-    told = open_artefact(ARTEFACT)[1].model_dump() | {"window": WINDOW, "golden": golden}
     graphs = to_onnx(network, WINDOW), histories_to_onnx(network)
-    contract.write(graphs[0], contract.Manifest.model_validate(told), tmp_path / "m.onnx", graphs[1])
+    contract.write(graphs[0], manifest_of(network), tmp_path / "m.onnx", graphs[1])
     assert open_histories(tmp_path / "m.onnx", runtime.open_model(tmp_path / "m.onnx")) is not None
 
 
@@ -190,7 +180,7 @@ def test_where_company_changes_the_bits_nothing_is_shared(bundled: Opened, monke
 
 def test_a_graph_that_fails_on_some_rows_leaves_them_to_the_network(bundled: Opened) -> None:
     """No job ends by what only saves it time."""
-    content = graph_of(ARTEFACT)
+    content = bundled_graph(contract.HISTORIES_KEY)
     empty = [node.input[0] for node in content.graph.node if node.op_type == "Equal"][-1]  # all spans but the longest
     bound = next(k for k, node in enumerate(content.graph.node) if node.output[0] == empty)
     failing = Opened(bundled.model, runtime.session(without(content, bound, 0), 1))
@@ -235,20 +225,6 @@ def test_the_export_carries_it_as_base64_in_the_one_file() -> None:
     graph = onnx.load_model_from_string(base64.b64decode(text)).graph
     assert [contract.INPUT, contract.STARTS] == [one.name for one in graph.input]
     assert [contract.LOGITS, contract.RUL, contract.EXACT] == [one.name for one in graph.output]
-
-
-def graph_of(path: Path) -> onnx.ModelProto:
-    """The second graph of a file."""
-    return onnx.load_model_from_string(base64.b64decode(runtime.metadata(path.read_bytes())[contract.HISTORIES_KEY]))
-
-
-def without(content: onnx.ModelProto, k: int, kept: int) -> bytes:
-    """A graph in which a node passes one of its inputs on, and does nothing."""
-    changed = onnx.ModelProto()
-    changed.CopyFrom(content)
-    node = changed.graph.node[k]
-    node.CopyFrom(onnx.helper.make_node("Identity", [node.input[kept]], [node.output[0]]))
-    return bytes(changed.SerializeToString())
 
 
 def _counting(called: object, sizes: list[int]) -> object:

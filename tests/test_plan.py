@@ -1,6 +1,5 @@
 """The plan, a network laid out for speed: its answers have the network's bits, or it is not used."""
 
-import base64
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.to_onnx import plan_to_onnx, to_onnx
-from export.verify import VerifyError, check_plan, shortest, synthetic_windows, torch_answers
+from export.verify import VerifyError, check_plan, synthetic_windows, torch_answers
 from model import cmapss, contract
 from model.evaluate import ARTEFACT, open_artefact
 from model.network import SAME_CONDITION, EngineHealth, NetworkConfig
@@ -20,17 +19,13 @@ from model.windows import Readings, every_window
 from service import runtime, trials
 from service.runtime import open_model
 from tests.conftest import Service
-
-WINDOW = 23
+from tests.graphs import WINDOW, bundled, manifest_of, untrained, without
 
 
 @pytest.fixture(scope="module")
 def network() -> EngineHealth:
     """An untrained network of rolling means over 23 rows."""
-    torch.manual_seed(0)
-    made = EngineHealth(NetworkConfig(window=WINDOW, hidden=16)).eval()
-    made.normalise.centres.copy_(torch.arange(18).reshape(6, 3) * 10.0)
-    return made
+    return untrained()
 
 
 def bits(pair: tuple[Readings, ...]) -> list[list[int]]:
@@ -139,24 +134,13 @@ def test_a_plan_that_forgets_something_is_not_used(tmp_path: Path, kind: str, ke
     some = [k for k, node in enumerate(content.graph.node) if node.op_type == kind]
     assert some
     for k in some[-1:] if kind == "Clip" else some:  # the first bounds settings of which nothing is said anyway
-        changed = plan()
-        node = changed.graph.node[k]
-        node.CopyFrom(onnx.helper.make_node("Identity", [node.input[kept]], [node.output[0]]))
-        contract.write(ARTEFACT.read_bytes(), manifest, tmp_path / "m.onnx", plan=changed.SerializeToString())
-        assert not open_model(tmp_path / "m.onnx").planned, (k, node.output)
+        contract.write(ARTEFACT.read_bytes(), manifest, tmp_path / "m.onnx", plan=without(content, k, kept))
+        assert not open_model(tmp_path / "m.onnx").planned, (k, content.graph.node[k].output)
 
 
 def test_a_network_that_someone_else_trains_has_its_plan_used(network: EngineHealth, tmp_path: Path) -> None:
     """Another window, another width: exported and opened as the bundled one is."""
-    inputs = synthetic_windows(network, 4, seed=1)
-    logits, rul = torch_answers(network, inputs)
-    golden = [
-        {"telemetry": shortest(window), "logits": row.tolist(), "rul": float(cycles)}
-        for window, row, cycles in zip(inputs, logits, rul, strict=True)
-    ]
-    told = open_artefact(ARTEFACT)[1].model_dump() | {"window": WINDOW, "golden": golden}
-    manifest = contract.Manifest.model_validate(told)
-    contract.write(to_onnx(network, WINDOW), manifest, tmp_path / "m.onnx", plan=plan_to_onnx(network))
+    contract.write(to_onnx(network, WINDOW), manifest_of(network), tmp_path / "m.onnx", plan=plan_to_onnx(network))
     assert open_model(tmp_path / "m.onnx").planned
 
 
@@ -191,4 +175,4 @@ def without_rul() -> bytes:
 
 def plan() -> onnx.ModelProto:
     """The bundled plan."""
-    return onnx.load_model_from_string(base64.b64decode(runtime.metadata(ARTEFACT.read_bytes())[contract.PLAN_KEY]))
+    return bundled(contract.PLAN_KEY)

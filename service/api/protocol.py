@@ -82,9 +82,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.cycle.scope[GONE] = True  # type: ignore[literal-required]  # ours beside what ASGI names
         super().connection_lost(exc)
         if self.cycle is not None:
-            self.cycle.body = (
-                bytearray()
-            )  # nobody reads it any more, and who refers to it is found by a collection alone
+            self.cycle.body = bytearray()  # read by nobody now, and the cycle would keep it until a collection
 
     def data_received(self, data: bytes) -> None:
         """Bytes came; of those that are of no body there must not be too many."""
