@@ -22,8 +22,9 @@ from starlette.types import ASGIApp
 
 from service import errors
 from service.api import calibration_routes, memory_routes, oip, pages, schemas
-from service.api.body import REFUSED, Buffer
+from service.api.body import REFUSED
 from service.api.edge import Edge, Lane
+from service.api.held import Buffer
 from service.api.keys import Keys
 from service.api.paths import Paths
 from service.api.problems import problem

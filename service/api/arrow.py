@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from service.api.held import Body
 from service.api.ipc import broken, inflated_size
 from service.errors import BodyTooLarge, UnsupportedMediaType
 
@@ -44,7 +45,7 @@ class Table(NamedTuple):
     columns: list[Column]
 
 
-def read_table(body: bytes, limit: int) -> Table:
+def read_table(body: Body, limit: int) -> Table:
     """A stream as columns, each in one piece, proven to be what it says it is.
 
     Args:
@@ -65,7 +66,7 @@ def read_table(body: bytes, limit: int) -> Table:
     left = limit - inflated_size(body, limit)
     batches = []
     try:
-        reader = pyarrow.ipc.open_stream(body, options=pyarrow.ipc.IpcReadOptions(use_threads=False))
+        reader = pyarrow.ipc.open_stream(pyarrow.py_buffer(body), options=pyarrow.ipc.IpcReadOptions(use_threads=False))
         for batch in reader:
             batch.validate()
             left -= sum(map(_pointed_at, batch.columns))

@@ -1,11 +1,7 @@
-"""The body of a request: never more of it than the limits, never later than the limit, inflated if it came deflated.
-
-Bodies that are being read, parsed or answered stay in memory, and there may be many: what all of them hold together is
-counted, and bounded too.
-"""
+"""The body of a request: never more of it than the limits, never later than the limit, inflated if it came deflated."""
 
 import asyncio
-import threading
+import mmap
 import zlib
 from collections.abc import Callable
 from io import BytesIO
@@ -13,7 +9,9 @@ from io import BytesIO
 from starlette.requests import Request
 from starlette.types import Message, Receive
 
-from service.errors import BodyTooLarge, ClientGone, NotJson, Overloaded, TooSlow, UnsupportedMediaType
+from service.api.held import Body, Held
+from service.api.intake import Intake
+from service.errors import BodyTooLarge, ClientGone, NotJson, TooSlow, UnsupportedMediaType
 
 JSON = "application/json"
 INFLATE_STEP = 1 << 20  # bytes inflated at a time
@@ -21,52 +19,11 @@ FEED_STEP = 1 << 16  # packed bytes read at a time: zlib copies what it leaves o
 MOST_MEMBERS = 4096  # of one gzip body; bgzip makes 512 of 32 MiB
 HELD = "engine_health.held"  # where a request's scope has its `Held`
 HEADERS = "engine_health.headers"  # where a request's scope has its headers, the last of each name
+GATHER = "engine_health.gather"  # where a request's scope has what gathers its body in a place
 GONE = "engine_health.gone"  # in a request's scope once its client has left
 REFUSED = "engine_health.refused"  # in the lifespan's state: answers what never became a request
-RETRY_SECONDS = 1.0
-
-
-class Buffer:
-    """The bytes that all bodies of a process hold in memory together."""
-
-    def __init__(self, most: int) -> None:
-        self.most, self.bytes, self.lock = most, 0, threading.Lock()
-
-
-class Held:
-    """The bytes that one request holds of the buffer, from when they came until it is answered."""
-
-    __slots__ = ("_buffer", "bytes")
-
-    def __init__(self, buffer: Buffer) -> None:
-        self._buffer, self.bytes = buffer, 0
-
-    def check(self, more: int) -> None:
-        """Whether there is room for more. What one request may hold is never refused while no other holds anything.
-
-        Raises:
-            Overloaded: there is none.
-        """
-        held = self._buffer.bytes
-        if held + more > self._buffer.most and held > self.bytes:
-            raise Overloaded(f"{held} bytes of bodies are held, at most {self._buffer.most} may", RETRY_SECONDS)
-
-    def take(self, more: int) -> None:
-        """Hold more; also from other threads.
-
-        Raises:
-            Overloaded: no room for it.
-        """
-        self.check(more)
-        with self._buffer.lock:
-            self._buffer.bytes += more
-            self.bytes += more
-
-    def release(self) -> None:
-        """Hold nothing."""
-        with self._buffer.lock:
-            self._buffer.bytes -= self.bytes
-            self.bytes = 0
+LARGE = 1 << 20  # bytes; a longer body is gathered in its place, if the server can
+Gather = Callable[[mmap.mmap, Callable[[int], None]], Intake]
 
 
 def announced(request: Request) -> int:
@@ -109,6 +66,31 @@ async def read_body(request: Request, limit: int, seconds: float) -> bytes:
         UnsupportedMediaType: an encoding other than gzip.
         NotJson: the bytes are not what the encoding says.
     """
+    encoding, _, held = _announced(request, limit)
+    return await _received(request, limit, seconds, encoding, held)
+
+
+async def read_large(request: Request, limit: int, seconds: float) -> Body:
+    """As `read_body`, but that a large body may lie in a place that is another's once the request is answered."""
+    encoding, length, held = _announced(request, limit)
+    gather: Gather | None = request.scope.get(GATHER)
+    if gather is None or length <= LARGE or encoding != b"identity":
+        return await _received(request, limit, seconds, encoding, held)
+    place = held.place(length)
+    try:
+        async with asyncio.timeout(seconds):
+            intake = gather(place, held.take)
+            try:
+                await intake.whole
+            finally:
+                intake.drop()
+    except TimeoutError:
+        raise TooSlow(f"the body did not arrive in {seconds:g} s") from None
+    return place
+
+
+def _announced(request: Request, limit: int) -> tuple[bytes, int, Held]:
+    """What is said of a body, if it may come: its encoding and its length; and what it is to be held by."""
     encoding: bytes = request.scope[HEADERS].get(b"content-encoding", b"identity").strip().lower()
     if encoding not in (b"identity", b"gzip"):
         said = encoding[:80].decode("latin-1")
@@ -117,6 +99,10 @@ async def read_body(request: Request, limit: int, seconds: float) -> bytes:
     if length > limit:
         raise BodyTooLarge(f"{length} bytes, at most {limit} are read")
     held.check(length)
+    return encoding, length, held
+
+
+async def _received(request: Request, limit: int, seconds: float, encoding: bytes, held: Held) -> bytes:
     message = await request.receive()
     if message["type"] == "http.request" and not message.get("more_body"):  # it came with its headers: no timer is set
         body: bytes = message.get("body", b"")

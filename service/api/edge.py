@@ -18,7 +18,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.body import HEADERS, HELD, Buffer, Held
+from service.api.body import HEADERS, HELD
+from service.api.held import Buffer, Held
 from service.api.keys import Keys, RawHeaders
 from service.api.problems import problem
 from service.api.routes import Endpoint

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from model import contract, numerics
 from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE, Floats
 from service.api import tensors
-from service.api.body import JSON, announced, leaving, media_type, read_body
+from service.api.body import JSON, announced, leaving, media_type, read_large
 from service.api.routes import LARGE_BODY, Aside, Endpoint, documented, json_response
 from service.api.tensors import Array, Inference
 from service.errors import InvalidInput, UnknownModel
@@ -39,7 +39,7 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
         media_type(request, (JSON, BINARY))
         size = announced(request)
         lifecycle.ready_predictor().check_room(size)
-        body = await read_body(request, limits.max_body_bytes, limits.request_seconds)
+        body = await read_large(request, limits.max_body_bytes, limits.request_seconds)
         predictor = lifecycle.ready_predictor()
         path = INFER.fullmatch(request.scope["path"])
         assert path  # the route is this pattern

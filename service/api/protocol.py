@@ -4,15 +4,22 @@ Knows no routes; the application says what a refusal looks like.
 """
 
 import asyncio
+import mmap
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from service.api.body import GONE, REFUSED
+from service.api.body import GATHER, GONE, REFUSED
 from service.api.calls import HEADER_BYTES
 from service.api.deadline import Deadline, Reader
+from service.api.intake import Intake
+from service.errors import ClientGone
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class _Nowhere(list[tuple[bytes, bytes]]):
@@ -119,6 +126,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._deadline.clear()
         self._asking, self._words = False, 0
         super().on_headers_complete()
+        self.cycle.scope[GATHER] = partial(self._gather, self.cycle)  # type: ignore[literal-required]  # as GONE
         self.cycle.transport = Joining(self.transport, self.loop)  # type: ignore[assignment]  # all that it uses of one
         self.headers = _NOWHERE
 
@@ -131,6 +139,12 @@ class BoundedProtocol(HttpToolsProtocol):
             if len(cycle.body) > HIGH_WATER_LIMIT:
                 self.flow.pause_reading()
             cycle.message_event.set()
+
+    def taken_in(self) -> None:
+        """A body is whole of which the parser never heard; another one reads what comes next."""
+        self.parser = httptools.HttpRequestParser(self)
+        self.transport.set_protocol(self)
+        self.on_message_complete()
 
     def on_message_complete(self) -> None:
         """A request is whole."""
@@ -161,6 +175,25 @@ class BoundedProtocol(HttpToolsProtocol):
         super().resume_writing()
         if not self.transport.is_closing():
             self._reader.stop()
+
+    def _gather(self, cycle: RequestResponseCycle, place: mmap.mmap, take: Callable[[int], None]) -> Intake:
+        """Let the body of a request go to a place of its announced length, instead of being received in pieces.
+
+        Raises:
+            ClientGone: nothing more will come.
+            Overloaded: as `take` does.
+        """
+        if cycle.disconnected:
+            raise ClientGone("the client left before its body was whole")
+        intake = Intake(self, cycle.body, place, take)
+        cycle.body = bytearray()
+        if cycle.more_body:
+            if cycle.waiting_for_100_continue:
+                self.transport.write(CONTINUE)
+                cycle.waiting_for_100_continue = False
+            self.transport.set_protocol(intake)
+            self.flow.resume_reading()
+        return intake
 
     def _head_bytes(self) -> int:
         return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from service.api import schemas
 from service.api.answers import envelope, prediction_rows
 from service.api.arrow import ARROW
-from service.api.body import JSON, announced, leaving, media_type, read_body
+from service.api.body import JSON, announced, leaving, media_type, read_body, read_large
 from service.api.calls import evaluate_json, model_json, read_predict, read_predict_table
 from service.api.told import results_json
 from service.lifecycle import Lifecycle
@@ -82,7 +82,7 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
         table = media_type(request, (JSON, ARROW)) == ARROW
         size = announced(request)
         lifecycle.ready_predictor().check_room(size)
-        body = await read_body(request, limits.max_body_bytes, limits.request_seconds)
+        body = await read_large(request, limits.max_body_bytes, limits.request_seconds)
         predictor = lifecycle.ready_predictor()
         model = predictor.model
         if table:  # always aside: the first one imports pyarrow

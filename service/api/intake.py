@@ -1,0 +1,101 @@
+"""A large body on its way, which the system writes straight to where it stays: no parser sees it, nobody copies it.
+
+While it comes, this is the protocol of its connection. Knows no HTTP but that the length was announced.
+"""
+
+import asyncio
+import mmap
+from collections.abc import Callable
+from typing import Protocol
+
+from service.errors import ClientGone, ServiceError
+
+_SCRAP = memoryview(bytearray(1 << 16))  # where bytes go that nobody reads
+
+
+class Outer(Protocol):
+    """The protocol whose connection it is."""
+
+    def taken_in(self) -> None:
+        """The last byte of the body is there; what follows is its own again."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """As asyncio's."""
+
+    def eof_received(self) -> bool | None:
+        """As asyncio's."""
+
+    def pause_writing(self) -> None:
+        """As asyncio's."""
+
+    def resume_writing(self) -> None:
+        """As asyncio's."""
+
+
+class Intake(asyncio.BufferedProtocol):
+    """A body whose first bytes are there; `whole` is done when all are."""
+
+    def __init__(self, outer: Outer, first: bytes | bytearray, place: mmap.mmap, take: Callable[[int], None]) -> None:
+        """Begin.
+
+        Args:
+            outer: whose connection it is.
+            first: what came with the headers.
+            place: for the whole body, and as long.
+            take: asked for each part that came, and may refuse it.
+
+        Raises:
+            Overloaded: it refused the first.
+        """
+        take(len(first))
+        place[: len(first)] = first
+        self.whole: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._view, self._dropped = memoryview(place), False
+        self._outer, self._take, self._left = outer, take, len(place) - len(first)
+        if not self._left:
+            self._end(None)
+
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002  # as asyncio has it
+        """Where the next bytes go; there is no place for one that is not of this body."""
+        return self._view[: self._left] if self._dropped else self._view[-self._left :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """So many bytes came."""
+        self._left -= nbytes
+        try:
+            if not self._dropped:
+                self._take(nbytes)
+        except ServiceError as refusal:
+            self._end(refusal)
+        if not self._left:
+            self._end(None)
+            self._outer.taken_in()
+
+    def drop(self) -> None:
+        """The place is wanted back: whatever is still to come is read and thrown away."""
+        self._dropped, self._view = True, _SCRAP
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client left."""
+        self._end(ClientGone("the client left before its body was whole"))
+        self._outer.connection_lost(exc)
+
+    def eof_received(self) -> bool | None:
+        """The client sends no more."""
+        return self._outer.eof_received()
+
+    def pause_writing(self) -> None:
+        """The client does not read as fast as it is answered."""
+        self._outer.pause_writing()
+
+    def resume_writing(self) -> None:
+        """It has caught up."""
+        self._outer.resume_writing()
+
+    def _end(self, error: ServiceError | None) -> None:
+        if self.whole.done():
+            return
+        if error is None:
+            self.whole.set_result(None)
+        else:
+            self.whole.set_exception(error)
