@@ -1,0 +1,142 @@
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from model.windows import Readings
+from tests.conftest import Service, running
+from tests.test_oip import INFER, binary
+from tests.test_protocol import LIVEZ, ends, hear, talking
+from tests.test_serving import until
+from tests.test_strain import HEAD, as_sent
+
+ROWS = 400  # windows whose floats are more than a MiB
+
+
+@pytest.fixture(scope="module")
+def many(windows: Readings) -> Readings:
+    """Windows of which hardly two are alike."""
+    random, some = np.random.default_rng(5), windows[np.arange(ROWS) % 4]
+    return (some * (1 + 1e-3 * random.standard_normal(some.shape))).astype(np.float32)
+
+
+def pieces(data: bytes, seed: int) -> Iterator[bytes]:
+    """The bytes in pieces of any length."""
+    random, at = np.random.default_rng(seed), 0
+    while at < len(data):
+        size = int(np.exp(random.uniform(0, 13)))
+        yield data[at : at + size]
+        at += size
+
+
+def logits(body: bytes) -> bytes:
+    """The part of an answer that tells of the windows, without the request's own id."""
+    return body[body.index(b'"outputs"') :]
+
+
+def turn(service: Service) -> None:
+    """Let its loop come round often enough to read all that was sent."""
+    for _ in range(50):
+        service.client.get("/livez")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_large_body_is_read_as_it_was_sent_however_it_comes(service: Service, many: Readings, seed: int) -> None:
+    """In one piece or in any, windows have the same answers, and what follows on the connection is read."""
+    request = as_sent(many)
+    with talking(service) as (connection, ear):
+        connection.sendall(request)
+        status, _, whole = hear(ear)
+        assert 200 == status
+        for piece in pieces(request + LIVEZ + request, seed):
+            connection.sendall(piece)
+        answers = [hear(ear) for _ in range(3)]
+    assert [200] * 3 == [status for status, _, _ in answers]
+    assert logits(whole) == logits(answers[0][2]) == logits(answers[2][2])
+    assert b'{"status":"live"}' == answers[1][2]
+
+
+def test_large_bodies_that_come_together_are_not_mixed_up(service: Service, many: Readings) -> None:
+    """Bodies of different lengths, at once and after each other, are each answered as it is alone."""
+    bodies = [binary(many[k:]) for k in range(0, 40, 5)]
+
+    def ask(k: int) -> bytes:
+        body, headers = bodies[k % len(bodies)]
+        answer = service.client.post(INFER, content=body, headers=headers)
+        assert answer.status_code == 200
+        return logits(answer.content)
+
+    alone = [ask(k) for k in range(len(bodies))]
+    assert len(bodies) == len(set(alone))
+    with ThreadPoolExecutor(6) as pool:
+        assert alone * 5 == list(pool.map(ask, range(5 * len(bodies))))
+
+
+def test_who_asks_before_it_sends_a_large_body_is_told_to_go_on(service: Service, many: Readings) -> None:
+    """`Expect: 100-continue` is answered before the first byte of the body, and once."""
+    head, _, body = as_sent(many).partition(b"\r\n\r\n")
+    with talking(service) as (connection, ear):
+        connection.sendall(head + b"\r\nExpect: 100-continue\r\n\r\n")
+        assert b"HTTP/1.1 100 Continue\r\n" == ear.readline()
+        assert b"\r\n" == ear.readline()
+        connection.sendall(body)
+        assert 200 == hear(ear)[0]
+
+
+def test_a_large_body_that_is_late_is_refused(many: Readings) -> None:
+    """Half a body in time is 408, and nothing else is heard on that connection; others are answered."""
+    request = as_sent(many)
+    with running(ENGINE_HEALTH_REQUEST_SECONDS="1") as hasty, talking(hasty) as (connection, ear):
+        connection.sendall(request[: len(request) // 2])
+        assert 408 == hear(ear)[0]
+        assert ends(ear)
+        with talking(hasty) as (other, answer):
+            other.sendall(request)
+            assert 200 == hear(answer)[0]
+
+
+def test_a_large_body_that_others_leave_no_room_for_is_refused_and_the_next_one_read(many: Readings) -> None:
+    """What finds no room when half of it is there is 429, the rest is thrown away; room that is left is had again."""
+    request = as_sent(many)
+    room = len(request) * 3 // 2
+    with running(ENGINE_HEALTH_MAX_BUFFERED_BYTES=str(room)) as tight, talking(tight) as (first, ear):
+        with talking(tight) as (second, other):
+            for connection in (first, second):
+                connection.sendall(request[:100_000])
+            turn(tight)
+            for connection in (first, second):
+                connection.sendall(request[100_000:-1])
+                turn(tight)
+            assert 429 == hear(other)[0]
+            second.sendall(request[-1:] + LIVEZ)
+            assert 200 == hear(other)[0]
+            first.sendall(request[-1:])
+            assert 200 == hear(ear)[0]
+        for _ in range(2):
+            first.sendall(request)
+            assert 200 == hear(ear)[0]
+
+
+@pytest.mark.parametrize("how", [socket.SHUT_RDWR, socket.SHUT_WR])
+def test_a_client_that_leaves_within_a_large_body_leaves_its_room(many: Readings, how: int) -> None:
+    """Whoever hangs up, or says that it sends no more, is counted as gone, and its memory is another's."""
+    request = as_sent(many)
+    with running(ENGINE_HEALTH_MAX_BUFFERED_BYTES=str(len(request))) as tight:
+        with talking(tight) as (leaves, _):
+            leaves.sendall(request[:-1])
+            turn(tight)
+            until(lambda: tight.client.post(INFER, content=request[-900_000:]).status_code == 429)
+            leaves.shutdown(how)
+            until(lambda: tight.metrics()['engine_health_rejected_total{reason="client_gone"}'] == 1)
+        with talking(tight) as (stays, ear):
+            stays.sendall(request)
+            assert 200 == hear(ear)[0]
+
+
+def test_two_lengths_are_no_request(service: Service) -> None:
+    """A body that is announced and comes in chunks too would be read by two as two: it is 400."""
+    with talking(service) as (connection, ear):
+        connection.sendall(HEAD + b"Content-Length: 2000000\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
+        assert 400 == hear(ear)[0]
