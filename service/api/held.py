@@ -6,6 +6,7 @@ its own, of which the system clears every page before it is filled; so the last 
 
 import mmap
 import threading
+from contextlib import suppress
 
 from service.errors import Overloaded
 
@@ -57,8 +58,6 @@ class Held:
         spare, self._buffer.spare = self._buffer.spare, None
         if spare is None or not _resized(spare, length):
             spare = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                spare.madvise(mmap.MADV_HUGEPAGE)
         self._place = spare
         return spare
 
@@ -70,6 +69,9 @@ class Held:
         if self._place is not None:
             if len(self._place) <= KEPT:
                 self._buffer.spare = self._place
+            else:
+                with suppress(BufferError):  # whoever looks at it still has the last of it
+                    self._place.close()  # an error that was raised may hold it until a collection
             self._place = None
 
 

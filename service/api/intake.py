@@ -10,6 +10,7 @@ from typing import Protocol
 
 from service.errors import ClientGone, ServiceError
 
+MOST = 1 << 18  # bytes that come before anybody is asked whether there is room for them
 _SCRAP = memoryview(bytearray(1 << 16))  # where bytes go that nobody reads
 
 
@@ -57,7 +58,8 @@ class Intake(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002  # as asyncio has it
         """Where the next bytes go; there is no place for one that is not of this body."""
-        return self._view[: self._left] if self._dropped else self._view[-self._left :]
+        begin = 0 if self._dropped else len(self._view) - self._left
+        return self._view[begin : begin + min(self._left, MOST)]
 
     def buffer_updated(self, nbytes: int) -> None:
         """So many bytes came."""
