@@ -9,7 +9,7 @@ from io import BytesIO
 from starlette.requests import Request
 from starlette.types import Message, Receive
 
-from service.api.held import Body, Held
+from service.api.held import Held, Sent
 from service.api.intake import Intake
 from service.errors import BodyTooLarge, ClientGone, NotJson, TooSlow, UnsupportedMediaType
 
@@ -70,7 +70,7 @@ async def read_body(request: Request, limit: int, seconds: float) -> bytes:
     return await _received(request, limit, seconds, encoding, held)
 
 
-async def read_large(request: Request, limit: int, seconds: float) -> Body:
+async def read_large(request: Request, limit: int, seconds: float) -> Sent:
     """As `read_body`, but that a large body may lie in a place that is another's once the request is answered."""
     encoding, length, held = _announced(request, limit)
     gather: Gather | None = request.scope.get(GATHER)
@@ -81,11 +81,13 @@ async def read_large(request: Request, limit: int, seconds: float) -> Body:
         async with asyncio.timeout(seconds):
             intake = gather(place, held.take)
             try:
-                await intake.whole
+                refusal = await intake.whole
             finally:
                 intake.drop()
     except TimeoutError:
         raise TooSlow(f"the body did not arrive in {seconds:g} s") from None
+    if refusal is not None:
+        raise refusal
     return place
 
 

@@ -12,7 +12,7 @@ from service.api.cuts import check_unread, whole
 from service.api.decode import Decoded, decode_instances, decode_labels, decode_logits, parse_long, refuse
 from service.api.depth import JSON_DEPTH
 from service.api.flights import decode_histories, histories
-from service.api.held import Body
+from service.api.held import Sent
 from service.api.quick import read_quickly
 from service.errors import Fault, InvalidInput
 from service.memory import Named
@@ -33,7 +33,7 @@ class Asked(NamedTuple):
     explain: bool
 
 
-def read_predict(body: Body, model: Model, most: int) -> Asked:
+def read_predict(body: Sent, model: Model, most: int) -> Asked:
     """A body of `/v1/predict`, decoded.
 
     Raises:
@@ -51,7 +51,7 @@ def read_predict(body: Body, model: Model, most: int) -> Asked:
     return Asked(asked.instances, decoded, asked.temperature, asked.explain)
 
 
-def read_predict_table(body: Body, query: list[tuple[str, str]], model: Model, limits: Settings) -> Asked:
+def read_predict_table(body: Sent, query: list[tuple[str, str]], model: Model, limits: Settings) -> Asked:
     """The same as an Arrow stream of flights, and options in the query.
 
     Raises:

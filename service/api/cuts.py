@@ -12,7 +12,7 @@ from collections.abc import Collection
 import msgspec
 from msgspec import Raw
 
-from service.api.held import Body
+from service.api.held import Sent
 from service.errors import NotJson
 
 LONG = 4096  # bytes; a shorter list stays where it is
@@ -30,7 +30,7 @@ class Cuts(dict[bytes, memoryview]):
         self.read: set[bytes] = set()
 
 
-def cut(body: Body, names: Collection[bytes]) -> tuple[bytes, Cuts]:
+def cut(body: Sent, names: Collection[bytes]) -> tuple[Sent, Cuts]:
     """A body whose long lists of numbers under some names are short marks, and the lists by their marks."""
     cuts = Cuts()
     kept, done, begin = [], 0, body.find(b'"')
@@ -44,8 +44,10 @@ def cut(body: Body, names: Collection[bytes]) -> tuple[bytes, Cuts]:
             kept += [body[done : found[0]], mark]
             done = found[1]
         begin = following
+    if not cuts:
+        return body, cuts
     short = b"".join((*kept, body[done:]))
-    return (short, cuts) if b"\\" not in short else (bytes(body), Cuts())  # a quote might be part of a text
+    return (short, cuts) if b"\\" not in short else (body, Cuts())  # a quote might be part of a text
 
 
 def uncut(raw: Raw, cuts: Cuts) -> bytes | memoryview:
@@ -75,7 +77,7 @@ def check_unread(cuts: Cuts) -> None:
             raise NotJson(f"the body is not JSON: {error}") from None
 
 
-def _list(body: Body, begin: int, end: int) -> tuple[int, int] | None:
+def _list(body: Sent, begin: int, end: int) -> tuple[int, int] | None:
     """Where the list between two texts begins and ends; None if it is none that could be cut out."""
     colon = _BEGIN.match(body, begin, end)
     if colon is None:

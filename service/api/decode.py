@@ -18,7 +18,7 @@ from model import numerics, windows
 from model.numerics import Floats
 from service.api.cuts import Cuts, cut, uncut
 from service.api.depth import brackets
-from service.api.held import Body as Sent
+from service.api.held import Sent
 from service.api.numbers import LONG_ROW, PIECE, columns, fits_float32, pieces, table, tables, to_float32
 from service.api.schemas import Body, Instance, Label, describe, parse
 from service.errors import Fault, InvalidInput, NotJson
@@ -41,21 +41,20 @@ class Decoded(NamedTuple):
     imputed: npt.NDArray[np.int64] | None
 
 
-def parse_long(body: Sent, kind: type[Body], names: Collection[bytes]) -> tuple[Body, Cuts, bytes]:
+def parse_long(body: Sent, kind: type[Body], names: Collection[bytes]) -> tuple[Body, Cuts, Sent]:
     """A body as its type; where it is long, the lists of numbers that were cut out of it, and what was left.
 
     Raises:
         NotJson: what its bytes are not.
         InvalidInput: JSON of another shape; names the first place.
     """
-    short, cuts = cut(body, names) if len(body) > PIECE else (bytes(body), Cuts())
+    short, cuts = cut(body, names) if len(body) > PIECE else (body, Cuts())
     try:
         return parse(short, kind), cuts, short
     except (NotJson, InvalidInput):
         if not cuts:
             raise
-        sent = bytes(body)
-        return parse(sent, kind), Cuts(), sent  # which says what is wrong with it
+        return parse(body, kind), Cuts(), body  # which says what is wrong with what was sent
 
 
 def decode_instances(instances: list[Instance], model: Model, hold: bool, cuts: Cuts | None = None) -> Decoded:

@@ -3,6 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
+from service.api.held import Sent
 from service.errors import NotJson
 
 JSON_DEPTH = 512  # brackets within brackets; no call needs ten
@@ -15,7 +16,7 @@ OPENS = np.zeros(256, np.int8)  # by how much each byte goes deeper
 OPENS[list(b"[{")], OPENS[list(b"]}")] = 1, -1
 
 
-def check_depth(body: bytes) -> None:
+def check_depth(body: Sent) -> None:
     """Refuse JSON that is nested beyond the limit, wherever types would let it stand.
 
     Raises:
@@ -23,10 +24,10 @@ def check_depth(body: bytes) -> None:
     """
     if len(body) <= JSON_DEPTH or brackets(body) + brackets(body, b"{") <= JSON_DEPTH:
         return
-    if b'"' not in body:
+    if body.find(b'"') < 0:
         _check_plain(np.frombuffer(body, np.uint8))
         return
-    told = body.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, REST)
+    told = bytes(body).replace(rb"\\", b"").replace(rb"\"", b"").translate(None, REST)
     found, depth, quoted = np.frombuffer(told, np.uint8), np.int32(0), np.False_
     for begin in range(0, len(found), PIECE):
         piece = found[begin : begin + PIECE]
@@ -49,8 +50,8 @@ def _check_plain(found: npt.NDArray[np.uint8]) -> None:
             depth = depths[-1]
 
 
-def brackets(text: bytes, one: bytes = b"[") -> int:
+def brackets(text: Sent, one: bytes = b"[") -> int:
     """How many brackets of a kind there are; of nothing else, `bytes.count` would hold the interpreter for long."""
     if len(text) <= SHORT:
-        return text.count(one)
+        return bytes(text).count(one)
     return int(np.count_nonzero(np.frombuffer(text, np.uint8) == ord(one)))

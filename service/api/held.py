@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from service.errors import Overloaded
 
-Body = bytes | mmap.mmap
+Sent = bytes | mmap.mmap
 KEPT = 1 << 24  # bytes of a place that stays for the next large body
 RETRY_SECONDS = 1.0
 
@@ -58,6 +58,8 @@ class Held:
         spare, self._buffer.spare = self._buffer.spare, None
         if spare is None or not _resized(spare, length):
             spare = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if not self._buffer.bytes and hasattr(mmap, "MADV_HUGEPAGE"):  # of many, each would take 2 MiB at once
+                spare.madvise(mmap.MADV_HUGEPAGE)
         self._place = spare
         return spare
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from service.errors import ClientGone, ServiceError
 
-MOST = 1 << 18  # bytes that come before anybody is asked whether there is room for them
+STEP = 1 << 20  # bytes for which room is taken at a time, before they come
 _SCRAP = memoryview(bytearray(1 << 16))  # where bytes go that nobody reads
 
 
@@ -34,7 +34,7 @@ class Outer(Protocol):
 
 
 class Intake(asyncio.BufferedProtocol):
-    """A body whose first bytes are there; `whole` is done when all are."""
+    """A body whose first bytes are there; `whole` is done when all are, or tells why they will never be."""
 
     def __init__(self, outer: Outer, first: bytes | bytearray, place: mmap.mmap, take: Callable[[int], None]) -> None:
         """Begin.
@@ -43,33 +43,35 @@ class Intake(asyncio.BufferedProtocol):
             outer: whose connection it is.
             first: what came with the headers.
             place: for the whole body, and as long.
-            take: asked for each part that came, and may refuse it.
+            take: asked for room, so many bytes of it at a time; it may refuse.
 
         Raises:
-            Overloaded: it refused the first.
+            Overloaded: it refuses room for the first bytes.
         """
         take(len(first))
         place[: len(first)] = first
-        self.whole: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._view, self._dropped = memoryview(place), False
-        self._outer, self._take, self._left = outer, take, len(place) - len(first)
-        if not self._left:
+        self.whole: asyncio.Future[ServiceError | None] = asyncio.get_running_loop().create_future()
+        self._outer, self._take, self._view = outer, take, memoryview(place)
+        self._at = self._taken = len(first)
+        self._length, self._dropped = len(place), False
+        if self._at == self._length:
             self._end(None)
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002  # as asyncio has it
-        """Where the next bytes go; there is no place for one that is not of this body."""
-        begin = 0 if self._dropped else len(self._view) - self._left
-        return self._view[begin : begin + min(self._left, MOST)]
+        """Where the next bytes go, once there is room for them; none is there for a byte that is not of this body."""
+        if self._taken == self._at and not self._dropped:
+            try:
+                self._take(more := min(STEP, self._length - self._at))
+                self._taken += more
+            except ServiceError as refusal:
+                self._end(refusal)
+                self.drop()
+        return self._view[: self._length - self._at] if self._dropped else self._view[self._at : self._taken]
 
     def buffer_updated(self, nbytes: int) -> None:
         """So many bytes came."""
-        self._left -= nbytes
-        try:
-            if not self._dropped:
-                self._take(nbytes)
-        except ServiceError as refusal:
-            self._end(refusal)
-        if not self._left:
+        self._at += nbytes
+        if self._at == self._length:
             self._end(None)
             self._outer.taken_in()
 
@@ -95,9 +97,5 @@ class Intake(asyncio.BufferedProtocol):
         self._outer.resume_writing()
 
     def _end(self, error: ServiceError | None) -> None:
-        if self.whole.done():
-            return
-        if error is None:
-            self.whole.set_result(None)
-        else:
-            self.whole.set_exception(error)
+        if not self.whole.done():
+            self.whole.set_result(error)

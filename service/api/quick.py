@@ -14,7 +14,7 @@ from model import windows
 from service.api.decode import Decoded
 from service.api.depth import brackets
 from service.api.flights import Flight
-from service.api.held import Body
+from service.api.held import Sent
 from service.api.numbers import PIECE, Unusual, flat_rows, parser, to_float32
 from service.api.schemas import CONTROL, MOST_CYCLE, MOST_NAME
 from service.runtime import Batch, Model
@@ -29,7 +29,7 @@ class Quick(NamedTuple):
     decoded: Decoded
 
 
-def read_quickly(body: Body, model: Model, most: int) -> Quick | None:
+def read_quickly(body: Sent, model: Model, most: int) -> Quick | None:
     """A body of nothing but instances of rows of numbers, perhaps with engine and cycle; None if it is any other."""
     window = model.manifest.window
     if window is None or len(body) > PIECE or not isinstance(body, bytes):

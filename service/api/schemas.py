@@ -13,6 +13,7 @@ from msgspec import Meta, Raw, Struct
 from model.contract import CHANNELS
 from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE
 from service.api.depth import check_depth
+from service.api.held import Sent
 from service.errors import Fault, InvalidInput, NotJson
 
 _READINGS = {"type": "array", "items": {"type": "number"}}
@@ -455,7 +456,7 @@ _STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
 _UNKNOWN = re.compile(r"^Object contains unknown field `(.*)`$", re.DOTALL)
 
 
-def parse(body: bytes, kind: type[Body]) -> Body:
+def parse(body: Sent, kind: type[Body]) -> Body:
     """A request body as its type.
 
     Raises:
@@ -499,14 +500,14 @@ def _invalid(error: msgspec.ValidationError) -> InvalidInput:
     return InvalidInput(f"{describe(loc)}: {message}", (Fault(loc, message),))
 
 
-def _check_json(body: bytes) -> None:
+def _check_json(body: Sent) -> None:
     """Refuse a body that is not JSON through and through. No object is made of it: many small ones take a gigabyte.
 
     Raises:
         NotJson: what is wrong with it.
     """
     try:
-        body.decode()  # as nothing but its form is looked at below; a number that no float holds has that
+        str(body, "utf-8")  # as nothing but its form is looked at below; a number that no float holds has that
         msgspec.json.decode(body, type=msgspec.Raw)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise NotJson(f"the body is not JSON: {error}") from None

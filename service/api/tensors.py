@@ -15,7 +15,7 @@ from msgspec import UnsetType
 from service.api.cuts import Cuts, check_unread, whole
 from service.api.decode import parse_long
 from service.api.depth import check_depth
-from service.api.held import Body
+from service.api.held import Sent
 from service.api.numbers import numbers, to_float32
 from service.api.schemas import InferRequest, Tensor
 from service.errors import InvalidInput
@@ -32,7 +32,7 @@ class Inference(NamedTuple):
     inputs: dict[str, Array]
 
 
-def read(body: Body, header_length: str | None, dtypes: dict[str, str]) -> Inference:
+def read(body: Sent, header_length: str | None, dtypes: dict[str, str]) -> Inference:
     """A request with all its tensors.
 
     Args:
@@ -70,7 +70,7 @@ def read(body: Body, header_length: str | None, dtypes: dict[str, str]) -> Infer
     return Inference(asked, inputs)
 
 
-def _array(tensor: Tensor, cuts: Cuts, body: Body, at: int) -> tuple[Array, int]:
+def _array(tensor: Tensor, cuts: Cuts, body: Sent, at: int) -> tuple[Array, int]:
     """The numbers of a tensor, and where the next binary one begins."""
     where, dtype = f"input {tensor.name!r}", DTYPES[tensor.datatype]
     if len(tensor.shape) > MOST_SIDES:
