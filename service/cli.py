@@ -1,6 +1,7 @@
 """The command `engine-health`: reads settings, starts the service, turns failures into one line and an exit code."""
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -93,6 +94,7 @@ def score(flags: dict[str, Any]) -> int:
 def serve(settings: Settings) -> int:
     """Serve until told to stop; 1 if the artefact or the address cannot be used."""
     heap.give_back()  # before anybody takes much
+    gc.disable()  # what is imported now stays; the first model that is opened makes an end of that
     import uvicorn  # what no other command has need of, and a second to import
 
     from service.api.app import create_app

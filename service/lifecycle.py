@@ -198,9 +198,9 @@ class Lifecycle:
     async def _load(self, path: Path) -> str:
         async with self._change:
             if self.predictor is None:
-                gc.collect()
-                gc.freeze()  # what the libraries are made of stays: no collection needs to look at it again
+                gc.freeze()  # what the libraries are made of stays: no collection needs to look at it, not even a first
                 gc.set_threshold(*GARBAGE)
+                gc.enable()
             s = self.settings
             arguments = (path, s.model_digest, s.threads, s.max_batch_rows, s.deterministic)
             model = await asyncio.to_thread(open_model, *arguments)
