@@ -143,7 +143,7 @@ def test_tables_read_together_are_what_each_is_by_itself(texts: list[str]) -> No
     single = [None if found is None else to_float32(found) for found in alone]
     together = tables([text.encode() for text in texts], 2)
     assert (together is None) == any(found is None for found in single)
-    for found, own in zip(together or [], single, strict=together is not None):
+    for found, own in zip([] if together is None else together, single, strict=together is not None):
         assert own is not None
         assert found.tobytes() == own.tobytes()
         assert found.shape == own.shape

@@ -6,8 +6,7 @@ fault, so that a good request never pays for the explanation of a bad one.
 
 import json
 import math
-from collections.abc import Collection, Iterator
-from itertools import zip_longest
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,19 +73,23 @@ def decode_instances(instances: list[Instance], model: Model, hold: bool, cuts: 
     batch = np.empty((len(instances), *model.input_shape), dtype=np.float32)
     imputed = np.zeros(len(channels), dtype=np.int64)
     window, cuts = model.manifest.window, Cuts() if cuts is None else cuts
-    for i, (text, history) in enumerate(_read(instances, channels, hold or window is None, cuts)):
-        loc, held = ("instances", i, "telemetry"), None
-        values: Batch | None
-        if history is not None and window is not None:
-            values = windows.pad_left(history, window)
-        elif window is None:
-            values = _tensor(bytes(text), model.input_shape, loc, faults)
-        else:
-            values, held = _window(bytes(text), cuts, window, channels, hold, loc, faults)
-        if held is not None:
-            imputed += held
-        if values is not None:
-            batch[i] = values
+    for begin, texts, found in _read(instances, channels, hold or window is None, cuts):
+        if found is not None and window is not None:
+            batch[begin : begin + len(texts)] = _newest(found, window)
+            continue
+        for i, text in enumerate(texts, begin):
+            if len(faults) >= MOST_FAULTS:
+                break
+            loc, held = ("instances", i, "telemetry"), None
+            values: Batch | None
+            if window is None:
+                values = _tensor(bytes(text), model.input_shape, loc, faults)
+            else:
+                values, held = _window(bytes(text), cuts, window, channels, hold, loc, faults)
+            if held is not None:
+                imputed += held
+            if values is not None:
+                batch[i] = values
         if len(faults) >= MOST_FAULTS:
             break
     targets = decode_labels(
@@ -98,8 +101,8 @@ def decode_instances(instances: list[Instance], model: Model, hold: bool, cuts: 
 
 def _read(
     instances: list[Instance], channels: tuple[str, ...], singly: bool, cuts: Cuts
-) -> Iterator[tuple[bytes | memoryview, Batch | None]]:
-    """The telemetry of each instance as JSON, and as rows where several are usual and could be read together."""
+) -> Iterator[tuple[int, list[bytes | memoryview], Sequence[Batch] | Batch | None]]:
+    """The first of some instances, their telemetry as JSON, and as rows where it is usual and was read together."""
     texts: list[bytes | memoryview] = []
     size = 0
     for k, instance in enumerate(instances):
@@ -107,8 +110,15 @@ def _read(
         size += len(texts[-1])
         if singly or size > TOGETHER or k == len(instances) - 1:
             usual = not singly and size <= PIECE and all(text[:1] == b"[" for text in texts)
-            yield from zip_longest(texts, (usual and tables(texts, len(channels))) or ())
+            yield k + 1 - len(texts), texts, tables(texts, len(channels)) if usual else None
             texts, size = [], 0
+
+
+def _newest(histories: Sequence[Batch] | Batch, window: int) -> Batch | list[Batch]:
+    """The newest window of each, at once where all have as many rows, and enough."""
+    if isinstance(histories, np.ndarray) and histories.shape[1] >= window:
+        return histories[:, -window:]
+    return [windows.pad_left(history, window) for history in histories]
 
 
 def refuse(faults: list[Fault]) -> None:

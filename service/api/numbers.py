@@ -53,8 +53,10 @@ def table(text: bytes, width: int, hold: bool = False) -> Floats | None:
     return flat.reshape(-1, width)
 
 
-def tables(texts: Sequence[bytes | memoryview], width: int) -> list[Batch] | None:
+def tables(texts: Sequence[bytes | memoryview], width: int) -> Sequence[Batch] | Batch | None:
     """Lists of rows of `width` numbers in one pass, each (T, width) in float32; None if anything is unusual in any.
+
+    They are one array if each has as many rows.
 
     Each text begins and ends with a bracket, and may be wrong between. A zero behind each keeps them apart: what is not
     one list has it for a row, or in a row among lists, and is found out whatever its neighbours are.
@@ -73,6 +75,8 @@ def tables(texts: Sequence[bytes | memoryview], width: int) -> list[Batch] | Non
         return None
     if flat is None:
         return None
+    if len(set(lengths)) == 1:
+        return flat.reshape(len(texts), -1)[:, :-1].reshape(len(texts), -1, width)  # without the zeros
     begins = accumulate((1 + width * length for length in lengths), initial=0)
     return [flat[at : at + width * length].reshape(-1, width) for at, length in zip(begins, lengths, strict=False)]
 
