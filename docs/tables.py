@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 ROOMS = ("model", "export", "service", "service/replay", "service/score", "service/storage", "service/api")
 CONSOLE = "service/api/console"
+NAME = 23  # characters of a module's name, and what is between it and its sentence
 
 
 def settings() -> Iterator[str]:
@@ -51,10 +52,10 @@ def tree() -> Iterator[str]:
         for path in sorted((ROOT / room).glob("*.py")):
             docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
             if path.name != "__init__.py":
-                yield f"  {path.name:<15}{docstring.splitlines()[0].rstrip('.')}"
+                yield f"  {path.name:<{NAME}}{docstring.splitlines()[0].rstrip('.')}"
     yield f"{CONSOLE}/"
     for path in sorted((ROOT / CONSOLE).glob("*.js")):
-        yield f"  {path.name:<15}{path.read_text().splitlines()[0].removeprefix('// ').rstrip('.')}"
+        yield f"  {path.name:<{NAME}}{path.read_text().splitlines()[0].removeprefix('// ').rstrip('.')}"
     yield "```"
 
 
