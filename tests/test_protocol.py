@@ -1,14 +1,21 @@
+import asyncio
+import gc
 import json
 import os
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from functools import partial
+from typing import Any, BinaryIO
+from weakref import ref
 
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
 from model.windows import Readings
+from service.api.protocol import BoundedProtocol
 from tests.conftest import Service, running
 from tests.test_serving import one, until, until_all_are_ready
 from tests.test_strain import HEAD, connected
@@ -236,3 +243,32 @@ def test_who_does_not_read_an_answer_is_cut_off() -> None:
             until(lambda: len(os.listdir(descriptors)) == before)
             _, headers, body = hear(ear)
             assert len(body) < int(headers["content-length"])
+
+
+def test_a_request_is_forgotten_with_the_next_one_on_its_connection() -> None:
+    """Nothing that the server keeps of a request refers to itself, so that none of it waits for a collection."""
+    requests: list[Any] = []
+
+    async def application(_scope: Any, receive: Any, send: Any) -> None:
+        requests.append(ref(receive.__self__))
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    async def ask(times: int) -> None:
+        config = uvicorn.Config(application, lifespan="off", log_config=None)
+        config.load()
+        made = partial(BoundedProtocol, config, ServerState(), {})
+        server = await asyncio.get_running_loop().create_server(made, "127.0.0.1")
+        answers, asks = await asyncio.open_connection(*server.sockets[0].getsockname())
+        for _ in range(times):
+            asks.write(LIVEZ)
+            await answers.readuntil(b"\r\n\r\n")
+        asks.close()
+        server.close()
+
+    gc.disable()
+    try:
+        asyncio.run(ask(3))
+        assert [True, True] == [request() is None for request in requests[:2]]
+    finally:
+        gc.enable()

@@ -8,6 +8,7 @@ import mmap
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
+from weakref import ref
 
 import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
@@ -126,7 +127,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._deadline.clear()
         self._asking, self._words = False, 0
         super().on_headers_complete()
-        self.cycle.scope[GATHER] = partial(self._gather, self.cycle)  # type: ignore[literal-required]  # as GONE
+        gather = partial(self._gather, ref(self.cycle))  # whose scope would hold it for ever, until a collection
+        self.cycle.scope[GATHER] = gather  # type: ignore[literal-required]  # as GONE
         self.cycle.transport = Joining(self.transport, self.loop)  # type: ignore[assignment]  # all that it uses of one
         self.headers = _NOWHERE
 
@@ -176,14 +178,15 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self.transport.is_closing():
             self._reader.stop()
 
-    def _gather(self, cycle: RequestResponseCycle, place: mmap.mmap, take: Callable[[int], None]) -> Intake:
+    def _gather(self, asked: ref[RequestResponseCycle], place: mmap.mmap, take: Callable[[int], None]) -> Intake:
         """Let the body of a request go to a place of its announced length, instead of being received in pieces.
 
         Raises:
             ClientGone: nothing more will come.
             Overloaded: as `take` does.
         """
-        if cycle.disconnected:
+        cycle = asked()
+        if cycle is None or cycle.disconnected:
             raise ClientGone("the client left before its body was whole")
         intake = Intake(self, cycle.body, place, take)
         cycle.body = bytearray()
