@@ -1,16 +1,18 @@
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 
 from model.windows import Readings
+from service.api.held import KEPT
 from tests.conftest import Service, running
 from tests.test_oip import INFER, binary
 from tests.test_protocol import LIVEZ, ends, hear, talking
 from tests.test_serving import until
-from tests.test_strain import HEAD, as_sent
+from tests.test_strain import HEAD, MIB, as_sent, connected, resident
 
 ROWS = 400  # windows whose floats are more than a MiB
 
@@ -140,3 +142,16 @@ def test_two_lengths_are_no_request(service: Service) -> None:
     with talking(service) as (connection, ear):
         connection.sendall(HEAD + b"Content-Length: 2000000\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
         assert 400 == hear(ear)[0]
+
+
+def test_clients_that_leave_within_large_bodies_leave_nothing_behind() -> None:
+    """However many come together and hang up, no memory but that of one body stays."""
+    most = HEAD + b"Content-Length: %d\r\n\r\n" % KEPT + bytes(KEPT - 1)
+    with running() as service:
+        before = resident(service)
+        for gone in (8, 16, 24):
+            with ExitStack() as leaving:
+                for _ in range(8):
+                    leaving.enter_context(connected(service)).sendall(most)
+            until(lambda gone=gone: gone == service.metrics()['engine_health_rejected_total{reason="client_gone"}'])
+        assert resident(service) - before < 4 * KEPT / MIB

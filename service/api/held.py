@@ -68,13 +68,14 @@ class Held:
         with self._buffer.lock:
             self._buffer.bytes -= self.bytes
             self.bytes = 0
-        if self._place is not None:
-            if len(self._place) <= KEPT:
-                self._buffer.spare = self._place
-            else:
-                with suppress(BufferError):  # whoever looks at it still has the last of it
-                    self._place.close()  # an error that was raised may hold it until a collection
-            self._place = None
+        place, self._place = self._place, None
+        if place is None:
+            return
+        if len(place) <= KEPT:
+            place, self._buffer.spare = self._buffer.spare, place
+        if place is not None:
+            with suppress(BufferError):  # whoever looks at it still has the last of it
+                place.close()  # an error that was raised may hold it until a collection
 
 
 def _resized(place: mmap.mmap, length: int) -> bool:
