@@ -155,3 +155,18 @@ def test_clients_that_leave_within_large_bodies_leave_nothing_behind() -> None:
                     leaving.enter_context(connected(service)).sendall(most)
             until(lambda gone=gone: gone == service.metrics()['engine_health_rejected_total{reason="client_gone"}'])
         assert resident(service) - before < 4 * KEPT / MIB
+
+
+def test_who_announces_much_and_sends_little_leaves_the_room_to_others(many: Readings) -> None:
+    """Large bodies of which hardly a byte is there hold less than a large one that comes, which is answered."""
+    request = as_sent(many)
+    with running(ENGINE_HEALTH_MAX_BUFFERED_BYTES=str(8 * MIB)) as tight, ExitStack() as slow:
+        for _ in range(12):
+            waits = slow.enter_context(connected(tight))
+            waits.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % (2 * MIB))
+            turn(tight)
+            waits.sendall(b"{")
+        turn(tight)
+        with talking(tight) as (connection, ear):
+            connection.sendall(request)
+            assert 200 == hear(ear)[0]

@@ -10,8 +10,9 @@ from typing import Protocol
 
 from service.errors import ClientGone, ServiceError
 
-STEP = 1 << 20  # bytes for which room is taken at a time, before they come
-_SCRAP = memoryview(bytearray(1 << 16))  # where bytes go that nobody reads
+STEP = 1 << 20  # bytes for which room is taken at most at a time, before they come
+LEAST = 1 << 16  # and at least; between, as much as came already: who only announces holds no room of others
+_SCRAP = memoryview(bytearray(LEAST))  # where bytes go that nobody reads
 
 
 class Outer(Protocol):
@@ -61,7 +62,7 @@ class Intake(asyncio.BufferedProtocol):
         """Where the next bytes go, once there is room for them; none is there for a byte that is not of this body."""
         if self._taken == self._at and not self._dropped:
             try:
-                self._take(more := min(STEP, self._length - self._at))
+                self._take(more := min(STEP, max(LEAST, self._at), self._length - self._at))
                 self._taken += more
             except ServiceError as refusal:
                 self._end(refusal)
