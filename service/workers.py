@@ -6,6 +6,7 @@ one that was killed. What it counts is kept in files named by its slot: whoever 
 
 import ctypes
 import fcntl
+import gc
 import os
 import shutil
 import signal
@@ -54,6 +55,7 @@ def configuration(settings: Settings, **more: object) -> uvicorn.Config:
 
 def serve_many(settings: Settings) -> int:
     """Serve with several workers until told to stop; returns the exit code."""
+    gc.enable()  # whoever started without: no model is opened here
     shared = Path(tempfile.mkdtemp(prefix="engine-health-"))
     try:
         config = configuration(settings, app=partial(worker_app, settings, shared, os.getpid()), factory=True)

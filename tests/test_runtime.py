@@ -1,4 +1,7 @@
 import json
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -184,8 +187,6 @@ def test_a_flag_wins_over_the_environment() -> None:
 
 def test_an_address_in_use_ends_the_start() -> None:
     """A port that is taken gives exit code 1 and says which."""
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -194,6 +195,25 @@ def test_an_address_in_use_ends_the_start() -> None:
     assert 1 == process.returncode
     assert "address already in use" in said
     assert "Traceback" not in said
+
+
+def test_the_supervisor_of_workers_collects() -> None:
+    """Who starts without collecting, to import, has it back before there is anything to supervise."""
+    code = """
+import gc, sys
+from service.settings import read_settings
+from service.workers import serve_many
+gc.disable()
+try:
+    serve_many(read_settings(workers=2, port=int(sys.argv[1])))
+finally:
+    print(gc.isenabled())
+"""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        command = [sys.executable, "-c", code, str(taken.getsockname()[1])]
+        assert "True" in subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
 
 
 def test_serving_never_loads_torch() -> None:
