@@ -274,8 +274,9 @@ def test_a_slow_client_is_sent_away(windows: Readings) -> None:
     """Headers or a body that do not arrive in time end with 408 or a closed connection; others are answered."""
     with running(ENGINE_HEALTH_REQUEST_SECONDS="1") as service:
         address = (service.client.base_url.host, service.client.base_url.port or 80)
-        starts = (b"", b"POST /v1/predict HT", b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
-        for said, answered in zip(starts, (b"", b"408", b"408"), strict=True):
+        announced = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n"
+        starts = (b"", b"POST /v1/predict HT", announced, announced + b"{")
+        for said, answered in zip(starts, (b"", b"408", b"408", b"408"), strict=True):
             with socket.create_connection(address, timeout=20) as slow:
                 slow.sendall(said)
                 service.predict(one(windows[0])["instances"])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from io import BytesIO
 
 from starlette.requests import Request
-from starlette.types import Message, Receive
+from starlette.types import Receive
 
 from service.api.held import Held, Sent
 from service.api.intake import Intake
@@ -20,6 +20,7 @@ MOST_MEMBERS = 4096  # of one gzip body; bgzip makes 512 of 32 MiB
 HELD = "engine_health.held"  # where a request's scope has its `Held`
 HEADERS = "engine_health.headers"  # where a request's scope has its headers, the last of each name
 GATHER = "engine_health.gather"  # where a request's scope has what gathers its body in a place
+WHOLE = "engine_health.whole"  # in a request's scope once its body is there
 GONE = "engine_health.gone"  # in a request's scope once its client has left
 REFUSED = "engine_health.refused"  # in the lifespan's state: answers what never became a request
 LARGE = 1 << 20  # bytes; a longer body is gathered in its place, if the server can
@@ -105,35 +106,34 @@ def _announced(request: Request, limit: int) -> tuple[bytes, int, Held]:
 
 
 async def _received(request: Request, limit: int, seconds: float, encoding: bytes, held: Held) -> bytes:
-    message = await request.receive()
-    if message["type"] == "http.request" and not message.get("more_body"):  # it came with its headers: no timer is set
-        body: bytes = message.get("body", b"")
-        held.take(len(body))
+    if WHOLE in request.scope:  # it came with its headers: no timer is set
+        body = await _pieces(request.receive, limit, held)
     else:
         try:
             async with asyncio.timeout(seconds):
-                body = await _rest(message, request.receive, limit, held)
+                body = await _pieces(request.receive, limit, held)
         except TimeoutError:
             raise TooSlow(f"the body did not arrive in {seconds:g} s") from None
-    if len(body) > limit:
-        raise BodyTooLarge(f"{len(body)} bytes, at most {limit} are read")
     return body if encoding == b"identity" else await asyncio.to_thread(inflate, body, limit, held)
 
 
-async def _rest(part: Message, receive: Receive, limit: int, held: Held) -> bytes:
+async def _pieces(receive: Receive, limit: int, held: Held) -> bytes:
     found, size = BytesIO(), 0  # it grows, and gives its bytes away: pieces would leave holes between other requests'
     while True:
+        part = await receive()
         if part["type"] == "http.disconnect":
             raise ClientGone("the client left before its body was whole")
-        piece = part.get("body", b"")
+        piece: bytes = part.get("body", b"")
         size += len(piece)
         if size > limit:
             raise BodyTooLarge(f"more than {limit} bytes")
         held.take(len(piece))
+        last = not part.get("more_body")
+        if last and size == len(piece):  # it came at once, and is not copied
+            return piece
         found.write(piece)
-        if not part.get("more_body"):
+        if last:
             return found.getvalue()
-        part = await receive()
 
 
 def inflate(body: bytes, limit: int, held: Held) -> bytes:

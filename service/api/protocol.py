@@ -14,7 +14,7 @@ import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from service.api.body import GATHER, GONE, REFUSED
+from service.api.body import GATHER, GONE, REFUSED, WHOLE
 from service.api.calls import HEADER_BYTES
 from service.api.deadline import Deadline, Reader
 from service.api.intake import Intake
@@ -153,6 +153,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self._asking:  # else it makes an offer, and is read again
             self._words = 0
             self.cycle.more_body = False
+            self.cycle.scope[WHOLE] = True  # type: ignore[literal-required]  # as GONE
             self.cycle.message_event.set()
 
     def on_response_complete(self) -> None:
