@@ -1,13 +1,24 @@
+import asyncio
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
+import uvicorn
+from starlette.requests import Request
+from uvicorn.server import ServerState
 
 from model.windows import Readings
-from service.api.held import KEPT
+from service.api import intake
+from service.api.body import HEADERS, HELD, read_large
+from service.api.held import KEPT, Buffer, Held
+from service.api.protocol import BoundedProtocol
+from service.loop import Loop
 from tests.conftest import Service, running
 from tests.test_oip import INFER, binary
 from tests.test_protocol import LIVEZ, ends, hear, talking
@@ -170,3 +181,41 @@ def test_who_announces_much_and_sends_little_leaves_the_room_to_others(many: Rea
         with talking(tight) as (connection, ear):
             connection.sendall(request)
             assert 200 == hear(ear)[0]
+
+
+def test_a_body_that_comes_fast_is_read_a_step_each_time_the_loop_comes_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much of it waits to be read, others have their turn after each step."""
+    step, length, taken = 1 << 12, 2 * MIB, [0]
+    monkeypatch.setattr(intake, "STEP", step)
+    monkeypatch.setattr(intake, "LEAST", step)
+
+    async def application(scope: Any, receive: Any, _send: Any) -> None:
+        held = scope[HELD] = Held(Buffer(length))
+        scope[HEADERS] = dict(scope["headers"])
+        await asyncio.sleep(0.1)  # until much of the body waits
+
+        def turn() -> None:
+            taken.append(held.bytes)
+            asyncio.get_running_loop().call_soon(turn)
+
+        turn()
+        assert length == len(await read_large(Request(scope, receive), length, 30))
+        whole.set()
+
+    async def send_fast() -> None:
+        config = uvicorn.Config(application, lifespan="off", log_config=None)
+        config.load()
+        made = partial(BoundedProtocol, config, ServerState(), {})
+        server = await asyncio.get_running_loop().create_server(made, "127.0.0.1")
+        _, sends = await asyncio.open_connection(*server.sockets[0].getsockname())
+        sends.write(HEAD + b"Content-Length: %d\r\n\r\n" % length)
+        sends.write(bytes(length))
+        await whole.wait()
+        sends.close()
+        server.close()
+
+    whole = asyncio.Event()
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        runner.run(send_fast())
+    assert length == taken[-1]
+    assert step >= max(after - before for before, after in pairwise(taken) if before)

@@ -21,6 +21,9 @@ class Outer(Protocol):
     def taken_in(self) -> None:
         """The last byte of the body is there; what follows is its own again."""
 
+    def breathe(self) -> None:
+        """Read no more of this connection before the event loop has come round."""
+
     def connection_lost(self, exc: Exception | None) -> None:
         """As asyncio's."""
 
@@ -75,6 +78,8 @@ class Intake(asyncio.BufferedProtocol):
         if self._at == self._length:
             self._end(None)
             self._outer.taken_in()
+        elif self._at == self._taken:  # more is there perhaps: libuv would read on, up to 32 times
+            self._outer.breathe()
 
     def drop(self) -> None:
         """The place is wanted back: whatever is still to come is read and thrown away."""

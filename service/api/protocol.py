@@ -148,6 +148,11 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.set_protocol(self)
         self.on_message_complete()
 
+    def breathe(self) -> None:
+        """Read on when the event loop has come round: others wait for it while a fast client sends."""
+        self.flow.pause_reading()
+        self.loop.call_soon(self._read_on)
+
     def on_message_complete(self) -> None:
         """A request is whole."""
         if not self._asking:  # else it makes an offer, and is read again
@@ -198,6 +203,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.set_protocol(intake)
             self.flow.resume_reading()
         return intake
+
+    def _read_on(self) -> None:
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
 
     def _head_bytes(self) -> int:
         return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
