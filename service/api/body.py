@@ -1,7 +1,6 @@
 """The body of a request: never more of it than the limits, never later than the limit, inflated if it came deflated."""
 
 import asyncio
-import mmap
 import zlib
 from collections.abc import Callable
 from io import BytesIO
@@ -9,8 +8,8 @@ from io import BytesIO
 from starlette.requests import Request
 from starlette.types import Receive
 
+from service.api.exchange import EXCHANGE, Exchange
 from service.api.held import Held, Sent
-from service.api.intake import Intake
 from service.errors import BodyTooLarge, ClientGone, NotJson, TooSlow, UnsupportedMediaType
 
 JSON = "application/json"
@@ -19,12 +18,9 @@ FEED_STEP = 1 << 16  # packed bytes read at a time: zlib copies what it leaves o
 MOST_MEMBERS = 4096  # of one gzip body; bgzip makes 512 of 32 MiB
 HELD = "engine_health.held"  # where a request's scope has its `Held`
 HEADERS = "engine_health.headers"  # where a request's scope has its headers, the last of each name
-GATHER = "engine_health.gather"  # where a request's scope has what gathers its body in a place
-WHOLE = "engine_health.whole"  # in a request's scope once its body is there
 GONE = "engine_health.gone"  # in a request's scope once its client has left
 REFUSED = "engine_health.refused"  # in the lifespan's state: answers what never became a request
 LARGE = 1 << 20  # bytes; a longer body is gathered in its place, if the server can
-Gather = Callable[[mmap.mmap, Callable[[int], None]], Intake]
 
 
 def announced(request: Request) -> int:
@@ -74,13 +70,13 @@ async def read_body(request: Request, limit: int, seconds: float) -> bytes:
 async def read_large(request: Request, limit: int, seconds: float) -> Sent:
     """As `read_body`, but that a large body may lie in a place that is another's once the request is answered."""
     encoding, length, held = _announced(request, limit)
-    gather: Gather | None = request.scope.get(GATHER)
-    if gather is None or length <= LARGE or encoding != b"identity":
+    exchange: Exchange | None = request.scope.get(EXCHANGE)
+    if exchange is None or length <= LARGE or encoding != b"identity":
         return await _received(request, limit, seconds, encoding, held)
     place = held.place(length)
     try:
         async with asyncio.timeout(seconds):
-            intake = gather(place, held.take)
+            intake = exchange.gather(place, held.take)
             try:
                 refusal = await intake.whole
             finally:
@@ -106,18 +102,22 @@ def _announced(request: Request, limit: int) -> tuple[bytes, int, Held]:
 
 
 async def _received(request: Request, limit: int, seconds: float, encoding: bytes, held: Held) -> bytes:
-    if WHOLE in request.scope:  # it came with its headers: no timer is set
-        body = await _pieces(request.receive, limit, held)
+    exchange: Exchange | None = request.scope.get(EXCHANGE)
+    body = exchange.whole() if exchange else None
+    if body is not None:  # it came with its headers: no timer is set
+        if len(body) > limit:
+            raise BodyTooLarge(f"more than {limit} bytes")
+        held.take(len(body))
     else:
         try:
             async with asyncio.timeout(seconds):
-                body = await _pieces(request.receive, limit, held)
+                body = await _rest(request.receive, limit, held)
         except TimeoutError:
             raise TooSlow(f"the body did not arrive in {seconds:g} s") from None
     return body if encoding == b"identity" else await asyncio.to_thread(inflate, body, limit, held)
 
 
-async def _pieces(receive: Receive, limit: int, held: Held) -> bytes:
+async def _rest(receive: Receive, limit: int, held: Held) -> bytes:
     found, size = BytesIO(), 0  # it grows, and gives its bytes away: pieces would leave holes between other requests'
     while True:
         part = await receive()

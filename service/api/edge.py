@@ -19,10 +19,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.body import HEADERS, HELD
+from service.api.exchange import EXCHANGE, Exchange
 from service.api.held import Buffer, Held
 from service.api.keys import Keys, RawHeaders
 from service.api.problems import problem
-from service.api.routes import Endpoint
+from service.api.routes import Endpoint, Written
 from service.api.schemas import CONTROL
 from service.errors import NotReady
 from service.logs import Lines
@@ -30,6 +31,7 @@ from service.metrics import Metrics
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})  # other words are one label
 PREFLIGHT = {b"origin", b"access-control-request-method"}  # the headers that make OPTIONS one
+ID = b"x-request-id"
 _ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _TRACE = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}")  # W3C, level 1
 
@@ -82,7 +84,7 @@ class Edge:
             nonlocal status, begun, ended
             if message["type"] == "http.response.start":
                 status, begun = message["status"], True
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                message["headers"] = [*message.get("headers", ()), (ID, request_id.encode())]
             elif not message.get("more_body"):
                 ended = True
                 count()  # before it leaves: a process that is killed has counted whatever it answered
@@ -104,7 +106,13 @@ class Edge:
                 await self._app(scope, receive, tell)
             else:
                 response = await lane.endpoint(Request(scope, receive))
-                await response(scope, receive, tell)
+                exchange: Exchange | None = scope.get(EXCHANGE)
+                if isinstance(response, Written) and exchange and tell is watched and exchange.hears(send):
+                    status, begun, ended = response.status_code, True, True
+                    count()
+                    exchange.answer(status, [*response.raw_headers, (ID, request_id.encode())], bytes(response.body))
+                else:
+                    await response(scope, receive, tell)
         except asyncio.CancelledError:  # the process closes, and can wait no longer for what is not whole yet
             if begun:
                 raise
@@ -141,7 +149,7 @@ class Edge:
 
 
 def _request_id(headers: RawHeaders) -> str:
-    given = headers.get(b"x-request-id", b"").strip()
+    given = headers.get(ID, b"").strip()
     return given.decode() if given and _ID.fullmatch(given) else os.urandom(8).hex()
 
 

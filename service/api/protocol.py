@@ -4,23 +4,16 @@ Knows no routes; the application says what a refusal looks like.
 """
 
 import asyncio
-import mmap
-from collections.abc import Callable
-from functools import partial
 from typing import Any, ClassVar
-from weakref import ref
 
 import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from service.api.body import GATHER, GONE, REFUSED, WHOLE
+from service.api.body import GONE, REFUSED
 from service.api.calls import HEADER_BYTES
 from service.api.deadline import Deadline, Reader
-from service.api.intake import Intake
-from service.errors import ClientGone
-
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+from service.api.exchange import EXCHANGE, Exchange
 
 
 class _Nowhere(list[tuple[bytes, bytes]]):
@@ -127,8 +120,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._deadline.clear()
         self._asking, self._words = False, 0
         super().on_headers_complete()
-        gather = partial(self._gather, ref(self.cycle))  # whose scope would hold it for ever, until a collection
-        self.cycle.scope[GATHER] = gather  # type: ignore[literal-required]  # as GONE
+        self.cycle.scope[EXCHANGE] = Exchange(self, self.cycle)  # type: ignore[literal-required]  # as GONE
         self.cycle.transport = Joining(self.transport, self.loop)  # type: ignore[assignment]  # all that it uses of one
         self.headers = _NOWHERE
 
@@ -158,7 +150,6 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self._asking:  # else it makes an offer, and is read again
             self._words = 0
             self.cycle.more_body = False
-            self.cycle.scope[WHOLE] = True  # type: ignore[literal-required]  # as GONE
             self.cycle.message_event.set()
 
     def on_response_complete(self) -> None:
@@ -183,26 +174,6 @@ class BoundedProtocol(HttpToolsProtocol):
         super().resume_writing()
         if not self.transport.is_closing():
             self._reader.stop()
-
-    def _gather(self, asked: ref[RequestResponseCycle], place: mmap.mmap, take: Callable[[int], None]) -> Intake:
-        """Let the body of a request go to a place of its announced length, instead of being received in pieces.
-
-        Raises:
-            ClientGone: nothing more will come.
-            Overloaded: as `take` does.
-        """
-        cycle = asked()
-        if cycle is None or cycle.disconnected:
-            raise ClientGone("the client left before its body was whole")
-        intake = Intake(self, cycle.body, place, take)
-        cycle.body = bytearray()
-        if cycle.more_body:
-            if cycle.waiting_for_100_continue:
-                self.transport.write(CONTINUE)
-                cycle.waiting_for_100_continue = False
-            self.transport.set_protocol(intake)
-            self.flow.resume_reading()
-        return intake
 
     def _read_on(self) -> None:
         if not self.transport.is_closing():

@@ -1,0 +1,82 @@
+"""A request and its answer as the server has them, for who can do with less than ASGI: whole at once, either way.
+
+ASGI hands a body over in messages and takes an answer in two, and looks at each header for what no answer here has.
+"""
+
+import mmap
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+from weakref import ref
+
+from starlette.types import Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
+
+from service.api.intake import Intake
+from service.errors import ClientGone
+
+if TYPE_CHECKING:
+    from service.api.protocol import BoundedProtocol
+
+EXCHANGE = "engine_health.exchange"  # where a request's scope has its `Exchange`, if this server serves it
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+Headers = list[tuple[bytes, bytes]]
+
+
+class Exchange:
+    """One request on a connection, and what is to be its answer."""
+
+    __slots__ = ("_cycle", "_protocol")
+
+    def __init__(self, protocol: "BoundedProtocol", cycle: RequestResponseCycle) -> None:
+        self._protocol, self._cycle = protocol, ref(cycle)  # whose scope has this: else both waited for a collection
+
+    def whole(self) -> bytes | None:
+        """The body, if all of it is there and nobody has heard of any."""
+        cycle = self._cycle()
+        if cycle is None or cycle.more_body or cycle.disconnected or cycle.response_complete:
+            return None
+        body, cycle.body = cycle.body, bytearray()
+        return bytes(body)
+
+    def gather(self, place: mmap.mmap, take: Callable[[int], None]) -> Intake:
+        """Let the body go to a place of its announced length, instead of being received in pieces.
+
+        Raises:
+            ClientGone: nothing more will come.
+            Overloaded: as `take` does.
+        """
+        cycle, transport = self._cycle(), self._protocol.transport
+        if cycle is None or cycle.disconnected:
+            raise ClientGone("the client left before its body was whole")
+        intake = Intake(self._protocol, cycle.body, place, take)
+        cycle.body = bytearray()
+        if cycle.more_body:
+            if cycle.waiting_for_100_continue:
+                transport.write(CONTINUE)
+                cycle.waiting_for_100_continue = False
+            transport.set_protocol(intake)
+            cycle.flow.resume_reading()
+        return intake
+
+    def hears(self, send: Send) -> bool:
+        """Whether what is sent there comes here unchanged, and could be written now."""
+        cycle = self._cycle()
+        return cycle is not None and send == cycle.send and not (cycle.response_started or cycle.flow.write_paused)
+
+    def answer(self, status: int, headers: Headers, body: bytes) -> None:
+        """Write the whole answer; `headers` tell the length of the body, and no name or value is looked at."""
+        cycle, transport = self._cycle(), self._protocol.transport
+        if cycle is None:
+            return
+        cycle.response_started = cycle.response_complete = True
+        cycle.message_event.set()
+        if cycle.disconnected:
+            return
+        parts = [STATUS_LINE[status]]
+        for name, value in (*cycle.default_headers, *headers):
+            parts += (name, b": ", value, b"\r\n")
+        parts += (b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n", body)
+        transport.write(b"".join(parts))
+        if not cycle.keep_alive:
+            transport.close()
+        cycle.on_response()
