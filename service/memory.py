@@ -209,8 +209,8 @@ class Memory:
 
 def prediction_ids(n: int, now: float) -> list[str]:
     """Names that nobody else gives, rising with time: 48 bits of milliseconds, 80 of chance."""
-    begin, rest = f"{int(now * 1e3):012x}", os.urandom(10 * n).hex()
-    return [begin + rest[20 * i : 20 * i + 20] for i in range(n)]
+    begin = f"{int(now * 1e3):012x}"
+    return [begin + rest for rest in ([_CHANCE.one()] if n == 1 else _CHANCE.some(n))]
 
 
 def _made(

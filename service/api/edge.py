@@ -4,7 +4,6 @@ Paths that are asked very often go straight to their endpoint; everything else t
 """
 
 import asyncio
-import os
 import re
 import time
 from collections.abc import Callable
@@ -131,7 +130,7 @@ class Edge:
 
     def refused(self, status: int, detail: str, path: str) -> Response:
         """The answer to what never became a request, counted and logged as one. Nobody timed it."""
-        request_id = os.urandom(8).hex()
+        request_id = _IDS.one()
         self._metrics.http_requests.labels("other", "unmatched", str(status)).inc()
         self._lines.add({"method": "", "path": path[:200], "status": status, "request_id": request_id})
         response = problem(HTTPException(status, detail, {"Connection": "close"}), path, self._metrics)
@@ -150,7 +149,7 @@ class Edge:
 
 def _request_id(headers: RawHeaders) -> str:
     given = headers.get(ID, b"").strip()
-    return given.decode() if given and _ID.fullmatch(given) else os.urandom(8).hex()
+    return given.decode() if given and _ID.fullmatch(given) else _IDS.one()
 
 
 def _preflight(origins: CORSMiddleware, scope: Scope) -> Response:
