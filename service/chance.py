@@ -1,4 +1,4 @@
-"""Names that nobody guesses, of bytes that are asked of the system many at a time: a question takes it two microseconds."""
+"""Names that nobody guesses, of bytes that the system is asked for many at a time: a question takes it two µs."""
 
 import os
 from collections import deque

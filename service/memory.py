@@ -3,7 +3,6 @@
 The use case above the database; knows the predictor, no HTTP and no SQL. Whatever is answered here is committed.
 """
 
-import os
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -14,6 +13,7 @@ import numpy as np
 from model import conformal
 from model.numerics import Floats
 from model.windows import Readings
+from service.chance import Names
 from service.errors import Fault, InvalidInput, MemoryUnavailable
 from service.metrics import Metrics, observe_all
 from service.predictor import Answers, Prediction, Predictor, calibrated, joined, measured, rows_of, whole
@@ -42,6 +42,7 @@ class Named(Protocol):
 
 Told = tuple[Result, Floats | None]  # what became of a label, and the one that stands if it was refused
 Results = list[Told | None]  # None where no label was told
+_CHANCE = Names(10)
 
 
 class Remembered(NamedTuple):

@@ -24,6 +24,7 @@ from service.api.keys import Keys, RawHeaders
 from service.api.problems import problem
 from service.api.routes import Endpoint, Written
 from service.api.schemas import CONTROL
+from service.chance import Names
 from service.errors import NotReady
 from service.logs import Lines
 from service.metrics import Metrics
@@ -31,6 +32,7 @@ from service.metrics import Metrics
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})  # other words are one label
 PREFLIGHT = {b"origin", b"access-control-request-method"}  # the headers that make OPTIONS one
 ID = b"x-request-id"
+_IDS = Names(8)
 _ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _TRACE = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}")  # W3C, level 1
 

@@ -3,32 +3,39 @@
 ASGI hands a body over in messages and takes an answer in two, and looks at each header for what no answer here has.
 """
 
+import asyncio
 import mmap
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 from weakref import ref
 
 from starlette.types import Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
-from service.api.intake import Intake
+from service.api.intake import Intake, Outer
 from service.errors import ClientGone
-
-if TYPE_CHECKING:
-    from service.api.protocol import BoundedProtocol
 
 EXCHANGE = "engine_health.exchange"  # where a request's scope has its `Exchange`, if this server serves it
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 Headers = list[tuple[bytes, bytes]]
 
 
+class Connection(Outer, Protocol):
+    """The protocol of the connection that the request came on."""
+
+    transport: asyncio.Transport
+
+
 class Exchange:
     """One request on a connection, and what is to be its answer."""
 
-    __slots__ = ("_cycle", "_protocol")
+    __slots__ = ("_connection", "_cycle")
 
-    def __init__(self, protocol: "BoundedProtocol", cycle: RequestResponseCycle) -> None:
-        self._protocol, self._cycle = protocol, ref(cycle)  # whose scope has this: else both waited for a collection
+    def __init__(self, connection: Connection, cycle: RequestResponseCycle) -> None:
+        self._connection, self._cycle = (
+            connection,
+            ref(cycle),
+        )  # whose scope has this: else both waited for a collection
 
     def whole(self) -> bytes | None:
         """The body, if all of it is there and nobody has heard of any."""
@@ -45,10 +52,10 @@ class Exchange:
             ClientGone: nothing more will come.
             Overloaded: as `take` does.
         """
-        cycle, transport = self._cycle(), self._protocol.transport
+        cycle, transport = self._cycle(), self._connection.transport
         if cycle is None or cycle.disconnected:
             raise ClientGone("the client left before its body was whole")
-        intake = Intake(self._protocol, cycle.body, place, take)
+        intake = Intake(self._connection, cycle.body, place, take)
         cycle.body = bytearray()
         if cycle.more_body:
             if cycle.waiting_for_100_continue:
@@ -65,7 +72,7 @@ class Exchange:
 
     def answer(self, status: int, headers: Headers, body: bytes) -> None:
         """Write the whole answer; `headers` tell the length of the body, and no name or value is looked at."""
-        cycle, transport = self._cycle(), self._protocol.transport
+        cycle, transport = self._cycle(), self._connection.transport
         if cycle is None:
             return
         cycle.response_started = cycle.response_complete = True
