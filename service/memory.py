@@ -118,9 +118,10 @@ class Memory:
         """
         now = time.time()
         ids = prediction_ids(len(rows), now)
+        if targets is None and all(row.engine_id is None for row in rows):  # nothing to keep, and nothing to count
+            return Remembered(list(ids), [None] * len(rows))
         own = found.temperature == predictor.temperature
-        anybody = any(row.engine_id is not None for row in rows)
-        made = _made(rows, telemetry, found.answers, targets, ids) if anybody else []
+        made = _made(rows, telemetry, found.answers, targets, ids)
         made = made if own else [row for row in made if row.label is not None and row.cycle is not None]
         said: dict[str, Told] = {}
         lost: set[str] = set()
