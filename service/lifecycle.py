@@ -81,6 +81,11 @@ class Lifecycle:
         return self._memory
 
     @property
+    def crowded(self) -> bool:
+        """Whether more comes than can be answered."""
+        return self.predictor is not None and self.predictor.crowded
+
+    @property
     def remembers(self) -> bool:
         """Whether there is a memory."""
         return self._memory is not None

@@ -15,7 +15,7 @@ from typing import Any
 import uvloop
 
 SECONDS_EACH = 0.0002  # of a turn, for each connection more: an idle loop takes one, and the other workers get theirs
-MOST_AT_ONCE = 512
+MOST_AT_ONCE = 2048  # as many as a listening socket holds for uvicorn
 Factory = Callable[[], asyncio.BaseProtocol]
 
 

@@ -18,7 +18,7 @@ from model import conformal, numerics
 from model.numerics import Floats
 from model.occlusion import Shift, Usual, occluded, shifts
 from service.batcher import Batcher, Piece, Rows
-from service.errors import Fault, InvalidInput
+from service.errors import Fault, InvalidInput, Overloaded
 from service.metrics import Labelled, Metrics, observe, observe_all
 from service.runtime import Batch, Model, Outputs
 from service.settings import Settings
@@ -200,7 +200,16 @@ class Predictor:
             Overloaded: rows like these would have no room, or wait too long.
         """
         self._turns.check(size)
-        self._batcher.check_room(self._sizes.rows(size), self._turns.besides())
+        try:
+            self._batcher.check_room(self._sizes.rows(size), self._turns.besides())
+        except Overloaded:
+            self._turns.refused()
+            raise
+
+    @property
+    def crowded(self) -> bool:
+        """Whether there is more to do than can be done: the last turn of the event loop refused callers."""
+        return self._turns.crowded
 
     async def predict(
         self,

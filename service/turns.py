@@ -23,6 +23,8 @@ class Turns:
 
     def __init__(self, max_wait_seconds: float) -> None:
         self.seconds = 0.0  # that the last turn took
+        self.crowded = False  # whether it refused anybody
+        self._refused = False
         self._wait, self._long = max_wait_seconds, LONG * max_wait_seconds
         self._share = MOST * self._long
         self._spent = 0.0  # seconds of this turn's share
@@ -44,9 +46,14 @@ class Turns:
         elif self._spent <= self._share:
             self._spent += max(0.0, now - self._last - CHEAP_SECONDS)
         if self._spent > self._share:
+            self.refused()
             raise Overloaded(f"more comes than can be read: the last turn took {self.seconds:.2f} s", self._wait)
         self._last = now
         self._spent += size * BYTE_SECONDS
+
+    def refused(self) -> None:
+        """A caller of this turn was refused, here or elsewhere."""
+        self._refused = True
 
     def besides(self) -> float:
         """Seconds beside the queue, at most half of what anybody may wait: to be read, to be told, to spare."""
@@ -54,5 +61,6 @@ class Turns:
 
     def _over(self, began: float) -> None:
         self._last, self.seconds = None, time.perf_counter() - began
+        self.crowded, self._refused = self._refused, False
         share = self._share / 2 if self.seconds > self._long else self._share * GROWTH
         self._share = min(MOST * self._long, max(LEAST * self._long, share))

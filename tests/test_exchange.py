@@ -31,11 +31,21 @@ def old(request: bytes) -> bytes:
     return request.replace(b"HTTP/1.1", b"HTTP/1.0", 1)
 
 
-@pytest.mark.parametrize("ask", [last, old, lambda request: request + LIVEZ + last(request)])
+def wrong(request: bytes) -> bytes:
+    """A request whose body is no JSON."""
+    return last(request).replace(b"[[", b"[ ", 1)
+
+
+def other(request: bytes) -> bytes:
+    """A request of what is not read."""
+    return last(request).replace(b"application/json", b"application/pdf_", 1)
+
+
+@pytest.mark.parametrize("ask", [last, old, wrong, other, lambda request: request + LIVEZ + wrong(request)])
 def test_an_answer_is_the_same_whether_or_not_it_goes_through_messages(
     service: Service, windows: Readings, ask: Callable[[bytes], bytes]
 ) -> None:
-    """Status, headers and body of a prediction are to the byte those of a service that looks at each message."""
+    """Status, headers and body of a prediction, or a refusal, are those of a service that looks at each message."""
     request = ask(predicting(windows))
     with running(ENGINE_HEALTH_CORS_ORIGINS="https://ops.example") as looking:  # which adds to answers to pages only
         assert said(service, request) == said(looking, request)

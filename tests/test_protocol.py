@@ -5,6 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, BinaryIO
@@ -15,6 +16,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from model.windows import Readings
+from service.api.body import PROMPT
 from service.api.protocol import BoundedProtocol
 from tests.conftest import Service, running
 from tests.test_serving import one, until, until_all_are_ready
@@ -243,6 +245,64 @@ def test_who_does_not_read_an_answer_is_cut_off() -> None:
             until(lambda: len(os.listdir(descriptors)) == before)
             _, headers, body = hear(ear)
             assert len(body) < int(headers["content-length"])
+
+
+def test_who_asks_thrice_at_once_in_a_crowd_hears_of_each_in_order(windows: Readings) -> None:
+    """While others are refused, three requests in one write have three answers in their order."""
+    body = json.dumps({"instances": one(windows[0])["instances"] * 60}).encode()
+    asked = predicting(windows) + LIVEZ + predicting(windows)
+    with running(ENGINE_HEALTH_MAX_QUEUE_ROWS="64") as service, talking(service) as (connection, ear):
+        flood: list[int] = []
+
+        def send(_: int) -> None:
+            answer = service.client.post("/v1/predict", content=body, headers={"Content-Type": "application/json"})
+            flood.append(answer.status_code)
+
+        with ThreadPoolExecutor(24) as pool:
+            sent = pool.map(send, range(400))
+            heard = []
+            for _ in range(40):
+                connection.sendall(asked)
+                heard += [[hear(ear)[0] for _ in range(3)]]
+            list(sent)
+        assert {200, 429} == set(flood)
+        assert {200, 429} >= {first for first, _, _ in heard} | {last for _, _, last in heard}
+        assert {200} == {live for _, live, _ in heard}
+        connection.sendall(predicting(windows))
+        assert 200 == hear(ear)[0]
+
+
+def test_a_whole_request_may_be_begun_as_it_is_read() -> None:
+    """Where that is best it has no task before it waits; one whose body is still to come has one. Both are answered."""
+    tasks: list[bool] = []
+
+    async def application(_scope: Any, receive: Any, send: Any) -> None:
+        tasks.append(asyncio.current_task() is not None)
+        while (await receive()).get("more_body"):
+            pass
+        await asyncio.sleep(0)
+        tasks.append(asyncio.current_task() is not None)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async def ask() -> None:
+        config = uvicorn.Config(application, lifespan="off", log_config=None)
+        config.load()
+        made = partial(BoundedProtocol, config, ServerState(), {PROMPT: lambda _: True})
+        server = await asyncio.get_running_loop().create_server(made, "127.0.0.1")
+        answers, asks = await asyncio.open_connection(*server.sockets[0].getsockname())
+        for request in (LIVEZ, HEAD + b"Content-Length: 2\r\n\r\n", LIVEZ + LIVEZ):
+            asks.write(request)
+            if request.startswith(HEAD):
+                await asyncio.sleep(0.1)
+                asks.write(b"{}")
+            for _ in range(request.count(b"\r\n\r\n")):
+                assert (await answers.readuntil(b"\r\n\r\nok")).startswith(b"HTTP/1.1 200 ")
+        asks.close()
+        server.close()
+
+    asyncio.run(ask())
+    assert [[False, True], [True, True], [False, True], [True, True]] == [tasks[k : k + 2] for k in range(0, 8, 2)]
 
 
 def test_a_request_is_forgotten_with_the_next_one_on_its_connection() -> None:

@@ -62,6 +62,27 @@ def test_callers_who_cost_little_are_always_taken_in() -> None:
     play(scene)
 
 
+def test_it_is_crowded_after_a_turn_that_refused_somebody() -> None:
+    """Until a turn refuses nobody; whether it was refused here, or elsewhere for want of room."""
+
+    async def scene(turns: Turns) -> None:
+        found = []
+        for callers, cost, elsewhere in (
+            (1, 0, False),
+            (100, LONG / 2, False),
+            (1, 0, False),
+            (1, 0, True),
+            (1, 0, False),
+        ):
+            if elsewhere:
+                turns.refused()
+            await turn(turns, callers, cost)
+            found.append(turns.crowded)
+        assert [False, True, False, True, False] == found
+
+    play(scene)
+
+
 def test_without_callers_nothing_is_waited_for() -> None:
     """Turns are only looked at while somebody comes: the first of many is taken in, however long ago the last was."""
 

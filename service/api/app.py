@@ -22,7 +22,7 @@ from starlette.types import ASGIApp
 
 from service import errors
 from service.api import calibration_routes, memory_routes, oip, pages, schemas
-from service.api.body import REFUSED
+from service.api.body import PROMPT, REFUSED
 from service.api.edge import Edge, Lane
 from service.api.held import Buffer
 from service.api.keys import Keys
@@ -59,7 +59,7 @@ def create_app(settings: Settings, on_rejected: Callable[[str], None], shared: P
         _on_signals(lifecycle)
         if lifecycle.relieved:
             await lifecycle.proven.wait()  # taking no connections yet: the other workers have a model for them
-        yield {REFUSED: edge.refused}
+        yield {REFUSED: edge.refused} | ({} if tracing else {PROMPT: edge.prompt})
         opening.cancel()
         await lifecycle.close()
         if tracing:
@@ -98,7 +98,8 @@ def create_app(settings: Settings, on_rejected: Callable[[str], None], shared: P
     for kind in (errors.ServiceError, HTTPException, Exception):
         app.add_exception_handler(kind, answer_problem)
     lanes, buffer = _lanes(predict, cycles, infer), Buffer(settings.max_buffered_bytes)
-    edge = Edge(app, metrics, Keys(settings), lanes, paths.template, buffer, _origins(settings, app))
+    origins = _origins(settings, app)
+    edge = Edge(app, metrics, Keys(settings), lanes, paths.template, buffer, origins, lambda: lifecycle.crowded)
     return Application(tracing.around(edge) if tracing else edge, app)
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Protocol
 from weakref import ref
 
-from starlette.types import Send
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
 from service.api.intake import Intake, Outer
@@ -17,13 +18,26 @@ from service.errors import ClientGone
 
 EXCHANGE = "engine_health.exchange"  # where a request's scope has its `Exchange`, if this server serves it
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-Headers = list[tuple[bytes, bytes]]
+CLOSE = (b"connection", b"close")
 
 
 class Connection(Outer, Protocol):
     """The protocol of the connection that the request came on."""
 
     transport: asyncio.Transport
+
+
+class Written(Response):
+    """Bytes that are there as a whole, with the headers that they need and no search for others."""
+
+    def __init__(self, body: bytes, status: int, media_type: str) -> None:
+        self.body, self.status_code, self.background = body, status, None
+        self.raw_headers = [(b"content-length", b"%d" % len(body)), (b"content-type", media_type.encode())]
+
+    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body})
 
 
 class Exchange:
@@ -70,8 +84,8 @@ class Exchange:
         cycle = self._cycle()
         return cycle is not None and send == cycle.send and not (cycle.response_started or cycle.flow.write_paused)
 
-    def answer(self, status: int, headers: Headers, body: bytes) -> None:
-        """Write the whole answer; `headers` tell the length of the body, and no name or value is looked at."""
+    def answer(self, written: Written, more: tuple[bytes, bytes]) -> None:
+        """Write a whole answer, not to HEAD, and one header more; of all that is looked at is `connection: close`."""
         cycle, transport = self._cycle(), self._connection.transport
         if cycle is None:
             return
@@ -79,10 +93,15 @@ class Exchange:
         cycle.message_event.set()
         if cycle.disconnected:
             return
-        parts = [STATUS_LINE[status]]
-        for name, value in (*cycle.default_headers, *headers):
+        headers = [*cycle.default_headers, *written.raw_headers, more]
+        if CLOSE in headers:
+            cycle.keep_alive = False
+        elif not cycle.keep_alive:
+            headers.append(CLOSE)
+        parts = [STATUS_LINE[written.status_code]]
+        for name, value in headers:
             parts += (name, b": ", value, b"\r\n")
-        parts += (b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n", body)
+        parts += (b"\r\n", bytes(written.body))
         transport.write(b"".join(parts))
         if not cycle.keep_alive:
             transport.close()

@@ -7,7 +7,8 @@ from msgspec import Struct
 
 from service.api import recall, schemas
 from service.api.body import JSON, media_type, read_body
-from service.api.routes import LARGE_ANSWER, LARGE_BODY, Aside, Endpoint, Written, documented, json_response
+from service.api.exchange import Written
+from service.api.routes import LARGE_ANSWER, LARGE_BODY, Aside, Endpoint, documented, json_response
 from service.errors import Conflict, Fault, InvalidInput, Unknown
 from service.lifecycle import Lifecycle
 from service.storage import queries

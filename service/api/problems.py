@@ -4,31 +4,31 @@ import logging
 from typing import Any
 
 import orjson
-from fastapi import Response
 from starlette.exceptions import HTTPException
 
 from service import errors
+from service.api.exchange import Written
 from service.metrics import Metrics
 
-STATUS: tuple[tuple[type[errors.ServiceError], int], ...] = (
-    (errors.NotJson, 400),
-    (errors.NotArrow, 400),
-    (errors.ClientGone, 400),
-    (errors.Unauthorized, 401),
-    (errors.Forbidden, 403),
-    (errors.UnknownModel, 404),
-    (errors.Unknown, 404),
-    (errors.TooSlow, 408),
-    (errors.BodyTooLarge, 413),
-    (errors.UnsupportedMediaType, 415),
-    (errors.InvalidInput, 422),
-    (errors.ArtefactRejected, 409),
-    (errors.Conflict, 409),
-    (errors.Overloaded, 429),
-    (errors.NoMemory, 501),
-    (errors.MemoryUnavailable, 503),
-    (errors.NotReady, 503),
-)
+STATUS: dict[type, int] = {
+    errors.NotJson: 400,
+    errors.NotArrow: 400,
+    errors.ClientGone: 400,
+    errors.Unauthorized: 401,
+    errors.Forbidden: 403,
+    errors.UnknownModel: 404,
+    errors.Unknown: 404,
+    errors.TooSlow: 408,
+    errors.BodyTooLarge: 413,
+    errors.UnsupportedMediaType: 415,
+    errors.InvalidInput: 422,
+    errors.ArtefactRejected: 409,
+    errors.Conflict: 409,
+    errors.Overloaded: 429,
+    errors.NoMemory: 501,
+    errors.MemoryUnavailable: 503,
+    errors.NotReady: 503,
+}
 TITLES = {
     400: "Bad request",
     401: "Key needed",
@@ -49,12 +49,12 @@ TITLES = {
 log = logging.getLogger("engine_health")
 
 
-def problem(error: Exception, path: str, metrics: Metrics) -> Response:
+def problem(error: Exception, path: str, metrics: Metrics) -> Written:
     """Any error as a problem document; on the paths of the Open Inference Protocol as that protocol has it."""
     headers: dict[str, str] = {}
     faults: tuple[errors.Fault, ...] = ()
     if isinstance(error, errors.ServiceError):
-        status = next((code for kind, code in STATUS if isinstance(error, kind)), 500)
+        status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
         detail, faults = error.detail, error.faults
         if isinstance(error, errors.InputRejected):
             metrics.rejected.labels(error.reason).inc()
@@ -76,7 +76,9 @@ def problem(error: Exception, path: str, metrics: Metrics) -> Response:
     elif isinstance(error, errors.Conflict) and error.results is not None:
         document["results"] = error.results
     kind = "application/json" if protocol else "application/problem+json"
-    return Response(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), status, headers, kind)
+    response = Written(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), status, kind)
+    response.raw_headers += [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
+    return response
 
 
 def _hints(error: Exception, status: int) -> dict[str, str]:

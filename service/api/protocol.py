@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from service.api.body import GONE, REFUSED
+from service.api.begin import begin
+from service.api.body import GONE, PROMPT, REFUSED
 from service.api.calls import HEADER_BYTES
 from service.api.deadline import Deadline, Reader
 from service.api.exchange import EXCHANGE, Exchange
@@ -71,6 +72,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._words = 0  # bytes that came since the last that were of a body: headers, trailers, empty lines
         self._asking = False  # between a request's first byte and the end of its headers
         self._deaf = False  # once refused; what comes then is not read
+        self._came: tuple[RequestResponseCycle, Any] | None = None  # a request not yet begun, and the application
         self._deadline = Deadline(self.loop, self._too_late)
         self._reader = Reader(self.loop, transport, self.seconds)
         self._deadline.set(self.seconds)
@@ -101,6 +103,8 @@ class BoundedProtocol(HttpToolsProtocol):
                 break
         if self._words > HEADER_BYTES:
             self._refuse(431, f"more than {HEADER_BYTES} bytes of headers")
+        if self._came:
+            self._begin(*self._came)
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
@@ -160,7 +164,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self.flow.resume_reading()
         if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
+            super()._start_asgi_task(*self.pipeline.pop())
         elif not self._asking:
             self._deadline.set(self.seconds if self.cycle.more_body else self.timeout_keep_alive)
 
@@ -174,6 +178,20 @@ class BoundedProtocol(HttpToolsProtocol):
         super().resume_writing()
         if not self.transport.is_closing():
             self._reader.stop()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """When all that came is read: the body may be whole by then."""
+        self._came = cycle, app
+
+    def _begin(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._came, prompt = None, self.app_state.get(PROMPT)
+        if cycle.more_body or prompt is None or not prompt(cycle.scope):
+            super()._start_asgi_task(cycle, app)
+            return
+        task = begin(self.loop, cycle.run_asgi(app))
+        if task is not None:
+            task.add_done_callback(self.tasks.discard)
+            self.tasks.add(task)
 
     def _read_on(self) -> None:
         if not self.transport.is_closing():

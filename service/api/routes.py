@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 import orjson
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
-from starlette.types import Receive, Scope, Send
 
 from service.api import schemas
 from service.api.answers import envelope, prediction_rows
 from service.api.arrow import ARROW
 from service.api.body import JSON, announced, leaving, media_type, read_body, read_large
 from service.api.calls import evaluate_json, model_json, read_predict, read_predict_table
+from service.api.exchange import Written
 from service.api.told import results_json
 from service.lifecycle import Lifecycle
 from service.memory import prediction_ids
@@ -53,19 +53,6 @@ def documented(
     always = ("400", "401", "403", "408", "413", "415", "422", "429", "503") if request else ("401", "403", "503")
     extra["responses"] |= dict.fromkeys((*always, *codes), refusal)
     return extra | ({"requestBody": {"required": True, **content(request)}} if request else {})
-
-
-class Written(Response):
-    """Bytes that are there as a whole, with the headers that they need and no search for others."""
-
-    def __init__(self, body: bytes, status: int, media_type: str) -> None:
-        self.body, self.status_code, self.background = body, status, None
-        self.raw_headers = [(b"content-length", b"%d" % len(body)), (b"content-type", media_type.encode())]
-
-    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": self.body})
 
 
 def json_response(value: Any, status: int = 200, media_type: str = JSON) -> Response:

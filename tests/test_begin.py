@@ -1,0 +1,98 @@
+import asyncio
+import contextvars
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from service.api.begin import begin
+
+WHO = contextvars.ContextVar("WHO", default="nobody")
+
+
+def test_what_never_waits_is_done_at_once() -> None:
+    """A coroutine that waits for nothing has run before `begin` returns, and no task is made for it."""
+    said: list[str] = []
+
+    async def work() -> None:
+        said.append("done")
+
+    async def scene() -> None:
+        assert begin(asyncio.get_running_loop(), work()) is None
+        assert ["done"] == said
+
+    asyncio.run(scene())
+
+
+def test_what_waits_goes_on_as_a_task() -> None:
+    """What is waited for is heard, in order; only the rest has a task; a context of its own is kept throughout."""
+    heard: list[object] = []
+
+    async def scene() -> None:
+        first: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        async def work() -> None:
+            WHO.set("work")
+            heard.append(asyncio.current_task() is task_outside)
+            heard.append(await first)
+            async with asyncio.timeout(60):
+                await asyncio.sleep(0)
+            heard.append(WHO.get())
+
+        task_outside = asyncio.current_task()
+        task = begin(asyncio.get_running_loop(), work())
+        assert task is not None
+        assert "nobody" == WHO.get()
+        first.set_result("word")
+        await task
+
+    asyncio.run(scene())
+    assert [True, "word", "work"] == heard
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_what_is_waited_for_may_fail(cancelled: bool) -> None:
+    """An error, or a cancellation, is raised where the coroutine waits; what it does then goes on."""
+
+    async def scene() -> object:
+        first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        found: list[object] = []
+
+        async def work() -> None:
+            try:
+                await first
+            except (KeyError, asyncio.CancelledError) as error:
+                await asyncio.sleep(0)
+                found.append(type(error))
+
+        task = begin(asyncio.get_running_loop(), work())
+        assert task is not None
+        await asyncio.sleep(0)
+        if cancelled:
+            task.cancel()
+        else:
+            first.set_exception(KeyError())
+        await task
+        return found
+
+    assert [asyncio.CancelledError if cancelled else KeyError] == asyncio.run(scene())
+
+
+def test_an_error_is_the_tasks_or_the_callers() -> None:
+    """What is raised after waiting is the task's to tell; what is raised before is raised at once."""
+
+    async def fail(first: Coroutine[Any, Any, None] | None) -> None:
+        if first:
+            await first
+        raise KeyError
+
+    async def scene() -> None:
+        loop = asyncio.get_running_loop()
+        with pytest.raises(KeyError):
+            begin(loop, fail(None))
+        task = begin(loop, fail(asyncio.sleep(0)))
+        assert task is not None
+        with pytest.raises(KeyError):
+            await task
+
+    asyncio.run(scene())
