@@ -137,8 +137,8 @@ class Edge:
     def prompt(self, scope: Scope) -> bool:
         """Whether a whole request is best begun as it is read, without a task of its own.
 
-        When most are refused it is: thousands that wait for their turn in memory cost three times as much to refuse.
-        Else it is not: of requests that are read one after another, and then parsed, each step is faster.
+        When many are refused it is: thousands would wait for their turns in memory, and be cold when they come.
+        Else it is not: when many are read, then all parsed, each step is faster.
         """
         return self._crowded() and scope["method"] == "POST" and self._lane(scope["path"]) is not None
 
