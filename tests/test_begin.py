@@ -1,5 +1,7 @@
 import asyncio
 import contextvars
+import gc
+import weakref
 from collections.abc import Coroutine
 from typing import Any
 
@@ -50,9 +52,10 @@ def test_what_waits_goes_on_as_a_task() -> None:
     assert [True, "word", "work"] == heard
 
 
+@pytest.mark.parametrize("turns", [0, 1, 2])
 @pytest.mark.parametrize("cancelled", [True, False])
-def test_what_is_waited_for_may_fail(cancelled: bool) -> None:
-    """An error, or a cancellation, is raised where the coroutine waits; what it does then goes on."""
+def test_what_is_waited_for_may_fail(cancelled: bool, turns: int) -> None:
+    """An error, or a cancellation however early, is raised where the coroutine waits; what it does then goes on."""
 
     async def scene() -> object:
         first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -67,7 +70,8 @@ def test_what_is_waited_for_may_fail(cancelled: bool) -> None:
 
         task = begin(asyncio.get_running_loop(), work())
         assert task is not None
-        await asyncio.sleep(0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
         if cancelled:
             task.cancel()
         else:
@@ -76,6 +80,45 @@ def test_what_is_waited_for_may_fail(cancelled: bool) -> None:
         return found
 
     assert [asyncio.CancelledError if cancelled else KeyError] == asyncio.run(scene())
+
+
+@pytest.mark.parametrize("caught", [True, False])
+def test_a_failure_leaves_nothing_to_a_collection(caught: bool) -> None:
+    """What was waited for, and failed, is forgotten with the task."""
+    forgotten: list[bool] = []
+
+    class Failure(Exception):
+        pass
+
+    async def scene() -> None:
+        loop = asyncio.get_running_loop()
+        first: asyncio.Future[None] = loop.create_future()
+        held = [first]
+
+        async def work() -> None:
+            try:
+                await held.pop()
+            except Failure:
+                if not caught:
+                    raise
+
+        task = begin(loop, work())
+        assert task is not None
+        failure = Failure()
+        weakref.finalize(failure, forgotten.append, True)
+        first.set_exception(failure)
+        del first, failure
+        await asyncio.wait([task])
+        assert caught == (task.exception() is None)
+        del task
+        await asyncio.sleep(0)
+
+    gc.disable()
+    try:
+        asyncio.run(scene())
+        assert [True] == forgotten
+    finally:
+        gc.enable()
 
 
 def test_an_error_is_the_tasks_or_the_callers() -> None:

@@ -6,6 +6,7 @@ import pytest
 from model.windows import Readings
 from tests.conftest import Service, running
 from tests.test_protocol import LIVEZ, ends, hear, predicting, talking
+from tests.test_strain import HEAD
 
 OWN = (
     rb"(?<=^date: )[^\r]*|(?<=^x-request-id: )[^\r]*",
@@ -49,6 +50,20 @@ def test_an_answer_is_the_same_whether_or_not_it_goes_through_messages(
     request = ask(predicting(windows))
     with running(ENGINE_HEALTH_CORS_ORIGINS="https://ops.example") as looking:  # which adds to answers to pages only
         assert said(service, request) == said(looking, request)
+
+
+def test_who_is_refused_while_it_sends_was_told_to_go_on_first() -> None:
+    """A 100 never comes behind the answer, where the next one would be read: also when both are due in one turn."""
+    chunk = b"Transfer-Encoding: chunked\r\n\r\n7d0\r\n" + b" " * 2000 + b"\r\n"
+    with running(ENGINE_HEALTH_MAX_BODY_BYTES="1000") as small:
+        for closing in (b"", b"Connection: close\r\n"):
+            with talking(small) as (connection, ear):
+                connection.sendall(HEAD + closing + b"Expect: 100-continue\r\n" + chunk)
+                assert b"HTTP/1.1 100 Continue\r\n\r\n" == ear.readline() + ear.readline()
+                assert 413 == hear(ear)[0]
+                if not closing:
+                    connection.sendall(b"0\r\n\r\n" + LIVEZ)
+                    assert 200 == hear(ear)[0]
 
 
 def test_who_expects_to_go_on_and_does_not_wait_is_answered(service: Service, windows: Readings) -> None:

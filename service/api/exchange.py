@@ -86,7 +86,7 @@ class Exchange:
 
     def answer(self, written: Written, more: tuple[bytes, bytes]) -> None:
         """Write a whole answer, not to HEAD, and one header more; of all that is looked at is `connection: close`."""
-        cycle, transport = self._cycle(), self._connection.transport
+        cycle = self._cycle()
         if cycle is None:
             return
         cycle.response_started = cycle.response_complete = True
@@ -102,7 +102,7 @@ class Exchange:
         for name, value in headers:
             parts += (name, b": ", value, b"\r\n")
         parts += (b"\r\n", bytes(written.body))
-        transport.write(b"".join(parts))
+        cycle.transport.writelines(parts)
         if not cycle.keep_alive:
-            transport.close()
+            cycle.transport.close()
         cycle.on_response()

@@ -77,7 +77,7 @@ def problem(error: Exception, path: str, metrics: Metrics) -> Written:
         document["results"] = error.results
     kind = "application/json" if protocol else "application/problem+json"
     response = Written(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), status, kind)
-    response.raw_headers += [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
+    response.raw_headers[:0] = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
     return response
 
 

@@ -4,6 +4,7 @@ Knows no routes; the application says what a refusal looks like.
 """
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import httptools
@@ -41,6 +42,11 @@ class Joining:
         else:
             self._head, self._sent = data, True
             self._loop.call_soon(self._flush)
+
+    def writelines(self, data: Iterable[bytes]) -> None:
+        """A whole answer, at once, behind whatever waits: a `100 Continue`."""
+        self._transport.write(b"".join((self._head, *data)))
+        self._head, self._sent = b"", True
 
     def close(self) -> None:
         """Nothing more comes."""
