@@ -3,25 +3,21 @@ import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
 from starlette.requests import Request
-from uvicorn.server import ServerState
 
 from model.windows import Readings
 from service.api import intake
 from service.api.body import HEADERS, HELD, read_large
 from service.api.held import KEPT, Buffer, Held
-from service.api.protocol import BoundedProtocol
 from service.loop import Loop
 from tests.conftest import Service, running
 from tests.test_oip import INFER, binary
-from tests.test_protocol import LIVEZ, ends, hear, talking
+from tests.test_protocol import LIVEZ, asking, ends, hear, talking
 from tests.test_serving import until
 from tests.test_strain import HEAD, MIB, as_sent, connected, resident
 
@@ -203,16 +199,10 @@ def test_a_body_that_comes_fast_is_read_a_step_each_time_the_loop_comes_round(mo
         whole.set()
 
     async def send_fast() -> None:
-        config = uvicorn.Config(application, lifespan="off", log_config=None)
-        config.load()
-        made = partial(BoundedProtocol, config, ServerState(), {})
-        server = await asyncio.get_running_loop().create_server(made, "127.0.0.1")
-        _, sends = await asyncio.open_connection(*server.sockets[0].getsockname())
-        sends.write(HEAD + b"Content-Length: %d\r\n\r\n" % length)
-        sends.write(bytes(length))
-        await whole.wait()
-        sends.close()
-        server.close()
+        async with asking(application, {}) as (_, sends):
+            sends.write(HEAD + b"Content-Length: %d\r\n\r\n" % length)
+            sends.write(bytes(length))
+            await whole.wait()
 
     whole = asyncio.Event()
     with asyncio.Runner(loop_factory=Loop) as runner:

@@ -4,9 +4,10 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from asyncio import StreamReader, StreamWriter
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any, BinaryIO
 from weakref import ref
@@ -20,7 +21,7 @@ from service.api.body import PROMPT
 from service.api.protocol import BoundedProtocol
 from tests.conftest import Service, running
 from tests.test_serving import one, until, until_all_are_ready
-from tests.test_strain import HEAD, connected
+from tests.test_strain import HEAD, JSON, connected
 
 LIVEZ = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
 OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n"
@@ -37,6 +38,19 @@ def talking(service: Service) -> Iterator[tuple[socket.socket, BinaryIO]]:
     """A connection, and what is heard on it."""
     with connected(service) as connection, connection.makefile("rb") as ear:
         yield connection, ear
+
+
+@asynccontextmanager
+async def asking(application: Any, state: dict[str, Any]) -> AsyncIterator[tuple[StreamReader, StreamWriter]]:
+    """A connection to an application in this process, whose lifespan has that state."""
+    config = uvicorn.Config(application, lifespan="off", log_config=None)
+    config.load()
+    made = partial(BoundedProtocol, config, ServerState(), state)
+    server = await asyncio.get_running_loop().create_server(made, "127.0.0.1")
+    answers, asks = await asyncio.open_connection(*server.sockets[0].getsockname())
+    yield answers, asks
+    asks.close()
+    server.close()
 
 
 def hear(ear: BinaryIO) -> tuple[int, dict[str, str], bytes]:
@@ -255,7 +269,7 @@ def test_who_asks_thrice_at_once_in_a_crowd_hears_of_each_in_order(windows: Read
         flood: list[int] = []
 
         def send(_: int) -> None:
-            answer = service.client.post("/v1/predict", content=body, headers={"Content-Type": "application/json"})
+            answer = service.client.post("/v1/predict", content=body, headers=JSON)
             flood.append(answer.status_code)
 
         with ThreadPoolExecutor(24) as pool:
@@ -286,20 +300,14 @@ def test_a_whole_request_may_be_begun_as_it_is_read() -> None:
         await send({"type": "http.response.body", "body": b"ok"})
 
     async def ask() -> None:
-        config = uvicorn.Config(application, lifespan="off", log_config=None)
-        config.load()
-        made = partial(BoundedProtocol, config, ServerState(), {PROMPT: lambda _: True})
-        server = await asyncio.get_running_loop().create_server(made, "127.0.0.1")
-        answers, asks = await asyncio.open_connection(*server.sockets[0].getsockname())
-        for request in (LIVEZ, HEAD + b"Content-Length: 2\r\n\r\n", LIVEZ + LIVEZ):
-            asks.write(request)
-            if request.startswith(HEAD):
-                await asyncio.sleep(0.1)
-                asks.write(b"{}")
-            for _ in range(request.count(b"\r\n\r\n")):
-                assert (await answers.readuntil(b"\r\n\r\nok")).startswith(b"HTTP/1.1 200 ")
-        asks.close()
-        server.close()
+        async with asking(application, {PROMPT: lambda _: True}) as (answers, asks):
+            for request in (LIVEZ, HEAD + b"Content-Length: 2\r\n\r\n", LIVEZ + LIVEZ):
+                asks.write(request)
+                if request.startswith(HEAD):
+                    await asyncio.sleep(0.1)
+                    asks.write(b"{}")
+                for _ in range(request.count(b"\r\n\r\n")):
+                    assert (await answers.readuntil(b"\r\n\r\nok")).startswith(b"HTTP/1.1 200 ")
 
     asyncio.run(ask())
     assert [[False, True], [True, True], [False, True], [True, True]] == [tasks[k : k + 2] for k in range(0, 8, 2)]
@@ -315,16 +323,10 @@ def test_a_request_is_forgotten_with_the_next_one_on_its_connection() -> None:
         await send({"type": "http.response.body"})
 
     async def ask(times: int) -> None:
-        config = uvicorn.Config(application, lifespan="off", log_config=None)
-        config.load()
-        made = partial(BoundedProtocol, config, ServerState(), {})
-        server = await asyncio.get_running_loop().create_server(made, "127.0.0.1")
-        answers, asks = await asyncio.open_connection(*server.sockets[0].getsockname())
-        for _ in range(times):
-            asks.write(LIVEZ)
-            await answers.readuntil(b"\r\n\r\n")
-        asks.close()
-        server.close()
+        async with asking(application, {}) as (answers, asks):
+            for _ in range(times):
+                asks.write(LIVEZ)
+                await answers.readuntil(b"\r\n\r\n")
 
     gc.disable()
     try:

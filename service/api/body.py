@@ -19,8 +19,8 @@ MOST_MEMBERS = 4096  # of one gzip body; bgzip makes 512 of 32 MiB
 HELD = "engine_health.held"  # where a request's scope has its `Held`
 HEADERS = "engine_health.headers"  # where a request's scope has its headers, the last of each name
 GONE = "engine_health.gone"  # in a request's scope once its client has left
-PROMPT = "engine_health.prompt"  # there as well: whether a whole request is best begun as it is read
 REFUSED = "engine_health.refused"  # in the lifespan's state: answers what never became a request
+PROMPT = "engine_health.prompt"  # there as well: whether a whole request is best begun as it is read
 LARGE = 1 << 20  # bytes; a longer body is gathered in its place, if the server can
 
 

@@ -73,7 +73,7 @@ class Edge:
         held = scope[HELD] = Held(self._buffer)
         scope[HEADERS] = headers
         odd = CONTROL.search(path)
-        lane = self._lane(path) if method == "POST" and not odd else None
+        lane = None if odd else self._lane_of(scope)
         if method == "HEAD":  # as GET; the server, whose scope is another one, sends no body
             scope = {**scope, "method": "GET"}
 
@@ -140,16 +140,19 @@ class Edge:
         When many are refused it is: thousands would wait for their turns in memory, and be cold when they come.
         Else it is not: when many are read, then all parsed, each step is faster.
         """
-        return self._crowded() and scope["method"] == "POST" and self._lane(scope["path"]) is not None
+        return self._crowded() and self._lane_of(scope) is not None
 
-    def refused(self, status: int, detail: str, path: str) -> Response:
+    def refused(self, status: int, detail: str, path: str) -> Written:
         """The answer to what never became a request, counted and logged as one. Nobody timed it."""
         request_id = _IDS.one()
         self._metrics.http_requests.labels("other", "unmatched", str(status)).inc()
         self._lines.add({"method": "", "path": path[:200], "status": status, "request_id": request_id})
         response = problem(HTTPException(status, detail, {"Connection": "close"}), path, self._metrics)
-        response.headers["X-Request-Id"] = request_id
+        response.raw_headers.append((ID, request_id.encode()))
         return response
+
+    def _lane_of(self, scope: Scope) -> Lane | None:
+        return self._lane(scope["path"]) if scope["method"] == "POST" else None
 
     def _say(self, method: str, path: str, status: int, seconds: float, request_id: str, headers: RawHeaders) -> None:
         """One line a request. No query, no header but the trace: keys never reach a log."""

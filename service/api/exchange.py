@@ -5,7 +5,7 @@ ASGI hands a body over in messages and takes an answer in two, and looks at each
 
 import asyncio
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 from weakref import ref
 
@@ -38,6 +38,13 @@ class Written(Response):
         """As ASGI has it."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self.body})
+
+    def wire(self, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+        """As HTTP/1.1 has it, with these headers, all of them; no name or value of any is looked at."""
+        parts = [STATUS_LINE[self.status_code]]
+        for name, value in headers:
+            parts += (name, b": ", value, b"\r\n")
+        return b"".join((*parts, b"\r\n", self.body))
 
 
 class Exchange:
@@ -98,11 +105,7 @@ class Exchange:
             cycle.keep_alive = False
         elif not cycle.keep_alive:
             headers.append(CLOSE)
-        parts = [STATUS_LINE[written.status_code]]
-        for name, value in headers:
-            parts += (name, b": ", value, b"\r\n")
-        parts += (b"\r\n", bytes(written.body))
-        cycle.transport.writelines(parts)
+        cycle.transport.writelines([written.wire(headers)])
         if not cycle.keep_alive:
             cycle.transport.close()
         cycle.on_response()

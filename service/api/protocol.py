@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.api.begin import begin
 from service.api.body import GONE, PROMPT, REFUSED
@@ -239,8 +239,7 @@ class BoundedProtocol(HttpToolsProtocol):
         ):  # the rest of a body is no request
             path = self.url.decode("latin-1").partition("?")[0] if self._asking or answering else ""
             response = refused(status, detail, path)
-            lines = [b": ".join(pair) + b"\r\n" for pair in (*self.server_state.default_headers, *response.raw_headers)]
-            self.transport.write(b"".join((STATUS_LINE[status], *lines, b"\r\n", response.body)))
+            self.transport.write(response.wire((*self.server_state.default_headers, *response.raw_headers)))
         self._close()
 
     def _close(self) -> None:
