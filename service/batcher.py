@@ -114,30 +114,30 @@ class Batcher(Generic[Found]):
         self._nobody.set()
         self._closed = False
 
-    def check_room(self, rows: int, besides: float = 0.0) -> None:
+    def check_room(self, rows: int, other_delay: float = 0.0) -> None:
         """Let so many rows in, or not: a request is best refused before it has cost anything.
 
         Args:
             rows: of the request.
-            besides: seconds that it waits elsewhere.
+            other_delay: seconds that it waits outside of this queue.
 
         Raises:
             Overloaded: there is no room for them, or their turn would come later than anybody may wait.
         """
         waiting, line = sum(self._waiting), rows > self._cap
         if waiting and waiting + rows > self._most_rows:
-            raise Overloaded(f"{waiting} rows wait, at most {self._most_rows} may", self._most_seconds)
+            raise Overloaded(f"inference queue is full ({waiting} of {self._most_rows} rows)", self._most_seconds)
         before = self._waiting[line] + min(self._waiting)  # the other line takes every second turn while it lasts
-        seconds = before * self._row_seconds + besides
+        seconds = before * self._row_seconds + other_delay
         if seconds > self._most_seconds:
-            detail = f"{before} rows are before these: {seconds:.1f} s, at most {self._most_seconds:g} are waited"
+            detail = f"inference queue is too long: {before} rows, {seconds:.1f} s of at most {self._most_seconds:g} s"
             raise Overloaded(detail, self._most_seconds)
 
     async def submit(
         self,
         rows: Rows,
         gone: Callable[[], bool] = lambda: False,
-        besides: float = 0.0,
+        other_delay: float = 0.0,
         counted: int | None = None,
     ) -> list[Piece[Found]]:
         """Where the answers for some rows are, in their order.
@@ -145,15 +145,15 @@ class Batcher(Generic[Found]):
         Args:
             rows: (N, ...) of which N may be more than a batch holds.
             gone: asked before each inference, in another thread: whether the caller has left.
-            besides: seconds that these rows wait elsewhere.
+            other_delay: seconds that these rows wait outside of this queue.
             counted: of how many of them, the first, the observer hears; of all if not given.
 
         Raises:
             Overloaded: the queue is full, or these rows grew too old in it.
             ClientGone: the caller left before its rows were taken.
         """
-        self.check_room(len(rows), besides)
-        job: _Job[Found] = _Job(rows, len(rows) if counted is None else counted, gone, self._most_seconds - besides)
+        self.check_room(len(rows), other_delay)
+        job: _Job[Found] = _Job(rows, len(rows) if counted is None else counted, gone, self._most_seconds - other_delay)
         line = len(rows) > self._cap
         self._callers += 1
         self._nobody.clear()
@@ -257,7 +257,7 @@ class Batcher(Generic[Found]):
         if job.gone():
             return ClientGone("the client left before its rows were taken")
         if job.taken == 0 and now - job.since > job.patience:
-            waited = f"waited {now - job.since:.1f} s, at most {job.patience:.1f} are waited"
+            waited = f"waited {now - job.since:.1f} s in the inference queue, at most {job.patience:.1f} s"
             return Overloaded(waited, self._most_seconds)
         return None
 

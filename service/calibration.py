@@ -156,9 +156,9 @@ def _drift(found: queries.Found, predictor: Predictor) -> dict[str, Any] | None:
     expected = numerics.entropy(own) if len(own) else np.empty(0)
     confidence: npt.ArrayLike = drift.counts_of(top, reference.confidence) if reference.confidence else []
     entropy: npt.ArrayLike = drift.counts_of(expected, reference.entropy_nats) if reference.entropy_nats else []
-    bins = np.frombuffer(found.inputs, dtype=np.uint8).reshape(-1, max(1, len(predictor.binned)))
+    bins = np.frombuffer(found.inputs, dtype=np.uint8).reshape(-1, max(1, len(predictor.drift_bins.channels)))
     channels = {
         name: np.bincount(bins[:, k], minlength=len(reference.channels[name].shares))
-        for k, name in enumerate(predictor.binned)
+        for k, name in enumerate(predictor.drift_bins.channels)
     }
     return monitor.drift(reference, confidence, entropy, channels)

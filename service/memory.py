@@ -16,7 +16,8 @@ from model.windows import Readings
 from service.chance import Names
 from service.errors import Fault, InvalidInput, MemoryUnavailable
 from service.metrics import Metrics, observe_all
-from service.predictor import Answers, Prediction, Predictor, calibrated, joined, measured, rows_of, whole
+from service.predictions import Answers, Prediction, calibrated, joined, rows_of, whole
+from service.predictor import Predictor, measured
 from service.runtime import Model
 from service.settings import Settings
 from service.storage import forget, labels, queries, readings, remember, tempering
@@ -267,8 +268,9 @@ def _together(predictor: Predictor, landed: Sequence[Landed]) -> tuple[Predictio
 
 
 def _by(predictor: Predictor) -> By:
-    model = predictor.model
-    return By(model.digest, model.manifest, predictor.temperature, predictor.temperature_source, predictor.bins)
+    model, drift = predictor.model, predictor.drift_bins
+    bins = drift.bins if drift.storable else None
+    return By(model.digest, model.manifest, predictor.temperature, predictor.temperature_source, bins)
 
 
 def _nothing(_: Any, items: Sequence[None]) -> list[None]:

@@ -15,7 +15,7 @@ from model.cmapss import DataError, History
 from service.api.answers import prediction_rows
 from service.api.decode import hold_window
 from service.errors import Fault, InvalidInput
-from service.predictor import Answers, Prediction, answer, joined, whole
+from service.predictions import Answers, Prediction, answer, joined, whole
 from service.runtime import Batch, Model, open_model
 from service.settings import Settings
 

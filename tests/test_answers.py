@@ -8,7 +8,8 @@ from prometheus_client import CollectorRegistry
 from model.evaluate import ARTEFACT
 from service.api.answers import envelope
 from service.metrics import Metrics
-from service.predictor import Evaluation, Prediction, Predictor
+from service.predictions import Evaluation, Prediction
+from service.predictor import Predictor
 from service.runtime import open_model
 from service.settings import read_settings
 

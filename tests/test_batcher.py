@@ -217,10 +217,10 @@ def test_whoever_would_wait_too_long_is_refused_at_once() -> None:
         await asyncio.sleep(0.01)
         refused = [task for task in waiting if task.done()]
         assert len(refused) >= 300 - 1.0 / 0.005
-        assert all("rows are before these" in str(task.exception()) for task in refused)
+        assert all("inference queue is too long" in str(task.exception()) for task in refused)
         stage.batcher.check_room(20)  # large ones have a line of their own, and nobody is in it
-        with pytest.raises(Overloaded, match=r"0 rows are before these: 1\.1 s"):
-            stage.batcher.check_room(20, besides=1.1)
+        with pytest.raises(Overloaded, match=r"0 rows, 1\.1 s"):
+            stage.batcher.check_room(20, other_delay=1.1)
         stage.gate.open.set()
         await asyncio.gather(first, *waiting, return_exceptions=True)
 

@@ -488,11 +488,11 @@ def test_rows_without_a_finite_answer_are_rejected(
     windows: Readings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the network overflows, the row is rejected with that reason, in a resumed job too."""
-    from service import predictor
+    from service import predictions
     from service.score import scoring
 
     def answer(model: Any, batch: Any, temperature: float) -> Any:
-        found = predictor.answer(model, batch, temperature)
+        found = predictions.answer(model, batch, temperature)
         return found._replace(finite=batch[:, -1, 3] != windows[1, 50, 3])
 
     monkeypatch.setattr(scoring, "answer", answer)

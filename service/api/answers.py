@@ -14,7 +14,8 @@ import orjson
 
 from model.occlusion import Shift
 from service.memory import Named
-from service.predictor import Answers, Evaluation, Prediction, Predictor
+from service.predictions import Answers, Evaluation, Prediction
+from service.predictor import Predictor
 from service.runtime import Model
 
 NONE = b"null"

@@ -18,7 +18,8 @@ from service.api.routes import LARGE_BODY, Aside, Endpoint, documented, json_res
 from service.api.tensors import Array, Inference
 from service.errors import InvalidInput, UnknownModel
 from service.lifecycle import Lifecycle
-from service.predictor import MANY_NUMBERS, Prediction, Predictor
+from service.predictions import Prediction
+from service.predictor import MANY_NUMBERS, Predictor
 from service.runtime import Model
 
 LABEL = "label"
@@ -37,8 +38,7 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
     async def infer(request: Request) -> Response:
         """Inference as tensors, JSON or binary: the answers of `/v1/predict`."""
         media_type(request, (JSON, BINARY))
-        size = announced(request)
-        lifecycle.ready_predictor().check_room(size)
+        ticket = lifecycle.ready_predictor().admit(announced(request))
         body = await read_large(request, limits.max_body_bytes, limits.request_seconds)
         predictor = lifecycle.ready_predictor()
         path = INFER.fullmatch(request.scope["path"])
@@ -48,10 +48,11 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
         length = told and told.strip()
         inference = await aside.run(len(body) > LARGE_BODY, lambda: tensors.read(body, length, INPUTS))
         telemetry = _telemetry(inference, predictor.model, limits.max_instances)
+        ticket.rows(len(telemetry))
         targets, temperature = _targets(inference, predictor.model, len(telemetry)), _temperature(inference)
         wanted = _wanted(inference, predictor.model)
         gone = leaving(request)
-        found = await predictor.predict(telemetry, targets, temperature, gone=gone, size=size)
+        found = await predictor.predict(telemetry, targets, temperature, gone=gone)
         predictor.count_labels(found, targets)
         many = found.answers.logits.size > MANY_NUMBERS
         return await aside.run(many, lambda: _answer(inference, predictor, found, wanted))

@@ -67,8 +67,7 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
     async def predict(request: Request) -> Response:
         """Calibrated health of engines, and the loss where a label is given."""
         table = media_type(request, (JSON, ARROW)) == ARROW
-        size = announced(request)
-        lifecycle.ready_predictor().check_room(size)
+        ticket = lifecycle.ready_predictor().admit(announced(request))
         body = await read_large(request, limits.max_body_bytes, limits.request_seconds)
         predictor = lifecycle.ready_predictor()
         model = predictor.model
@@ -79,13 +78,13 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
             large = len(body) > LARGE_BODY
             asked = await aside.run(large, lambda: read_predict(body, model, limits.max_instances))
         decoded = asked.decoded
+        ticket.rows(len(decoded.telemetry))
         found = await predictor.predict(
             decoded.telemetry,
             decoded.targets,
             asked.temperature,
             decoded.imputed,
             leaving(request),
-            size,
             asked.explain,
         )
         named, what_if = asked.instances, asked.temperature is not None

@@ -17,7 +17,7 @@ from typing import Any
 from service import runtime
 from service.errors import InvalidInput, ServiceError
 from service.histories import open_histories
-from service.predictor import Answers
+from service.predictions import Answers
 from service.runtime import Model
 from service.score.gather import Unit, units
 from service.score.options import Options

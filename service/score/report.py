@@ -42,9 +42,9 @@ def side(scored: Scored, predictor: Predictor) -> Any:
         "label": unit.label[kept],
         "engine": unit.engine[kept],
     }
-    if predictor.bins is not None:
+    if predictor.drift_bins.storable:
         newest = unit.flat[unit.starts[kept] + (predictor.model.manifest.window or 1) - 1]
-        bins = np.ascontiguousarray(predictor.bins(newest))
+        bins = np.ascontiguousarray(predictor.drift_bins.bins(newest))
         columns["bins"] = pa.FixedSizeBinaryArray.from_buffers(
             pa.binary(bins.shape[1]), len(kept), [None, pa.py_buffer(bins.tobytes())]
         )

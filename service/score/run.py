@@ -16,7 +16,8 @@ from service import runtime
 from service.cores import allowed_cores
 from service.errors import InvalidInput, ServiceError
 from service.histories import open_histories
-from service.predictor import Answers, Predictor
+from service.predictions import Answers
+from service.predictor import Predictor
 from service.runtime import Model
 from service.score import outputs, scoring
 from service.score.gather import Unit, units

@@ -15,7 +15,8 @@ from model import numerics
 from model.numerics import Floats
 from model.windows import overlapping
 from service.histories import LARGE, TOGETHER, Histories
-from service.predictor import FLOAT32, Answers, answer, answers_of, calibrated, joined, picked
+from service.predictions import Answers, answer, answers_of, calibrated, joined, picked
+from service.predictor import FLOAT32
 from service.runtime import Batch, Model
 from service.score.gather import Integers, Unit
 from service.score.rows import Reject

@@ -1,0 +1,164 @@
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from service.admission import MIN_SHARE, RECENT_REQUESTS, Admission, LoadShedder, RowCountEstimator
+from service.errors import Overloaded
+
+TURN_SECONDS = 0.1  # an eighth of the longest wait, which is what a turn may take
+
+
+def play(scene: Callable[[LoadShedder], Coroutine[Any, Any, None]]) -> None:
+    """Run a scene in an event loop with a new load shedder."""
+
+    async def run() -> None:
+        await scene(LoadShedder(8 * TURN_SECONDS))
+
+    asyncio.run(run())
+
+
+async def turn(shedder: LoadShedder, requests: int, seconds: float) -> int:
+    """Return how many of some requests of one turn are admitted, each of which costs `seconds`."""
+    admitted = 0
+    for _ in range(requests):
+        try:
+            shedder.admit()
+        except Overloaded:
+            continue
+        admitted += 1
+        time.sleep(seconds)  # blocks the loop, as the work of a request does
+    await asyncio.sleep(0)
+    return admitted
+
+
+def test_shedder_after_long_turns_admits_fewer_but_some() -> None:
+    """After turns that were too long fewer requests are admitted, never none; after short turns as many as at first."""
+
+    async def scene(shedder: LoadShedder) -> None:
+        first = await turn(shedder, 100, TURN_SECONDS / 2)
+        assert 1 < first < 10
+        for _ in range(6):
+            least = await turn(shedder, 100, TURN_SECONDS / 2)
+            time.sleep(TURN_SECONDS)  # as above
+        assert 1 <= least < first
+        assert 0 < shedder.other_delay <= 4 * TURN_SECONDS
+        for _ in range(8):
+            assert 1 == await turn(shedder, 1, 0)
+        assert least <= await turn(shedder, 100, TURN_SECONDS / 2)
+
+    play(scene)
+    assert 0 < MIN_SHARE < 1
+
+
+def test_shedder_admits_all_cheap_requests() -> None:
+    """Answering a cheap request costs no more than refusing it: a thousand in a turn are admitted, turn after turn."""
+
+    async def scene(shedder: LoadShedder) -> None:
+        for _ in range(5):
+            assert 1000 == await turn(shedder, 1000, 0)
+
+    play(scene)
+
+
+def test_shedder_after_an_idle_time_admits_the_first_request() -> None:
+    """Turns are measured only while requests arrive: the first of many is admitted, however long the last turn was."""
+
+    async def scene(shedder: LoadShedder) -> None:
+        assert 1 == await turn(shedder, 1, 5 * TURN_SECONDS)
+        await asyncio.sleep(0)
+        assert 1 == await turn(shedder, 1, 0)
+
+    play(scene)
+
+
+def test_shedder_counts_the_bytes_that_a_turn_will_read() -> None:
+    """A body of many bytes uses up the share of a turn before it is read."""
+
+    async def scene(shedder: LoadShedder) -> None:
+        shedder.admit(2**30)
+        with pytest.raises(Overloaded, match="event-loop lag"):
+            shedder.admit()
+
+    play(scene)
+
+
+@pytest.mark.parametrize("max_wait", [0.02, 0.1])
+def test_other_delay_never_exceeds_half_of_the_longest_wait(max_wait: float) -> None:
+    """The time outside of the queue is three turns, but at least half of the longest wait is left to the queue."""
+
+    async def scene() -> None:
+        shedder = LoadShedder(max_wait)
+        assert 0 == shedder.other_delay
+        await turn(shedder, 1, max_wait)
+        assert max_wait / 2 == shedder.other_delay
+
+    asyncio.run(scene())
+
+
+def test_estimate_without_similar_requests_is_one_row() -> None:
+    """Before any request of about its length is recorded, a request is estimated to have one row."""
+    estimator = RowCountEstimator()
+    estimator.record(1000, 64)
+    assert 1 == estimator.estimate(0)
+    assert 1 == estimator.estimate(17_000_000)
+
+
+def test_estimate_depends_on_requests_of_that_length_only() -> None:
+    """A request is estimated to have as many rows as others of its length, whatever requests of other lengths had."""
+    estimator = RowCountEstimator()
+    estimator.record(17_000_000, 1000)
+    for _ in range(100):
+        estimator.record(300, 1)
+        assert 1000 == estimator.estimate(17_000_000)
+        assert 1 == estimator.estimate(300)
+
+
+def test_estimate_uses_minimum_of_recent_requests() -> None:
+    """Where requests of a length had few rows and many, few are estimated until none of the recent ones had few."""
+    estimator = RowCountEstimator()
+    estimator.record(16_000, 1)
+    for _ in range(RECENT_REQUESTS - 1):
+        estimator.record(16_000, 64)
+        assert 1 == estimator.estimate(16_000)
+    estimator.record(16_000, 64)
+    assert 64 == estimator.estimate(16_000)
+
+
+class Queue:
+    """A queue with room for some rows."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def check_room(self, rows: int, other_delay: float = 0.0) -> None:
+        """Refuse more rows than there is room for."""
+        assert other_delay >= 0
+        if rows > self.room:
+            raise Overloaded("full", 1.0)
+
+
+def test_admission_refuses_estimated_rows_without_room() -> None:
+    """A request is refused before its body is read if requests of its length had more rows than the queue has room."""
+
+    async def scene() -> None:
+        admission = Admission(Queue(room=10), 2.0)
+        admission.admit(4000).rows(11)
+        with pytest.raises(Overloaded, match="full"):
+            admission.admit(4000)
+        admission.admit(40).rows(1)
+
+    asyncio.run(scene())
+
+
+def test_ticket_without_content_length_records_nothing() -> None:
+    """A request of unknown length does not change the estimate of others."""
+
+    async def scene() -> None:
+        admission = Admission(Queue(room=1), 2.0)
+        admission.admit(0).rows(1000)
+        admission.admit(0)
+
+    asyncio.run(scene())
