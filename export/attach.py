@@ -19,6 +19,7 @@ import onnxruntime as ort
 from export import surgery
 from export.surgery import AttachError, Classifier, first_line
 from model import contract
+from model.batch_invariance import max_difference
 from model.contract import INPUT, LOGITS, ContractError, Golden, Manifest
 
 Values = npt.NDArray[np.float32]
@@ -143,25 +144,22 @@ def _measure(proto: bytes, probes: Values, alone: Values, batch: int | None) -> 
         AttachError: a batch of N is not N batches of 1, or not possible at all.
     """
     failed = f"the batch is frozen{f' at {batch}' if batch else ''} inside of the graph, export it with a free one"
-    session, worst = _session(proto, failed=failed), 0.0
+    session, worst, units = _session(proto, failed=failed), 0.0, [_size(alone)]
+    every = np.arange(len(probes))
     for size in (*BATCHES, len(probes)):
-        difference = _difference(_run(session, probes[:size], failed), alone[:size], failed)
-        # the last ones too: they are larger, and unlike the first
-        difference = max(difference, _difference(_run(session, probes[-size:], failed), alone[-size:], failed))
+        batches = [every[:size], every[-size:]]  # the last ones too: they are larger, and unlike the first
+        difference = max_difference(lambda batch: [_run(session, batch, failed)], probes, [alone], batches, units)
+        if difference == np.inf:
+            raise AttachError(f"{failed}: a batch of {size} gives outputs of another shape")
         if not difference <= LIMIT:  # also when it is NaN
             raise AttachError(
                 f"a batch of {size} is not {size} batches of 1: answers differ by {difference:.2g} of the largest "
-                "logit, so that they depend on who else is in the batch"
+                "logit, so that they depend on the other rows of the batch"
             )
         worst = max(worst, difference)
     plain = _session(proto, ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
-    return max(worst, _difference(_run(plain, probes, failed), alone, failed))
-
-
-def _difference(found: Values, alone: Values, failed: str) -> float:
-    if found.shape != alone.shape:
-        raise AttachError(f"{failed}: a batch of {len(alone)} gives shape {list(found.shape)}")
-    return float((np.abs(found.astype(np.float64) - alone) / _size(alone)).max())
+    plainly = max_difference(lambda batch: [_run(plain, batch, failed)], probes, [alone], [every], units)
+    return max(worst, plainly)
 
 
 def _size(logits: Values) -> npt.NDArray[np.float64]:

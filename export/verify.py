@@ -17,6 +17,7 @@ import torch
 
 from export.to_onnx import UNVERIFIED
 from model import contract
+from model.batch_invariance import max_difference
 from model.cmapss import DataError
 from model.contract import RUL_CAP, ContractError, Golden
 from model.evaluate import ARTEFACT, open_artefact
@@ -65,14 +66,12 @@ def measure(network: torch.nn.Module, session: ort.InferenceSession, windows: Re
     Raises:
         VerifyError: more than 1e-4, an answer that is not finite, or a batch that ONNX Runtime refuses.
     """
+    expected, units = torch_answers(network, windows[: max(BATCHES)]), (1.0, float(RUL_CAP))
     worst = 0.0
     for size in BATCHES:
-        batch = windows[:size]
-        expected = torch_answers(network, batch)
-        for what, found in (("", _run(session, batch)), (" in batches of 1", _singly(session, batch))):
-            difference = max(
-                float(np.abs(expected[0] - found[0]).max()), float(np.abs(expected[1] - found[1]).max() / RUL_CAP)
-            )
+        whole, alone = [np.arange(size)], [np.array([i]) for i in range(size)]
+        for what, batches in (("", whole), (" in batches of 1", alone)):
+            difference = max_difference(lambda batch: _run(session, batch), windows, expected, batches, units)
             if not difference <= LIMIT:  # also when it is NaN
                 raise VerifyError(f"batch {size}{what}: differs from torch by {difference:.3g}, limit {LIMIT:g}")
             worst = max(worst, difference)
@@ -127,11 +126,6 @@ def _beside(session: ort.InferenceSession, key: str) -> ort.InferenceSession | N
     """A graph that lies in the file beside the network's own, if it is there."""
     graph = contract.graph_beside(session.get_modelmeta().custom_metadata_map, key)
     return None if graph is None else ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
-
-
-def _singly(session: ort.InferenceSession, batch: Readings) -> tuple[Readings, Readings]:
-    parts = [_run(session, batch[i : i + 1]) for i in range(len(batch))]
-    return np.concatenate([logits for logits, _ in parts]), np.concatenate([rul for _, rul in parts])
 
 
 def main() -> None:

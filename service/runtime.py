@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from model import contract
+from model.batch_invariance import max_difference, run_alone
 from model.contract import ContractError, Manifest
 from service import trials
 from service.cores import allowed_cores
@@ -207,29 +208,22 @@ def _planned(model: Model, opened: ort.InferenceSession, threads: int) -> Model:
 
 
 def _warm(model: Model, batch_rows: int, deterministic: bool) -> Model:
-    """Run every bucket at least once; know how far answers in company lie from those alone; run alone if asked."""
+    """Run every bucket at least once, and measure how far predictions in a batch differ from those of one row."""
     golden = np.array([g.telemetry for g in model.manifest.golden], dtype=np.float32)
     golden = golden.reshape(len(golden), *model.input_shape)
     probes = np.concatenate([golden, _probes(model, golden)])
-    alone = [model.run(probes[i : i + 1]) for i in range(len(probes))]
     sizes = sorted({1 << k for k in range(batch_rows.bit_length()) if 1 << k <= batch_rows} | {batch_rows})
-    differences = [
-        _difference(model, probes, alone, size - less, less) for size in sizes for less in FEWER if less < size
-    ]
+    batches = [(np.arange(size - fewer) + fewer) % len(probes) for size in sizes for fewer in FEWER if fewer < size]
+    run = _columns_of(model.run)
+    difference = max_difference(run, probes, run_alone(run, probes), batches, _units(model))
     if not deterministic:
-        return replace(model, batch_difference=max(differences))
+        return replace(model, batch_difference=difference)
     return replace(model, run=_singly(model.run), batch_difference=0.0)
 
 
-def _difference(model: Model, probes: Batch, alone: list[Outputs], size: int, first: int) -> float:
-    """How far the answers of a batch of probes, in turn from the `first`, lie from those alone; RUL in its units."""
-    turn = (np.arange(size) + first) % len(probes)
-    found = model.run(probes[turn])
-    logits = found.logits - np.concatenate([answer.logits for answer in alone])[turn]
-    if found.rul is None:
-        return float(np.abs(logits).max())
-    rul = found.rul - np.concatenate([answer.rul for answer in alone if answer.rul is not None])[turn]
-    return float(max(np.abs(logits).max(), np.abs(rul).max() / RUL_UNITS))
+def _columns_of(run: Callable[[Batch], Outputs]) -> Callable[[Batch], list[Batch]]:
+    """Return the outputs that are there, in order."""
+    return lambda batch: [column for column in run(batch) if column is not None]
 
 
 def _singly(run: Callable[[Batch], Outputs]) -> Callable[[Batch], Outputs]:
@@ -256,10 +250,12 @@ def _probes(model: Model, golden: Batch) -> Batch:
 
 
 def _check_answers(model: Model, windows: Batch) -> Outputs:
+    """Return the outputs for some windows in one batch, after comparing them with those of batches of one."""
+    run = _columns_of(model.run)
     try:
         outputs = model.run(windows)
-        alone = [model.run(windows[i : i + 1]) for i in range(len(windows))]
-    except Exception as error:  # as in _session
+        alone = run_alone(run, windows)
+    except Exception as error:  # ONNX Runtime raises a class of its own for each kind of failure
         raise ContractError(f"the network fails on its own windows: {str(error).splitlines()[0]}") from None
     for name, found, shape in (
         ("logits", outputs.logits, (len(windows), len(model.manifest.classes))),
@@ -267,12 +263,16 @@ def _check_answers(model: Model, windows: Batch) -> Outputs:
     ):
         if found is not None and (found.shape != shape or found.dtype != np.float32 or not np.isfinite(found).all()):
             raise ContractError(f"output {name!r} is not finite float32 of shape {list(shape)} on its own windows")
-    singly, tolerance = "batch of N against N batches of 1", model.manifest.tolerance
-    _compare(singly, outputs.logits, np.concatenate([answer.logits for answer in alone]), tolerance)
-    if outputs.rul is not None:
-        rul = np.concatenate([answer.rul for answer in alone if answer.rul is not None])
-        _compare(f"{singly}, RUL", outputs.rul, rul, RUL_UNITS * tolerance)
+    names = ("batch of N against N batches of 1", "batch of N against N batches of 1, RUL")
+    columns = [column for column in outputs if column is not None]
+    for what, column, own, unit in zip(names, columns, alone, _units(model), strict=False):
+        _compare(what, column, own, unit * model.manifest.tolerance)
     return outputs
+
+
+def _units(model: Model) -> tuple[float, ...]:
+    """Return the unit in which a difference of each output is compared with the tolerance."""
+    return (1.0,) if model.manifest.rul_thresholds is None else (1.0, float(RUL_UNITS))
 
 
 def _compare(what: str, found: npt.NDArray[Any], expected: npt.NDArray[Any], tolerance: float) -> None:
