@@ -331,15 +331,16 @@ def test_a_failing_batch_fails_exactly_its_callers() -> None:
     run(scene)
 
 
-def test_closing_answers_everybody_who_was_let_in() -> None:
-    """A batcher that is told to close finishes its queue first."""
+def test_close_returns_after_every_admitted_request() -> None:
+    """When `close` returns, each request that was admitted before is answered."""
 
     async def scene(stage: Stage) -> None:
         first = await busy(stage)
         waiting = [asyncio.create_task(stage.batcher.submit(rows_of(k))) for k in range(30)]
         await asyncio.sleep(0)
-        stage.gate.open.set()
+        asyncio.get_running_loop().call_later(0.05, stage.gate.open.set)
         await stage.batcher.close()
+        assert [True] * 31 == [task.done() for task in (first, *waiting)]
         await asyncio.gather(first, *waiting)
 
     run(scene)
