@@ -109,6 +109,14 @@ def test_the_example_names_every_variable_and_no_other() -> None:
     }
 
 
+def test_example_states_memory_limit_of_compose() -> None:
+    """The memory limit in the comment of .env.example is the one that docker-compose.yml sets."""
+    (stated,) = re.findall(r"limit of\n?#? ?([\d.]+) GiB", (ROOT / ".env.example").read_text())
+    limit = SERVICES["engine-health"]["mem_limit"]
+    assert limit.endswith("m")
+    assert float(stated) * 1024 == int(limit[:-1])
+
+
 def test_prometheus_and_grafana_are_those_of_ops() -> None:
     """The files of ops/compose differ from those of ops in addresses and in naming an Alertmanager, no more."""
     alone, composed = read("prometheus.yml"), read("compose/prometheus.yml")
