@@ -127,7 +127,7 @@ def histories(
 def read_table(
     path: Path, engine_column: str = "engine_id", cycle_column: str = "cycle", rul_column: str = "rul"
 ) -> list[History]:
-    """Histories from a long table, Parquet or CSV by extension, with the design's channel names as columns.
+    """Histories from a long table, Parquet or CSV by extension, with the channel names of docs/api.md as columns.
 
     The RUL column is optional. Missing values stay NaN.
 

@@ -1,6 +1,38 @@
-"""What can go wrong, as one small tree without HTTP; `service.api.app` maps it to status codes in one table."""
+"""The tree of errors, each with a code for programs. service/api/problems.py maps codes to HTTP status."""
 
+from enum import StrEnum
 from typing import Any, NamedTuple
+
+
+class Code(StrEnum):
+    """The closed list of error codes, described in docs/api.md. Texts may change; a published code never does."""
+
+    MALFORMED_HTTP = "malformed_http"
+    MALFORMED_JSON = "malformed_json"
+    MALFORMED_ARROW = "malformed_arrow"
+    CLIENT_DISCONNECTED = "client_disconnected"
+    ORIGIN_NOT_ALLOWED = "origin_not_allowed"
+    API_KEY_MISSING = "api_key_missing"
+    API_KEY_UNKNOWN = "api_key_unknown"
+    NOT_ADMIN = "not_admin"
+    ADMIN_DISABLED = "admin_disabled"
+    PATH_NOT_FOUND = "path_not_found"
+    RECORD_NOT_FOUND = "record_not_found"
+    MODEL_NOT_FOUND = "model_not_found"
+    METHOD_NOT_ALLOWED = "method_not_allowed"
+    REQUEST_TIMEOUT = "request_timeout"
+    ARTEFACT_REJECTED = "artefact_rejected"
+    CONFLICT = "conflict"
+    BODY_TOO_LARGE = "body_too_large"
+    UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
+    INVALID_VALUE = "invalid_value"
+    OVERLOADED = "overloaded"
+    HEADERS_TOO_LARGE = "headers_too_large"
+    INTERNAL_ERROR = "internal_error"
+    STORE_NOT_CONFIGURED = "store_not_configured"
+    STORE_UNAVAILABLE = "store_unavailable"
+    NOT_READY = "not_ready"
+    DRAINING = "draining"
 
 
 class Fault(NamedTuple):
@@ -11,7 +43,9 @@ class Fault(NamedTuple):
 
 
 class ServiceError(Exception):
-    """The root. `detail` is one sentence for a person, `faults` name the places at fault."""
+    """The root. `code` is for programs, `detail` is one sentence for a person, `faults` name the invalid fields."""
+
+    code = Code.INTERNAL_ERROR
 
     def __init__(self, detail: str, faults: tuple[Fault, ...] = ()) -> None:
         super().__init__(detail)
@@ -26,10 +60,13 @@ class SettingsRejected(ServiceError):
 class ArtefactRejected(ServiceError):
     """A file that is not a model, or does not answer as it says it does."""
 
+    code = Code.ARTEFACT_REJECTED
+
 
 class InputRejected(ServiceError):
     """The root of everything that is the caller's to mend; `reason` labels it in the metrics."""
 
+    code = Code.INVALID_VALUE
     reason = "invalid"
 
 
@@ -40,36 +77,42 @@ class InvalidInput(InputRejected):
 class NotJson(InputRejected):
     """A body that no JSON parser accepts."""
 
+    code = Code.MALFORMED_JSON
     reason = "not_json"
 
 
 class NotArrow(InputRejected):
     """A body that is no Arrow stream, or one with a trap in it."""
 
+    code = Code.MALFORMED_ARROW
     reason = "not_arrow"
 
 
 class UnsupportedMediaType(InputRejected):
     """A content type that this call does not read."""
 
+    code = Code.UNSUPPORTED_MEDIA_TYPE
     reason = "unsupported_media_type"
 
 
 class BodyTooLarge(InputRejected):
     """More bytes than the limit."""
 
+    code = Code.BODY_TOO_LARGE
     reason = "too_large"
 
 
 class ClientGone(InputRejected):
     """The client left before its body was whole; nobody hears the answer."""
 
+    code = Code.CLIENT_DISCONNECTED
     reason = "client_gone"
 
 
 class Overloaded(InputRejected):
     """More is asked for than can be answered in time."""
 
+    code = Code.OVERLOADED
     reason = "overloaded"
 
     def __init__(self, detail: str, retry_after: float) -> None:
@@ -80,33 +123,63 @@ class Overloaded(InputRejected):
 class TooSlow(InputRejected):
     """The body did not arrive in time."""
 
+    code = Code.REQUEST_TIMEOUT
     reason = "too_slow"
 
 
 class Unauthorized(InputRejected):
-    """No key, or one that is not known."""
+    """The root of requests without a valid API key."""
 
     reason = "unauthorized"
 
 
+class ApiKeyMissing(Unauthorized):
+    """A request without an API key."""
+
+    code = Code.API_KEY_MISSING
+
+
+class ApiKeyUnknown(Unauthorized):
+    """A request with an API key that is not configured."""
+
+    code = Code.API_KEY_UNKNOWN
+
+
 class Forbidden(InputRejected):
-    """A key that is known, and does not open this door."""
+    """The root of admin calls that are refused."""
 
     reason = "forbidden"
+
+
+class NotAdmin(Forbidden):
+    """An admin call with an API key that is valid for other calls only."""
+
+    code = Code.NOT_ADMIN
+
+
+class AdminDisabled(Forbidden):
+    """An admin call to a service without admin keys."""
+
+    code = Code.ADMIN_DISABLED
 
 
 class UnknownModel(InputRejected):
     """A model or version that is not the one served."""
 
+    code = Code.MODEL_NOT_FOUND
     reason = "unknown_model"
 
 
 class MemoryUnavailable(ServiceError):
     """The database cannot be reached, is locked or is full; nothing of what was asked is kept."""
 
+    code = Code.STORE_UNAVAILABLE
+
 
 class NoMemory(ServiceError):
     """The service is stateless: no database is configured."""
+
+    code = Code.STORE_NOT_CONFIGURED
 
 
 class SchemaRejected(MemoryUnavailable):
@@ -116,6 +189,7 @@ class SchemaRejected(MemoryUnavailable):
 class Conflict(InputRejected):
     """What was said contradicts what is known; `results` shows both, row by row."""
 
+    code = Code.CONFLICT
     reason = "conflict"
 
     def __init__(self, detail: str, results: Any = None) -> None:
@@ -126,8 +200,17 @@ class Conflict(InputRejected):
 class Unknown(InputRejected):
     """Something that was never remembered."""
 
+    code = Code.RECORD_NOT_FOUND
     reason = "unknown"
 
 
 class NotReady(ServiceError):
     """No model has proved itself yet."""
+
+    code = Code.NOT_READY
+
+
+class Draining(NotReady):
+    """The process is shutting down and accepts no new work."""
+
+    code = Code.DRAINING

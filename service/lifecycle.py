@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from service import heap
-from service.errors import ArtefactRejected, NoMemory, NotReady, SchemaRejected, ServiceError
+from service.errors import ArtefactRejected, Draining, NoMemory, NotReady, SchemaRejected, ServiceError
 from service.memory import Memory
 from service.metrics import Metrics
 from service.predictor import Predictor
@@ -64,10 +64,11 @@ class Lifecycle:
         """The predictor, while new callers are welcome.
 
         Raises:
-            NotReady: no model yet, or about to close.
+            NotReady: no model yet.
+            Draining: the process is shutting down.
         """
         if self.draining:
-            raise NotReady("draining: this process is about to close")
+            raise Draining("draining: this process is about to close")
         return self.ready_predictor()
 
     def memory(self) -> Memory:

@@ -18,6 +18,7 @@ from uvicorn.server import ServerState
 
 from model.windows import Readings
 from service.api.body import PROMPT
+from service.api.problems import HTTP_CODES
 from service.api.protocol import BoundedProtocol
 from tests.conftest import Service, running
 from tests.test_serving import one, until, until_all_are_ready
@@ -164,7 +165,8 @@ def test_what_is_no_request_is_answered_like_one() -> None:
             problem, protocol = json.loads(body), b"/v2" in sent
             assert "close" == headers["connection"]
             assert ("application/json" if protocol else "application/problem+json") == headers["content-type"]
-            assert (["error"] if protocol else ["type", "title", "status", "detail"]) == list(problem)
+            assert (["error"] if protocol else ["type", "title", "status", "detail", "code"]) == list(problem)
+            assert protocol or HTTP_CODES[status] == problem["code"]
             said[headers["x-request-id"]] = status
         counted = service.metrics()
         service.process.terminate()

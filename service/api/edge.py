@@ -21,11 +21,11 @@ from service.api.body import HEADERS, HELD
 from service.api.exchange import EXCHANGE, Exchange, Written
 from service.api.held import Buffer, Held
 from service.api.keys import Keys, RawHeaders
-from service.api.problems import problem
+from service.api.problems import OriginRejected, problem
 from service.api.routes import Endpoint
 from service.api.schemas import CONTROL
 from service.chance import Names
-from service.errors import NotReady
+from service.errors import Draining
 from service.logs import Lines
 from service.metrics import Metrics
 
@@ -121,7 +121,7 @@ class Edge:
         except asyncio.CancelledError:  # the process closes, and can wait no longer for what is not whole yet
             if begun:
                 raise
-            late = NotReady("this process closes before the request was answered")
+            late = Draining("this process closes before the request was answered")
             await answer(problem(late, path, self._metrics))
         except Exception as error:  # the last room: nothing leaves it unanswered
             if not begun:
@@ -172,5 +172,5 @@ def _request_id(headers: RawHeaders) -> str:
 def _preflight(origins: CORSMiddleware, scope: Scope) -> Response:
     response = origins.preflight_response(Headers(scope=scope))
     if response.status_code != 200:
-        raise HTTPException(response.status_code, bytes(response.body).decode())
+        raise OriginRejected(bytes(response.body).decode())
     return response

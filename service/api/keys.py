@@ -4,7 +4,7 @@ import hashlib
 import hmac
 from collections.abc import Mapping
 
-from service.errors import Forbidden, Unauthorized
+from service.errors import AdminDisabled, ApiKeyMissing, ApiKeyUnknown, NotAdmin
 from service.settings import Settings
 
 OPEN = frozenset(
@@ -28,24 +28,26 @@ class Keys:
         """Let a call pass, or not.
 
         Raises:
-            Unauthorized: no key, or one that is not known.
-            Forbidden: a key that does not open this, or a call that is turned off.
+            ApiKeyMissing: the request has no key.
+            ApiKeyUnknown: the key is not configured.
+            NotAdmin: an admin call with a key that is not an admin key.
+            AdminDisabled: an admin call, and no admin keys are configured.
         """
         changes = any(method == verb and path.startswith(begin) for verb, begin in ADMIN)
         admin = changes or path.startswith(ADMIN_PREFIXES)
         if admin and not self._admin:
-            raise Forbidden("this call is turned off: no ENGINE_HEALTH_ADMIN_KEYS are set")
+            raise AdminDisabled("this call is turned off: no ENGINE_HEALTH_ADMIN_KEYS are set")
         if not admin and (not self._api or path in OPEN or path.startswith(OPEN_PREFIXES) or method == "OPTIONS"):
             return
         given = _given(headers)
         if given is None:
-            raise Unauthorized("a key is needed: Authorization: Bearer KEY, or X-API-Key: KEY")
+            raise ApiKeyMissing("a key is needed: Authorization: Bearer KEY, or X-API-Key: KEY")
         if _among(given, self._admin):
             return
         if not _among(given, self._api):
-            raise Unauthorized("this key is not known")
+            raise ApiKeyUnknown("this key is not known")
         if admin:
-            raise Forbidden("this key does not open admin calls")
+            raise NotAdmin("this API key is not authorised for admin calls")
 
 
 def fingerprint(headers: RawHeaders) -> str:

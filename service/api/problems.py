@@ -1,4 +1,4 @@
-"""Errors as answers: one table from the tree of errors to status codes, one shape for all (RFC 9457)."""
+"""Error responses: one table from error codes to HTTP status, one shape for all (RFC 9457)."""
 
 import logging
 from typing import Any
@@ -10,24 +10,41 @@ from service import errors
 from service.api.exchange import Written
 from service.metrics import Metrics
 
-STATUS: dict[type, int] = {
-    errors.NotJson: 400,
-    errors.NotArrow: 400,
-    errors.ClientGone: 400,
-    errors.Unauthorized: 401,
-    errors.Forbidden: 403,
-    errors.UnknownModel: 404,
-    errors.Unknown: 404,
-    errors.TooSlow: 408,
-    errors.BodyTooLarge: 413,
-    errors.UnsupportedMediaType: 415,
-    errors.InvalidInput: 422,
-    errors.ArtefactRejected: 409,
-    errors.Conflict: 409,
-    errors.Overloaded: 429,
-    errors.NoMemory: 501,
-    errors.MemoryUnavailable: 503,
-    errors.NotReady: 503,
+Code = errors.Code
+STATUS: dict[Code, int] = {
+    Code.MALFORMED_HTTP: 400,
+    Code.MALFORMED_JSON: 400,
+    Code.MALFORMED_ARROW: 400,
+    Code.CLIENT_DISCONNECTED: 400,
+    Code.ORIGIN_NOT_ALLOWED: 400,
+    Code.API_KEY_MISSING: 401,
+    Code.API_KEY_UNKNOWN: 401,
+    Code.NOT_ADMIN: 403,
+    Code.ADMIN_DISABLED: 403,
+    Code.PATH_NOT_FOUND: 404,
+    Code.RECORD_NOT_FOUND: 404,
+    Code.MODEL_NOT_FOUND: 404,
+    Code.METHOD_NOT_ALLOWED: 405,
+    Code.REQUEST_TIMEOUT: 408,
+    Code.ARTEFACT_REJECTED: 409,
+    Code.CONFLICT: 409,
+    Code.BODY_TOO_LARGE: 413,
+    Code.UNSUPPORTED_MEDIA_TYPE: 415,
+    Code.INVALID_VALUE: 422,
+    Code.OVERLOADED: 429,
+    Code.HEADERS_TOO_LARGE: 431,
+    Code.INTERNAL_ERROR: 500,
+    Code.STORE_NOT_CONFIGURED: 501,
+    Code.STORE_UNAVAILABLE: 503,
+    Code.NOT_READY: 503,
+    Code.DRAINING: 503,
+}
+HTTP_CODES = {  # of errors that the router or the HTTP parser raises, which have a status only
+    400: Code.MALFORMED_HTTP,
+    404: Code.PATH_NOT_FOUND,
+    405: Code.METHOD_NOT_ALLOWED,
+    408: Code.REQUEST_TIMEOUT,
+    431: Code.HEADERS_TOO_LARGE,
 }
 TITLES = {
     400: "Bad request",
@@ -49,26 +66,36 @@ TITLES = {
 log = logging.getLogger("engine_health")
 
 
+class OriginRejected(HTTPException):
+    """A CORS preflight request that the configured origins do not allow."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(STATUS[Code.ORIGIN_NOT_ALLOWED], detail)
+
+
 def problem(error: Exception, path: str, metrics: Metrics) -> Written:
-    """Any error as a problem document; on the paths of the Open Inference Protocol as that protocol has it."""
+    """Return any error as a problem document, or in the protocol's own shape below `/v2`."""
     headers: dict[str, str] = {}
     faults: tuple[errors.Fault, ...] = ()
     if isinstance(error, errors.ServiceError):
-        status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
-        detail, faults = error.detail, error.faults
+        code, detail, faults = error.code, error.detail, error.faults
+        status = STATUS[code]
         if isinstance(error, errors.InputRejected):
             metrics.rejected.labels(error.reason).inc()
     elif isinstance(error, HTTPException):
         status, detail, headers = error.status_code, error.detail, dict(error.headers or {})
+        code = HTTP_CODES.get(status, Code.INTERNAL_ERROR)
+        if isinstance(error, OriginRejected):
+            code = Code.ORIGIN_NOT_ALLOWED
     else:
         log.error("unexpected error on %s", path, exc_info=error)
-        status, detail = 500, "this is a fault of the service; its log says more"
+        status, code, detail = 500, Code.INTERNAL_ERROR, "this is a fault of the service; its log says more"
     protocol = path == "/v2" or path.startswith("/v2/")
     if protocol and status == 422:
         status = 400  # what the protocol has for every fault of a request
     headers |= _hints(error, status)
     document: dict[str, Any] = {"type": "about:blank", "title": TITLES.get(status, "Error"), "status": status}
-    document["detail"] = detail
+    document |= {"detail": detail, "code": code}
     if protocol:
         document = {"error": detail}
     elif faults:

@@ -14,7 +14,7 @@ from model.contract import CHANNELS
 from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE
 from service.api.depth import check_depth
 from service.api.held import Sent
-from service.errors import Fault, InvalidInput, NotJson
+from service.errors import Code, Fault, InvalidInput, NotJson
 
 _READINGS = {"type": "array", "items": {"type": "number"}}
 _EXAMPLE = [
@@ -441,6 +441,7 @@ class Problem(Struct):
     title: str
     status: int
     detail: str
+    code: Code
     errors: list[FaultBody] | msgspec.UnsetType = msgspec.UNSET
 
 

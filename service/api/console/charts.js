@@ -6,13 +6,15 @@ import { colours } from "./health.js";
 const WRITTEN = "9f215cf04c5486422605d13261cb87401f4e7763b6296af81e98efbc0130da53";
 let loading = null;
 
+class MissingPlotly extends Error {}
+
 /** Plotly, when it is there. It would write a style sheet for its maps into the page unless one of that name is there. */
 export function plotly() {
   loading ??= new Promise((resolve, reject) => {
     document.head.append(h("meta", { id: WRITTEN }));
     const script = h("script", { src: "console/plotly.min.js", on: {
       load: () => resolve(window.Plotly),
-      error: () => { loading = null; reject(new Error("no Plotly")); },
+      error: () => { loading = null; reject(new MissingPlotly()); },
     } });
     document.head.append(script);
   });
@@ -40,7 +42,7 @@ export class Chart {
       const config = { displayModeBar: false, responsive: true, doubleClick: false };
       await Plotly.react(this.plot, traces, framed(layout, this.height), config);
     } catch (error) {
-      if (error.message !== "no Plotly") throw error;
+      if (!(error instanceof MissingPlotly)) throw error;
       this.plot.textContent = "Charts need the Python package plotly where the service runs: pip install plotly. The table is below.";
       this.plot.style.height = "auto";
     }

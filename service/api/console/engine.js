@@ -15,7 +15,7 @@ export async function open(main, id, { signal, beat, tell }) {
     try {
       await page.load();
     } catch (error) {
-      if (error.status !== 404) throw error;
+      if (error.code !== "record_not_found") throw error;
       page.unknown();
     }
     beat("live", "live");

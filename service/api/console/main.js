@@ -76,7 +76,7 @@ function tell(error) {
   if (!error) return;
   beat("down", "not live");
   const [title, advice] = explained(error);
-  if (error.status === 501) {
+  if (error.code === "store_not_configured") {
     trouble.hidden = true;
     beat("paused", "no memory");
     main.replaceChildren(empty("This service keeps no memory", "Fleet, engines and calibration are made of what it remembers. Start it with a database, and it remembers what is sent from then on:",
@@ -91,7 +91,7 @@ function explained(error) {
   if (error.status === 0) return ["Not connected.", `${error.message} This page goes on trying.`];
   if (error.status === 401) return ["Key needed.", error.message];
   if (error.status === 503) return ["Not available now.", `${error.message}. This page goes on trying.`];
-  if (error.status === 429) return ["Overloaded.", "The service answers others first. This page goes on trying."];
+  if (error.code === "overloaded") return ["Overloaded.", "The service answers others first. This page goes on trying."];
   return [`${error.body.title ?? "Refused"}.`, error.message];
 }
 

@@ -4,14 +4,16 @@
 import { h } from "./page.js";
 
 const KEYS = { api: "engine-health.key", admin: "engine-health.admin-key" };
+const KEY_CODES = new Set(["api_key_missing", "api_key_unknown", "not_admin"]); // another key may be accepted
 const AGAIN = 3; // seconds until what failed is tried again
 const SLACK = 4000; // ms: who is told "since" also gets what was being committed then
 
-/** What the service, or the way to it, said no with. `status` is 0 where nobody answered. */
+/** An error response of the service. `code` is from the closed list in docs/api.md; `status` is 0 without a response. */
 export class Problem extends Error {
   constructor(status, detail, body = {}) {
     super(detail);
     this.status = status;
+    this.code = body.code;
     this.body = body;
   }
 }
@@ -33,8 +35,7 @@ async function call(path, { method = "GET", body, signal, kind = "api" }) {
     const answer = await send(path, method, body, signal, shown);
     if (answer.ok) return answer.json();
     const problem = await read(answer);
-    const wrongKey = answer.status === 401 || (answer.status === 403 && /does not open/.test(problem.message));
-    if (!wrongKey) throw problem;
+    if (!KEY_CODES.has(problem.code)) throw problem;
     if (sessionStorage.getItem(KEYS[kind]) === shown) sessionStorage.removeItem(KEYS[kind]); // else another call got one
     why = shown ? problem.message : "";
     if (!sessionStorage.getItem(KEYS[kind])) await askForKey(kind, why);
@@ -132,7 +133,7 @@ export function live(seconds, signal, work, trouble) {
     } catch (error) {
       if (signal.aborted || error.name === "AbortError") return;
       trouble(error);
-      if (error.status === 401 || error.status === 501) return; // asking again changes nothing
+      if (error.status === 401 || error.code === "store_not_configured") return; // asking again changes nothing
       wait = AGAIN;
     } finally {
       busy = false;
