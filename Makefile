@@ -1,4 +1,4 @@
-# One command per wish. `make serve` and `make test` need nothing but Python 3.11+ and make.
+# `make serve` and `make test` need Python 3.11, 3.12, 3.13 or 3.14, and make. `make help` lists all commands.
 PYTHON ?= python3
 SERVE := .venv
 DEV := .venv-dev
@@ -110,12 +110,12 @@ docs: $(DEV)/ready               ## write the README's tables anew from code, an
 screenshots: $(DEV)/ready        ## the README's pictures of the console; needs chromium and C-MAPSS
 	$(BIN)/python -m docs.screenshots
 
-build/uv/ready:
+build/uv/ready: ops/check_wheels.py
 	$(PYTHON) -m venv build/uv
-	build/uv/bin/python $(PIP) install uv
+	build/uv/bin/python $(PIP) install uv packaging
 	touch $@
 
-lock: build/uv/ready             ## renew the locks; the production lock carries hashes
+lock: build/uv/ready             ## renew the locks and check their wheels for each Python version
 	build/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 		--upgrade pyproject.toml -o requirements.lock
 	build/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --upgrade \
@@ -123,6 +123,7 @@ lock: build/uv/ready             ## renew the locks; the production lock carries
 	echo 'setuptools>=77' | build/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
 		--no-annotate --upgrade - -o requirements-build.lock  # what builds the image's wheel, and is not in it
 	sed -i '/^cuda-/d; /^nvidia-/d; /^triton==/d' requirements-dev.lock  # a GPU's packages: the CPU build needs none
+	build/uv/bin/python ops/check_wheels.py requirements.lock requirements-dev.lock
 
 clean:                           ## remove environments and build products
 	rm -rf $(SERVE) $(DEV) build *.egg-info

@@ -84,7 +84,7 @@ def test_whatever_is_imported_is_declared(rooms: tuple[str, ...], groups: tuple[
     [
         (("serving",), ("service", "model")),
         (("score", "ray", "tables", "tracing", "train"), ("service", "model", "export")),
-        (("dev",), ("tests", "benchmarks", "docs")),
+        (("dev",), ("tests", "benchmarks", "ops", "docs")),
     ],
 )
 def test_whatever_is_declared_is_used(groups: tuple[str, ...], rooms: tuple[str, ...]) -> None:
