@@ -8,7 +8,7 @@ CMAPSS_URL ?= https://phm-datasets.s3.amazonaws.com/NASA/6.+Turbofan+Engine+Degr
 
 .DEFAULT_GOAL := help
 .PHONY: help serve demo test check format train export evaluate fleet study fuzz kills bench bench-peers bench-score bench-monitor \
-	bench-console kills-score endurance faults soak scaling data docs screenshots lock clean
+	bench-console kills-score endurance faults soak scaling data docs trace screenshots lock clean
 
 help:                            ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -106,6 +106,9 @@ scaling: $(DEV)/ready            ## requests a second of one and two workers, on
 
 docs: $(DEV)/ready               ## write the README's tables anew from code, and the results from the test engines
 	$(BIN)/python docs/tables.py --results
+
+trace: $(DEV)/ready              ## frames, modules and module changes of one request of each kind, compared with the targets
+	$(BIN)/python -m docs.trace
 
 screenshots: $(DEV)/ready        ## the README's pictures of the console; needs chromium and C-MAPSS
 	$(BIN)/python -m docs.screenshots
