@@ -34,7 +34,7 @@ $(DEV)/ready: requirements-dev.lock pyproject.toml
 test: $(DEV)/ready               ## every test, a core each; those on real data need CMAPSS_DIR or `make data`
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-check: $(DEV)/ready              ## style, types, arrows between rooms, README tables against code
+check: $(DEV)/ready              ## style, types, dependency directions, generated tables against code
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -104,7 +104,7 @@ soak: $(DEV)/ready               ## MINUTES=30 of everything at once: memory, de
 scaling: $(DEV)/ready            ## requests a second of one and two workers, one and two processes on one database; needs wrk
 	$(BIN)/python -m benchmarks.scaling
 
-docs: $(DEV)/ready               ## write the README's tables anew from code, and the results from the test engines
+docs: $(DEV)/ready               ## write the generated tables of README and docs/architecture.md, and the results from the test engines
 	$(BIN)/python docs/tables.py --results
 
 trace: $(DEV)/ready              ## frames, modules and module changes of one request of each kind, compared with the targets

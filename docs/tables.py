@@ -1,22 +1,24 @@
-"""The tables of the README that code knows better: settings, endpoints, rooms, results.
+"""Write the tables that are generated from code: settings, endpoints, folders and results in the README, and packages.
 
-python docs/tables.py            writes them (results only if C-MAPSS is there)
-python docs/tables.py --check    fails if the README differs from the code; results are checked by a test
+python docs/tables.py            write them; --results also runs the artefact over C-MAPSS
+python docs/tables.py --check    fail if a document differs from the code; results are checked by a test
 """
 
 import argparse
 import ast
 import difflib
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from service.settings import BUNDLED, PREFIX, Settings
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-ROOMS = ("model", "export", "service", "service/replay", "service/score", "service/storage", "service/api")
-CONSOLE = "service/api/console"
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+TOP = ("model", "export", "service")  # folders of the project's own packages
 NAME = 23  # characters of a module's name, and what is between it and its sentence
 
 
@@ -47,16 +49,94 @@ def endpoints() -> Iterator[str]:
 def tree() -> Iterator[str]:
     """One line a module: the first sentence of its docstring, or of the comment that a script opens with."""
     yield "```"
-    for room in ROOMS:
-        yield f"{room}/"
-        for path in sorted((ROOT / room).glob("*.py")):
+    for folder in package_folders(ROOT):
+        yield f"{folder.relative_to(ROOT)}/"
+        for path in sorted(folder.glob("*.py")):
             docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
             if path.name != "__init__.py":
                 yield f"  {path.name:<{NAME}}{docstring.splitlines()[0].rstrip('.')}"
-    yield f"{CONSOLE}/"
-    for path in sorted((ROOT / CONSOLE).glob("*.js")):
-        yield f"  {path.name:<{NAME}}{path.read_text().splitlines()[0].removeprefix('// ').rstrip('.')}"
+    for folder in sorted({path.parent for path in (ROOT / "service").rglob("*.js")}):
+        yield f"{folder.relative_to(ROOT)}/"
+        for path in sorted(folder.glob("*.js")):
+            yield f"  {path.name:<{NAME}}{path.read_text().splitlines()[0].removeprefix('// ').rstrip('.')}"
     yield "```"
+
+
+class Module(NamedTuple):
+    """A module of the project: number of lines, lines of each function, and the names that it imports."""
+
+    lines: int
+    functions: list[int]
+    imports: set[str]
+
+
+def package_folders(root: Path) -> list[Path]:
+    """Return the folder of every package of the project, the top level of each first."""
+    found = [path.parent for top in TOP for path in sorted((root / top).rglob("__init__.py"))]
+    if not found:
+        raise SystemExit(f"no packages in {root}")
+    return sorted(found, key=lambda folder: (TOP.index(folder.relative_to(root).parts[0]), folder))
+
+
+def read_module(path: Path) -> Module:
+    """Read what the table of packages counts. Imports inside functions count as others do."""
+    text = path.read_text()
+    functions, imports = [], set[str]()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            functions.append((node.end_lineno or node.lineno) - node.lineno + 1)
+        elif isinstance(node, ast.Import):
+            imports |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            imports |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return Module(len(text.splitlines()), functions, imports)
+
+
+def packages(root: Path = ROOT) -> Iterator[str]:
+    """One line per package: modules, lines, sizes, and the imports between its modules and those of other packages."""
+    modules: dict[str, Module] = {}
+    package_of: dict[str, str] = {}
+    for folder in package_folders(root):
+        package = ".".join(folder.relative_to(root).parts)
+        package_of[package] = package  # `from package import name` is an import of the package
+        for path in sorted(folder.glob("*.py")):
+            if path.name != "__init__.py":
+                modules[f"{package}.{path.stem}"] = read_module(path)
+                package_of[f"{package}.{path.stem}"] = package
+    targets = {
+        name: {_imported(one, package_of) for one in module.imports} - {None} for name, module in modules.items()
+    }
+    edges = [
+        (package_of[name], package_of[target])
+        for name, found in targets.items()
+        for target in found
+        if target and package_of[name] != package_of[target]
+    ]
+    yield "| package | modules | lines | median module | median function | p90 function | imports in | imports out |"
+    yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    for package in dict.fromkeys(package_of.values()):
+        own = [module for name, module in modules.items() if package_of[name] == package]
+        if not own:
+            continue
+        sizes = sorted(size for module in own for size in module.functions)
+        figures = (
+            *(len(own), sum(module.lines for module in own), _rank([module.lines for module in own], 0.5)),
+            *(_rank(sizes, 0.5), _rank(sizes, 0.9)),
+            *(sum(package == into for _, into in edges), sum(package == out for out, _ in edges)),
+        )
+        yield f"| `{package.replace('.', '/')}` | {' | '.join(f'{figure:,}' for figure in figures)} |"
+
+
+def _imported(name: str, known: dict[str, str]) -> str | None:
+    """Return the module or package of the project that an imported name is, or is in."""
+    while name and name not in known:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+def _rank(values: list[int], share: float) -> int:
+    """Return the smallest value that at least this share of the values does not exceed; 0 of none."""
+    return sorted(values)[math.ceil(share * len(values)) - 1] if values else 0
 
 
 def results() -> Iterator[str]:
@@ -78,20 +158,24 @@ def replaced(text: str, name: str, lines: Iterator[str]) -> str:
 
 def main() -> None:
     """Write or check."""
-    parser = argparse.ArgumentParser(description="README tables from code.")
+    parser = argparse.ArgumentParser(description="Write the tables that are generated from code.")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--results", action="store_true", help="also run the artefact over the test engines")
     flags = parser.parse_args()
-    before = README.read_text()
-    after = before
-    for make in (settings, endpoints, tree, *((results,) if flags.results else ())):
-        after = replaced(after, make.__name__, make())
-    if flags.check and after != before:
-        sys.stdout.writelines(
-            difflib.unified_diff(before.splitlines(True), after.splitlines(True), "README.md", "code")
-        )
-        raise SystemExit("README.md differs from the code: run `make docs`")
-    README.write_text(after)
+    documents: dict[Path, list[Callable[[], Iterator[str]]]] = {
+        README: [settings, endpoints, tree, *([results] if flags.results else [])],
+        ARCHITECTURE: [packages],
+    }
+    for path, tables in documents.items():
+        before = path.read_text()
+        after = before
+        for make in tables:
+            after = replaced(after, make.__name__, make())
+        if flags.check and after != before:
+            lines = difflib.unified_diff(before.splitlines(True), after.splitlines(True), path.name, "code")
+            sys.stdout.writelines(lines)
+            raise SystemExit(f"{path.relative_to(ROOT)} differs from the code: run `make docs`")
+        path.write_text(after)
 
 
 if __name__ == "__main__":
