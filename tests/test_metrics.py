@@ -3,10 +3,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
 from model import numerics
 from model.contract import CHANNELS, Manifest
 from model.windows import Readings
+from service.metrics import add, observe, observe_all
 from tests.conftest import Service, running
 from tests.test_runtime import edited, identity_classifier
 
@@ -188,3 +190,29 @@ def test_evaluate_feeds_no_calibration(fresh: Service) -> None:
     fresh.client.post("/v1/evaluate", json={"logits": [[1, 2, 3]], "labels": [0]})
     m = fresh.metrics()
     assert 0 == m["engine_health_labelled_total"] == m["engine_health_confidence_count"]
+
+
+def test_direct_metric_updates_equal_the_public_methods() -> None:
+    """Metrics that are updated through private names export the same text as through `inc` and `observe`."""
+    values = np.array([0.0, 0.05, 0.1, 0.100001, 0.7, 3.0, np.inf])
+    texts = []
+    for direct in (True, False):
+        registry = CollectorRegistry()
+        counter = Counter("rows", "Rows.", ["kind"], registry=registry).labels("a")
+        one, many = (Histogram(name, name, buckets=(0.1, 0.5, 1), registry=registry) for name in ("one", "many"))
+        if direct:
+            add(counter, 2.5)
+            for value in values.tolist():
+                observe(one, value)
+            observe_all(many, values)
+            observe_all(many, values[1:2])
+        else:
+            counter.inc(2.5)
+            for value in values.tolist():
+                one.observe(value)
+            for value in (*values.tolist(), values[1]):
+                many.observe(value)
+        lines = generate_latest(registry).decode().splitlines()
+        texts.append([line for line in lines if "_created" not in line])
+    assert len(texts[0]) > 10
+    assert texts[0] == texts[1]

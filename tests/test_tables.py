@@ -16,7 +16,7 @@ def write(root: Path, path: str, text: str) -> None:
 
 
 def test_packages_are_counted_from_the_folders(tmp_path: Path) -> None:
-    """Each folder with an `__init__.py` is a row: modules, lines, sizes, and imports between modules of two packages."""
+    """Each folder with an `__init__.py` is a row with its modules, lines, sizes and imports from and to others."""
     for package in ("model", "service", "service/store"):
         write(tmp_path, f"{package}/__init__.py", "")
     write(tmp_path, "model/base.py", "def f():\n    return 1\n")
