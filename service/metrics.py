@@ -67,7 +67,7 @@ def share_between_workers(folder: Path, slot: int) -> None:
 
 
 class Metrics:
-    """All metrics of one process, with the prefix `engine_health_`. docs/operations.md lists what scrapes them."""
+    """All metrics of one process, with the prefix `engine_health_`; docs/operations.md shows how to scrape them."""
 
     def __init__(self, registry: CollectorRegistry, shared: Path | None = None) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # no types; several workers have no such series, one has 258

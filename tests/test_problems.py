@@ -157,3 +157,16 @@ def test_every_route_answers_errors_with_a_listed_code(guarded: Service) -> None
         answer = guarded.client.request(method, f"{url}?unknown=1", headers=ADMIN | JSON, content=b"{")
         assert answer.status_code < 400 or checked(answer), path
         assert answer.status_code == 400 or method == "get", path
+
+
+def test_console_decides_by_codes_and_never_by_texts() -> None:
+    """The console's JavaScript compares the `code` of a problem with listed codes, and searches no error text."""
+    scripts = [path.read_text() for path in (ROOT / "service").rglob("*.js")]
+    compared = {code for text in scripts for code in re.findall(r"\.code [!=]== \"(\w+)\"", text)}
+    (key_codes,) = (found for text in scripts for found in re.findall(r"KEY_CODES = new Set\(\[(.*?)\]", text))
+    assert {"record_not_found", "store_not_configured", "overloaded"} <= compared <= set(Code)
+    assert {"api_key_missing", "api_key_unknown", "not_admin"} == set(re.findall(r"\w+", key_codes)) <= set(Code)
+    for text in scripts:
+        assert not re.search(
+            r"\.test\([\w.]*(message|detail)|(message|detail)\.(includes|match|startsWith)|message [!=]==", text
+        )
