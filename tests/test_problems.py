@@ -87,7 +87,7 @@ def checked(answer: httpx.Response) -> Code:
 
 
 def test_every_code_has_a_status_and_a_cause() -> None:
-    """Each code has one status and one test of its own, and each error class and router status has a code."""
+    """Each code has one status and one test, and each error class and router status has a code."""
     assert set(Code) == set(STATUS) == {*WITH_KEYS, *WITHOUT_KEYS_AND_STORE, *IN_PROCESS}
     assert all(re.fullmatch(r"[a-z]+(_[a-z]+)*", code) for code in Code)
     raised = {kind.code for kind in subclasses(errors.ServiceError)}
