@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,21 @@ def browser() -> Iterator["Browser"]:
         pytest.skip(missing)
     with chromium() as found:
         yield found
+
+
+@pytest.fixture(scope="module", params=["simdjson", "portable"])
+def each_parser(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each parser of JSON numbers in turn; simdjson where it is installed."""
+    from service.api import number_parser  # which not every test needs
+
+    if request.param == "simdjson" and find_spec("simdjson") is None:
+        pytest.skip("simdjson is not installed: it has no wheel for this Python")
+    usual, make = number_parser.active, {"simdjson": number_parser.SimdjsonParser}
+    number_parser.active = make.get(request.param, number_parser.PortableParser)()
+    try:
+        yield
+    finally:
+        number_parser.active = usual
 
 
 @dataclass

@@ -10,10 +10,12 @@ from model.evaluate import ARTEFACT
 from service.api import schemas
 from service.api.calls import read_predict
 from service.api.decode import decode_instances
+from service.api.numbers import PIECE
 from service.api.quick import read_quickly
 from service.errors import ServiceError
 from service.runtime import Model, open_model
 
+pytestmark = pytest.mark.usefixtures("each_parser")
 CHANNELS = 17
 WINDOW = 100
 NUMBERS = st.one_of(
@@ -122,3 +124,32 @@ def test_plain_bodies_are_read_in_one_pass(model: Model) -> None:
     assert read_quickly(body, model, 3) is None
     with pytest.raises(ServiceError):
         read_predict(body, model, 3)
+
+
+def test_a_large_body_is_decoded_in_one_pass(model: Model) -> None:
+    """A plain body of several MiB, which is split behind instances, is what the schemas make of it; also as a view."""
+    rows = np.random.default_rng(0).normal(500, 100, (WINDOW, CHANNELS)).round(3).tolist()
+    instances: list[dict[str, Any]] = [{"telemetry": rows[: 1 + k % WINDOW], "cycle": k} for k in range(400)]
+    instances[200]["engine_id"] = "}, {"  # what looks like the end of an instance
+    for indent in (None, 1):
+        body = json.dumps({"instances": instances}, indent=indent).encode()
+        assert len(body) > 2 * PIECE
+        for form in (body, memoryview(bytearray(body))):
+            found = read_quickly(form, model, 400)
+            assert found is not None
+            assert [(flight.engine_id, flight.cycle) for flight in found.flights] == slowly(body, model)[0]
+            assert slowly(body, model)[1] == found.decoded.telemetry.tobytes()
+            assert read_quickly(form, model, 399) is None
+
+
+@pytest.mark.parametrize(
+    ("end", "wrong"),
+    [(b"]}", b",]}"), (b"]}", b"}]}"), (b"]}", b"]]}"), (b"]}", b'],"more":[{}]}'), (b"},", b"},,"), (b"},", b"},[],")],
+)
+def test_a_large_body_that_is_no_json_is_left_to_the_schemas(model: Model, end: bytes, wrong: bytes) -> None:
+    """A large body with something wrong between, behind or after its instances is not read in one pass."""
+    instance = {"telemetry": [[1.0] * CHANNELS] * WINDOW}
+    body = json.dumps({"instances": [instance] * 400}).encode()
+    assert read_quickly(body, model, 400) is not None
+    for at in {body.rindex(end), body.index(end)}:
+        assert read_quickly(body[:at] + wrong + body[at + len(end) :], model, 401) is None

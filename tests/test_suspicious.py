@@ -17,10 +17,13 @@ MANY = 4 << 20  # lists
 GROWN = """
 import resource, sys
 from model.evaluate import ARTEFACT
+from service.api import number_parser
 from service.api.calls import evaluate_json, read_predict
 from service.errors import ServiceError
 from service.runtime import open_model
 model, body = open_model(ARTEFACT), sys.stdin.buffer.read()
+if sys.argv[1] == "portable":
+    number_parser.active = number_parser.PortableParser()
 def most():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = most()
@@ -50,11 +53,12 @@ def model() -> Model:
         (b'{"logits":[[1,2],%s],"labels":[0]}', "logits[1]: expected a row of 2 numbers, got 0 values"),
     ],
 )
-def test_nothing_but_brackets_takes_no_memory_to_speak_of(form: bytes, told: str) -> None:
+@pytest.mark.parametrize("parser", ["simdjson", "portable"])
+def test_nothing_but_brackets_takes_no_memory_to_speak_of(form: bytes, told: str, parser: str) -> None:
     """Millions of empty lists, objects or numbers are refused by their place, and never are all objects at one time."""
     filling = next(some for some in (b"1.25,", b"{},", b"[],") if some in form or some == b"[],")
     body = form % (filling * MANY)[:-1]
-    run = subprocess.run([sys.executable, "-c", GROWN], input=body, capture_output=True, check=True)
+    run = subprocess.run([sys.executable, "-c", GROWN, parser], input=body, capture_output=True, check=True)
     grown, _, detail = run.stdout.decode().partition(" ")
     assert detail.startswith(told)
     assert float(grown) < 150  # MiB; as objects they would take 270

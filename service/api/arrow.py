@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from service.api.held import Sent
 from service.api.ipc import broken, inflated_size
 from service.errors import BodyTooLarge, UnsupportedMediaType
 
@@ -45,7 +44,7 @@ class Table(NamedTuple):
     columns: list[Column]
 
 
-def read_table(body: Sent, limit: int) -> Table:
+def read_table(body: bytes | memoryview, limit: int) -> Table:
     """A stream as columns, each in one piece, proven to be what it says it is.
 
     Args:

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.types import Receive
 
 from service.api.exchange import EXCHANGE, Exchange
-from service.api.held import Held, Sent
+from service.api.held import Held
 from service.errors import BodyTooLarge, ClientGone, NotJson, TooSlow, UnsupportedMediaType
 
 JSON = "application/json"
@@ -68,7 +68,7 @@ async def read_body(request: Request, limit: int, seconds: float) -> bytes:
     return await _received(request, limit, seconds, encoding, held)
 
 
-async def read_large(request: Request, limit: int, seconds: float) -> Sent:
+async def read_large(request: Request, limit: int, seconds: float) -> bytes | memoryview:
     """As `read_body`, but that a large body may lie in a place that is another's once the request is answered."""
     encoding, length, held = _announced(request, limit)
     exchange: Exchange | None = request.scope.get(EXCHANGE)
@@ -86,7 +86,7 @@ async def read_large(request: Request, limit: int, seconds: float) -> Sent:
         raise TooSlow(f"the body did not arrive in {seconds:g} s") from None
     if refusal is not None:
         raise refusal
-    return place
+    return memoryview(place)
 
 
 def _announced(request: Request, limit: int) -> tuple[bytes, int, Held]:

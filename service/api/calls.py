@@ -8,11 +8,8 @@ import numpy as np
 from model import numerics
 from service.api import schemas
 from service.api.arrow import read_table
-from service.api.cuts import check_unread, whole
-from service.api.decode import Decoded, decode_instances, decode_labels, decode_logits, parse_long, refuse
-from service.api.depth import JSON_DEPTH
-from service.api.flights import decode_histories, histories
-from service.api.held import Sent
+from service.api.decode import Decoded, decode_instances, decode_labels, decode_logits, refuse
+from service.api.flights import Flight, decode_histories, histories
 from service.api.quick import read_quickly
 from service.errors import Fault, InvalidInput
 from service.memory import Named
@@ -33,7 +30,7 @@ class Asked(NamedTuple):
     explain: bool
 
 
-def read_predict(body: Sent, model: Model, most: int) -> Asked:
+def read_predict(body: bytes | memoryview, model: Model, most: int) -> Asked:
     """A body of `/v1/predict`, decoded.
 
     Raises:
@@ -43,15 +40,14 @@ def read_predict(body: Sent, model: Model, most: int) -> Asked:
     found = read_quickly(body, model, most)
     if found is not None:
         return Asked(found.flights, found.decoded, None, False)
-    names = {b"telemetry", *(name.encode() for name in model.channels)}
-    asked, cuts, _ = parse_long(body, schemas.PredictRequest, names)
+    asked = schemas.parse(body, schemas.PredictRequest)
     _admit(len(asked.instances), asked.explain, model, most)
-    decoded = decode_instances(asked.instances, model, asked.missing == "hold", cuts)
-    check_unread(cuts)
-    return Asked(asked.instances, decoded, asked.temperature, asked.explain)
+    decoded = decode_instances(asked.instances, model, asked.missing == "hold")
+    flights = [Flight(x.engine_id, x.cycle) for x in asked.instances]  # whose raw JSON would keep the body
+    return Asked(flights, decoded, asked.temperature, asked.explain)
 
 
-def read_predict_table(body: Sent, query: list[tuple[str, str]], model: Model, limits: Settings) -> Asked:
+def read_predict_table(body: bytes | memoryview, query: list[tuple[str, str]], model: Model, limits: Settings) -> Asked:
     """The same as an Arrow stream of flights, and options in the query.
 
     Raises:
@@ -78,11 +74,10 @@ def _admit(instances: int, explain: bool, model: Model, most: int) -> None:
         refuse([Fault(("instances",), f"{instances} instances, at most {most} are {verb} in one call")])
 
 
-def evaluate_json(body: bytes, classes: tuple[str, ...], most: int) -> dict[str, Any]:
+def evaluate_json(body: bytes | memoryview, classes: tuple[str, ...], most: int) -> dict[str, Any]:
     """The whole of `/v1/evaluate` between its bytes."""
-    asked, cuts, _ = parse_long(body, schemas.EvaluateRequest, {b"logits"})
-    logits = decode_logits(whole(asked.logits, cuts), most)
-    check_unread(cuts)
+    asked = schemas.parse(body, schemas.EvaluateRequest)
+    logits = decode_logits(bytes(asked.logits), most)
     names = classes if logits.shape[1] == len(classes) else tuple(str(k) for k in range(logits.shape[1]))
     faults: list[Fault] = []
     if len(asked.labels) != len(logits):
@@ -139,7 +134,6 @@ def model_json(predictor: Predictor, limits: Settings) -> dict[str, Any]:
             "max_batch_rows": limits.max_batch_rows,
             "request_seconds": limits.request_seconds,
             "header_bytes": HEADER_BYTES,
-            "json_depth": JSON_DEPTH,
             "temperature": [numerics.MIN_TEMPERATURE, numerics.MAX_TEMPERATURE],
         },
     }

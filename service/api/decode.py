@@ -6,7 +6,7 @@ fault, so that a good request never pays for the explanation of a bad one.
 
 import json
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,11 +15,8 @@ import orjson
 
 from model import numerics, windows
 from model.numerics import Floats
-from service.api.cuts import Cuts, cut, uncut
-from service.api.depth import brackets
-from service.api.held import Sent
-from service.api.numbers import LONG_ROW, PIECE, columns, fits_float32, pieces, table, tables, to_float32
-from service.api.schemas import Body, Instance, Label, describe, parse
+from service.api.numbers import LONG_ROW, PIECE, brackets, columns, fits_float32, pieces, table, tables, to_float32
+from service.api.schemas import Instance, Label, describe
 from service.errors import Fault, InvalidInput, NotJson
 from service.runtime import Batch, Model
 
@@ -40,30 +37,13 @@ class Decoded(NamedTuple):
     imputed: npt.NDArray[np.int64] | None
 
 
-def parse_long(body: Sent, kind: type[Body], names: Collection[bytes]) -> tuple[Body, Cuts, Sent]:
-    """A body as its type; where it is long, the lists of numbers that were cut out of it, and what was left.
-
-    Raises:
-        NotJson: what its bytes are not.
-        InvalidInput: JSON of another shape; names the first place.
-    """
-    short, cuts = cut(body, names) if len(body) > PIECE else (body, Cuts())
-    try:
-        return parse(short, kind), cuts, short
-    except (NotJson, InvalidInput):
-        if not cuts:
-            raise
-        return parse(body, kind), Cuts(), body  # which says what is wrong with what was sent
-
-
-def decode_instances(instances: list[Instance], model: Model, hold: bool, cuts: Cuts | None = None) -> Decoded:
+def decode_instances(instances: list[Instance], model: Model, hold: bool) -> Decoded:
     """Windows padded, missing values held if asked, labels as distributions over the classes.
 
     Args:
         instances: of which the telemetry is JSON still.
         model: whose input they shall be.
         hold: whether a missing value is the last one seen.
-        cuts: lists that were cut out of the body.
 
     Raises:
         InvalidInput: names instance, row and channel of what is wrong, at most twenty places.
@@ -72,8 +52,8 @@ def decode_instances(instances: list[Instance], model: Model, hold: bool, cuts: 
     channels = model.channels
     batch = np.empty((len(instances), *model.input_shape), dtype=np.float32)
     imputed = np.zeros(len(channels), dtype=np.int64)
-    window, cuts = model.manifest.window, Cuts() if cuts is None else cuts
-    for begin, texts, found in _read(instances, channels, hold or window is None, cuts):
+    window = model.manifest.window
+    for begin, texts, found in _read(instances, channels, hold or window is None):
         if found is not None and window is not None:
             batch[begin : begin + len(texts)] = _newest(found, window)
             continue
@@ -83,9 +63,9 @@ def decode_instances(instances: list[Instance], model: Model, hold: bool, cuts: 
             loc, held = ("instances", i, "telemetry"), None
             values: Batch | None
             if window is None:
-                values = _tensor(bytes(text), model.input_shape, loc, faults)
+                values = _tensor(text, model.input_shape, loc, faults)
             else:
-                values, held = _window(bytes(text), cuts, window, channels, hold, loc, faults)
+                values, held = _window(text, window, channels, hold, loc, faults)
             if held is not None:
                 imputed += held
             if values is not None:
@@ -100,13 +80,13 @@ def decode_instances(instances: list[Instance], model: Model, hold: bool, cuts: 
 
 
 def _read(
-    instances: list[Instance], channels: tuple[str, ...], singly: bool, cuts: Cuts
-) -> Iterator[tuple[int, list[bytes | memoryview], Sequence[Batch] | Batch | None]]:
+    instances: list[Instance], channels: tuple[str, ...], singly: bool
+) -> Iterator[tuple[int, list[bytes], Sequence[Batch] | Batch | None]]:
     """The first of some instances, their telemetry as JSON, and as rows where it is usual and was read together."""
-    texts: list[bytes | memoryview] = []
+    texts: list[bytes] = []
     size = 0
     for k, instance in enumerate(instances):
-        texts.append(uncut(instance.telemetry, cuts))
+        texts.append(bytes(instance.telemetry))
         size += len(texts[-1])
         if singly or size > TOGETHER or k == len(instances) - 1:
             usual = not singly and size <= PIECE and all(text[:1] == b"[" for text in texts)
@@ -128,13 +108,11 @@ def refuse(faults: list[Fault]) -> None:
 
 
 def _window(
-    text: bytes, cuts: Cuts, window: int, channels: tuple[str, ...], hold: bool, loc: Loc, faults: list[Fault]
+    text: bytes, window: int, channels: tuple[str, ...], hold: bool, loc: Loc, faults: list[Fault]
 ) -> tuple[Batch | None, npt.NDArray[np.int64] | None]:
     """The newest window of an instance, and how many values were held; None after naming what is wrong."""
-    values = _history(text, channels, hold, cuts)
+    values = _history(text, channels, hold)
     if values is None:
-        for mark, found in cuts.items() if text[:1] == b"{" else ():
-            text = text.replace(mark, bytes(found))
         values = _suspicious(text, channels, hold, loc, faults)
     if values is None:
         return None, None
@@ -143,9 +121,9 @@ def _window(
     return hold_window(values, window, channels, loc, faults)
 
 
-def _history(text: bytes, channels: tuple[str, ...], hold: bool, cuts: Cuts) -> Batch | None:
+def _history(text: bytes, channels: tuple[str, ...], hold: bool) -> Batch | None:
     """Rows, or columns by name, as (T, channels); None if anything is unusual."""
-    found = columns(text, channels, cuts, hold) if text[:1] == b"{" else table(text, len(channels), hold)
+    found = columns(text, channels, hold) if text[:1] == b"{" else table(text, len(channels), hold)
     return None if found is None else to_float32(found, hold)
 
 

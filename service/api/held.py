@@ -10,7 +10,6 @@ from contextlib import suppress
 
 from service.errors import Overloaded
 
-Sent = bytes | mmap.mmap
 KEPT = 1 << 24  # bytes of a place that stays for the next large body
 RETRY_SECONDS = 1.0
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from struct import Struct
 from typing import NamedTuple
 
-from service.api.held import Sent
 from service.errors import BodyTooLarge, Fault, InvalidInput, NotArrow
 
 MOST_MESSAGES = 16384
@@ -71,7 +70,7 @@ class Flat(NamedTuple):
         return self.data[begin : begin + count]
 
 
-def get(kind: Struct, data: Sent, at: int) -> int:
+def get(kind: Struct, data: bytes | memoryview, at: int) -> int:
     """A number at a place.
 
     Raises:
@@ -87,7 +86,7 @@ def broken(why: str) -> NotArrow:
     return NotArrow(f"the body is not an Arrow stream: {why}")
 
 
-def inflated_size(body: Sent, limit: int) -> int:
+def inflated_size(body: bytes | memoryview, limit: int) -> int:
     """Bytes that all buffers of a stream have together, inflated; buffers that share bytes count each for itself.
 
     Raises:
@@ -114,7 +113,7 @@ def inflated_size(body: Sent, limit: int) -> int:
     return total
 
 
-def _messages(body: Sent) -> Iterator[tuple[Flat, int]]:
+def _messages(body: bytes | memoryview) -> Iterator[tuple[Flat, int]]:
     """Each message, and where its body begins."""
     at = 0
     while at < len(body):
@@ -124,7 +123,7 @@ def _messages(body: Sent) -> Iterator[tuple[Flat, int]]:
             raise broken("no message where one should begin, or one that is cut short")
         if size == 0:
             break
-        data = body[at : at + size]
+        data = bytes(body[at : at + size])
         at += size
         if OLD_COMPRESSION in data:
             raise broken("compressed as before Arrow 1.0")
@@ -161,7 +160,7 @@ def _notes(table: Flat, slot: int, total: int) -> int:
     return total
 
 
-def _buffers(batch: Flat, body: Sent, at: int) -> int:
+def _buffers(batch: Flat, body: bytes | memoryview, at: int) -> int:
     """Bytes of a batch's buffers. A compressed one begins with its size when inflated, or -1 if it is as it is."""
     begin, count = batch.vector(2, 16)
     compressed, total = batch.place(3) != 0, 0

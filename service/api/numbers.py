@@ -1,44 +1,26 @@
 """Numbers of JSON straight into arrays, no Python object for each; None where anything is unusual. Knows no schemas.
 
-A long text is parsed a piece at a time: a parser holds the interpreter until it is done, and others are waiting to be
-answered. Whoever is told None looks at the values one by one, to name the place of what is wrong.
+Long texts are parsed in pieces of 1 MiB: a parser holds the interpreter until it is done, and keeps buffers for the
+longest text that it parsed. Where the result is None, the caller examines the values one by one to locate the fault.
 """
 
-import threading
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
-import simdjson
 
-from service.api.cuts import Cuts, whole
-from service.api.depth import brackets
+from service.api import number_parser
+from service.api.number_parser import DECLINED, Flat, Floats
 from service.runtime import Batch
 
 PIECE = 1 << 20  # bytes parsed at a time; a millisecond or two
 LONG_ROW = 4 * PIECE  # no row of numbers is as long, and a parser keeps what it took for the longest text
 FLOAT32_MOST = float(np.finfo(np.float32).max) + 2.0**103  # less than this is rounded to the largest float32
 FEW = 8192  # numbers that BLAS adds up in this thread: of more, others have a part, and may find no core free
-MISSING = b" 1e300 "  # what stands for null while it is parsed: no float32, and part of nothing that is beside it
-Flat = npt.NDArray[Any]
-Floats = npt.NDArray[np.float64]
-
-
-class Unusual(ValueError):
-    """JSON that another way of reading has to look at."""
-
-
-_parsers = threading.local()  # one parser a thread: its buffers are reused
-
-
-def parser() -> simdjson.Parser:
-    """The parser of this thread."""
-    if not hasattr(_parsers, "own"):
-        _parsers.own = simdjson.Parser()
-    return _parsers.own  # type: ignore[no-any-return]  # a thread's own attributes have no types
+MISSING = b" 1e300 "  # what stands for null while it is parsed: no float32, and part of no adjacent value
+SHORT = 1 << 12  # bytes in which `bytes.count` is the fastest way to count
 
 
 def table(text: bytes, width: int, hold: bool = False) -> Floats | None:
@@ -63,16 +45,12 @@ def tables(texts: Sequence[bytes | memoryview], width: int) -> Sequence[Batch] |
     """
     text = b"[%b,0]" % b",0,".join(texts)
     try:
-        found: Any = parser().parse(text)  # a list, as its text begins so and is JSON
-        values = iter(found)
-        lengths = [_rows(value, width) for value, zero in zip(values, values, strict=True) if zero == 0]
-        if len(lengths) != len(texts) or len(found) != 2 * len(texts):
-            return None
-        if brackets(text) != 1 + len(texts) + sum(lengths):
-            return None  # as in _flat
-        flat = to_float32(np.frombuffer(found.as_buffer(of_type="d"), np.float64))
-    except (ValueError, TypeError, RuntimeError):  # as in _flat
+        doubles, lengths = number_parser.active.tables(text, width)
+    except DECLINED:
         return None
+    if len(lengths) != len(texts) or brackets(text) != 1 + len(texts) + sum(lengths):
+        return None  # a list within a row would be flattened
+    flat = to_float32(doubles)
     if flat is None:
         return None
     if len(set(lengths)) == 1:
@@ -81,26 +59,15 @@ def tables(texts: Sequence[bytes | memoryview], width: int) -> Sequence[Batch] |
     return [flat[at : at + width * length].reshape(-1, width) for at, length in zip(begins, lengths, strict=False)]
 
 
-def _rows(rows: Any, width: int | None) -> int:
-    """How many rows there are, each of `width`; the caller sees to it that no list is within those.
-
-    Raises:
-        ValueError, TypeError: it is something else.
-    """
-    if not isinstance(rows, simdjson.Array) or set(map(len, rows)) != {width}:  # type: ignore[arg-type]  # a number has none, which is a TypeError
-        raise Unusual
-    return len(rows)
-
-
-def columns(text: bytes, names: tuple[str, ...], cuts: Cuts, hold: bool = False) -> Floats | None:
+def columns(text: bytes, names: tuple[str, ...], hold: bool = False) -> Floats | None:
     """An object of columns of equal length, (T, names) in the order of the names; null as NaN if it may be held."""
     try:
         found = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     if found.keys() != set(names) or not names:
         return None
-    texts = [whole(found[name], cuts) for name in names]
+    texts = [bytes(found[name]) for name in names]
     values = [numbers(text, "d", hold) if brackets(text) == 1 else None for text in texts]
     lengths = {0 if column is None else len(column) for column in values}
     return np.stack(values, axis=1) if len(lengths) == 1 and lengths != {0} else None  # type: ignore[arg-type]  # none is None
@@ -123,15 +90,12 @@ def _flat(text: bytes, kind: Literal["d", "i"], width: int | None, hold: bool) -
     if missing:
         text = text.replace(b"null", MISSING)
     try:
-        rows = parser().parse(text)
-        if width is None and isinstance(rows, simdjson.Array):
-            return _held(np.frombuffer(rows.as_buffer(of_type=kind), np.float64 if kind == "d" else np.int64), missing)
-        flat = flat_rows(rows, width)
-        if brackets(text) != len(rows) + 1:  # type: ignore[arg-type]  # it has a length, or was refused
-            return None  # a list within a row would be flattened without a word
-        return _held(flat, missing)
-    except (ValueError, TypeError, RuntimeError):  # not JSON, or something in it is no number
+        if width is None:
+            return _held(number_parser.active.flat(text, kind), missing)
+        flat, rows = number_parser.active.rows(text, width)
+    except DECLINED:
         return None
+    return _held(flat, missing) if brackets(text) == rows + 1 else None  # a list within a row would be flattened
 
 
 def _held(flat: Flat, missing: int) -> Flat | None:
@@ -140,16 +104,6 @@ def _held(flat: Flat, missing: int) -> Flat | None:
         return flat
     holes = flat == float(MISSING)
     return np.where(holes, np.nan, flat) if np.count_nonzero(holes) == missing else None
-
-
-def flat_rows(rows: Any, width: int | None) -> Floats:
-    """The numbers of a list of lists, each of `width`; the caller sees to it that no list is within those.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: it is something else.
-    """
-    _rows(rows, width)
-    return np.frombuffer(rows.as_buffer(of_type="d"), dtype=np.float64)
 
 
 def pieces(text: bytes) -> list[bytes]:
@@ -210,3 +164,12 @@ def _squares(flat: Flat) -> float:
 def fits_float32(value: float) -> bool:
     """Whether a number, however large an integer, is finite after the cast to float32."""
     return -FLOAT32_MOST < value < FLOAT32_MOST
+
+
+def brackets(text: bytes | memoryview, one: bytes = b"[") -> int:
+    """Count the brackets of a kind. A long text is counted without holding the interpreter."""
+    if len(text) <= SHORT:
+        return bytes(text).count(one)
+    values = np.frombuffer(text, np.uint8)
+    steps = range(0, len(values), PIECE)
+    return sum(int(np.count_nonzero(values[begin : begin + PIECE] == ord(one))) for begin in steps)

@@ -1,90 +1,97 @@
-"""The commonest body of `/v1/predict`, read in one pass; whatever is unusual in it is left to the schemas.
+"""The commonest body of `/v1/predict`, parsed once; whatever is unusual in it is left to the schemas.
 
-They parse twice, which lets them name the place of any fault: first what an instance is, then its numbers. A body of
-rows of numbers and of names has no fault to be named, and is parsed here once, straight into an array.
+The schemas parse twice, which locates any fault: first the instances, then their numbers. A body of plain instances
+(rows of numbers, perhaps an engine and a cycle) has no fault to locate, and is parsed here straight into arrays. A
+large one is parsed a few instances at a time. Wherever a list is split, it is JSON if each part is JSON as a list.
 """
 
-from codecs import BOM_UTF8
+import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import simdjson
 
 from model import windows
+from service.api import number_parser
 from service.api.decode import Decoded
-from service.api.depth import brackets
 from service.api.flights import Flight
-from service.api.held import Sent
-from service.api.numbers import PIECE, Unusual, flat_rows, parser, to_float32
+from service.api.number_parser import DECLINED, Unusual
+from service.api.numbers import PIECE, brackets, to_float32
 from service.api.schemas import CONTROL, MOST_CYCLE, MOST_NAME
 from service.runtime import Batch, Model
 
-TELEMETRY, ENGINE, CYCLE = "telemetry", "engine_id", "cycle"
+STEP = 1 << 17  # bytes after which a large body is split: what the parser and its buffers need stays in the cache
+TAIL = 64  # bytes that may follow the last instance
+_BEGIN = re.compile(rb'[ \t\r\n]*\{[ \t\r\n]*"instances"[ \t\r\n]*:[ \t\r\n]*\[')
+_BETWEEN = re.compile(rb"\}[ \t\r\n]*,")
+_END = re.compile(rb"\][ \t\r\n]*\}[ \t\r\n]*\Z")
+_UNNAMED = Flight(None, None)
 
 
 class Quick(NamedTuple):
-    """The instances of a body: what they are called by, and their windows."""
+    """The instances of a body: their engines and cycles, and their windows."""
 
     flights: list[Flight]
     decoded: Decoded
 
 
-def read_quickly(body: Sent, model: Model, most: int) -> Quick | None:
-    """A body of nothing but instances of rows of numbers, perhaps with engine and cycle; None if it is any other."""
-    window = model.manifest.window
-    if window is None or len(body) > PIECE or not isinstance(body, bytes):
+def read_quickly(body: bytes | memoryview, model: Model, most: int) -> Quick | None:
+    """Decode a body of nothing but plain instances; None for any other body."""
+    window, width = model.manifest.window, len(model.channels)
+    begin = _BEGIN.match(body)
+    end = begin and _END.search(body, max(begin.end(), len(body) - TAIL))
+    if window is None or begin is None or end is None:
         return None
-    if body.startswith(BOM_UTF8):  # which this parser would read over
-        return None
+    flights: list[Flight] = []
+    batches = []
     try:
-        flights, batch = _instances(body, window, len(model.channels), most)
-    except (ValueError, TypeError, RuntimeError, KeyError):  # as the parser has it, and Unusual
+        for text in _split(body, begin.end(), end.start()):
+            batches.append(_read(text, flights, window, width))
+            if len(flights) > most:
+                return None
+    except DECLINED:
         return None
-    return Quick(flights, Decoded(batch, None, None))
+    return Quick(flights, Decoded(batches[0] if len(batches) == 1 else np.concatenate(batches), None, None))
 
 
-def _instances(body: bytes, window: int, width: int, most: int) -> tuple[list[Flight], Batch]:
-    """What each instance is called by, and the newest window of its rows, (N, window, width).
+def _split(body: bytes | memoryview, begin: int, end: int) -> Iterator[bytes]:
+    """The instances as lists, split behind an object.
 
     Raises:
-        ValueError, TypeError, RuntimeError, KeyError: anything is unusual.
+        Unusual: an instance is too long.
     """
-    document: Any = parser().parse(body)
-    if not isinstance(document, simdjson.Object) or list(document.keys()) != ["instances"]:
-        raise Unusual
-    instances = document["instances"]
-    if not isinstance(instances, simdjson.Array) or not 0 < len(instances) <= most:
-        raise Unusual
-    flights, tables, lengths = [], [], []
-    for instance in instances:
-        if not isinstance(instance, simdjson.Object):
+    while end - begin > PIECE:
+        between = _BETWEEN.search(body, begin + STEP, begin + PIECE)
+        if between is None:
             raise Unusual
-        names = list(instance.keys())
-        flights.append(_NOBODY if names == [TELEMETRY] else _flight(instance, names))
-        rows: Any = instance[TELEMETRY]
-        tables.append(flat_rows(rows, width))
-        lengths.append(len(rows))
-    if brackets(body) != 1 + len(tables) + sum(lengths):  # a list within a row would be flattened without a word
+        yield b"".join((b"[", body[begin : between.start() + 1], b"]"))
+        begin = between.end()
+    yield b"".join((b"[", body[begin:end], b"]"))
+
+
+def _read(text: bytes, flights: list[Flight], window: int, width: int) -> Batch:
+    """The newest window of each instance of a list (N, window, width); adds their engines and cycles to `flights`.
+
+    Raises:
+        Unusual, or what the parser raises: anything is unusual.
+    """
+    keys, tables, lengths = number_parser.active.instances(text, width)
+    # no instance at all, or a list within a row, which would be flattened
+    if not keys or brackets(text) != 1 + len(tables) + sum(lengths):
         raise Unusual
     values = to_float32(tables[0] if len(tables) == 1 else np.concatenate(tables))
     if values is None:
         raise Unusual
+    flights += [_UNNAMED if key == (None, None) else _flight(*key) for key in keys]
     if set(lengths) == {window}:
-        return flights, values.reshape(-1, window, width)
+        return values.reshape(-1, window, width)
     histories = np.split(values.reshape(-1, width), np.cumsum(lengths)[:-1])
-    return flights, np.stack([windows.pad_left(history, window) for history in histories])
+    return np.stack([windows.pad_left(history, window) for history in histories])
 
 
-def _flight(instance: simdjson.Object, names: list[str]) -> Flight:
-    if len(set(names)) != len(names) or not {TELEMETRY, ENGINE, CYCLE}.issuperset(names):
-        raise Unusual
-    engine: Any = instance.get(ENGINE)
-    cycle: Any = instance.get(CYCLE)
+def _flight(engine: Any, cycle: Any) -> Flight:
     named = engine is None or (isinstance(engine, str) and 0 < len(engine) <= MOST_NAME and not CONTROL.search(engine))
     dated = cycle is None or (type(cycle) is int and 0 <= cycle <= MOST_CYCLE)
     if not (named and dated):
         raise Unusual
     return Flight(engine, cycle)
-
-
-_NOBODY = Flight(None, None)

@@ -15,6 +15,7 @@ from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE
 from service.api.depth import check_depth
 from service.api.held import Sent
 from service.errors import Code, Fault, InvalidInput, NotJson
+from service.errors import Fault, InvalidInput, NotJson
 
 _READINGS = {"type": "array", "items": {"type": "number"}}
 _EXAMPLE = [
@@ -457,7 +458,7 @@ _STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
 _UNKNOWN = re.compile(r"^Object contains unknown field `(.*)`$", re.DOTALL)
 
 
-def parse(body: Sent, kind: type[Body]) -> Body:
+def parse(body: bytes | memoryview, kind: type[Body]) -> Body:
     """A request body as its type.
 
     Raises:
@@ -468,7 +469,6 @@ def parse(body: Sent, kind: type[Body]) -> Body:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         _check_json(body)  # the decoder stops at the first value of a wrong type, whatever follows
-        check_depth(body)
         raise _invalid(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise NotJson(f"the body is not JSON: {error}" if body else "the body is empty") from None
@@ -501,7 +501,7 @@ def _invalid(error: msgspec.ValidationError) -> InvalidInput:
     return InvalidInput(f"{describe(loc)}: {message}", (Fault(loc, message),))
 
 
-def _check_json(body: Sent) -> None:
+def _check_json(body: bytes | memoryview) -> None:
     """Refuse a body that is not JSON through and through. No object is made of it: many small ones take a gigabyte.
 
     Raises:

@@ -10,14 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import orjson
-from msgspec import UnsetType
+from msgspec import UNSET, UnsetType
 
-from service.api.cuts import Cuts, check_unread, whole
-from service.api.decode import parse_long
-from service.api.depth import check_depth
-from service.api.held import Sent
 from service.api.numbers import numbers, to_float32
-from service.api.schemas import InferRequest, Tensor
+from service.api.schemas import InferRequest, Tensor, parse
 from service.errors import InvalidInput
 
 DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8")}
@@ -32,7 +28,7 @@ class Inference(NamedTuple):
     inputs: dict[str, Array]
 
 
-def read(body: Sent, header_length: str | None, dtypes: dict[str, str]) -> Inference:
+def read(body: bytes | memoryview, header_length: str | None, dtypes: dict[str, str]) -> Inference:
     """A request with all its tensors.
 
     Args:
@@ -52,9 +48,7 @@ def read(body: Sent, header_length: str | None, dtypes: dict[str, str]) -> Infer
         if size > len(body):
             raise InvalidInput(f"Inference-Header-Content-Length says {size}, the body has {len(body)} bytes")
     text = body[:size] if size < len(body) else body
-    asked, cuts, left = parse_long(text, InferRequest, {b"data"})
-    for part in (left, *cuts.values()):
-        check_depth(bytes(part))
+    asked = parse(text, InferRequest)
     inputs: dict[str, Array] = {}
     at = size
     for tensor in asked.inputs:
@@ -63,14 +57,14 @@ def read(body: Sent, header_length: str | None, dtypes: dict[str, str]) -> Infer
             raise InvalidInput(f"input {tensor.name[:80]!r}: {what}")
         if tensor.datatype != dtypes[tensor.name]:
             raise InvalidInput(f"input {tensor.name!r}: datatype {tensor.datatype[:20]!r}, not {dtypes[tensor.name]}")
-        inputs[tensor.name], at = _array(tensor, cuts, body, at)
-    check_unread(cuts)
+        inputs[tensor.name], at = _array(tensor, body, at)
+        tensor.data = UNSET  # the array has its numbers, and the raw JSON would keep the body
     if at != len(body):
         raise InvalidInput(f"{len(body) - at} bytes are left behind the last binary tensor")
     return Inference(asked, inputs)
 
 
-def _array(tensor: Tensor, cuts: Cuts, body: Sent, at: int) -> tuple[Array, int]:
+def _array(tensor: Tensor, body: bytes | memoryview, at: int) -> tuple[Array, int]:
     """The numbers of a tensor, and where the next binary one begins."""
     where, dtype = f"input {tensor.name!r}", DTYPES[tensor.datatype]
     if len(tensor.shape) > MOST_SIDES:
@@ -83,7 +77,7 @@ def _array(tensor: Tensor, cuts: Cuts, body: Sent, at: int) -> tuple[Array, int]
     count = math.prod(tensor.shape)
     told = tensor.parameters.get("binary_data_size")
     if told is None:
-        return _from_json(tensor, cuts, where, dtype, count), at
+        return _from_json(tensor, where, dtype, count), at
     if isinstance(told, bool) or not isinstance(told, int) or told != count * dtype.itemsize:
         raise InvalidInput(
             f"{where}: binary_data_size {str(told)[:40]}, but shape {tensor.shape[:8]} needs another size"
@@ -96,11 +90,11 @@ def _array(tensor: Tensor, cuts: Cuts, body: Sent, at: int) -> tuple[Array, int]
     return found, at + told
 
 
-def _from_json(tensor: Tensor, cuts: Cuts, where: str, dtype: np.dtype[Any], count: int) -> Array:
+def _from_json(tensor: Tensor, where: str, dtype: np.dtype[Any], count: int) -> Array:
     if isinstance(tensor.data, UnsetType):
         raise InvalidInput(f"{where}: neither data nor binary_data_size")
     floats = dtype.kind == "f"
-    values = numbers(whole(tensor.data, cuts), "d" if floats else "i")
+    values = numbers(bytes(tensor.data), "d" if floats else "i")
     if floats and values is not None:
         values = to_float32(values)
     if values is None:

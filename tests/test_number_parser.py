@@ -1,7 +1,10 @@
+"""Numbers of JSON to arrays, by each of the two parsers: the same values, and the same texts declined."""
+
 import json
 import mmap
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,67 +15,15 @@ from hypothesis import strategies as st
 from model.evaluate import ARTEFACT
 from service.api import numbers as arrays
 from service.api.calls import evaluate_json, read_predict
-from service.api.cuts import LONG, Cuts, cut
-from service.api.held import Sent
+from service.api.number_parser import DECLINED, NumberParser, PortableParser, SimdjsonParser
 from service.api.numbers import FLOAT32_MOST, PIECE, columns, fits_float32, numbers, table, tables, to_float32
 from service.api.tensors import read
 from service.errors import InputRejected
 from service.runtime import open_model
+from tests.conftest import absent, running
 
-NAMES = {b"telemetry", b"data", b"a", b"b"}
+pytestmark = pytest.mark.usefixtures("each_parser")
 ROWS = np.random.default_rng(0).normal(500, 100, (PIECE // 10, 3)).round(3)
-
-
-def placed(body: bytes) -> Sent:
-    """The same as it lies in memory that is no object of bytes."""
-    place = mmap.mmap(-1, len(body))
-    place[:] = body
-    return place
-
-
-def mended(body: Sent) -> bytes:
-    """What was cut out put back."""
-    left, cuts = cut(body, NAMES)
-    short = bytes(left)
-    for mark, found in cuts.items():
-        assert 1 == short.count(mark)
-        short = short.replace(mark, bytes(found))
-    return short
-
-
-def long(value: float = 1.5) -> list[list[float]]:
-    """A list that is worth cutting."""
-    return [[value] * 10] * (LONG // 30)
-
-
-@pytest.mark.parametrize("indent", [None, 1])
-@pytest.mark.parametrize(
-    ("body", "lists"),
-    [
-        ({"instances": [{"telemetry": long()}, {"telemetry": long(2.5), "engine_id": "a"}]}, 2),
-        ({"instances": [{"cycle": 1, "telemetry": {"a": long(), "b": long()}}], "missing": "hold"}, 2),
-        ({"inputs": [{"name": "telemetry", "data": long()}]}, 1),
-        ({"instances": [{"telemetry": [[1.0]]}]}, 0),
-        ({"others": long()}, 0),
-        ({"telemetry": "x" * 2 * LONG}, 0),
-        ({"telemetry": {"nothing": {}}, "padded": " " * 2 * LONG}, 0),
-    ],
-)
-def test_long_lists_are_cut_out_and_nothing_is_lost(body: Any, lists: int, indent: int | None) -> None:
-    """Lists of numbers under known names become marks; put back they are the body, to the byte; the rest is JSON."""
-    text = json.dumps(body, indent=indent).encode()
-    short, cuts = cut(text, NAMES)
-    assert lists == len(cuts)
-    assert json.loads(bytes(short)).keys() == body.keys()
-    assert all(isinstance(json.loads(bytes(found)), list) for found in cuts.values())
-    assert text == mended(text) == mended(placed(text))
-
-
-@given(st.text('[]{},:"0 \\\n', max_size=40), st.text('[]{},:"0 \n', max_size=40))
-def test_whatever_surrounds_a_list_nothing_is_lost(before: str, after: str) -> None:
-    """However broken a body is, what was cut out put back is the body."""
-    text = f'{before}"telemetry":{json.dumps(long())}{after}'.encode()
-    assert text == mended(text) == mended(placed(text))
 
 
 def test_long_tables_are_what_short_ones_are() -> None:
@@ -83,10 +34,9 @@ def test_long_tables_are_what_short_ones_are() -> None:
     assert found is not None
     assert np.array_equal(ROWS, found)
     by_name = json.dumps({name: ROWS[:, k].tolist() for k, name in enumerate("abc")}).encode()
-    for body, cuts in ((by_name, Cuts()), cut(by_name, {b"a", b"b", b"c"})):
-        found = columns(bytes(body), ("a", "b", "c"), cuts)
-        assert found is not None
-        assert np.array_equal(ROWS, found)
+    found = columns(by_name, ("a", "b", "c"))
+    assert found is not None
+    assert np.array_equal(ROWS, found)
     for nested in (ROWS.ravel().tolist(), ROWS.tolist(), [[ROWS.tolist()]]):
         flat = numbers(json.dumps(nested, indent=1).encode(), "d")
         assert flat is not None
@@ -152,7 +102,7 @@ def test_tables_read_together_are_what_each_is_by_itself(texts: list[str]) -> No
 ROW = f"[{','.join(['1.5'] * 17)}]"
 WINDOW = f"[{','.join([ROW] * 100)}]"
 NEARLY_NULL = f"[1e300,{'1,' * 15}0.{'0' * 290}null]"
-PAD, GARBAGE = " " * PIECE, "[@@" + " x" * LONG + "]"
+PAD, GARBAGE = " " * PIECE, "[@@" + " x" * 4096 + "]"
 TENSOR = '{"inputs":[{"name":"telemetry","datatype":"FP32","shape":[1,100,17],"parameters":{"data":%s},"data":%s}]}'
 
 
@@ -175,15 +125,15 @@ def test_a_wrong_window_among_many_is_refused_in_its_own_words(wrong: str, place
         assert alone.replace("instances[0]", f"instances[{place}]") == among
 
 
-def predicted(body: bytes) -> None:
+def predicted(body: bytes | memoryview) -> None:
     read_predict(body, open_model(ARTEFACT), 10)
 
 
-def evaluated(body: bytes) -> None:
+def evaluated(body: bytes | memoryview) -> None:
     evaluate_json(body, ("a", "b", "c"), 10)
 
 
-def inferred(body: bytes) -> None:
+def inferred(body: bytes | memoryview) -> None:
     read(body, None, {"telemetry": "FP32"})
 
 
@@ -200,12 +150,15 @@ def inferred(body: bytes) -> None:
         (inferred, TENSOR % ("[]", f"{WINDOW[:-1]},{PAD}]")),
     ],
 )
-def test_a_long_body_that_is_no_json_is_never_read(reads: Callable[[bytes], None], body: str) -> None:
-    """What a parser refuses whole is refused in pieces, also in a place that nobody reads."""
+def test_a_long_body_that_is_no_json_is_never_read(reads: Callable[[bytes | memoryview], None], body: str) -> None:
+    """What a parser refuses whole is refused in pieces, also in a value that a later one of its name replaces."""
     assert len(body) > PIECE
     assert not isinstance(parsed(body), dict)
-    with pytest.raises(InputRejected):
-        reads(body.encode())
+    mapping = mmap.mmap(-1, len(body))
+    mapping[:] = body.encode()
+    for form in (body.encode(), memoryview(mapping)):
+        with pytest.raises(InputRejected):
+            reads(form)
 
 
 def test_missing_values_are_read_as_fast_as_others_and_only_where_they_may() -> None:
@@ -233,3 +186,95 @@ def test_what_fits_in_a_float32_is_what_numpy_says() -> None:
             assert fits == (to_float32(np.array([signed])) is not None)
     assert not fits_float32(float("nan"))
     assert not fits_float32(10**400)
+
+
+NUMBERS = st.one_of(
+    st.floats(allow_nan=False, allow_infinity=False).map(repr),
+    st.integers(-(2**66), 2**66).map(str),
+    st.sampled_from(
+        [
+            *("0", "-0", "-0.0", "1e39", "1E400", "1e-400", "5e-324", "01", "1.", ".5", "+1", "-", "NaN", "Infinity"),
+            *("9223372036854775807", "9223372036854775808", "-9223372036854775808", "-9223372036854775809"),
+            *("18446744073709551615", "18446744073709551616", "18446744073709551616.0", "1e19", "-1e19", "1.0", "2.5"),
+            *("9007199254740993", "0.12345678901234567890123", "1e-12345678901234567890", "1" * 5000, "null", "true"),
+            *('"1"', "{}", "[]", "[1]", "[[2],3]", "", " ", '{"a":1}', '"\\ud800"'),
+        ]
+    ),
+)
+
+
+def outcome(parse: Callable[[], Any]) -> Any:
+    """The result with arrays as bytes, so that -0.0 is not 0.0; None if the parser declines."""
+    try:
+        found = parse()
+    except DECLINED:
+        return None
+    return [part.tobytes() if isinstance(part, np.ndarray) else part for part in (*found,)]
+
+
+@given(st.lists(NUMBERS, max_size=4), st.lists(NUMBERS, min_size=2, max_size=2), st.sampled_from(["%s", "[%s]"]))
+@example(["-0"], ["-0", "1"], "%s")
+def test_both_parsers_return_equal_numbers(values: list[str], pair: list[str], form: str) -> None:
+    """Flat lists, rows and tables are the same bits from both parsers, or declined by both."""
+    simdjson, portable = SimdjsonParser(), PortableParser()
+    flat, rows = f"[{form % ','.join(values)}]".encode(), f"[[{','.join(pair)}],[1,2]]".encode()
+
+    def calls(parser: NumberParser) -> list[Any]:
+        return [
+            outcome(lambda: [parser.flat(flat, "d")]),
+            outcome(lambda: [parser.flat(flat, "i")]),
+            outcome(lambda: parser.rows(rows, 2)),
+            outcome(lambda: parser.tables(b"[%b,0,[[1,2]],0]" % rows, 2)),
+        ]
+
+    found = list(zip(calls(simdjson), calls(portable), strict=True))
+    nested = b"[" in rows[2:-7]  # a list within a row, which simdjson flattens; the caller counts brackets
+    for one, other in found[: 2 if nested else 4]:
+        assert one == other
+
+
+@given(st.lists(NUMBERS, max_size=2), NUMBERS, NUMBERS)
+def test_both_parsers_return_equal_instances(values: list[str], engine: str, cycle: str) -> None:
+    """Instances with engines and cycles are the same from both parsers, or declined by both."""
+    text = f'[{{"telemetry":[[{",".join(values)}]],"engine_id":{engine},"cycle":{cycle}}}]'.encode()
+    found: list[Any] = []
+    for parser in (SimdjsonParser(), PortableParser()):
+        try:
+            parsed = parser.instances(text, 2)
+            keys = [key if isinstance(key, str | int) else type(key) is float for key in parsed.keys[0]]
+            found.append((keys, parsed.lengths, [part.tobytes() for part in parsed.numbers]))
+        except DECLINED:
+            found.append(None)
+    if text.count(b"[") == 3:  # as above
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("depth", [900, 1000, 1030, 250_000])
+@pytest.mark.parametrize("parser", [SimdjsonParser, PortableParser])
+def test_deep_lists_are_declined_or_flattened(parser: type[NumberParser], depth: int) -> None:
+    """Lists within lists are one number or declined, however many they are: no parser overflows the stack."""
+    text = b"[" * depth + b"1" + b"]" * depth
+    found = outcome(lambda: [parser().flat(text, "d")])
+    assert found == (None if depth > 1024 else [np.float64(1).tobytes()])
+
+
+def test_a_service_without_simdjson_returns_the_same_bytes(tmp_path: Path) -> None:
+    """A process in which simdjson is absent answers predictions, evaluations and refusals as one that has it."""
+    row = json.dumps([round(500 + k / 7, 3) for k in range(17)])
+    window = f"[{','.join([row] * 100)}]"
+    bodies = (
+        ("/v1/predict", f'{{"instances":[{{"telemetry":{window},"engine_id":"a","cycle":3}}]}}'),
+        ("/v1/predict", f'{{"instances":[{",".join([f"""{{"telemetry":{window}}}"""] * 150)}]}}'),
+        ("/v1/predict", f'{{"instances":[{{"telemetry":[{row}],"label":0}}],"temperature":2}}'),
+        ("/v1/predict", f'{{"instances":[{{"telemetry":[{row},{row.replace("500.0", "null")}]}}],"missing":"hold"}}'),
+        ("/v1/predict", f'{{"instances":[{{"telemetry":[{row.replace("500.0", "1e39")}]}}]}}'),
+        ("/v1/evaluate", '{"logits":[[1,2.5,-3],[0,1e19,18446744073709551616]],"labels":[0,1]}'),
+        ("/v2/models/engine-health/infer", TENSOR % ("[1]", window)),
+        ("/v2/models/engine-health/infer", TENSOR % ("[1]", window.replace("500.0", "18446744073709551616"))),
+    )
+    stateless = {"ENGINE_HEALTH_DATABASE_URL": ""}
+    with running(**stateless) as usual, running(**stateless, **absent(tmp_path, "simdjson")) as other:
+        for path, body in bodies:
+            pair = [one.client.post(path, content=body.encode()) for one in (usual, other)]
+            masked = [re.sub(r'"prediction_id":"[^"]*"|"request_id":"[^"]*"', "", answer.text) for answer in pair]
+            assert (pair[0].status_code, masked[0]) == (pair[1].status_code, masked[1]), path
