@@ -14,7 +14,7 @@ from benchmarks.endurance.stage import EVALUATE, PREDICT, Line, Running, service
 from benchmarks.peers import INFER
 
 BYTES = 30_000_000
-LIVE_SECONDS = 0.05
+LIVE_SECONDS = 0.15
 PAUSE = 0.002  # between two probes
 
 
@@ -53,16 +53,18 @@ def bodies() -> Iterator[tuple[str, bytes]]:
 
 
 def probed(running: Running, what: str, asked: bytes) -> Line:
-    """One kind of body: how long the slowest probe took while it was worked on."""
+    """One kind of body: how long probes took while it was worked on."""
     found = [asyncio.run(_probed(running.port, asked)) for _ in range(3)]
-    slowest = sorted(max(waits) for _, waits in found)[1]
+    waits = np.concatenate([waits for _, waits in found])
+    p99, slowest = float(np.quantile(waits, 0.99)), float(waits.max())
     statuses = {answer.status for answer, _ in found}
+    seen = f"/livez p99 {p99 * 1e3:.0f} ms, slowest {slowest * 1e3:.0f} ms"
     return Line(
         f"{len(asked) / 1e6:.0f} MB: {what}",
-        f"{', '.join(map(str, statuses))} after {found[-1][0].seconds:.2f} s; slowest /livez {slowest * 1e3:.0f} ms",
-        f"/livez answers within {LIVE_SECONDS * 1e3:.0f} ms (median of three)",
-        slowest <= LIVE_SECONDS and statuses <= {200, 400, 422},
-        {"statuses": sorted(statuses), "slowest": slowest},
+        f"{', '.join(map(str, statuses))} after {found[-1][0].seconds:.2f} s; {seen}",
+        f"/livez answers within {LIVE_SECONDS * 1e3:.0f} ms (p99)",
+        p99 <= LIVE_SECONDS and statuses <= {200, 400, 422},
+        {"statuses": sorted(statuses), "p99": p99, "slowest": slowest},
     )
 
 
