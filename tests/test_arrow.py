@@ -168,9 +168,10 @@ def test_options_stand_in_the_query(service: Service, fleet: dict[str, Readings]
     ],
 )
 def test_a_wrong_option_is_named(service: Service, windows: Readings, query: str, place: str) -> None:
-    """Options out of range, unknown or told twice are a 422 that names them, as in JSON."""
+    """Options out of range, unknown or duplicate are a 422 that names them, as in JSON."""
     answer = post(service, stream(flights({"A": windows[0]})), query)
     assert (422, [place]) == (answer.status_code, answer.json()["errors"][0]["loc"])
+    assert ("&" in query) == answer.json()["detail"].startswith("duplicate query parameter temperature")
 
 
 def test_missing_values_are_named_or_held(service: Service, fleet: dict[str, Readings]) -> None:

@@ -15,12 +15,12 @@ import orjson
 
 from model import numerics, windows
 from model.numerics import Floats
+from service.api.faults import TOO_LARGE, Loc, missing_reading, wrong_channels, wrong_count
 from service.api.numbers import LONG_ROW, PIECE, brackets, columns, fits_float32, pieces, table, tables, to_float32
 from service.api.schemas import Instance, Label, describe
 from service.errors import Fault, InvalidInput, NotJson
 from service.runtime import Batch, Model
 
-Loc = tuple[str | int, ...]
 MOST_DIGITS = 400  # of an integer; what has more is not even a float64
 MOST_LISTS = 4096  # beyond what is right; more are not made objects of, to name the place of the first
 TOGETHER = 1 << 17  # bytes of telemetry that are parsed at once; some more where the last is long
@@ -215,8 +215,7 @@ def _by_name(value: JsonValue, channels: tuple[str, ...], loc: Loc, faults: list
         if value is None and not faults:
             faults.append(Fault(loc, "expected rows of readings, got null"))
         return value
-    wrong = [Fault((*loc, name), "unknown channel") for name in value if name not in channels]
-    wrong += [Fault((*loc, name), "channel is missing") for name in channels if name not in value]
+    wrong = wrong_channels(value, channels, loc)
     wrong += [Fault((*loc, name), "expected a list of values") for name, v in value.items() if not isinstance(v, list)]
     if not wrong:
         length = len(value[channels[0]])
@@ -242,7 +241,7 @@ def _numbers(
     for t, row in enumerate(rows):
         if not isinstance(row, list) or len(row) != len(channels):
             got = f"{len(row)} values" if isinstance(row, list) else _kind(row)
-            faults.append(Fault((*loc, before + t), f"expected a row of {len(channels)} numbers, got {got}"))
+            faults.append(Fault((*loc, before + t), wrong_count(f"a row of {len(channels)} numbers", got)))
         else:
             for k, value in enumerate(row):
                 problem = _problem(value, hold)
@@ -258,10 +257,10 @@ def _numbers(
 def _problem(value: JsonValue, hold: bool | None) -> str | None:
     """What is wrong with a value; `hold` is None where nothing can be held."""
     if value is None and hold is not None:
-        return None if hold else 'missing; "missing": "hold" would repeat the last seen value'
+        return None if hold else missing_reading('"missing": "hold"')
     if isinstance(value, bool) or not isinstance(value, int | float):
         return f"expected a number, got {_kind(value)}"
-    return None if fits_float32(value) else "too large for a 32-bit float"
+    return None if fits_float32(value) else TOO_LARGE
 
 
 def _kind(value: JsonValue) -> str:
@@ -290,7 +289,7 @@ def _misfit(value: JsonValue, shape: tuple[int, ...], loc: Loc) -> Fault | None:
         return Fault(loc, problem) if problem else None
     if not isinstance(value, list) or len(value) != shape[0]:
         got = f"{len(value)} values" if isinstance(value, list) else _kind(value)
-        return Fault(loc, f"expected finite numbers of shape {list(shape)}, got {got}")
+        return Fault(loc, wrong_count(f"finite numbers of shape {list(shape)}", got))
     if len(shape) == 1 and set(map(type, value)) <= {int, float} and all(map(fits_float32, value)):
         return None  # the usual; only what is not is looked at one by one
     parts = (_misfit(part, shape[1:], (*loc, k)) for k, part in enumerate(value))

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from model import windows
 from service.api.arrow import ARROW, INTEGERS, NULLS, NUMBERS, TEXTS, Column, Table
 from service.api.decode import MOST_FAULTS, Decoded, decode_labels, hold_window, refuse
+from service.api.faults import CONTROL_CHARACTERS, MISSING, MISSING_CHANNEL, TOO_LARGE, missing_reading, wrong_length
 from service.api.schemas import CONTROL, MOST_CYCLE, MOST_NAME, Label
 from service.errors import Fault, UnsupportedMediaType
 from service.runtime import Batch, Model
@@ -20,7 +21,6 @@ OTHERS = {  # columns that are no channels, and what may stand in them
     CYCLE: ("integers", INTEGERS),
     LABEL: ("class names or indices", (*TEXTS, *INTEGERS, NULLS)),
 }
-MISSING = "missing; missing=hold would repeat the last seen value"
 Places = npt.NDArray[np.int64]
 
 
@@ -81,7 +81,7 @@ def _check(table: Table, channels: tuple[str, ...]) -> None:
     """Refuse a table that lacks a channel, or has a column that is unknown, twice there, or of the wrong type."""
     wanted = dict.fromkeys(channels, ("numbers", NUMBERS)) | OTHERS
     told = Counter(column.name for column in table.columns)
-    faults = [Fault((name,), "channel is missing") for name in channels if name not in told]
+    faults = [Fault((name,), MISSING_CHANNEL) for name in channels if name not in told]
     for name, kind, _ in table.columns:
         if name not in wanted:
             faults.append(Fault((name[:80],), "unknown column"))
@@ -105,10 +105,10 @@ def _engines(columns: dict[str, Column], rows: int) -> tuple[list[str | None], P
     for row in np.sort(first[first < rows]).tolist():
         name = texts[codes[row]]
         if not name or len(name) > MOST_NAME:
-            what = "missing" if name is None else f"expected 1 to {MOST_NAME} characters, got {len(name)}"
+            what = MISSING if name is None else wrong_length(MOST_NAME, len(name))
             refuse([Fault((ENGINE, row), what)])
         if CONTROL.search(name):
-            refuse([Fault((ENGINE, row), "a name may not have control characters")])
+            refuse([Fault((ENGINE, row), CONTROL_CHARACTERS)])
         rank[codes[row]] = seen.setdefault(name, len(seen))  # a dictionary may hold a name twice
     return list(seen), rank[codes]
 
@@ -119,7 +119,7 @@ def _cycles(columns: dict[str, Column], rows: int) -> Places:
         return np.arange(rows)
     values, present = columns[CYCLE].numbers()
     wrong = np.flatnonzero(~present | (values < 0) | (values > MOST_CYCLE))[:MOST_FAULTS].tolist()
-    told = (f"{values[row]} is not from 0 to {MOST_CYCLE}" if present[row] else "missing" for row in wrong)
+    told = (f"{values[row]} is not from 0 to {MOST_CYCLE}" if present[row] else MISSING for row in wrong)
     refuse([Fault((CYCLE, row), what) for row, what in zip(wrong, told, strict=True)])
     return values.astype(np.int64)
 
@@ -190,7 +190,7 @@ def _refuse_unfit(readings: Batch, found: Histories, channels: tuple[str, ...], 
         place = ("instances", i, "telemetry") if single else ("instances", i, "telemetry", row - int(found.bounds[i]))
         for k in np.flatnonzero(unfit[row]).tolist():
             missing = np.isnan(readings[row, k])
-            faults.append(Fault((*place, channels[k]), MISSING if missing else "too large for a 32-bit float"))
+            faults.append(Fault((*place, channels[k]), missing_reading("missing=hold") if missing else TOO_LARGE))
     refuse(faults)
 
 

@@ -18,7 +18,8 @@ from model.occlusion import Usual
 from model.windows import Readings
 from service.api import schemas
 from service.api.answers import NONE, envelope, prediction_rows
-from service.api.decode import MOST_FAULTS, Loc, label_distribution, refuse
+from service.api.decode import MOST_FAULTS, label_distribution, refuse
+from service.api.faults import MISSING, TOO_LARGE, Loc, wrong_channels, wrong_count
 from service.api.numbers import fits_float32, to_float32
 from service.api.told import label_json, told_json
 from service.errors import Conflict, Fault, InvalidInput, NotJson
@@ -73,22 +74,25 @@ def _reading(raw: msgspec.Raw, channels: tuple[str, ...], loc: Loc, faults: list
     """The values of one flight by position or by name; None after naming what is wrong."""
     try:
         values = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:  # a raw string was not looked into before
+    except (
+        msgspec.DecodeError,
+        UnicodeDecodeError,
+        RecursionError,
+    ) as error:  # a raw string was not looked into before
         raise NotJson(f"{schemas.describe(loc)} is not JSON: {error}") from None
     before = len(faults)
     if isinstance(values, dict):
-        faults += [Fault((*loc, name), "unknown channel") for name in values if name not in channels]
-        faults += [Fault((*loc, name), "channel is missing") for name in channels if name not in values]
+        faults += wrong_channels(values, channels, loc)
         values = [values.get(name) for name in channels]
     if not isinstance(values, list) or len(values) != len(channels):
         got = f"{len(values)} values" if isinstance(values, list) else "something else"
-        faults.append(Fault(loc, f"expected {len(channels)} numbers, got {got}"))
+        faults.append(Fault(loc, wrong_count(f"{len(channels)} numbers", got)))
     elif len(faults) == before:
         for name, value in zip(channels, values, strict=True):
             if isinstance(value, bool) or not isinstance(value, int | float):
-                faults.append(Fault((*loc, name), "missing" if value is None else "expected a number"))
+                faults.append(Fault((*loc, name), MISSING if value is None else "expected a number"))
             elif not fits_float32(value):
-                faults.append(Fault((*loc, name), "too large for a 32-bit float"))
+                faults.append(Fault((*loc, name), TOO_LARGE))
     return np.array(values, dtype=np.float32) if len(faults) == before else None
 
 

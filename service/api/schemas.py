@@ -480,11 +480,12 @@ def parse_query(query: list[tuple[str, str]], kind: type[Body]) -> Body:
     """The parameters of a query as a type.
 
     Raises:
-        InvalidInput: one that is unknown, told twice, or has a value of another type; names it.
+        InvalidInput: one that is unknown, a duplicate, or has a value of another type; names it.
     """
-    twice = [name for name, n in Counter(name for name, _ in query).items() if n > 1]
-    if twice:
-        raise InvalidInput(f"{twice[0][:80]}: told twice", (Fault((twice[0][:80],), "told twice"),))
+    duplicates = [name[:80] for name, n in Counter(name for name, _ in query).items() if n > 1]
+    if duplicates:
+        message = f"duplicate query parameter {duplicates[0]}"
+        raise InvalidInput(message, (Fault((duplicates[0],), message),))
     try:
         return msgspec.convert(dict(query), kind, strict=False)
     except msgspec.ValidationError as error:

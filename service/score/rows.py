@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.cmapss import COLUMNS, health
+from service.api import faults
 from service.api.schemas import CONTROL, MOST_CYCLE, MOST_NAME
 from service.errors import InvalidInput
 from service.runtime import Model
@@ -134,8 +135,8 @@ class _Reasons:
     def no_name(self, name: str, i: int) -> str:
         value = self._columns[name][i].as_py()
         if isinstance(value, str) and CONTROL.search(value):
-            return f"{name}: a name may not have control characters"
-        return f"{name}: expected 1 to {MOST_NAME} characters, got {self.shown(name, i)}"
+            return f"{name}: {faults.CONTROL_CHARACTERS}"
+        return f"{name}: {faults.wrong_length(MOST_NAME, self.shown(name, i))}"
 
     def no_number(self, name: str, i: int) -> str:
         return f"{name}: expected a number, got {self.shown(name, i)}"
@@ -150,5 +151,4 @@ class _Reasons:
 
 
 def _unfit(name: str, column: npt.NDArray[np.float32], i: int) -> str:
-    missing = "missing; --missing hold would repeat the last seen value"
-    return f"{name}: {missing if np.isnan(column[i]) else 'too large for a 32-bit float'}"
+    return f"{name}: {faults.missing_reading('--missing hold') if np.isnan(column[i]) else faults.TOO_LARGE}"
