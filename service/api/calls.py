@@ -1,11 +1,13 @@
-"""What each call does between its bytes: parse, decode, ask the use case, shape the answer. Knows no HTTP."""
+"""Decode predict requests; evaluate logits; describe the model. Three parts that share nothing. Knows no HTTP."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from model import numerics
+from model.numerics import Floats
 from service.api import schemas
 from service.api.arrow import read_table
 from service.api.decode import Decoded, decode_instances, decode_labels, decode_logits, refuse
@@ -17,12 +19,11 @@ from service.predictor import Predictor
 from service.runtime import Model
 from service.settings import Settings
 
-HEADER_BYTES = 64 * 1024  # of one request's line and headers
-PROBABILITY_TOLERANCE = 1e-3  # how near to 1 a row of "logits" in 0..1 must sum to look like probabilities
+# Predict requests: JSON or an Arrow stream to windows
 
 
-class Asked(NamedTuple):
-    """A prediction that is asked for, ready for the network."""
+class PredictInputs(NamedTuple):
+    """A decoded predict request, ready for the network."""
 
     instances: Sequence[Named]
     decoded: Decoded
@@ -30,25 +31,27 @@ class Asked(NamedTuple):
     explain: bool
 
 
-def read_predict(body: bytes | memoryview, model: Model, most: int) -> Asked:
-    """A body of `/v1/predict`, decoded.
+def read_predict(body: bytes | memoryview, model: Model, most: int) -> PredictInputs:
+    """Decode a JSON body of `/v1/predict`.
 
     Raises:
         NotJson: what its bytes are not.
         InvalidInput: what is wrong with it, and where.
     """
-    found = read_quickly(body, model, most)
-    if found is not None:
-        return Asked(found.flights, found.decoded, None, False)
-    asked = schemas.parse(body, schemas.PredictRequest)
-    _admit(len(asked.instances), asked.explain, model, most)
-    decoded = decode_instances(asked.instances, model, asked.missing == "hold")
-    flights = [Flight(x.engine_id, x.cycle) for x in asked.instances]  # whose raw JSON would keep the body
-    return Asked(flights, decoded, asked.temperature, asked.explain)
+    quick = read_quickly(body, model, most)
+    if quick is not None:
+        return PredictInputs(quick.flights, quick.decoded, None, False)
+    request = schemas.parse(body, schemas.PredictRequest)
+    _check_count(len(request.instances), request.explain, model, most)
+    decoded = decode_instances(request.instances, model, request.missing == "hold")
+    flights = [Flight(x.engine_id, x.cycle) for x in request.instances]  # whose raw JSON would keep the body
+    return PredictInputs(flights, decoded, request.temperature, request.explain)
 
 
-def read_predict_table(body: bytes | memoryview, query: list[tuple[str, str]], model: Model, limits: Settings) -> Asked:
-    """The same as an Arrow stream of flights, and options in the query.
+def read_predict_table(
+    body: bytes | memoryview, query: list[tuple[str, str]], model: Model, limits: Settings
+) -> PredictInputs:
+    """Decode an Arrow stream of flights, with options in the query.
 
     Raises:
         UnsupportedMediaType: without pyarrow, or for a model whose input is no row of channels.
@@ -56,14 +59,14 @@ def read_predict_table(body: bytes | memoryview, query: list[tuple[str, str]], m
         BodyTooLarge: more than the limit when inflated.
         InvalidInput: what is wrong with it, and where.
     """
-    asked = schemas.parse_query(query, schemas.PredictOptions)
-    found = histories(read_table(body, limits.max_body_bytes), model)
-    _admit(len(found.flights), asked.explain, model, limits.max_instances)
-    decoded = decode_histories(found, model, asked.missing == "hold")
-    return Asked(found.flights, decoded, asked.temperature, asked.explain)
+    options = schemas.parse_query(query, schemas.PredictOptions)
+    instances = histories(read_table(body, limits.max_body_bytes), model)
+    _check_count(len(instances.flights), options.explain, model, limits.max_instances)
+    decoded = decode_histories(instances, model, options.missing == "hold")
+    return PredictInputs(instances.flights, decoded, options.temperature, options.explain)
 
 
-def _admit(instances: int, explain: bool, model: Model, most: int) -> None:
+def _check_count(instances: int, explain: bool, model: Model, most: int) -> None:
     """Refuse more instances than one call may have; an explanation costs as many as there are channels."""
     if explain and model.manifest.conditions is None:
         message = "this model does not say what is usual (`conditions`), so its answers cannot be explained"
@@ -74,23 +77,62 @@ def _admit(instances: int, explain: bool, model: Model, most: int) -> None:
         refuse([Fault(("instances",), f"{instances} instances, at most {most} are {verb} in one call")])
 
 
+# Evaluation of logits
+
+PROBABILITY_TOLERANCE = 1e-3  # how near to 1 a row of "logits" in 0..1 must sum to look like probabilities
+
+
+class EvaluateInputs(NamedTuple):
+    """A decoded evaluate request: logits (N, C), and labels as class indices (N,) or as distributions (N, C)."""
+
+    logits: Floats
+    distributions: Floats
+    labels: Floats | npt.NDArray[np.int64]
+    temperature: float
+    class_weights: list[float] | None
+
+
 def evaluate_json(body: bytes | memoryview, classes: tuple[str, ...], most: int) -> dict[str, Any]:
-    """The whole of `/v1/evaluate` between its bytes."""
-    asked = schemas.parse(body, schemas.EvaluateRequest)
-    logits = decode_logits(bytes(asked.logits), most)
+    """Decode and evaluate a body of `/v1/evaluate`.
+
+    Raises:
+        NotJson: what its bytes are not.
+        InvalidInput: what is wrong with it, and where.
+    """
+    return evaluate(read_evaluate(body, classes, most))
+
+
+def read_evaluate(body: bytes | memoryview, classes: tuple[str, ...], most: int) -> EvaluateInputs:
+    """Decode a body of `/v1/evaluate`; `classes` name the labels of as many logits.
+
+    Raises:
+        NotJson, InvalidInput: as `evaluate_json`.
+    """
+    request = schemas.parse(body, schemas.EvaluateRequest)
+    logits = decode_logits(bytes(request.logits), most)
     names = classes if logits.shape[1] == len(classes) else tuple(str(k) for k in range(logits.shape[1]))
     faults: list[Fault] = []
-    if len(asked.labels) != len(logits):
-        faults.append(Fault(("labels",), f"{len(asked.labels)} labels for {len(logits)} rows of logits"))
-    targets = decode_labels(list(asked.labels), names, faults, lambda i: ("labels", i))
+    if len(request.labels) != len(logits):
+        faults.append(Fault(("labels",), f"{len(request.labels)} labels for {len(logits)} rows of logits"))
+    targets = decode_labels(list(request.labels), names, faults, lambda i: ("labels", i))
     refuse(faults)
     assert targets is not None  # there is at least one label, and each is decoded or refused
     # class indices only where every label is one: torch averages weighted losses otherwise for distributions
-    hard = not any(isinstance(label, list) for label in asked.labels)
-    truth, t = (targets.argmax(axis=1) if hard else targets), 1.0 if asked.temperature is None else asked.temperature
+    hard = not any(isinstance(label, list) for label in request.labels)
+    t = 1.0 if request.temperature is None else request.temperature
+    return EvaluateInputs(logits, targets, targets.argmax(axis=1) if hard else targets, t, request.class_weights)
+
+
+def evaluate(inputs: EvaluateInputs) -> dict[str, Any]:
+    """Return losses and calibration of logits.
+
+    Raises:
+        InvalidInput: class weights that do not fit.
+    """
+    logits, targets, truth, t, weights = inputs
     try:
-        losses = numerics.cross_entropy(logits, truth, t, asked.class_weights, "none")
-        mean = numerics.cross_entropy(logits, truth, t, asked.class_weights)
+        losses = numerics.cross_entropy(logits, truth, t, weights, "none")
+        mean = numerics.cross_entropy(logits, truth, t, weights)
     except ValueError as error:
         raise InvalidInput(f"class_weights: {error}", (Fault(("class_weights",), str(error)),)) from None
     return {
@@ -106,7 +148,7 @@ def evaluate_json(body: bytes | memoryview, classes: tuple[str, ...], most: int)
     }
 
 
-def _warnings(logits: numerics.Floats) -> list[dict[str, Any]]:
+def _warnings(logits: Floats) -> list[dict[str, Any]]:
     inside = (logits >= 0).all(axis=1) & (abs(logits.sum(axis=1) - 1) <= PROBABILITY_TOLERANCE)
     rows = np.flatnonzero(inside).tolist() if logits.shape[1] > 1 else []
     text = (
@@ -115,8 +157,13 @@ def _warnings(logits: numerics.Floats) -> list[dict[str, Any]]:
     return [{"rows": rows, "msg": text}] if rows else []
 
 
+# Description of the model and the service
+
+HEADER_BYTES = 64 * 1024  # of one request's line and headers
+
+
 def model_json(predictor: Predictor, limits: Settings) -> dict[str, Any]:
-    """The manifest, flat, without its golden windows, and what is true of this service."""
+    """Return the manifest, flat, without its golden windows, and the settings and limits of this service."""
     return predictor.model.manifest.model_dump(mode="json", exclude={"golden"}) | {
         "digest": predictor.model.digest,
         "temperature": predictor.temperature,
