@@ -278,3 +278,11 @@ def test_a_service_without_simdjson_returns_the_same_bytes(tmp_path: Path) -> No
             pair = [one.client.post(path, content=body.encode()) for one in (usual, other)]
             masked = [re.sub(r'"prediction_id":"[^"]*"|"request_id":"[^"]*"', "", answer.text) for answer in pair]
             assert (pair[0].status_code, masked[0]) == (pair[1].status_code, masked[1]), path
+
+
+def test_a_decoded_tensor_does_not_keep_its_body() -> None:
+    """No part of a tensor that was read from JSON is a view of the body, so that its memory is free."""
+    body = memoryview(bytearray((TENSOR % ("[1]", WINDOW)).encode()))
+    inference = read(body, None, {"telemetry": "FP32"})
+    body.release()  # a BufferError if anything still views it
+    assert inference.inputs["telemetry"].shape == (1, 100, 17)

@@ -42,9 +42,15 @@ def telemetries(draw: st.DrawFn) -> Any:
     return draw(st.sampled_from([rows, rows, rows, rows, [rows], None, {"sensor_2": [1.0]}, 3]))
 
 
-INSTANCES = st.fixed_dictionaries(
+INSTANCES: st.SearchStrategy[Any] = st.fixed_dictionaries(
     {"telemetry": telemetries()},
-    optional={"engine_id": NAMES, "cycle": st.sampled_from([0, 143, -1, 2**53, 2**53 + 1, 1.0, True, None, "3"])},
+    optional={
+        "engine_id": NAMES,
+        "cycle": st.sampled_from([0, 143, -1, 2**53, 2**53 + 1, 1.0, True, None, "3"]),
+        "label": st.sampled_from(
+            [None, "critical", "[", "unknown", 0, 2, 3, -1, 1.0, True, [0, 0.5, 0.5], [], 2**70, {}]
+        ),
+    },
 )
 BODIES = st.fixed_dictionaries(
     {"instances": st.lists(INSTANCES, max_size=3)},
@@ -58,12 +64,13 @@ def model() -> Model:
     return open_model(ARTEFACT)
 
 
-def slowly(body: bytes, model: Model) -> tuple[list[tuple[str | None, int | None]], bytes]:
-    """What the schemas make of a body: names and windows."""
+def slowly(body: bytes, model: Model) -> tuple[list[tuple[str | None, int | None]], bytes, bytes | None]:
+    """What the schemas make of a body: names, windows and labels."""
     asked = schemas.parse(body, schemas.PredictRequest)
     decoded = decode_instances(asked.instances, model, asked.missing == "hold")
     assert asked.temperature is None
-    return [(x.engine_id, x.cycle) for x in asked.instances], decoded.telemetry.tobytes()
+    targets = None if decoded.targets is None else decoded.targets.tobytes()
+    return [(x.engine_id, x.cycle) for x in asked.instances], decoded.telemetry.tobytes(), targets
 
 
 @given(BODIES, st.sampled_from([None, 2]))
@@ -73,7 +80,8 @@ def test_the_quick_way_says_what_the_schemas_say_or_nothing(model: Model, asked:
     found = read_quickly(body, model, 4096)
     if found is not None:
         names = [(flight.engine_id, flight.cycle) for flight in found.flights]
-        assert slowly(body, model) == (names, found.decoded.telemetry.tobytes())
+        targets = None if found.decoded.targets is None else found.decoded.targets.tobytes()
+        assert slowly(body, model) == (names, found.decoded.telemetry.tobytes(), targets)
 
 
 @pytest.mark.parametrize(
@@ -117,10 +125,11 @@ def test_plain_bodies_are_read_in_one_pass(model: Model) -> None:
     """Windows whole, short or long, with names or without, are read quickly: the usual is not left to the schemas."""
     rows = np.random.default_rng(0).normal(500, 100, (3, 130, CHANNELS)).tolist()
     instances = [{"telemetry": rows[0]}, {"telemetry": rows[1][:3], "engine_id": "a"}, {"telemetry": rows[2][:WINDOW]}]
-    body = json.dumps({"instances": [*instances, {"cycle": 5, "telemetry": rows[0][:1]}]}).encode()
+    body = json.dumps({"instances": [*instances, {"cycle": 5, "telemetry": rows[0][:1], "label": 1}]}).encode()
     found = read_quickly(body, model, 4)
     assert found is not None
-    assert slowly(body, model)[1] == found.decoded.telemetry.tobytes()
+    assert found.decoded.targets is not None
+    assert slowly(body, model)[1:] == (found.decoded.telemetry.tobytes(), found.decoded.targets.tobytes())
     assert read_quickly(body, model, 3) is None
     with pytest.raises(ServiceError):
         read_predict(body, model, 3)
@@ -153,3 +162,14 @@ def test_a_large_body_that_is_no_json_is_left_to_the_schemas(model: Model, end: 
     assert read_quickly(body, model, 400) is not None
     for at in {body.rindex(end), body.index(end)}:
         assert read_quickly(body[:at] + wrong + body[at + len(end) :], model, 401) is None
+
+
+@pytest.mark.parametrize("rest", ["}", ',"missing":"hold"}', ',"temperature":2}'])
+def test_a_decoded_request_does_not_keep_its_body(model: Model, rest: str) -> None:
+    """No part of a decoded body is a view of it, so that its memory is free for the next request."""
+    rows = [[1.0] * CHANNELS] * WINDOW
+    text = f'{{"instances":{json.dumps([{"telemetry": rows, "engine_id": "a", "label": [0, 0, 1]}] * 100)}{rest}'
+    body = memoryview(bytearray(text.encode()))
+    request = read_predict(body, model, 100)
+    body.release()  # a BufferError if anything still views it
+    assert len(request.instances) == 100

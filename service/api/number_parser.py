@@ -17,6 +17,8 @@ import orjson
 Flat = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 DTYPES: dict[str, type[np.generic]] = {"d": np.float64, "i": np.int64}
+_NAMES = {"telemetry", "engine_id", "cycle", "label"}
+_NO_KEYS = (None, None, None)
 DECLINED = (ValueError, TypeError, RuntimeError, KeyError, OverflowError, msgspec.MsgspecError)
 
 
@@ -25,9 +27,9 @@ class Unusual(ValueError):
 
 
 class ParsedInstances(NamedTuple):
-    """Instances of a body: (engine, cycle) of each, not validated, its numbers and its number of rows."""
+    """Instances of a body: engine, cycle and label of each, not validated, its numbers and its number of rows."""
 
-    keys: list[tuple[Any, Any]]
+    keys: list[tuple[Any, Any, Any]]
     numbers: list[Floats]
     lengths: list[int]
 
@@ -51,7 +53,7 @@ class NumberParser(Protocol):
         ...
 
     def instances(self, text: bytes, width: int) -> ParsedInstances:
-        """Parse a list of objects: `telemetry` as rows of `width` numbers, perhaps `engine_id` and `cycle`."""
+        """Parse a list of objects: `telemetry` as rows of `width` numbers, perhaps other keys of `ParsedInstances`."""
         ...
 
 
@@ -95,9 +97,9 @@ class SimdjsonParser:
                 raise Unusual
             names = list(instance.keys())
             if names == ["telemetry"]:
-                parsed.keys.append((None, None))
-            elif len(set(names)) == len(names) and {"telemetry", "engine_id", "cycle"}.issuperset(names):
-                parsed.keys.append((instance.get("engine_id"), instance.get("cycle")))
+                parsed.keys.append(_NO_KEYS)
+            elif len(set(names)) == len(names) and _NAMES.issuperset(names):
+                parsed.keys.append((instance.get("engine_id"), instance.get("cycle"), instance.get("label")))
             else:
                 raise Unusual
             rows: Any = instance["telemetry"]
@@ -122,6 +124,7 @@ class _Instance(msgspec.Struct, forbid_unknown_fields=True):
     telemetry: list[list[float]]
     engine_id: Any = None
     cycle: Any = None
+    label: Any = None
 
 
 class PortableParser:
@@ -161,7 +164,7 @@ class PortableParser:
         numbers = [_joined(instance.telemetry, width) for instance in found]
         for values in numbers:
             _checked(text, values)
-        keys = [(instance.engine_id, instance.cycle) for instance in found]
+        keys = [(instance.engine_id, instance.cycle, instance.label) for instance in found]
         return ParsedInstances(keys, numbers, [len(instance.telemetry) for instance in found])
 
 

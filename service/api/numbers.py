@@ -147,7 +147,7 @@ def to_float32(values: Flat, missing: bool = False) -> Batch | None:
     flat = values.ravel()
     # the sum of squares is the cheapest look at all of them; only a suspicious one is followed by a second
     with np.errstate(over="ignore", invalid="ignore"):
-        small = _squares(flat) < FLOAT32_MOST
+        small = (flat.dot(flat) if len(flat) <= FEW else _squares(flat)) < FLOAT32_MOST
     if not small:
         fits = np.abs(flat) < FLOAT32_MOST  # not so where one is NaN
         if not (fits | np.isnan(flat) if missing else fits).all():

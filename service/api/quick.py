@@ -1,23 +1,25 @@
 """The commonest body of `/v1/predict`, parsed once; whatever is unusual in it is left to the schemas.
 
 The schemas parse twice, which locates any fault: first the instances, then their numbers. A body of plain instances
-(rows of numbers, perhaps an engine and a cycle) has no fault to locate, and is parsed here straight into arrays. A
-large one is parsed a few instances at a time. Wherever a list is split, it is JSON if each part is JSON as a list.
+(rows of numbers, perhaps an engine, a cycle and a class as label) has no fault to locate, and is parsed here straight
+into arrays. A large one is parsed a few instances at a time. Wherever a list is split, it is JSON if each part is JSON
+as a list.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from model import windows
 from service.api import number_parser
-from service.api.decode import Decoded
+from service.api.decode import Decoded, decode_labels
 from service.api.flights import Flight
 from service.api.number_parser import DECLINED, Unusual
 from service.api.numbers import PIECE, brackets, to_float32
-from service.api.schemas import CONTROL, MOST_CYCLE, MOST_NAME
+from service.api.schemas import CONTROL, MOST_CYCLE, MOST_NAME, Label
+from service.errors import Fault
 from service.runtime import Batch, Model
 
 STEP = 1 << 17  # bytes after which a large body is split: what the parser and its buffers need stays in the cache
@@ -38,20 +40,33 @@ class Quick(NamedTuple):
 def read_quickly(body: bytes | memoryview, model: Model, most: int) -> Quick | None:
     """Decode a body of nothing but plain instances; None for any other body."""
     window, width = model.manifest.window, len(model.channels)
+    if window is None:
+        return None
     begin = _BEGIN.match(body)
     end = begin and _END.search(body, max(begin.end(), len(body) - TAIL))
-    if window is None or begin is None or end is None:
+    if begin is None or end is None:
         return None
+    first, last = begin.end(), end.start()
+    texts: Iterable[bytes] = (
+        [b"".join((b"[", body[first:last], b"]"))] if len(body) <= PIECE else _split(body, first, last)
+    )
     flights: list[Flight] = []
+    labels: list[Label | None] = []
     batches = []
     try:
-        for text in _split(body, begin.end(), end.start()):
-            batches.append(_read(text, flights, window, width))
+        for text in texts:
+            batches.append(_read(text, flights, labels, window, width))
             if len(flights) > most:
                 return None
     except DECLINED:
         return None
-    return Quick(flights, Decoded(batches[0] if len(batches) == 1 else np.concatenate(batches), None, None))
+    targets = None
+    if labels.count(None) < len(labels):
+        faults: list[Fault] = []
+        targets = decode_labels(labels, model.manifest.classes, faults, lambda i: ("instances", i, "label"))
+        if faults:
+            return None
+    return Quick(flights, Decoded(batches[0] if len(batches) == 1 else np.concatenate(batches), targets, None))
 
 
 def _split(body: bytes | memoryview, begin: int, end: int) -> Iterator[bytes]:
@@ -69,8 +84,8 @@ def _split(body: bytes | memoryview, begin: int, end: int) -> Iterator[bytes]:
     yield b"".join((b"[", body[begin:end], b"]"))
 
 
-def _read(text: bytes, flights: list[Flight], window: int, width: int) -> Batch:
-    """The newest window of each instance of a list (N, window, width); adds their engines and cycles to `flights`.
+def _read(text: bytes, flights: list[Flight], labels: list[Label | None], window: int, width: int) -> Batch:
+    """The newest window of each instance of a list (N, window, width); adds to `flights` and `labels`.
 
     Raises:
         Unusual, or what the parser raises: anything is unusual.
@@ -82,7 +97,12 @@ def _read(text: bytes, flights: list[Flight], window: int, width: int) -> Batch:
     values = to_float32(tables[0] if len(tables) == 1 else np.concatenate(tables))
     if values is None:
         raise Unusual
-    flights += [_UNNAMED if key == (None, None) else _flight(*key) for key in keys]
+    for engine, cycle, label in keys:
+        flights.append(_UNNAMED if engine is None and cycle is None else _flight(engine, cycle))
+        if label is None or type(label) is int or isinstance(label, str):
+            labels.append(label)
+        else:
+            raise Unusual
     if set(lengths) == {window}:
         return values.reshape(-1, window, width)
     histories = np.split(values.reshape(-1, width), np.cumsum(lengths)[:-1])

@@ -12,10 +12,7 @@ from msgspec import Meta, Raw, Struct
 
 from model.contract import CHANNELS
 from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE
-from service.api.depth import check_depth
-from service.api.held import Sent
 from service.errors import Code, Fault, InvalidInput, NotJson
-from service.errors import Fault, InvalidInput, NotJson
 
 _READINGS = {"type": "array", "items": {"type": "number"}}
 _EXAMPLE = [
