@@ -82,11 +82,6 @@ class Lifecycle:
         return self._memory
 
     @property
-    def crowded(self) -> bool:
-        """Whether more comes than can be answered."""
-        return False
-
-    @property
     def remembers(self) -> bool:
         """Whether there is a memory."""
         return self._memory is not None

@@ -12,8 +12,9 @@ from starlette.requests import Request
 
 from model.windows import Readings
 from service.api import intake
-from service.api.body import HEADERS, HELD, read_large
+from service.api.body import read_large
 from service.api.held import KEPT, Buffer, Held
+from service.api.scope import context_of
 from service.loop import Loop
 from tests.conftest import Service, running
 from tests.test_oip import INFER, binary
@@ -186,8 +187,9 @@ def test_a_body_that_comes_fast_is_read_a_step_each_time_the_loop_comes_round(mo
     monkeypatch.setattr(intake, "LEAST", step)
 
     async def application(scope: Any, receive: Any, _send: Any) -> None:
-        held = scope[HELD] = Held(Buffer(length))
-        scope[HEADERS] = dict(scope["headers"])
+        context = context_of(scope)
+        held = context.reservation = Held(Buffer(length))
+        context.headers = dict(scope["headers"])
         await asyncio.sleep(0.1)  # until much of the body waits
 
         def turn() -> None:

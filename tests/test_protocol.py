@@ -288,33 +288,6 @@ def test_who_asks_thrice_at_once_in_a_crowd_hears_of_each_in_order(windows: Read
         assert 200 == hear(ear)[0]
 
 
-def test_a_whole_request_may_be_begun_as_it_is_read() -> None:
-    """Where that is best it has no task before it waits; one whose body is still to come has one. Both are answered."""
-    tasks: list[bool] = []
-
-    async def application(_scope: Any, receive: Any, send: Any) -> None:
-        tasks.append(asyncio.current_task() is not None)
-        while (await receive()).get("more_body"):
-            pass
-        await asyncio.sleep(0)
-        tasks.append(asyncio.current_task() is not None)
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
-        await send({"type": "http.response.body", "body": b"ok"})
-
-    async def ask() -> None:
-        async with asking(application, {PROMPT: lambda _: True}) as (answers, asks):
-            for request in (LIVEZ, HEAD + b"Content-Length: 2\r\n\r\n", LIVEZ + LIVEZ):
-                asks.write(request)
-                if request.startswith(HEAD):
-                    await asyncio.sleep(0.1)
-                    asks.write(b"{}")
-                for _ in range(request.count(b"\r\n\r\n")):
-                    assert (await answers.readuntil(b"\r\n\r\nok")).startswith(b"HTTP/1.1 200 ")
-
-    asyncio.run(ask())
-    assert [[False, True], [True, True], [False, True], [True, True]] == [tasks[k : k + 2] for k in range(0, 8, 2)]
-
-
 def test_a_request_is_forgotten_with_the_next_one_on_its_connection() -> None:
     """Nothing that the server keeps of a request refers to itself, so that none of it waits for a collection."""
     requests: list[Any] = []

@@ -22,7 +22,6 @@ from starlette.types import ASGIApp
 
 from service import errors
 from service.api import calibration_routes, memory_routes, oip, pages, schemas
-from service.api.body import PROMPT, REFUSED
 from service.api.edge import Edge, Lane
 from service.api.held import Buffer
 from service.api.keys import Keys
@@ -54,12 +53,12 @@ def create_app(settings: Settings, on_rejected: Callable[[str], None], shared: P
     lifecycle, tracing = Lifecycle(settings, metrics, shared), open_tracing()
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         opening = asyncio.create_task(lifecycle.open(on_rejected))
         _on_signals(lifecycle)
         if lifecycle.relieved:
             await lifecycle.proven.wait()  # taking no connections yet: the other workers have a model for them
-        yield {REFUSED: edge.refused} | ({} if tracing else {PROMPT: edge.prompt})
+        yield
         opening.cancel()
         await lifecycle.close()
         if tracing:
@@ -99,7 +98,7 @@ def create_app(settings: Settings, on_rejected: Callable[[str], None], shared: P
         app.add_exception_handler(kind, answer_problem)
     lanes, buffer = _lanes(predict, cycles, infer), Buffer(settings.max_buffered_bytes)
     origins = _origins(settings, app)
-    edge = Edge(app, metrics, Keys(settings), lanes, paths.template, buffer, origins, lambda: lifecycle.crowded)
+    edge = Edge(app, metrics, Keys(settings), lanes, paths.template, buffer, origins)
     return Application(tracing.around(edge) if tracing else edge, app)
 
 

@@ -10,24 +10,20 @@ from starlette.types import Receive
 
 from service.api.exchange import EXCHANGE, Exchange
 from service.api.held import Held
+from service.api.held import Held, Sent
+from service.api.scope import RequestContext, context_of
 from service.errors import BodyTooLarge, ClientGone, NotJson, TooSlow, UnsupportedMediaType
 
 JSON = "application/json"
 INFLATE_STEP = 1 << 20  # bytes inflated at a time
 FEED_STEP = 1 << 16  # packed bytes read at a time: zlib copies what it leaves of them
 MOST_MEMBERS = 4096  # of one gzip body; bgzip makes 512 of 32 MiB
-HELD = "engine_health.held"  # where a request's scope has its `Held`
-HEADERS = "engine_health.headers"  # where a request's scope has its headers, the last of each name
-GONE = "engine_health.gone"  # in a request's scope once its client has left
-REFUSED = "engine_health.refused"  # in the lifespan's state: answers what never became a request
-PROMPT = "engine_health.prompt"  # there as well: whether a whole request is best begun as it is read
 LARGE = 1 << 20  # bytes; a longer body is gathered in its place, if the server can
 
 
 def announced(request: Request) -> int:
     """The length of the body as its header says it, 0 if it does not."""
-    said = request.scope[HEADERS].get(b"content-length", b"").strip()
-    return int(said) if said.isdigit() else 0
+    return _content_length(context_of(request.scope))
 
 
 def media_type(request: Request, accepted: tuple[str, ...]) -> str:
@@ -36,7 +32,7 @@ def media_type(request: Request, accepted: tuple[str, ...]) -> str:
     Raises:
         UnsupportedMediaType: another one.
     """
-    said: bytes | None = request.scope[HEADERS].get(b"content-type")
+    said: bytes | None = context_of(request.scope).headers.get(b"content-type")
     if said is None or said == b"application/json":  # as nearly everybody says it
         kind = JSON if said else accepted[0]
     else:
@@ -64,16 +60,18 @@ async def read_body(request: Request, limit: int, seconds: float) -> bytes:
         UnsupportedMediaType: an encoding other than gzip.
         NotJson: the bytes are not what the encoding says.
     """
-    encoding, _, held = _announced(request, limit)
-    return await _received(request, limit, seconds, encoding, held)
+    context = context_of(request.scope)
+    encoding, _ = _announced(context, limit)
+    return await _received(request, context, limit, seconds, encoding)
 
 
 async def read_large(request: Request, limit: int, seconds: float) -> bytes | memoryview:
     """As `read_body`, but that a large body may lie in a place that is another's once the request is answered."""
-    encoding, length, held = _announced(request, limit)
-    exchange: Exchange | None = request.scope.get(EXCHANGE)
+    context = context_of(request.scope)
+    encoding, length = _announced(context, limit)
+    exchange, held = context.exchange, context.reservation
     if exchange is None or length <= LARGE or encoding != b"identity":
-        return await _received(request, limit, seconds, encoding, held)
+        return await _received(request, context, limit, seconds, encoding)
     place = held.place(length)
     try:
         async with asyncio.timeout(seconds):
@@ -89,21 +87,26 @@ async def read_large(request: Request, limit: int, seconds: float) -> bytes | me
     return memoryview(place)
 
 
-def _announced(request: Request, limit: int) -> tuple[bytes, int, Held]:
-    """What is said of a body, if it may come: its encoding and its length; and what it is to be held by."""
-    encoding: bytes = request.scope[HEADERS].get(b"content-encoding", b"identity").strip().lower()
+def _content_length(context: RequestContext) -> int:
+    value = context.headers.get(b"content-length", b"").strip()
+    return int(value) if value.isdigit() else 0
+
+
+def _announced(context: RequestContext, limit: int) -> tuple[bytes, int]:
+    """Return the encoding and the length of a body according to its headers; raise if it may not come."""
+    encoding = context.headers.get(b"content-encoding", b"identity").strip().lower()
     if encoding not in (b"identity", b"gzip"):
         said = encoding[:80].decode("latin-1")
         raise UnsupportedMediaType(f"content encoding {said!r}: this call reads plain or gzip bodies")
-    length, held = announced(request), request.scope[HELD]
+    length = _content_length(context)
     if length > limit:
         raise BodyTooLarge(f"{length} bytes, at most {limit} are read")
-    held.check(length)
-    return encoding, length, held
+    context.reservation.check(length)
+    return encoding, length
 
 
-async def _received(request: Request, limit: int, seconds: float, encoding: bytes, held: Held) -> bytes:
-    exchange: Exchange | None = request.scope.get(EXCHANGE)
+async def _received(request: Request, context: RequestContext, limit: int, seconds: float, encoding: bytes) -> bytes:
+    exchange, held = context.exchange, context.reservation
     body = exchange.whole() if exchange else None
     if body is not None:  # it came with its headers: no timer is set
         if len(body) > limit:
@@ -176,6 +179,6 @@ def _member(packed: memoryview, at: int, found: bytearray, limit: int, held: Hel
 
 
 def leaving(request: Request) -> Callable[[], bool]:
-    """Whether the client has left; to be asked in any thread. The server's protocol says so in the scope."""
-    scope = request.scope
-    return lambda: GONE in scope
+    """Return a check whether the client has left; any thread may call it."""
+    context = context_of(request.scope)
+    return lambda: context.disconnected

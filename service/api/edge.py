@@ -17,13 +17,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.body import HEADERS, HELD
-from service.api.exchange import EXCHANGE, Exchange, Written
+from service.api.exchange import Written
 from service.api.held import Buffer, Held
 from service.api.keys import Keys, RawHeaders
 from service.api.problems import OriginRejected, problem
 from service.api.routes import Endpoint
 from service.api.schemas import CONTROL
+from service.api.scope import CONTEXT, RequestContext, install_hooks
 from service.chance import Names
 from service.errors import Draining
 from service.logs import Lines
@@ -56,22 +56,25 @@ class Edge:
         template: Callable[[str], str | None],
         buffer: Buffer,
         origins: CORSMiddleware | None,
-        crowded: Callable[[], bool],
     ) -> None:
         self._app, self._metrics, self._keys, self._lane, self._buffer = app, metrics, keys, lane, buffer
-        self._template, self._origins, self._crowded = template, origins, crowded
+        self._template, self._origins = template, origins
         self._lines = Lines()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request; anything but HTTP passes unseen."""
+        """Handle one request; anything but HTTP passes unchanged, but that the lifespan gets the hooks."""
         if scope["type"] != "http":
+            if "state" in scope:
+                install_hooks(scope["state"], self)
             await self._app(scope, receive, send)
             return
         started, status, begun, ended = time.perf_counter(), 500, False, False
         method, path, headers = scope["method"], scope["path"], dict(scope["headers"])  # the last of a name counts
         request_id = _request_id(headers)
-        held = scope[HELD] = Held(self._buffer)
-        scope[HEADERS] = headers
+        context: RequestContext | None = scope.get(CONTEXT)
+        if context is None:  # another server
+            context = scope[CONTEXT] = RequestContext()
+        context.headers, context.reservation = headers, Held(self._buffer)
         odd = CONTROL.search(path)
         lane = None if odd else self._lane_of(scope)
         if method == "HEAD":  # as GET; the server, whose scope is another one, sends no body
@@ -94,7 +97,7 @@ class Edge:
 
         async def answer(response: Response) -> None:
             nonlocal status, begun, ended
-            exchange: Exchange | None = scope.get(EXCHANGE)
+            exchange = context.exchange
             if lane and isinstance(response, Written) and exchange and tell is watched and exchange.hears(send):
                 status, begun, ended = response.status_code, True, True
                 count()
@@ -129,21 +132,13 @@ class Edge:
             elif not ended:  # Starlette raises again what it has answered; half an answer is another matter
                 raise
         finally:
-            held.release()
+            context.reservation.release()
             if not ended:
                 count()
             self._say(method, path, status, time.perf_counter() - started, request_id, headers)
 
-    def prompt(self, scope: Scope) -> bool:
-        """Whether a whole request is best begun as it is read, without a task of its own.
-
-        When many are refused it is: thousands would wait for their turns in memory, and be cold when they come.
-        Else it is not: when many are read, then all parsed, each step is faster.
-        """
-        return self._crowded() and self._lane_of(scope) is not None
-
-    def refused(self, status: int, detail: str, path: str) -> Written:
-        """The answer to what never became a request, counted and logged as one. Nobody timed it."""
+    def protocol_error_response(self, status: int, detail: str, path: str) -> Written:
+        """Return the response to bytes that are no request; it is counted and logged as one, without a duration."""
         request_id = _IDS.one()
         self._metrics.http_requests.labels("other", "unmatched", str(status)).inc()
         self._lines.add({"method": "", "path": path[:200], "status": status, "request_id": request_id})

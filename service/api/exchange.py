@@ -16,7 +16,6 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCy
 from service.api.intake import Intake, Outer
 from service.errors import ClientGone
 
-EXCHANGE = "engine_health.exchange"  # where a request's scope has its `Exchange`, if this server serves it
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 CLOSE = (b"connection", b"close")
 

@@ -9,13 +9,12 @@ from typing import Any, ClassVar
 
 import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.api.begin import begin
-from service.api.body import GONE, PROMPT, REFUSED
 from service.api.calls import HEADER_BYTES
 from service.api.deadline import Deadline, Reader
-from service.api.exchange import EXCHANGE, Exchange
+from service.api.exchange import Exchange
+from service.api.scope import CONTEXT, RequestContext, context_of, hooks_of
 
 
 class _Nowhere(list[tuple[bytes, bytes]]):
@@ -78,7 +77,6 @@ class BoundedProtocol(HttpToolsProtocol):
         self._words = 0  # bytes that came since the last that were of a body: headers, trailers, empty lines
         self._asking = False  # between a request's first byte and the end of its headers
         self._deaf = False  # once refused; what comes then is not read
-        self._came: tuple[RequestResponseCycle, Any] | None = None  # a request not yet begun, and the application
         self._deadline = Deadline(self.loop, self._too_late)
         self._reader = Reader(self.loop, transport, self.seconds)
         self._deadline.set(self.seconds)
@@ -88,7 +86,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._deadline.stop()
         self._reader.stop()
         if self.cycle is not None:
-            self.cycle.scope[GONE] = True  # type: ignore[literal-required]  # ours beside what ASGI names
+            context_of(self.cycle.scope).disconnected = True
         super().connection_lost(exc)
         if self.cycle is not None:
             self.cycle.body = bytearray()  # read by nobody now, and the cycle would keep it until a collection
@@ -109,8 +107,6 @@ class BoundedProtocol(HttpToolsProtocol):
                 break
         if self._words > HEADER_BYTES:
             self._refuse(431, f"more than {HEADER_BYTES} bytes of headers")
-        if self._came:
-            self._begin(*self._came)
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
@@ -130,7 +126,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._deadline.clear()
         self._asking, self._words = False, 0
         super().on_headers_complete()
-        self.cycle.scope[EXCHANGE] = Exchange(self, self.cycle)  # type: ignore[literal-required]  # as GONE
+        self.cycle.scope[CONTEXT] = RequestContext(Exchange(self, self.cycle))  # type: ignore[literal-required]  # ours
         self.cycle.transport = Joining(self.transport, self.loop)  # type: ignore[assignment]  # all that it uses of one
         self.headers = _NOWHERE
 
@@ -170,7 +166,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self.flow.resume_reading()
         if self.pipeline:
-            super()._start_asgi_task(*self.pipeline.pop())
+            self._start_asgi_task(*self.pipeline.pop())
         elif not self._asking:
             self._deadline.set(self.seconds if self.cycle.more_body else self.timeout_keep_alive)
 
@@ -184,20 +180,6 @@ class BoundedProtocol(HttpToolsProtocol):
         super().resume_writing()
         if not self.transport.is_closing():
             self._reader.stop()
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        """When all that came is read: the body may be whole by then."""
-        self._came = cycle, app
-
-    def _begin(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self._came, prompt = None, self.app_state.get(PROMPT)
-        if cycle.more_body or prompt is None or not prompt(cycle.scope):
-            super()._start_asgi_task(cycle, app)
-            return
-        task = begin(self.loop, cycle.run_asgi(app))
-        if task is not None:
-            task.add_done_callback(self.tasks.discard)
-            self.tasks.add(task)
 
     def _read_on(self) -> None:
         if not self.transport.is_closing():
@@ -233,12 +215,10 @@ class BoundedProtocol(HttpToolsProtocol):
         if answering and (self.pipeline or cycle.response_started or not cycle.more_body):
             cycle.keep_alive = False
             return
-        refused = self.app_state.get(REFUSED)
-        if refused and (
-            cycle is None or cycle.response_complete != cycle.more_body
-        ):  # the rest of a body is no request
+        hooks = hooks_of(self.app_state)
+        if hooks and (cycle is None or cycle.response_complete != cycle.more_body):  # the rest of a body is no request
             path = self.url.decode("latin-1").partition("?")[0] if self._asking or answering else ""
-            response = refused(status, detail, path)
+            response = hooks.protocol_error_response(status, detail, path)
             self.transport.write(response.wire((*self.server_state.default_headers, *response.raw_headers)))
         self._close()
 
