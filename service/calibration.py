@@ -15,7 +15,8 @@ from model import conformal, drift, numerics
 from model.refit import Change, RefitRefused, refit
 from service import monitor
 from service.errors import Conflict, Fault, InvalidInput
-from service.memory import Memory, prediction_ids
+from service.ids import prediction_ids
+from service.memory import Memory
 from service.predictor import Predictor
 from service.runtime import Model
 from service.storage import queries, tempering

@@ -13,8 +13,8 @@ import numpy as np
 from model import conformal
 from model.numerics import Floats
 from model.windows import Readings
-from service.chance import Names
 from service.errors import Fault, InvalidInput, MemoryUnavailable
+from service.ids import prediction_ids
 from service.metrics import Metrics, observe_all
 from service.predictions import Answers, Prediction, calibrated, joined, rows_of, whole
 from service.predictor import Predictor, measured
@@ -43,7 +43,6 @@ class Named(Protocol):
 
 Told = tuple[Result, Floats | None]  # what became of a label, and the one that stands if it was refused
 Results = list[Told | None]  # None where no label was told
-_CHANCE = Names(10)
 
 
 class Remembered(NamedTuple):
@@ -208,12 +207,6 @@ class Memory:
             sets = conformal.sets(logits, kind.temperature, rule.threshold, rule.method) if rule else None
             self._metrics.labelled_answers(measured(logits, truths, temperature, sets))
             observe_all(self._metrics.label_lag, np.array([one.labelled - one.made for one in group]))
-
-
-def prediction_ids(n: int, now: float) -> list[str]:
-    """Names that nobody else gives, rising with time: 48 bits of milliseconds, 80 of chance."""
-    begin = f"{int(now * 1e3):012x}"
-    return [begin + rest for rest in ([_CHANCE.one()] if n == 1 else _CHANCE.some(n))]
 
 
 def _made(

@@ -12,6 +12,7 @@ from service.api import schemas
 from service.api.arrow import read_table
 from service.api.decode import Decoded, decode_instances, decode_labels, decode_logits, refuse
 from service.api.flights import Flight, decode_histories, histories
+from service.api.limits import HEADER_BYTES
 from service.api.quick import read_quickly
 from service.errors import Fault, InvalidInput
 from service.memory import Named
@@ -159,7 +160,6 @@ def _warnings(logits: Floats) -> list[dict[str, Any]]:
 
 # Description of the model and the service
 
-HEADER_BYTES = 64 * 1024  # of one request's line and headers
 
 
 def model_json(predictor: Predictor, limits: Settings) -> dict[str, Any]:

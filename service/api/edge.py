@@ -26,13 +26,14 @@ from service.api.schemas import CONTROL
 from service.api.scope import CONTEXT, RequestContext, install_hooks
 from service.chance import Names
 from service.errors import Draining
+from service.errors import NotReady
+from service.ids import request_id
 from service.logs import Lines
 from service.metrics import Metrics
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})  # other words are one label
 PREFLIGHT = {b"origin", b"access-control-request-method"}  # the headers that make OPTIONS one
 ID = b"x-request-id"
-_IDS = Names(8)
 _ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _TRACE = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}")  # W3C, level 1
 
@@ -70,7 +71,7 @@ class Edge:
             return
         started, status, begun, ended = time.perf_counter(), 500, False, False
         method, path, headers = scope["method"], scope["path"], dict(scope["headers"])  # the last of a name counts
-        request_id = _request_id(headers)
+        name = _request_id(headers)
         context: RequestContext | None = scope.get(CONTEXT)
         if context is None:  # another server
             context = scope[CONTEXT] = RequestContext()
@@ -89,7 +90,7 @@ class Edge:
             nonlocal status, begun, ended
             if message["type"] == "http.response.start":
                 status, begun = message["status"], True
-                message["headers"] = [*message.get("headers", ()), (ID, request_id.encode())]
+                message["headers"] = [*message.get("headers", ()), (ID, name.encode())]
             elif not message.get("more_body"):
                 ended = True
                 count()  # before it leaves: a process that is killed has counted whatever it answered
@@ -101,7 +102,7 @@ class Edge:
             if lane and isinstance(response, Written) and exchange and tell is watched and exchange.hears(send):
                 status, begun, ended = response.status_code, True, True
                 count()
-                exchange.answer(response, (ID, request_id.encode()))
+                exchange.answer(response, (ID, name.encode()))
             else:
                 await response(scope, receive, tell)
 
@@ -135,24 +136,24 @@ class Edge:
             context.reservation.release()
             if not ended:
                 count()
-            self._say(method, path, status, time.perf_counter() - started, request_id, headers)
+            self._say(method, path, status, time.perf_counter() - started, name, headers)
 
     def protocol_error_response(self, status: int, detail: str, path: str) -> Written:
         """Return the response to bytes that are no request; it is counted and logged as one, without a duration."""
-        request_id = _IDS.one()
+        name = request_id()
         self._metrics.http_requests.labels("other", "unmatched", str(status)).inc()
-        self._lines.add({"method": "", "path": path[:200], "status": status, "request_id": request_id})
+        self._lines.add({"method": "", "path": path[:200], "status": status, "request_id": name})
         response = problem(HTTPException(status, detail, {"Connection": "close"}), path, self._metrics)
-        response.raw_headers.append((ID, request_id.encode()))
+        response.raw_headers.append((ID, name.encode()))
         return response
 
     def _lane_of(self, scope: Scope) -> Lane | None:
         return self._lane(scope["path"]) if scope["method"] == "POST" else None
 
-    def _say(self, method: str, path: str, status: int, seconds: float, request_id: str, headers: RawHeaders) -> None:
+    def _say(self, method: str, path: str, status: int, seconds: float, name: str, headers: RawHeaders) -> None:
         """One line a request. No query, no header but the trace: keys never reach a log."""
         line = {"method": method[:20], "path": path[:200], "status": status, "ms": round(seconds * 1e3, 3)}
-        line["request_id"] = request_id
+        line["request_id"] = name
         given = headers.get(b"traceparent")
         if given and (trace := _TRACE.fullmatch(given.strip())):
             line |= {"trace_id": trace[1].decode(), "span_id": trace[2].decode()}
@@ -161,7 +162,7 @@ class Edge:
 
 def _request_id(headers: RawHeaders) -> str:
     given = headers.get(ID, b"").strip()
-    return given.decode() if given and _ID.fullmatch(given) else _IDS.one()
+    return given.decode() if given and _ID.fullmatch(given) else request_id()
 
 
 def _preflight(origins: CORSMiddleware, scope: Scope) -> Response:

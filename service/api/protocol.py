@@ -11,9 +11,9 @@ import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.api.calls import HEADER_BYTES
 from service.api.deadline import Deadline, Reader
 from service.api.exchange import Exchange
+from service.api.limits import HEADER_BYTES
 from service.api.scope import CONTEXT, RequestContext, context_of, hooks_of
 
 

@@ -17,8 +17,8 @@ from service.api.body import JSON, announced, leaving, media_type, read_body, re
 from service.api.calls import evaluate_json, model_json, read_predict, read_predict_table
 from service.api.exchange import Written
 from service.api.told import results_json
+from service.ids import prediction_ids
 from service.lifecycle import Lifecycle
-from service.memory import prediction_ids
 
 LARGE_BODY = 64 * 1024  # bytes; beyond it the event loop is left free while they are parsed
 LARGE_ANSWER = 192  # probabilities of an answer; beyond it the event loop is left free while they are written

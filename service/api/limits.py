@@ -1,0 +1,3 @@
+"""Limits of the server that the application states too."""
+
+HEADER_BYTES = 64 * 1024  # request line and headers of one request
