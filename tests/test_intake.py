@@ -211,3 +211,40 @@ def test_a_body_that_comes_fast_is_read_a_step_each_time_the_loop_comes_round(mo
         runner.run(send_fast())
     assert length == taken[-1]
     assert step >= max(after - before for before, after in pairwise(taken) if before)
+
+
+def test_body_view_after_release_raises_and_mapping_is_reused() -> None:
+    """A reader that was not waited for gets an error, never the bytes of the next body in the same memory."""
+    budget = Buffer(4 * MIB)
+    first, second = Held(budget), Held(budget)
+    view = first.place(2 * MIB)
+    view[:4] = b"mine"
+    spare = first._mapping
+    first.release()
+    with pytest.raises(ValueError, match="released"):
+        bytes(view[:4])
+    assert MIB == len(second.place(MIB))
+    assert spare is second._mapping
+
+
+def test_body_view_in_use_keeps_its_bytes_after_release() -> None:
+    """Memory that an array still uses is given to no other body, and its bytes stay as they are."""
+    budget = Buffer(4 * MIB)
+    first, second = Held(budget), Held(budget)
+    view = first.place(MIB)
+    view[:4] = b"mine"
+    array = np.frombuffer(view, np.uint8)
+    first.release()
+    second.place(MIB)[:4] = b"next"
+    assert b"mine" == array[:4].tobytes()
+
+
+def test_body_larger_than_the_spare_mapping_is_closed_on_release() -> None:
+    """Of a body above the limit of the spare mapping nothing stays, and its view is invalid."""
+    budget = Buffer(4 * KEPT)
+    held = Held(budget)
+    view = held.place(KEPT + 1)
+    held.release()
+    assert budget.spare is None
+    with pytest.raises(ValueError, match="released"):
+        len(view)

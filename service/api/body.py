@@ -10,7 +10,7 @@ from starlette.types import Receive
 
 from service.api.exchange import EXCHANGE, Exchange
 from service.api.held import Held
-from service.api.held import Held, Sent
+from service.api.held import Held
 from service.api.scope import RequestContext, context_of
 from service.errors import BodyTooLarge, ClientGone, NotJson, TooSlow, UnsupportedMediaType
 
@@ -66,16 +66,16 @@ async def read_body(request: Request, limit: int, seconds: float) -> bytes:
 
 
 async def read_large(request: Request, limit: int, seconds: float) -> bytes | memoryview:
-    """As `read_body`, but that a large body may lie in a place that is another's once the request is answered."""
+    """Return the body as `read_body` does; a large one as a view that is valid until the request is answered."""
     context = context_of(request.scope)
     encoding, length = _announced(context, limit)
     exchange, held = context.exchange, context.reservation
     if exchange is None or length <= LARGE or encoding != b"identity":
         return await _received(request, context, limit, seconds, encoding)
-    place = held.place(length)
+    view = held.place(length)
     try:
         async with asyncio.timeout(seconds):
-            intake = exchange.gather(place, held.take)
+            intake = exchange.gather(view, held.take)
             try:
                 refusal = await intake.whole
             finally:
@@ -84,7 +84,7 @@ async def read_large(request: Request, limit: int, seconds: float) -> bytes | me
         raise TooSlow(f"the body did not arrive in {seconds:g} s") from None
     if refusal is not None:
         raise refusal
-    return memoryview(place)
+    return view
 
 
 def _content_length(context: RequestContext) -> int:

@@ -4,7 +4,6 @@ ASGI hands a body over in messages and takes an answer in two, and looks at each
 """
 
 import asyncio
-import mmap
 from collections.abc import Callable, Iterable
 from typing import Protocol
 from weakref import ref
@@ -65,7 +64,7 @@ class Exchange:
         body, cycle.body = cycle.body, bytearray()
         return bytes(body)
 
-    def gather(self, place: mmap.mmap, take: Callable[[int], None]) -> Intake:
+    def gather(self, place: memoryview, take: Callable[[int], None]) -> Intake:
         """Let the body go to a place of its announced length, instead of being received in pieces.
 
         Raises:

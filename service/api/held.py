@@ -14,22 +14,62 @@ KEPT = 1 << 24  # bytes of a place that stays for the next large body
 RETRY_SECONDS = 1.0
 
 
+class Mapping:
+    """Anonymous memory of the operating system, and the only view of it that is given away.
+
+    The view is released before the memory is resized or closed: a reader that was not waited for gets an error, never
+    the bytes of another request.
+    """
+
+    __slots__ = ("_memory", "view")
+
+    def __init__(self, length: int, huge_pages: bool) -> None:
+        self._memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self.view = memoryview(self._memory)
+
+    def __len__(self) -> int:
+        return len(self._memory)
+
+    def release(self) -> None:
+        """Invalidate the view, unless an array or a parser still uses it."""
+        with suppress(BufferError):
+            self.view.release()
+
+    def resized(self, length: int) -> bool:
+        """Change the length and renew the view; False if it is still in use, or the system refuses."""
+        try:
+            self.view.release()
+            self._memory.resize(length)
+        except (BufferError, OSError, SystemError, ValueError):
+            return False
+        self.view = memoryview(self._memory)
+        return True
+
+    def close(self) -> None:
+        """Return the memory; memory that is still in use is returned with its last user."""
+        with suppress(BufferError):
+            self.view.release()
+            self._memory.close()
+
+
 class Buffer:
     """The bytes that all bodies of a process hold in memory together, and the place that waits for one."""
 
     def __init__(self, most: int) -> None:
         self.most, self.bytes, self.lock = most, 0, threading.Lock()
-        self.spare: mmap.mmap | None = None
+        self.spare: Mapping | None = None
 
 
 class Held:
     """The bytes that one request holds of the buffer, from when they came until it is answered."""
 
-    __slots__ = ("_buffer", "_place", "bytes")
+    __slots__ = ("_buffer", "_mapping", "bytes")
 
     def __init__(self, buffer: Buffer) -> None:
         self._buffer, self.bytes = buffer, 0
-        self._place: mmap.mmap | None = None
+        self._mapping: Mapping | None = None
 
     def check(self, more: int) -> None:
         """Whether there is room for more. What one request may hold is never refused while no other holds anything.
@@ -52,35 +92,24 @@ class Held:
             self._buffer.bytes += more
             self.bytes += more
 
-    def place(self, length: int) -> mmap.mmap:
-        """Memory for a body of this length, which counts as it is filled; another's once this one is answered."""
-        spare, self._buffer.spare = self._buffer.spare, None
-        if spare is None or not _resized(spare, length):
-            spare = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            if not self._buffer.bytes and hasattr(mmap, "MADV_HUGEPAGE"):  # of many, each would take 2 MiB at once
-                spare.madvise(mmap.MADV_HUGEPAGE)
-        self._place = spare
-        return spare
+    def place(self, length: int) -> memoryview:
+        """Return memory for a body of `length` bytes, valid until `release`. Bytes are charged as they arrive."""
+        mapping, self._buffer.spare = self._buffer.spare, None
+        if mapping is None or not mapping.resized(length):
+            mapping = Mapping(length, not self._buffer.bytes)  # of many bodies, each would take 2 MiB immediately
+        self._mapping = mapping
+        return mapping.view
 
     def release(self) -> None:
         """Hold nothing."""
         with self._buffer.lock:
             self._buffer.bytes -= self.bytes
             self.bytes = 0
-        place, self._place = self._place, None
-        if place is None:
+        mapping, self._mapping = self._mapping, None
+        if mapping is None:
             return
-        if len(place) <= KEPT:
-            place, self._buffer.spare = self._buffer.spare, place
-        if place is not None:
-            with suppress(BufferError):  # whoever looks at it still has the last of it
-                place.close()  # an error that was raised may hold it until a collection
-
-
-def _resized(place: mmap.mmap, length: int) -> bool:
-    """Make it so long, unless somebody still looks at it: who was not waited for, an inference say; or it cannot be."""
-    try:
-        place.resize(length)
-    except (BufferError, OSError, SystemError, ValueError):
-        return False
-    return True
+        if len(mapping) <= KEPT:
+            mapping.release()
+            mapping, self._buffer.spare = self._buffer.spare, mapping
+        if mapping is not None:
+            mapping.close()

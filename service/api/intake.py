@@ -4,7 +4,6 @@ While it comes, this is the protocol of its connection. Knows no HTTP but that t
 """
 
 import asyncio
-import mmap
 from collections.abc import Callable
 from typing import Protocol
 
@@ -40,7 +39,7 @@ class Outer(Protocol):
 class Intake(asyncio.BufferedProtocol):
     """A body whose first bytes are there; `whole` is done when all are, or tells why they will never be."""
 
-    def __init__(self, outer: Outer, first: bytes | bytearray, place: mmap.mmap, take: Callable[[int], None]) -> None:
+    def __init__(self, outer: Outer, first: bytes | bytearray, place: memoryview, take: Callable[[int], None]) -> None:
         """Begin.
 
         Args:
@@ -55,7 +54,7 @@ class Intake(asyncio.BufferedProtocol):
         take(len(first))
         place[: len(first)] = first
         self.whole: asyncio.Future[ServiceError | None] = asyncio.get_running_loop().create_future()
-        self._outer, self._take, self._view = outer, take, memoryview(place)
+        self._outer, self._take, self._view = outer, take, place
         self._at = self._taken = len(first)
         self._length, self._dropped = len(place), False
         if self._at == self._length:
