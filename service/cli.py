@@ -113,7 +113,7 @@ def serve(settings: Settings) -> int:
             reasons.append(reason)
             server.should_exit = True
 
-        server = uvicorn.Server(configuration(settings, app=create_app(settings, stop).served))
+        server = uvicorn.Server(configuration(settings, app=create_app(settings, stop, handle_signals=True).served))
         server.run()
     except KeyboardInterrupt:
         return 0

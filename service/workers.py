@@ -81,7 +81,7 @@ def worker_app(settings: Settings, shared: Path, supervisor: int) -> ASGIApp:
         os._exit(STARTUP_FAILURE)  # the supervisor takes this for a reason to stop, not to try again
 
     _end_with(supervisor)
-    return create_app(settings, give_up, shared).served
+    return create_app(settings, give_up, shared, handle_signals=True).served
 
 
 def take_slot(shared: Path, most: int) -> int:

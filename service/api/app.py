@@ -4,7 +4,9 @@ Nothing happens at import. Live at once, ready once the artefact proved itself.
 """
 
 import asyncio
+import os
 import signal
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -20,17 +22,17 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from service import errors
+from service import errors, logs
 from service.api import calibration_routes, memory_routes, oip, pages, schemas
-from service.api.edge import Edge, Lane
+from service.api.edge import Edge
 from service.api.held import Buffer
 from service.api.keys import Keys
 from service.api.paths import Paths
 from service.api.problems import problem
-from service.api.routes import Aside, Endpoint, build_endpoint, build_router
+from service.api.routes import Aside, build_endpoint, build_router
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
-from service.settings import Settings
+from service.settings import Settings, read_settings
 from service.tracing import open_tracing
 
 
@@ -41,13 +43,26 @@ class Application(NamedTuple):
     api: FastAPI
 
 
-def create_app(settings: Settings, on_rejected: Callable[[str], None], shared: Path | None = None) -> Application:
+def serve_app() -> ASGIApp:
+    """Build the application from the environment for any ASGI server: `uvicorn --factory service.api.app:serve_app`."""
+    settings = read_settings()
+    logs.configure(settings)
+    return create_app(settings, _exit).served
+
+
+def create_app(
+    settings: Settings,
+    on_rejected: Callable[[str], None],
+    shared: Path | None = None,
+    handle_signals: bool = False,
+) -> Application:
     """The application.
 
     Args:
         settings: every one of them.
         on_rejected: told why if the artefact does not prove itself; the caller then stops.
         shared: the folder in which several workers keep what is theirs together.
+        handle_signals: whether SIGTERM drains and SIGHUP reloads the model; other servers have handlers that must stay.
     """
     metrics = Metrics(CollectorRegistry(), shared)
     lifecycle, tracing = Lifecycle(settings, metrics, shared), open_tracing()
@@ -55,7 +70,8 @@ def create_app(settings: Settings, on_rejected: Callable[[str], None], shared: P
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         opening = asyncio.create_task(lifecycle.open(on_rejected))
-        _on_signals(lifecycle)
+        if handle_signals:
+            _on_signals(lifecycle)
         if lifecycle.relieved:
             await lifecycle.proven.wait()  # taking no connections yet: the other workers have a model for them
         yield
@@ -96,9 +112,7 @@ def create_app(settings: Settings, on_rejected: Callable[[str], None], shared: P
 
     for kind in (errors.ServiceError, HTTPException, Exception):
         app.add_exception_handler(kind, answer_problem)
-    lanes, buffer = _lanes(predict, cycles, infer), Buffer(settings.max_buffered_bytes)
-    origins = _origins(settings, app)
-    edge = Edge(app, metrics, Keys(settings), lanes, paths.template, buffer, origins)
+    edge = Edge(app, metrics, Keys(settings), paths, Buffer(settings.max_buffered_bytes), _origins(settings, app))
     return Application(tracing.around(edge) if tracing else edge, app)
 
 
@@ -111,17 +125,10 @@ def _origins(settings: Settings, app: ASGIApp) -> CORSMiddleware | None:
     return CORSMiddleware(app, allowed, allow_methods=["*"], allow_headers=["*"], expose_headers=shown)
 
 
-def _lanes(predict: Endpoint, cycles: Endpoint, infer: Endpoint) -> Callable[[str], Lane | None]:
-    own = {lane.path: lane for lane in (Lane("/v1/predict", predict), Lane("/v1/cycles", cycles))}
-    plain, versioned = Lane(oip.INFER_ROUTE, infer), Lane(oip.VERSIONED_ROUTE, infer)
-
-    def lane(path: str) -> Lane | None:
-        if path in own:
-            return own[path]
-        match = oip.INFER.fullmatch(path)
-        return match and (versioned if match["version"] else plain)
-
-    return lane
+def _exit(reason: str) -> None:
+    """End the process because the model is rejected; every server takes the exit code for a failed start."""
+    print(f"engine-health: {reason}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _on_signals(lifecycle: Lifecycle) -> None:

@@ -6,9 +6,7 @@ Paths that are asked very often go straight to their endpoint; everything else t
 import asyncio
 import re
 import time
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -22,6 +20,8 @@ from service.api.held import Buffer, Held
 from service.api.keys import Keys, RawHeaders
 from service.api.problems import OriginRejected, problem
 from service.api.routes import Endpoint
+from service.api.paths import Paths
+from service.api.problems import problem
 from service.api.schemas import CONTROL
 from service.api.scope import CONTEXT, RequestContext, install_hooks
 from service.chance import Names
@@ -38,13 +38,6 @@ _ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _TRACE = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}")  # W3C, level 1
 
 
-class Lane(NamedTuple):
-    """An endpoint that is reached without routing, and the template of its path."""
-
-    path: str
-    endpoint: Endpoint
-
-
 class Edge:
     """The ASGI application around the whole application."""
 
@@ -53,14 +46,12 @@ class Edge:
         app: ASGIApp,
         metrics: Metrics,
         keys: Keys,
-        lane: Callable[[str], Lane | None],
-        template: Callable[[str], str | None],
+        paths: Paths,
         buffer: Buffer,
         origins: CORSMiddleware | None,
     ) -> None:
-        self._app, self._metrics, self._keys, self._lane, self._buffer = app, metrics, keys, lane, buffer
-        self._template, self._origins = template, origins
-        self._lines = Lines()
+        self._app, self._metrics, self._keys, self._paths, self._buffer = app, metrics, keys, paths, buffer
+        self._origins, self._lines = origins, Lines()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; anything but HTTP passes unchanged, but that the lifespan gets the hooks."""
@@ -77,14 +68,14 @@ class Edge:
             context = scope[CONTEXT] = RequestContext()
         context.headers, context.reservation = headers, Held(self._buffer)
         odd = CONTROL.search(path)
-        lane = None if odd else self._lane_of(scope)
+        route = None if odd else self._paths.fast_route(scope)
         if method == "HEAD":  # as GET; the server, whose scope is another one, sends no body
             scope = {**scope, "method": "GET"}
 
         def count() -> None:
-            route = getattr(scope.get("route"), "path", None) or self._template(path) or "unmatched"
+            template = getattr(scope.get("route"), "path", None) or self._paths.template(path) or "unmatched"
             known = method if method in METHODS else "other"
-            self._metrics.request(known, route, status, time.perf_counter() - started)
+            self._metrics.request(known, template, status, time.perf_counter() - started)
 
         async def watched(message: Message) -> None:
             nonlocal status, begun, ended
@@ -99,15 +90,13 @@ class Edge:
         async def answer(response: Response) -> None:
             nonlocal status, begun, ended
             exchange = context.exchange
-            if lane and isinstance(response, Written) and exchange and tell is watched and exchange.hears(send):
+            if route and isinstance(response, Written) and exchange and tell is watched and exchange.hears(send):
                 status, begun, ended = response.status_code, True, True
                 count()
                 exchange.answer(response, (ID, name.encode()))
             else:
                 await response(scope, receive, tell)
 
-        if lane:
-            scope["route"] = lane  # as a router would
         tell: Send = watched
         if self._origins:  # whose headers errors have too
             tell = partial(self._origins.send, send=watched, request_headers=Headers(scope=scope))
@@ -118,10 +107,10 @@ class Edge:
                 await _preflight(self._origins, scope)(scope, receive, watched)
                 return
             self._keys.check(method, path, headers)
-            if lane is None:
+            if route is None:
                 await self._app(scope, receive, tell)
             else:
-                await answer(await lane.endpoint(Request(scope, receive)))
+                await answer(await route.endpoint(Request(scope, receive)))
         except asyncio.CancelledError:  # the process closes, and can wait no longer for what is not whole yet
             if begun:
                 raise
@@ -146,9 +135,6 @@ class Edge:
         response = problem(HTTPException(status, detail, {"Connection": "close"}), path, self._metrics)
         response.raw_headers.append((ID, name.encode()))
         return response
-
-    def _lane_of(self, scope: Scope) -> Lane | None:
-        return self._lane(scope["path"]) if scope["method"] == "POST" else None
 
     def _say(self, method: str, path: str, status: int, seconds: float, name: str, headers: RawHeaders) -> None:
         """One line a request. No query, no header but the trace: keys never reach a log."""

@@ -8,6 +8,7 @@ from msgspec import Struct
 from service.api import recall, schemas
 from service.api.body import JSON, media_type, read_body
 from service.api.exchange import Written
+from service.api.paths import FastRoute
 from service.api.routes import LARGE_ANSWER, LARGE_BODY, Aside, Endpoint, documented, json_response
 from service.errors import Conflict, Fault, InvalidInput, Unknown
 from service.lifecycle import Lifecycle
@@ -43,7 +44,7 @@ def build_router(lifecycle: Lifecycle, aside: Aside, cycles: Endpoint) -> APIRou
         return documented(request, response, "409", "501", *codes)
 
     asked = told("CyclesRequest", "CyclesResponse")
-    router.add_api_route("/v1/cycles", cycles, methods=["POST"], openapi_extra=asked)
+    router.add_api_route("/v1/cycles", cycles, methods=["POST"], openapi_extra=asked, route_class_override=FastRoute)
 
     @router.post("/v1/labels", openapi_extra=told("LabelsRequest", "LabelsResponse"))
     async def labels(request: Request) -> Response:

@@ -3,7 +3,6 @@
 Inputs `telemetry` and, where the truth is known, `label`; the answers of `/v1/predict` as tensors.
 """
 
-import re
 from importlib.metadata import version
 from typing import Any
 
@@ -14,6 +13,7 @@ from model import contract, numerics
 from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE, Floats
 from service.api import tensors
 from service.api.body import JSON, announced, leaving, media_type, read_large
+from service.api.paths import FastRoute
 from service.api.routes import LARGE_BODY, Aside, Endpoint, documented, json_response
 from service.api.tensors import Array, Inference
 from service.errors import InvalidInput, UnknownModel
@@ -24,7 +24,6 @@ from service.runtime import Model
 
 LABEL = "label"
 INPUTS = {contract.INPUT: "FP32", LABEL: "INT64"}
-INFER = re.compile(r"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
 INFER_ROUTE = "/v2/models/{name}/infer"
 VERSIONED_ROUTE = "/v2/models/{name}/versions/{version}/infer"
 HEADER = "Inference-Header-Content-Length"
@@ -41,9 +40,8 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
         ticket = lifecycle.ready_predictor().admit(announced(request))
         body = await read_large(request, limits.max_body_bytes, limits.request_seconds)
         predictor = lifecycle.ready_predictor()
-        path = INFER.fullmatch(request.scope["path"])
-        assert path  # the route is this pattern
-        named(predictor.model, path["name"], path["version"])
+        path: dict[str, str] = request.scope["path_params"]
+        named(predictor.model, path["name"], path.get("version"))
         told = request.headers.get(HEADER)
         length = told and told.strip()
         inference = await aside.run(len(body) > LARGE_BODY, lambda: tensors.read(body, length, INPUTS))
@@ -99,7 +97,8 @@ def build_router(lifecycle: Lifecycle, infer: Endpoint) -> APIRouter:
     asked["responses"]["200"]["content"] = {JSON: {}, BINARY: {}}
     for route, names in ((INFER_ROUTE, ("name",)), (VERSIONED_ROUTE, ("name", "version"))):
         places = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
-        router.add_api_route(route, infer, methods=["POST"], openapi_extra=asked | {"parameters": places})
+        extra = asked | {"parameters": places}
+        router.add_api_route(route, infer, methods=["POST"], openapi_extra=extra, route_class_override=FastRoute)
 
     @router.post("/v2/repository/index", openapi_extra=shown)
     async def index() -> list[dict[str, str]]:

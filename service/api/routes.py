@@ -16,6 +16,7 @@ from service.api.arrow import ARROW
 from service.api.body import JSON, announced, leaving, media_type, read_body, read_large
 from service.api.calls import evaluate_json, model_json, read_predict, read_predict_table
 from service.api.exchange import Written
+from service.api.paths import FastRoute
 from service.api.told import results_json
 from service.ids import prediction_ids
 from service.lifecycle import Lifecycle
@@ -114,7 +115,14 @@ def build_router(lifecycle: Lifecycle, aside: Aside, predict: Endpoint) -> APIRo
     asked = documented("PredictRequest", "PredictResponse")
     asked["requestBody"]["content"][ARROW] = {"schema": schemas.TABLE}
     asked["parameters"] = schemas.query_parameters(schemas.PredictOptions, f"Beside {ARROW}; JSON has it in its body.")
-    router.add_api_route("/v1/predict", predict, methods=["POST"], openapi_extra=asked, tags=["health"])
+    router.add_api_route(
+        "/v1/predict",
+        predict,
+        methods=["POST"],
+        openapi_extra=asked,
+        tags=["health"],
+        route_class_override=FastRoute,
+    )
 
     @router.post("/v1/evaluate", openapi_extra=documented("EvaluateRequest", "EvaluateResponse"), tags=["health"])
     async def evaluate(request: Request) -> Response:
