@@ -134,7 +134,7 @@ def running(**environment: str) -> Iterator[Service]:
     process = start("serve", "--port", str(port), **environment)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
-            _wait(client, process)
+            wait_until_ready(client, process)
             yield Service(client, process)
     finally:
         process.terminate()
@@ -170,7 +170,8 @@ sys.meta_path.insert(0, Absent())
     return {"PYTHONPATH": str(folder)}
 
 
-def _wait(client: httpx.Client, process: "subprocess.Popen[str]") -> None:
+def wait_until_ready(client: httpx.Client, process: "subprocess.Popen[str]") -> None:
+    """Return once a service is ready; fail if its process ends first, or it takes too long."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]

