@@ -17,7 +17,6 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from model.windows import Readings
-from service.api.body import PROMPT
 from service.api.problems import HTTP_CODES
 from service.api.protocol import BoundedProtocol
 from tests.conftest import Service, running

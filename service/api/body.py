@@ -8,8 +8,6 @@ from io import BytesIO
 from starlette.requests import Request
 from starlette.types import Receive
 
-from service.api.exchange import EXCHANGE, Exchange
-from service.api.held import Held
 from service.api.held import Held
 from service.api.scope import RequestContext, context_of
 from service.errors import BodyTooLarge, ClientGone, NotJson, TooSlow, UnsupportedMediaType

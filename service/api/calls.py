@@ -161,7 +161,6 @@ def _warnings(logits: Floats) -> list[dict[str, Any]]:
 # Description of the model and the service
 
 
-
 def model_json(predictor: Predictor, limits: Settings) -> dict[str, Any]:
     """Return the manifest, flat, without its golden windows, and the settings and limits of this service."""
     return predictor.model.manifest.model_dump(mode="json", exclude={"golden"}) | {

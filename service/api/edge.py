@@ -17,16 +17,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.exchange import Written
 from service.api.held import Buffer, Held
-from service.api.keys import Keys, RawHeaders
+from service.api.keys import Keys
+from service.api.paths import FastRoute, Paths
 from service.api.problems import OriginRejected, problem
-from service.api.routes import Endpoint
-from service.api.paths import Paths
-from service.api.problems import problem
 from service.api.schemas import CONTROL
 from service.api.scope import CONTEXT, RequestContext, install_hooks
-from service.chance import Names
 from service.errors import Draining
-from service.errors import NotReady
 from service.ids import request_id
 from service.logs import Lines
 from service.metrics import Metrics
@@ -36,6 +32,39 @@ PREFLIGHT = {b"origin", b"access-control-request-method"}  # the headers that ma
 ID = b"x-request-id"
 _ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _TRACE = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}")  # W3C, level 1
+
+
+class _Handling:
+    """The state of one request in the middleware."""
+
+    __slots__ = (
+        "begun",
+        "context",
+        "ended",
+        "headers",
+        "method",
+        "name",
+        "route",
+        "scope",
+        "send",
+        "started",
+        "status",
+    )
+
+    def __init__(self, scope: Scope, send: Send, buffer: Buffer) -> None:
+        self.started, self.status, self.begun, self.ended = time.perf_counter(), 500, False, False
+        self.scope, self.send, self.method = scope, send, scope["method"]
+        self.route: FastRoute | None = None
+        headers = self.headers = dict(scope["headers"])  # the last of a name counts
+        given = headers.get(ID, b"").strip()
+        self.name = given.decode() if given and _ID.fullmatch(given) else request_id()
+        context: RequestContext | None = scope.get(CONTEXT)
+        if context is None:  # another server
+            context = scope[CONTEXT] = RequestContext()
+        context.headers, context.reservation = headers, Held(buffer)
+        self.context = context
+        if self.method == "HEAD":  # as GET; the server, whose scope is another one, sends no body
+            self.scope = {**scope, "method": "GET"}
 
 
 class Edge:
@@ -60,72 +89,30 @@ class Edge:
                 install_hooks(scope["state"], self)
             await self._app(scope, receive, send)
             return
-        started, status, begun, ended = time.perf_counter(), 500, False, False
-        method, path, headers = scope["method"], scope["path"], dict(scope["headers"])  # the last of a name counts
-        name = _request_id(headers)
-        context: RequestContext | None = scope.get(CONTEXT)
-        if context is None:  # another server
-            context = scope[CONTEXT] = RequestContext()
-        context.headers, context.reservation = headers, Held(self._buffer)
-        odd = CONTROL.search(path)
-        route = None if odd else self._paths.fast_route(scope)
-        if method == "HEAD":  # as GET; the server, whose scope is another one, sends no body
-            scope = {**scope, "method": "GET"}
-
-        def count() -> None:
-            template = getattr(scope.get("route"), "path", None) or self._paths.template(path) or "unmatched"
-            known = method if method in METHODS else "other"
-            self._metrics.request(known, template, status, time.perf_counter() - started)
-
-        async def watched(message: Message) -> None:
-            nonlocal status, begun, ended
-            if message["type"] == "http.response.start":
-                status, begun = message["status"], True
-                message["headers"] = [*message.get("headers", ()), (ID, name.encode())]
-            elif not message.get("more_body"):
-                ended = True
-                count()  # before it leaves: a process that is killed has counted whatever it answered
-            await send(message)
-
-        async def answer(response: Response) -> None:
-            nonlocal status, begun, ended
-            exchange = context.exchange
-            if route and isinstance(response, Written) and exchange and tell is watched and exchange.hears(send):
-                status, begun, ended = response.status_code, True, True
-                count()
-                exchange.answer(response, (ID, name.encode()))
-            else:
-                await response(scope, receive, tell)
-
-        tell: Send = watched
-        if self._origins:  # whose headers errors have too
-            tell = partial(self._origins.send, send=watched, request_headers=Headers(scope=scope))
+        handling = _Handling(scope, send, self._buffer)
         try:
-            if odd:  # some patterns match before a last newline, and others do not
+            if CONTROL.search(scope["path"]):  # some patterns match before a last newline, and others do not
                 raise HTTPException(404, "no path has control characters")
-            if self._origins and method == "OPTIONS" and headers.keys() >= PREFLIGHT:  # browsers show no key here
-                await _preflight(self._origins, scope)(scope, receive, watched)
-                return
-            self._keys.check(method, path, headers)
+            handling.route = route = self._paths.fast_route(scope)
             if route is None:
-                await self._app(scope, receive, tell)
+                await self._call_router(handling, receive)
             else:
-                await answer(await route.endpoint(Request(scope, receive)))
+                self._keys.check(handling.method, scope["path"], handling.headers)
+                await self._respond(handling, receive, await route.endpoint(Request(scope, receive)))
         except asyncio.CancelledError:  # the process closes, and can wait no longer for what is not whole yet
-            if begun:
+            if handling.begun:
                 raise
-            late = Draining("this process closes before the request was answered")
-            await answer(problem(late, path, self._metrics))
-        except Exception as error:  # the last room: nothing leaves it unanswered
-            if not begun:
-                await answer(problem(error, path, self._metrics))
-            elif not ended:  # Starlette raises again what it has answered; half an answer is another matter
+            await self._refuse(handling, receive, Draining("this process closes before the request was answered"))
+        except Exception as error:  # nothing leaves it unanswered
+            if not handling.begun:
+                await self._refuse(handling, receive, error)
+            elif not handling.ended:  # Starlette raises again what it has answered; half an answer is another matter
                 raise
         finally:
-            context.reservation.release()
-            if not ended:
-                count()
-            self._say(method, path, status, time.perf_counter() - started, name, headers)
+            handling.context.reservation.release()
+            if not handling.ended:
+                self._count(handling)
+            self._log(handling)
 
     def protocol_error_response(self, status: int, detail: str, path: str) -> Written:
         """Return the response to bytes that are no request; it is counted and logged as one, without a duration."""
@@ -136,19 +123,59 @@ class Edge:
         response.raw_headers.append((ID, name.encode()))
         return response
 
-    def _say(self, method: str, path: str, status: int, seconds: float, name: str, headers: RawHeaders) -> None:
-        """One line a request. No query, no header but the trace: keys never reach a log."""
-        line = {"method": method[:20], "path": path[:200], "status": status, "ms": round(seconds * 1e3, 3)}
-        line["request_id"] = name
-        given = headers.get(b"traceparent")
+    async def _call_router(self, handling: _Handling, receive: Receive) -> None:
+        scope, origins = handling.scope, self._origins
+        if origins and handling.method == "OPTIONS" and handling.headers.keys() >= PREFLIGHT:  # browsers show no key
+            await _preflight(origins, scope)(scope, receive, partial(self._forward, handling))
+            return
+        self._keys.check(handling.method, scope["path"], handling.headers)
+        await self._app(scope, receive, self._sender(handling))
+
+    async def _refuse(self, handling: _Handling, receive: Receive, error: Exception) -> None:
+        await self._respond(handling, receive, problem(error, handling.scope["path"], self._metrics))
+
+    async def _respond(self, handling: _Handling, receive: Receive, response: Response) -> None:
+        """Send a whole response; that of a fast route without ASGI messages if the server takes it so."""
+        exchange = handling.context.exchange
+        direct = exchange is not None and handling.route is not None and self._origins is None
+        if direct and exchange and isinstance(response, Written) and exchange.hears(handling.send):
+            handling.status, handling.begun, handling.ended = response.status_code, True, True
+            self._count(handling)
+            exchange.answer(response, (ID, handling.name.encode()))
+        else:
+            await response(handling.scope, receive, self._sender(handling))
+
+    def _sender(self, handling: _Handling) -> Send:
+        """Return the `send` of a request, which adds the headers that pages of other origins need, in errors too."""
+        send = partial(self._forward, handling)
+        if self._origins:
+            return partial(self._origins.send, send=send, request_headers=Headers(scope=handling.scope))
+        return send
+
+    async def _forward(self, handling: _Handling, message: Message) -> None:
+        """Send one message on to the server, with the request id in its headers."""
+        if message["type"] == "http.response.start":
+            handling.status, handling.begun = message["status"], True
+            message["headers"] = [*message.get("headers", ()), (ID, handling.name.encode())]
+        elif not message.get("more_body"):
+            handling.ended = True
+            self._count(handling)  # before it leaves: a process that is killed has counted whatever it answered
+        await handling.send(message)
+
+    def _count(self, handling: _Handling) -> None:
+        scope = handling.scope
+        template = getattr(scope.get("route"), "path", None) or self._paths.template(scope["path"]) or "unmatched"
+        method = handling.method if handling.method in METHODS else "other"
+        self._metrics.request(method, template, handling.status, time.perf_counter() - handling.started)
+
+    def _log(self, handling: _Handling) -> None:
+        """Log one line. No query, no header but the trace: keys never reach a log."""
+        line = {"method": handling.method[:20], "path": handling.scope["path"][:200], "status": handling.status}
+        line |= {"ms": round((time.perf_counter() - handling.started) * 1e3, 3), "request_id": handling.name}
+        given = handling.headers.get(b"traceparent")
         if given and (trace := _TRACE.fullmatch(given.strip())):
             line |= {"trace_id": trace[1].decode(), "span_id": trace[2].decode()}
         self._lines.add(line)
-
-
-def _request_id(headers: RawHeaders) -> str:
-    given = headers.get(ID, b"").strip()
-    return given.decode() if given and _ID.fullmatch(given) else request_id()
 
 
 def _preflight(origins: CORSMiddleware, scope: Scope) -> Response:

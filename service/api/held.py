@@ -87,9 +87,11 @@ class Held:
         Raises:
             Overloaded: no room for it.
         """
-        self.check(more)
-        with self._buffer.lock:
-            self._buffer.bytes += more
+        buffer = self._buffer
+        if buffer.bytes + more > buffer.most:
+            self.check(more)
+        with buffer.lock:
+            buffer.bytes += more
             self.bytes += more
 
     def place(self, length: int) -> memoryview:

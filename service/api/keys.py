@@ -12,9 +12,7 @@ OPEN = frozenset(
 )
 OPEN_PREFIXES = ("/static-offline-docs/", "/console/")
 ADMIN_PREFIXES = ("/v2/repository/",)
-ADMIN = (("PUT", "/v1/calibration/temperature"),)  # methods and beginnings of paths: whatever routes there is guarded
-
-
+ADMIN = {"PUT": ("/v1/calibration/temperature",)}  # beginnings of paths by method: whatever routes there is guarded
 RawHeaders = Mapping[bytes, bytes]
 
 
@@ -33,8 +31,7 @@ class Keys:
             NotAdmin: an admin call with a key that is not an admin key.
             AdminDisabled: an admin call, and no admin keys are configured.
         """
-        changes = any(method == verb and path.startswith(begin) for verb, begin in ADMIN)
-        admin = changes or path.startswith(ADMIN_PREFIXES)
+        admin = path.startswith(ADMIN_PREFIXES) or path.startswith(ADMIN.get(method, ()))
         if admin and not self._admin:
             raise AdminDisabled("this call is turned off: no ENGINE_HEALTH_ADMIN_KEYS are set")
         if not admin and (not self._api or path in OPEN or path.startswith(OPEN_PREFIXES) or method == "OPTIONS"):

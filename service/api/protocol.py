@@ -135,7 +135,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._words = 0
         cycle = self.cycle
         if not cycle.response_complete:
-            cycle.body = _joined(cycle.body, body)  # type: ignore[assignment]  # uvicorn makes bytes of it, or leaves them
+            cycle.body = _joined(cycle.body, body) if cycle.body else body  # type: ignore[assignment]  # bytes serve too
             if len(cycle.body) > HIGH_WATER_LIMIT:
                 self.flow.pause_reading()
             cycle.message_event.set()
@@ -228,9 +228,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 def _joined(held: bytes | bytearray, more: bytes) -> bytes | bytearray:
-    """What came, behind what came before; the first piece, which often is the only one, is not copied."""
-    if not held:
-        return more
+    """Return what came behind what came before; the first piece, which often is the only one, was not copied."""
     if isinstance(held, bytes):
         held = bytearray(held)
     held += more
