@@ -170,6 +170,8 @@ def brackets(text: bytes | memoryview, one: bytes = b"[") -> int:
     """Count the brackets of a kind. A long text is counted without holding the interpreter."""
     if len(text) <= SHORT:
         return bytes(text).count(one)
-    values = np.frombuffer(text, np.uint8)
+    values, code = np.frombuffer(text, np.uint8), ord(one)
+    if len(values) <= PIECE:
+        return int(np.count_nonzero(values == code))
     steps = range(0, len(values), PIECE)
-    return sum(int(np.count_nonzero(values[begin : begin + PIECE] == ord(one))) for begin in steps)
+    return sum(int(np.count_nonzero(values[begin : begin + PIECE] == code)) for begin in steps)

@@ -7,7 +7,7 @@ as a list.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,10 +46,8 @@ def read_quickly(body: bytes | memoryview, model: Model, most: int) -> Quick | N
     end = begin and _END.search(body, max(begin.end(), len(body) - TAIL))
     if begin is None or end is None:
         return None
-    first, last = begin.end(), end.start()
-    texts: Iterable[bytes] = (
-        [b"".join((b"[", body[first:last], b"]"))] if len(body) <= PIECE else _split(body, first, last)
-    )
+    first, last = begin.end() - 1, end.start() + 1  # with the brackets
+    texts = (bytes(body[first:last]),) if len(body) <= PIECE else _split(body, first + 1, last - 1)
     flights: list[Flight] = []
     labels: list[Label | None] = []
     batches = []
