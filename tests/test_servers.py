@@ -185,6 +185,7 @@ def other_server(command: tuple[str, ...]) -> Iterator[Service]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("ENGINE_HEALTH_")}
         environment |= SETTINGS | {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{folder}/store.db"}
         environment |= {"ENGINE_HEALTH_LOG_LEVEL": "warning"}
+        environment |= {"ENGINE_HEALTH_DRAIN_SECONDS": "60"}  # the handlers of the other server must not wait for that
         words = [sys.executable, "-m", *(word.format(port=port) for word in command)]
         pipe = subprocess.PIPE
         process = subprocess.Popen(words, env=environment, stdout=pipe, stderr=pipe, text=True)
