@@ -234,6 +234,9 @@ def test_both_parsers_return_equal_numbers(values: list[str], pair: list[str], f
 
 
 @given(st.lists(NUMBERS, max_size=2), NUMBERS, NUMBERS)
+@example(["0", "0"], "1", "-9223372036854775809")
+@example(["0", "0"], "18446744073709551616", "1")
+@example(["0", "0"], "1" * 5000, "1")
 def test_both_parsers_return_equal_instances(values: list[str], engine: str, cycle: str) -> None:
     """Instances with engines and cycles are the same from both parsers, or declined by both."""
     text = f'[{{"telemetry":[[{",".join(values)}]],"engine_id":{engine},"cycle":{cycle}}}]'.encode()

@@ -165,6 +165,8 @@ class PortableParser:
         for values in numbers:
             _checked(text, values)
         keys = [(instance.engine_id, instance.cycle, instance.label) for instance in found]
+        others = [float(key) for triple in keys for key in triple if isinstance(key, int | float)]
+        _checked(text, np.array(others))
         return ParsedInstances(keys, numbers, [len(instance.telemetry) for instance in found])
 
 
