@@ -89,7 +89,7 @@ async def fit(memory: Memory, predictor: Predictor, window: str | None) -> dict[
         },
     }
     kept = tempering.Fit(name, model.digest, model.manifest, now, fitted.temperature, result)
-    await memory.database.write(memory.keep_fits, kept)
+    await memory.save_fit(kept)
     return result
 
 
@@ -105,7 +105,7 @@ async def temper(
     """
     model = predictor.model
     asked = tempering.Change(model.digest, model.manifest, fit_id, temperature, who, time.time())
-    return await memory.database.write(memory.change, asked)
+    return await memory.change_temperature(asked)
 
 
 def _change(change: Change) -> dict[str, Any]:
@@ -119,8 +119,7 @@ def _change(change: Change) -> dict[str, Any]:
 
 async def _counted(memory: Memory, model: Model, window: str | None, now: float) -> queries.Found:
     since = None if window is None else now - seconds_of(window)
-    classes = len(model.manifest.classes)
-    return await memory.database.read(lambda c: queries.counted(c, model.digest, classes, since))
+    return await memory.counted(model.digest, len(model.manifest.classes), since)
 
 
 def watched(

@@ -66,14 +66,14 @@ class Memory:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._metrics = metrics
         book = Book()
-        self.database = Database(
+        self._database = Database(
             settings.database_url, book.forget, settings.max_queue_rows, settings.max_queue_seconds, lock_all
         )
         self._retention = settings.retention_days * 86400
         self._remember = partial(remember.remember, book)
         self._label, self._end = partial(labels.label, book), partial(labels.end, book)
         self._store = partial(readings.store, book)
-        self.keep_fits, self.change = partial(tempering.keep_fits, book), partial(tempering.change, book)
+        self._keep_fits, self._change = partial(tempering.keep_fits, book), partial(tempering.change, book)
 
     async def open(self) -> None:
         """Make or migrate the database; one that failed last has to prove that it can be written to.
@@ -82,16 +82,53 @@ class Memory:
             SchemaRejected: newer code made it.
             MemoryUnavailable: it cannot be reached now.
         """
-        await self.database.write(_nothing if self.database.up else queries.prove, None)
+        await self._database.write(_nothing if self._database.up else queries.prove, None)
 
     async def close(self) -> None:
         """Commit what was accepted."""
-        await self.database.close()
+        await self._database.close()
 
     async def temperature(self, model: Model) -> tuple[float, str] | None:
         """The temperature in force for a model and its source; None while it has its artefact's."""
-        found = await self.database.read(lambda connection: tempering.in_force(connection, model.digest))
+        found = await self._database.read(lambda connection: tempering.in_force(connection, model.digest))
         return None if found is None else (found.temperature, found.source)
+
+    async def engines(self, query: queries.Wanted) -> queries.Page:
+        """One page of engines with the latest prediction of each, worst first.
+
+        Raises:
+            MemoryUnavailable: the database cannot be reached, as in every method that reads or writes.
+        """
+        return await self._database.read(lambda connection: queries.page(connection, query))
+
+    async def history(self, engine_id: str, superseded: bool) -> queries.History | None:
+        """Every stored prediction of an engine; None for an unknown engine."""
+        return await self._database.read(lambda connection: queries.history(connection, engine_id, superseded))
+
+    async def sensors(self, engine_id: str, channels: tuple[str, ...], most: int) -> tuple[list[int], Readings]:
+        """The newest flights of an engine, at most `most`: rising cycles, and readings (N, channels)."""
+        return await self._database.read(lambda connection: queries.flights(connection, engine_id, channels, most))
+
+    async def temperature_changes(self, digest: str) -> list[tempering.StoredChange]:
+        """Every change of a model's temperature, oldest first."""
+        return await self._database.read(lambda connection: tempering.changes(connection, digest))
+
+    async def counted(self, digest: str, classes: int, since: float | None) -> queries.Found:
+        """Every prediction of one model that counts, made since some time in seconds since 1970; None for all."""
+        return await self._database.read(lambda connection: queries.counted(connection, digest, classes, since))
+
+    async def save_fit(self, fit: tempering.Fit) -> None:
+        """Store a fitted temperature; nothing is applied."""
+        await self._database.write(self._keep_fits, fit)
+
+    async def change_temperature(self, change: tempering.Change) -> tempering.Tempered:
+        """Apply the temperature of a fit or a given one, or restore the one before.
+
+        Raises:
+            Unknown: no such fit.
+            Conflict: a fit of another model, or nothing to restore.
+        """
+        return await self._database.write(self._change, change)
 
     async def prune(self) -> None:
         """Forget what is older than the settings say, a little at a time."""
@@ -99,8 +136,8 @@ class Memory:
             return
         gone, before = 1, time.time() - self._retention
         while gone:
-            old = await self.database.read(lambda connection: forget.too_old(connection, before))
-            gone = await self.database.write(forget.prune, old) if old.engines else 0
+            old = await self._database.read(lambda connection: forget.too_old(connection, before))
+            gone = await self._database.write(forget.prune, old) if old.engines else 0
 
     async def remember(
         self,
@@ -127,7 +164,7 @@ class Memory:
         lost: set[str] = set()
         if made:
             try:
-                if not self.database.up:  # it is asked every second; no prediction waits for it meanwhile
+                if not self._database.up:  # it is asked every second; no prediction waits for it meanwhile
                     raise MemoryUnavailable("the database does not answer")
                 said = await (self._keep(Batch(_by(predictor), now, made)) if own else self._say(made))
             except MemoryUnavailable:
@@ -164,18 +201,18 @@ class Memory:
                 self._metrics.labellable.inc(len(stored.receipt[0]))
             self._count(stored.joined)
 
-        landed = (await self.database.write(self._store, told, committed, len(flights))).landed
+        landed = (await self._database.write(self._store, told, committed, len(flights))).landed
         return Answer(landed, *_together(predictor, landed))
 
     async def label(self, rows: Sequence[Said]) -> Answered:
         """Keep labels, each with its own result."""
         told = Labels(rows, time.time())
-        return await self.database.write(self._label, told, lambda answered: self._count(answered.joined), len(rows))
+        return await self._database.write(self._label, told, lambda answered: self._count(answered.joined), len(rows))
 
     async def end(self, engine_id: str, failed_at: int, revise: bool) -> Ended:
         """Keep an engine's end, which labels its history."""
         told = End(engine_id, failed_at, revise, time.time())
-        return await self.database.write(self._end, told, lambda ended: self._count(ended.joined))
+        return await self._database.write(self._end, told, lambda ended: self._count(ended.joined))
 
     async def _keep(self, batch: Batch) -> dict[str, Told]:
         """Keep predictions; what became of the labels that came with them, by prediction id."""
@@ -185,7 +222,7 @@ class Memory:
             counted = sum(row.label is not None and kept.said[row.id][0] != "conflict" for row in batch.rows)
             self._metrics.labellable.inc(len(batch.rows) - counted)  # the others are with their labels
 
-        said = (await self.database.write(self._remember, batch, committed, len(batch.rows))).said
+        said = (await self._database.write(self._remember, batch, committed, len(batch.rows))).said
         return {row.id: said[row.id] for row in batch.rows if row.id in said} if said else {}
 
     async def _say(self, made: Sequence[Made]) -> dict[str, Told]:

@@ -13,7 +13,6 @@ from service.api.recall import moment
 from service.api.routes import documented, json_response
 from service.errors import Fault, InvalidInput
 from service.lifecycle import Lifecycle
-from service.storage import tempering
 
 
 def build_router(lifecycle: Lifecycle) -> APIRouter:
@@ -44,7 +43,7 @@ def build_router(lifecycle: Lifecycle) -> APIRouter:
         """The temperature in force and every change of it: when, by which key, from which fit."""
         schemas.parse_query(request.query_params.multi_items(), schemas.NoQuery)
         memory, predictor = lifecycle.memory(), lifecycle.ready_predictor()
-        found = await memory.database.read(lambda c: tempering.changes(c, predictor.model.digest))
+        found = await memory.temperature_changes(predictor.model.digest)
         rows = [
             {
                 "changed_at": moment(row.changed),

@@ -92,22 +92,21 @@ def build_router(lifecycle: Lifecycle, aside: Aside, cycles: Endpoint) -> APIRou
             asked.running,
             asked.trend,
         )
-        page = await memory.database.read(lambda connection: queries.page(connection, wanted))
+        page = await memory.engines(wanted)
         return await aside.run(True, lambda: json_response(recall.engines_json(page)))
 
     @router.get("/v1/engines/{engine_id:path}", openapi_extra=looked_up("HistoryResponse", schemas.HistoryQuery))
     async def history(engine_id: str, request: Request) -> Response:
         """Everything that was predicted of an engine, oldest first; with `superseded=true` also what counts no more."""
         asked = schemas.parse_query(request.query_params.multi_items(), schemas.HistoryQuery)
-        database = lifecycle.memory().database
-        found = await database.read(lambda c: queries.history(c, engine_id, asked.superseded))
+        memory = lifecycle.memory()
+        found = await memory.history(engine_id, asked.superseded)
         if found is None:
             raise Unknown(f"nothing is remembered of an engine {engine_id[:200]!r}")
         body = await aside.run(True, lambda: recall.history_json(engine_id, found))
         if asked.sensors:
             manifest = lifecycle.ready_predictor().model.manifest
-            names = manifest.channel_names
-            flown = await database.read(lambda c: queries.flights(c, engine_id, names, MOST_FLIGHTS))
+            flown = await memory.sensors(engine_id, manifest.channel_names, MOST_FLIGHTS)
             body["sensors"] = await aside.run(True, lambda: recall.sensors_json(manifest, *flown))
         return await aside.run(True, lambda: json_response(body))
 

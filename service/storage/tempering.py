@@ -42,6 +42,9 @@ class Tempered(NamedTuple):
     source: str
 
 
+StoredChange = Row[Any]  # of the table of temperatures
+
+
 def keep_fits(book: Book, connection: Connection, items: Sequence[Fit]) -> list[None]:
     """Keep fits."""
     for item in items:
