@@ -6,7 +6,7 @@ Use cases above the memory and the monitor's arithmetic; knows no HTTP.
 import asyncio
 import re
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,20 @@ def seconds_of(window: str) -> float:
     return int(found[1]) * _SECONDS[found[2]]
 
 
+class CalibrationContext(NamedTuple):
+    """The model and temperature that a calibration report is about."""
+
+    model: Model
+    temperature: float
+    source: str  # of the temperature
+    channels: tuple[str, ...]  # of the stored reference bins, in their order
+
+    @classmethod
+    def of(cls, predictor: Predictor) -> "CalibrationContext":
+        """Return the context of the predictor that serves."""
+        return cls(predictor.model, predictor.temperature, predictor.temperature_source, predictor.drift_bins.channels)
+
+
 async def watch(memory: Memory, predictor: Predictor, window: str | None, periods: int = 0) -> dict[str, Any]:
     """The answer of `GET /v1/calibration`: of the model that answers now, at the temperatures that answered.
 
@@ -53,7 +67,7 @@ async def watch(memory: Memory, predictor: Predictor, window: str | None, period
     """
     now = time.time()
     found = await _counted(memory, predictor.model, window, now)
-    return await asyncio.to_thread(watched, found, predictor, now, window, periods)
+    return await asyncio.to_thread(watched, found, CalibrationContext.of(predictor), now, window, periods)
 
 
 async def fit(memory: Memory, predictor: Predictor, window: str | None) -> dict[str, Any]:
@@ -123,16 +137,16 @@ async def _counted(memory: Memory, model: Model, window: str | None, now: float)
 
 
 def watched(
-    found: queries.Found, predictor: Predictor, now: float, window: str | None, periods: int = 0
+    found: queries.Found, context: CalibrationContext, now: float, window: str | None, periods: int = 0
 ) -> dict[str, Any]:
     """What some predictions and their truths say; batch scoring asks as well, of a file. The clock is passed in."""
-    manifest, rows = predictor.model.manifest, _rows(found, predictor.model)
+    manifest, rows = context.model.manifest, _rows(found, context.model)
     level = manifest.conformal.level if manifest.conformal else None
     body = monitor.calibration(rows, manifest.classes, now, level, window)
     if periods:
         body["over_time"] = monitor.over_time(rows, periods)
-    about = {"model": predictor.model.digest, "temperature": predictor.temperature}
-    return body | about | {"temperature_source": predictor.temperature_source, "drift": _drift(found, predictor)}
+    about = {"model": context.model.digest, "temperature": context.temperature}
+    return body | about | {"temperature_source": context.source, "drift": _drift(found, context)}
 
 
 def _rows(found: queries.Found, model: Model) -> monitor.Rows:
@@ -145,20 +159,20 @@ def _rows(found: queries.Found, model: Model) -> monitor.Rows:
     return monitor.Rows(*columns, found.made, found.labelled, found.source)
 
 
-def _drift(found: queries.Found, predictor: Predictor) -> dict[str, Any] | None:
+def _drift(found: queries.Found, context: CalibrationContext) -> dict[str, Any] | None:
     """Confidence, entropy and newest readings of the window against the manifest's reference; None without one."""
-    reference = predictor.model.manifest.reference
+    reference = context.model.manifest.reference
     if reference is None:
         return None
     # both at the artefact's temperature, as the reference is
-    own = found.logits / predictor.model.manifest.temperature
+    own = found.logits / context.model.manifest.temperature
     top = numerics.softmax(own).max(axis=1) if len(own) else np.empty(0)
     expected = numerics.entropy(own) if len(own) else np.empty(0)
     confidence: npt.ArrayLike = drift.counts_of(top, reference.confidence) if reference.confidence else []
     entropy: npt.ArrayLike = drift.counts_of(expected, reference.entropy_nats) if reference.entropy_nats else []
-    bins = np.frombuffer(found.inputs, dtype=np.uint8).reshape(-1, max(1, len(predictor.drift_bins.channels)))
+    bins = np.frombuffer(found.inputs, dtype=np.uint8).reshape(-1, max(1, len(context.channels)))
     channels = {
         name: np.bincount(bins[:, k], minlength=len(reference.channels[name].shares))
-        for k, name in enumerate(predictor.drift_bins.channels)
+        for k, name in enumerate(context.channels)
     }
     return monitor.drift(reference, confidence, entropy, channels)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from service import heap
 from service.errors import ArtefactRejected, Draining, NoMemory, NotReady, SchemaRejected, ServiceError
+from service.label_accounting import LabelAccounting
 from service.memory import Memory
 from service.metrics import Metrics
 from service.predictor import Predictor
@@ -39,7 +40,8 @@ class Lifecycle:
         self.settings, self.metrics = settings, metrics
         self.predictor: Predictor | None = None
         self.draining = False
-        self._memory = Memory(settings, metrics) if settings.database_url else None
+        self.labels = LabelAccounting(metrics)
+        self._memory = Memory(settings, metrics, self.labels) if settings.database_url else None
         self._copy = shared / "model.onnx" if shared else None
         self._served = shared / "served" if shared else None  # there once any worker has answered
         self.proven = asyncio.Event()

@@ -10,18 +10,18 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from model import conformal
 from model.numerics import Floats
 from model.windows import Readings
 from service.errors import Fault, InvalidInput, MemoryUnavailable
 from service.ids import prediction_ids
-from service.metrics import Metrics, observe_all
+from service.label_accounting import LabelAccounting
+from service.metrics import Metrics
 from service.predictions import Answers, Prediction, calibrated, joined, rows_of, whole
-from service.predictor import Predictor, measured
+from service.predictor import Predictor
 from service.runtime import Model
 from service.settings import Settings
 from service.storage import forget, labels, queries, readings, remember, tempering
-from service.storage.book import Book, Joined
+from service.storage.book import Book
 from service.storage.database import Database
 from service.storage.labels import Answered, End, Ended, Labels, Result, Said
 from service.storage.locks import lock_all
@@ -63,8 +63,8 @@ class Answer(NamedTuple):
 class Memory:
     """One database's worth of memory, in one process."""
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        self._metrics = metrics
+    def __init__(self, settings: Settings, metrics: Metrics, accounting: LabelAccounting) -> None:
+        self._metrics, self._accounting = metrics, accounting
         book = Book()
         self._database = Database(
             settings.database_url, book.forget, settings.max_queue_rows, settings.max_queue_seconds, lock_all
@@ -172,7 +172,7 @@ class Memory:
                 lost = {row.id for row in made}
         if targets is not None:
             elsewhere = [name in said and (not own or said[name][0] == "conflict") for name in ids]
-            predictor.count_labels(found, targets, np.array(elsewhere))
+            self._accounting.count_submitted(found, targets, predictor.temperature, np.array(elsewhere))
         return Remembered([None if name in lost else name for name in ids], [said.get(name) for name in ids])
 
     async def fly(self, predictor: Predictor, flights: Sequence[Flight]) -> Answer:
@@ -198,8 +198,8 @@ class Memory:
         def committed(stored: Stored) -> None:
             if stored.receipt is not None:  # one caller's answers every flight of a transaction
                 predictor.count(*stored.receipt)
-                self._metrics.labellable.inc(len(stored.receipt[0]))
-            self._count(stored.joined)
+                self._accounting.count_stored(len(stored.receipt[0]))
+            self._accounting.count_joined(stored.joined)
 
         landed = (await self._database.write(self._store, told, committed, len(flights))).landed
         return Answer(landed, *_together(predictor, landed))
@@ -207,20 +207,22 @@ class Memory:
     async def label(self, rows: Sequence[Said]) -> Answered:
         """Keep labels, each with its own result."""
         told = Labels(rows, time.time())
-        return await self._database.write(self._label, told, lambda answered: self._count(answered.joined), len(rows))
+        return await self._database.write(
+            self._label, told, lambda answered: self._accounting.count_joined(answered.joined), len(rows)
+        )
 
     async def end(self, engine_id: str, failed_at: int, revise: bool) -> Ended:
         """Keep an engine's end, which labels its history."""
         told = End(engine_id, failed_at, revise, time.time())
-        return await self._database.write(self._end, told, lambda ended: self._count(ended.joined))
+        return await self._database.write(self._end, told, lambda ended: self._accounting.count_joined(ended.joined))
 
     async def _keep(self, batch: Batch) -> dict[str, Told]:
         """Keep predictions; what became of the labels that came with them, by prediction id."""
 
         def committed(kept: remember.Remembered) -> None:
-            self._count(kept.joined)
+            self._accounting.count_joined(kept.joined)
             counted = sum(row.label is not None and kept.said[row.id][0] != "conflict" for row in batch.rows)
-            self._metrics.labellable.inc(len(batch.rows) - counted)  # the others are with their labels
+            self._accounting.count_stored(len(batch.rows) - counted)  # the others are with their labels
 
         said = (await self._database.write(self._remember, batch, committed, len(batch.rows))).said
         return {row.id: said[row.id] for row in batch.rows if row.id in said} if said else {}
@@ -230,20 +232,6 @@ class Memory:
         rows = [Said(None, row.engine_id, row.cycle, row.label, False) for row in made if row.label is not None]
         answered = await self.label(rows)
         return {row.id: result for row, result in zip(made, answered.results, strict=True)}
-
-    def _count(self, joined: Sequence[Joined]) -> None:
-        """Count truths that have just joined, in the metrics; the predictions of one model and temperature together."""
-        groups: dict[tuple[int, float], list[Joined]] = {}
-        for one in joined:
-            groups.setdefault((one.kind.id, one.temperature), []).append(one)
-        for (_, temperature), group in groups.items():
-            kind = group[0].kind
-            logits = np.frombuffer(b"".join(one.logits for one in group), np.float32).reshape(len(group), -1)
-            truths = np.frombuffer(b"".join(one.label for one in group)).reshape(len(group), -1)
-            rule = kind.conformal
-            sets = conformal.sets(logits, kind.temperature, rule.threshold, rule.method) if rule else None
-            self._metrics.labelled_answers(measured(logits, truths, temperature, sets))
-            observe_all(self._metrics.label_lag, np.array([one.labelled - one.made for one in group]))
 
 
 def _made(
@@ -298,8 +286,7 @@ def _together(predictor: Predictor, landed: Sequence[Landed]) -> tuple[Predictio
 
 
 def _by(predictor: Predictor) -> By:
-    model, drift = predictor.model, predictor.drift_bins
-    bins = drift.bins if drift.storable else None
+    model, bins = predictor.model, predictor.drift_bins.bins if predictor.drift_bins.storable else None
     return By(model.digest, model.manifest, predictor.temperature, predictor.temperature_source, bins)
 
 

@@ -65,7 +65,7 @@ class Prediction:
     """Answers for N rows, in pieces. `loss` (N,) is NaN where no label was given, None where there is none at all.
 
     `moved` says of each row what each channel did to the answer, the strongest first; None if that was not asked.
-    `labelled` is what the labelled rows cost at the service's own temperature, for `Predictor.count_labels`.
+    `labelled` is what the labelled rows cost at the service's own temperature, for `LabelAccounting.count_submitted`.
     """
 
     temperature: float

@@ -18,13 +18,13 @@ from service.admission import Admission, Ticket
 from service.batcher import Batcher, Rows
 from service.drift_bins import DriftBins
 from service.errors import Fault, InvalidInput
+from service.label_scores import score_labelled_rows
 from service.metrics import Labelled, Metrics
 from service.observer import BatchObserver
 from service.predictions import (
     Answers,
     Evaluation,
     Inference,
-    Mask,
     Pieces,
     Prediction,
     answer,
@@ -78,7 +78,7 @@ class Predictor:
         gone: Callable[[], bool] = lambda: False,
         explain: bool = False,
     ) -> Prediction:
-        """Return calibrated predictions for N instances. Labels are scored; `count_labels` is left to the caller.
+        """Return calibrated predictions for N instances. Labels are scored; `LabelAccounting` counts them.
 
         Args:
             telemetry: (N, *input_shape) float32, finite, windows already padded.
@@ -111,30 +111,12 @@ class Predictor:
             prediction = self._scored(own, targets, t)
         return await asyncio.to_thread(_explained, predictions, prediction) if explain else prediction
 
-    def count_labels(self, found: Prediction, targets: Floats | None, elsewhere: Mask | None = None) -> None:
-        """Count in the metrics what the labelled rows of a prediction cost.
-
-        A what-if temperature is answered and not counted: the counters describe what the service says by itself.
-
-        Args:
-            found: what `predict` answered.
-            targets: as it was told.
-            elsewhere: (N,) rows whose truth is counted where it joins a remembered prediction, or not at all.
-        """
-        labelled = found.labelled
-        if labelled is not None and targets is not None and elsewhere is not None and elsewhere.any():
-            targets = np.where(elsewhere[:, None], np.nan, targets)
-            labelled = None if np.isnan(targets[:, 0]).all() else _labelled(found.answers, targets, self.temperature)
-        if labelled is not None:
-            self._metrics.labelled_answers(labelled)
-            self._metrics.labellable.inc(len(labelled.loss))
-
     def _scored(self, answers: Answers, targets: Floats | None, t: float) -> Prediction:
         """What the caller is told, and what the counters are."""
-        labelled = None if targets is None else _labelled(answers, targets, self.temperature)
+        labelled = None if targets is None else score_labelled_rows(answers, targets, self.temperature)
         if t != self.temperature:
             answers = calibrated(self.model, answers.logits, answers.rul, answers.finite, t)
-            answered = None if targets is None else _labelled(answers, targets, t)
+            answered = None if targets is None else score_labelled_rows(answers, targets, t)
         else:
             answered = labelled
         if targets is None or answered is None:
@@ -174,24 +156,6 @@ class Predictor:
         if not rows.flags.aligned:  # a tensor that follows a header of any length
             rows = rows.copy()
         return Inference(answer(self.model, rows, self.temperature))
-
-
-def measured(logits: npt.ArrayLike, truths: Floats, t: float, sets: Mask | None) -> Labelled:
-    """What N labelled predictions cost: logits and truths (N, C) at one temperature, and their prediction sets."""
-    return Labelled(
-        loss=numerics.cross_entropy(logits, truths, t, reduction="none"),
-        expected_loss=numerics.entropy(logits, t),
-        variance=numerics.loss_variance(logits, t),
-        correct=numerics.correct(logits, truths),
-        brier=numerics.brier(logits, truths, t),
-        covered=None if sets is None else (truths * sets).sum(axis=1),
-        bins=numerics.reliability(logits, truths, t),
-    )
-
-
-def _labelled(answers: Answers, targets: Floats, t: float) -> Labelled:
-    known = ~np.isnan(targets[:, 0])
-    return measured(answers.logits[known], targets[known], t, None if answers.sets is None else answers.sets[known])
 
 
 def _means(labelled: Labelled) -> Evaluation:

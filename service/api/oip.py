@@ -51,7 +51,7 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
         wanted = _wanted(inference, predictor.model)
         gone = leaving(request)
         found = await predictor.predict(telemetry, targets, temperature, gone=gone)
-        predictor.count_labels(found, targets)
+        lifecycle.labels.count_submitted(found, targets, predictor.temperature)
         many = found.answers.logits.size > MANY_NUMBERS
         return await aside.run(many, lambda: _answer(inference, predictor, found, wanted))
 

@@ -97,7 +97,7 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
             told = results_json(targets, results, model.manifest.classes)
         else:
             ids = prediction_ids(len(named), time.time())
-            predictor.count_labels(found, decoded.targets)
+            lifecycle.labels.count_submitted(found, decoded.targets, predictor.temperature)
 
         def written() -> Response:
             rows = prediction_rows(model, named, found, ids)

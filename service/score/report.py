@@ -9,30 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from prometheus_client import CollectorRegistry
 
 from model import numerics
 from model.report import Json, Labelled, finite, labelled
-from service.calibration import watched
-from service.metrics import Metrics
+from service.calibration import CalibrationContext, watched
+from service.drift_bins import DriftBins
 from service.monitor import SOURCES
-from service.predictor import Predictor
 from service.runtime import Model
 from service.score.outputs import whole
 from service.score.scoring import Scored
-from service.settings import read_settings
 from service.storage.queries import Found
 
 POINTS = 200  # of the risk-coverage curve
 
 
-def predictor_of(model: Model, temperature: float) -> Predictor:
-    """What the service would answer with."""
+def context_of(model: Model, temperature: float, bins: DriftBins) -> CalibrationContext:
+    """Return the context of a report on scored rows."""
     source = "artefact" if temperature == model.manifest.temperature else "request"
-    return Predictor(model, Metrics(CollectorRegistry()), read_settings(), (temperature, source))
+    return CalibrationContext(model, temperature, source, bins.channels)
 
 
-def side(scored: Scored, predictor: Predictor) -> Any:
+def side(scored: Scored, window: int | None, bins: DriftBins) -> Any:
     """What an evaluation needs of a unit's rows (pyarrow)."""
     import pyarrow as pa
 
@@ -42,21 +39,21 @@ def side(scored: Scored, predictor: Predictor) -> Any:
         "label": unit.label[kept],
         "engine": unit.engine[kept],
     }
-    if predictor.drift_bins.storable:
-        newest = unit.flat[unit.starts[kept] + (predictor.model.manifest.window or 1) - 1]
-        bins = np.ascontiguousarray(predictor.drift_bins.bins(newest))
+    if bins.storable:
+        newest = unit.flat[unit.starts[kept] + (window or 1) - 1]
+        found = np.ascontiguousarray(bins.bins(newest))
         columns["bins"] = pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(bins.shape[1]), len(kept), [None, pa.py_buffer(bins.tobytes())]
+            pa.binary(found.shape[1]), len(kept), [None, pa.py_buffer(found.tobytes())]
         )
     return pa.table(columns)
 
 
-def measured(table: Any, predictor: Predictor, source: str) -> Json:
+def measured(table: Any, context: CalibrationContext, source: str) -> Json:
     """The answer of `GET /v1/calibration` for such rows, with the confusion matrix and the risk-coverage curve.
 
     There are no times: labels have no lag, and all are of one source, `inspection` or `outcome`.
     """
-    classes = predictor.model.manifest.classes
+    classes = context.model.manifest.classes
     logits = table["logits"].combine_chunks().flatten().to_numpy().reshape(-1, len(classes))
     index, n = table["label"].to_numpy(), len(table)
     label = np.where((index >= 0)[:, None], np.eye(len(classes))[np.maximum(index, 0)], np.nan)
@@ -64,11 +61,11 @@ def measured(table: Any, predictor: Predictor, source: str) -> Json:
     kind = np.where(index >= 0, SOURCES.index(source), -1)
     binned = table["bins"].chunks if "bins" in table.column_names else []
     inputs = b"".join(one.buffers()[1].to_pybytes() for one in binned)
-    about = (logits, np.full(n, predictor.temperature), label, table["engine"].to_numpy(), at, at, kind, inputs)
+    about = (logits, np.full(n, context.temperature), label, table["engine"].to_numpy(), at, at, kind, inputs)
     known = index >= 0
-    found = labelled(numerics.scaled(logits[known], predictor.temperature), index[known], about[3][known])
+    found = labelled(numerics.scaled(logits[known], context.temperature), index[known], about[3][known])
     curves = {"confusion": confusion(found), "risk_coverage": risk_coverage(found)}
-    return watched(Found(*about), predictor, 0.0, None) | {key: finite(value) for key, value in curves.items()}
+    return watched(Found(*about), context, 0.0, None) | {key: finite(value) for key, value in curves.items()}
 
 
 def confusion(found: Labelled) -> list[list[int]]:

@@ -14,10 +14,10 @@ import onnxruntime as ort
 
 from service import runtime
 from service.cores import allowed_cores
+from service.drift_bins import DriftBins
 from service.errors import InvalidInput, ServiceError
 from service.histories import open_histories
 from service.predictions import Answers
-from service.predictor import Predictor
 from service.runtime import Model
 from service.score import outputs, scoring
 from service.score.gather import Unit, units
@@ -89,7 +89,7 @@ class _Run:
         self._tables: dict[str, list[Any]] = {}
         self._part = Part(0, 0)
         self._writing: Future[None] | None = None
-        self._predictor: Predictor | None = None
+        self._bins = DriftBins(self.model.manifest, self.model.input_shape)
 
     def run(self) -> int:
         """Everything, in order; returns the exit code."""
@@ -195,18 +195,17 @@ class _Run:
     def _side(self, scored: Scored) -> Any:
         from service.score import report  # what only a report needs
 
-        self._predictor = self._predictor or report.predictor_of(self.model, self.scorer.temperature)
-        return report.side(scored, self._predictor)
+        return report.side(scored, self.model.manifest.window, self._bins)
 
     def _report(self, path: Path) -> None:
         import pyarrow as pa
 
         from service.score import report
 
-        predictor = self._predictor or report.predictor_of(self.model, self.scorer.temperature)
+        context = report.context_of(self.model, self.scorer.temperature, self._bins)
         table = pa.concat_tables([outputs.read_part(self.job.part(k, "report")) for k in range(len(self.job.parts))])
         source = "outcome" if self.options.rul else "inspection"
-        body = report.measured(table, predictor, source) | {"fingerprint": fingerprint(self.job.identity)}
+        body = report.measured(table, context, source) | {"fingerprint": fingerprint(self.job.identity)}
         report.write(path, body, self.model.manifest.classes)
 
     @property
