@@ -4,42 +4,30 @@ The use case above the database; knows the predictor, no HTTP and no SQL. Whatev
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from model.numerics import Floats
 from model.windows import Readings
-from service.errors import Fault, InvalidInput, MemoryUnavailable
+from service.errors import MemoryUnavailable
+from service.flight_recording import Flight, FlightRecorder, RecordedFlights
 from service.ids import prediction_ids
 from service.label_accounting import LabelAccounting
 from service.metrics import Metrics
-from service.predictions import Answers, Prediction, calibrated, joined, rows_of, whole
+from service.new_predictions import Named, model_version, new_predictions
+from service.predictions import Prediction
 from service.predictor import Predictor
 from service.runtime import Model
 from service.settings import Settings
-from service.storage import forget, labels, queries, readings, remember, tempering
+from service.storage import forget, labels, queries, remember, tempering
 from service.storage.book import Book
 from service.storage.database import Database
 from service.storage.labels import Answered, End, Ended, Labels, Result, Said
 from service.storage.locks import lock_all
-from service.storage.readings import Flight, Flights, Landed, Predicted, Stored
-from service.storage.remember import Batch, By, Made
-
-
-class Named(Protocol):
-    """Which engine, at which cycle, a row is of."""
-
-    @property
-    def engine_id(self) -> str | None:
-        """As its users call it."""
-
-    @property
-    def cycle(self) -> int | None:
-        """Flights since it was new."""
-
+from service.storage.remember import Batch, Made
 
 Told = tuple[Result, Floats | None]  # what became of a label, and the one that stands if it was refused
 Results = list[Told | None]  # None where no label was told
@@ -50,14 +38,6 @@ class Remembered(NamedTuple):
 
     ids: list[str | None]
     results: Results
-
-
-class Answer(NamedTuple):
-    """What became of every flight, and the predictions of those that were not refused, in their order."""
-
-    landed: list[Landed]
-    prediction: Prediction | None
-    ids: list[str]
 
 
 class Memory:
@@ -72,7 +52,9 @@ class Memory:
         self._retention = settings.retention_days * 86400
         self._remember = partial(remember.remember, book)
         self._label, self._end = partial(labels.label, book), partial(labels.end, book)
-        self._store = partial(readings.store, book)
+        self._flights = FlightRecorder(
+            self._database, book, accounting, settings.max_queue_rows, settings.max_queue_seconds, settings.workers > 1
+        )
         self._keep_fits, self._change = partial(tempering.keep_fits, book), partial(tempering.change, book)
 
     async def open(self) -> None:
@@ -138,6 +120,8 @@ class Memory:
         while gone:
             old = await self._database.read(lambda connection: forget.too_old(connection, before))
             gone = await self._database.write(forget.prune, old) if old.engines else 0
+            if gone:
+                self._flights.clear_cache()
 
     async def remember(
         self,
@@ -158,7 +142,7 @@ class Memory:
         if targets is None and all(row.engine_id is None for row in rows):  # nothing to keep, and nothing to count
             return Remembered(list(ids), [None] * len(rows))
         own = found.temperature == predictor.temperature
-        made = _made(rows, telemetry, found.answers, targets, ids)
+        made = new_predictions(predictor, found, rows, telemetry, ids, targets)
         made = made if own else [row for row in made if row.label is not None and row.cycle is not None]
         said: dict[str, Told] = {}
         lost: set[str] = set()
@@ -166,7 +150,7 @@ class Memory:
             try:
                 if not self._database.up:  # it is asked every second; no prediction waits for it meanwhile
                     raise MemoryUnavailable("the database does not answer")
-                said = await (self._keep(Batch(_by(predictor), now, made)) if own else self._say(made))
+                said = await (self._keep(Batch(model_version(predictor), now, made)) if own else self._say(made))
             except MemoryUnavailable:
                 self._metrics.unremembered.inc(len(made))
                 lost = {row.id for row in made}
@@ -175,34 +159,11 @@ class Memory:
             self._accounting.count_submitted(found, targets, predictor.temperature, np.array(elsewhere))
         return Remembered([None if name in lost else name for name in ids], [said.get(name) for name in ids])
 
-    async def fly(self, predictor: Predictor, flights: Sequence[Flight]) -> Answer:
-        """Keep flights, and predict each engine's health from what is known up to that cycle, both or neither.
-
-        Raises:
-            InvalidInput: the network has no finite answer for some readings.
-            MemoryUnavailable: nothing was kept.
-            Overloaded: nothing was kept.
-        """
-
-        def answer(rows: Sequence[Flight], windows: Readings) -> Predicted:
-            started = time.perf_counter()
-            try:
-                found = predictor.answer(windows)
-            except InvalidInput as error:
-                raise _of_flight(error, rows, flights) from None
-            made = _made(rows, windows, found, None, prediction_ids(len(rows), time.time()))
-            return Predicted(made, (windows, found, time.perf_counter() - started))
-
-        told = Flights(flights, _by(predictor), answer, time.time())
-
-        def committed(stored: Stored) -> None:
-            if stored.receipt is not None:  # one caller's answers every flight of a transaction
-                predictor.count(*stored.receipt)
-                self._accounting.count_stored(len(stored.receipt[0]))
-            self._accounting.count_joined(stored.joined)
-
-        landed = (await self._database.write(self._store, told, committed, len(flights))).landed
-        return Answer(landed, *_together(predictor, landed))
+    async def record_flights(
+        self, predictor: Predictor, flights: Sequence[Flight], gone: Callable[[], bool] = lambda: False
+    ) -> RecordedFlights:
+        """Store flights and predict each from all that is known up to its cycle, as `FlightRecorder.record`."""
+        return await self._flights.record(predictor, flights, gone)
 
     async def label(self, rows: Sequence[Said]) -> Answered:
         """Keep labels, each with its own result."""
@@ -232,62 +193,6 @@ class Memory:
         rows = [Said(None, row.engine_id, row.cycle, row.label, False) for row in made if row.label is not None]
         answered = await self.label(rows)
         return {row.id: result for row, result in zip(made, answered.results, strict=True)}
-
-
-def _made(
-    rows: Sequence[Named], telemetry: Readings, answers: Answers, targets: Floats | None, ids: Sequence[str]
-) -> list[Made]:
-    top, risk = answers.logits.argmax(axis=1).tolist(), answers.probabilities[:, -1].tolist()
-    rul = None if answers.rul is None else answers.rul.tolist()
-    labelled = np.zeros(len(rows), bool) if targets is None else ~np.isnan(targets[:, 0])
-    return [
-        Made(
-            ids[i],
-            row.engine_id,
-            row.cycle,
-            answers.logits[i].tobytes(),
-            None if rul is None else rul[i],
-            top[i],
-            risk[i],
-            targets[i] if targets is not None and labelled[i] else None,
-            telemetry[i, -1] if telemetry.ndim > 2 else telemetry[i],
-            (answers, i),
-        )
-        for i, row in enumerate(rows)
-        if row.engine_id is not None
-    ]
-
-
-def _of_flight(error: InvalidInput, answered: Sequence[Flight], told: Sequence[Flight]) -> InvalidInput:
-    """The same, by the place that the flight has in its own request; of another one's it is asked again, alone."""
-    (fault,) = error.faults
-    place = next((i for i, flight in enumerate(told) if flight is answered[int(fault.loc[1])]), None)
-    if place is None:
-        return error
-    return InvalidInput(f"cycles[{place}].telemetry: {fault.msg}", (Fault(("cycles", place, "telemetry"), fault.msg),))
-
-
-def _together(predictor: Predictor, landed: Sequence[Landed]) -> tuple[Prediction | None, list[str]]:
-    """The answers of flights in their order, and their ids; those of flights told twice are what they were."""
-    ids, parts = [], []
-    for one in landed:
-        if one.made is not None:
-            ids.append(one.made.id)
-            answers, k = one.made.answers
-            parts.append(rows_of(answers, k, k + 1))
-        elif one.kept is not None:
-            ids.append(one.kept.id)
-            rul = None if one.kept.rul is None else np.array([one.kept.rul], dtype=np.float32)
-            logits, finite = np.frombuffer(one.kept.logits, np.float32)[None], np.ones(1, dtype=np.bool_)
-            parts.append(calibrated(predictor.model, logits, rul, finite, predictor.temperature))
-    if not parts:
-        return None, []
-    return Prediction(predictor.temperature, whole(joined(parts))), ids
-
-
-def _by(predictor: Predictor) -> By:
-    model, bins = predictor.model, predictor.drift_bins.bins if predictor.drift_bins.storable else None
-    return By(model.digest, model.manifest, predictor.temperature, predictor.temperature_source, bins)
 
 
 def _nothing(_: Any, items: Sequence[None]) -> list[None]:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import orjson
 
 from model.occlusion import Shift
-from service.memory import Named
+from service.new_predictions import Named
 from service.predictions import Answers, Evaluation, Prediction
 from service.predictor import Predictor
 from service.runtime import Model

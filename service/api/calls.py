@@ -15,7 +15,7 @@ from service.api.flights import Flight, decode_histories, histories
 from service.api.limits import HEADER_BYTES
 from service.api.quick import read_quickly
 from service.errors import Fault, InvalidInput
-from service.memory import Named
+from service.new_predictions import Named
 from service.predictor import Predictor
 from service.runtime import Model
 from service.settings import Settings

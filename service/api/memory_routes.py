@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from msgspec import Struct
 
 from service.api import recall, schemas
-from service.api.body import JSON, media_type, read_body
+from service.api.body import JSON, leaving, media_type, read_body
 from service.api.exchange import Written
 from service.api.paths import FastRoute
 from service.api.routes import LARGE_ANSWER, LARGE_BODY, Aside, Endpoint, documented, json_response
@@ -24,13 +24,14 @@ def build_cycles(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
     async def cycles(request: Request) -> Response:
         """Keep flights, one row each, and answer each engine's health from all that is known up to that cycle."""
         media_type(request, (JSON,))
+        lifecycle.ready_predictor().admit(0)
         body = await read_body(request, limits.max_body_bytes, limits.request_seconds)
         memory, predictor = lifecycle.memory(), lifecycle.ready_predictor()
         model, large = predictor.model, len(body) > LARGE_BODY
         flights = await aside.run(large, lambda: recall.read_flights(body, model, limits.max_instances))
-        answer = await memory.fly(predictor, flights)
+        recorded = await memory.record_flights(predictor, flights, leaving(request))
         many = len(flights) * len(model.manifest.classes) > LARGE_ANSWER
-        return await aside.run(many, lambda: Written(recall.cycles_json(predictor, flights, answer), 200, JSON))
+        return await aside.run(many, lambda: Written(recall.cycles_json(predictor, flights, recorded), 200, JSON))
 
     return cycles
 

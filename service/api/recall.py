@@ -23,13 +23,12 @@ from service.api.faults import MISSING, TOO_LARGE, Loc, wrong_channels, wrong_co
 from service.api.numbers import fits_float32, to_float32
 from service.api.told import label_json, told_json
 from service.errors import Conflict, Fault, InvalidInput, NotJson
-from service.memory import Answer
+from service.flight_recording import Flight, RecordedFlights
 from service.predictor import Predictor
 from service.runtime import Model
 from service.storage.book import Kind
 from service.storage.labels import Said
 from service.storage.queries import History, Page
-from service.storage.readings import Flight
 from service.truth import Source
 
 CURSOR_BYTES = 2048  # the longest name, escaped as JSON, in base64, is 1632
@@ -96,7 +95,7 @@ def _reading(raw: msgspec.Raw, channels: tuple[str, ...], loc: Loc, faults: list
     return np.array(values, dtype=np.float32) if len(faults) == before else None
 
 
-def cycles_json(predictor: Predictor, flights: Sequence[Flight], answer: Answer) -> bytes:
+def cycles_json(predictor: Predictor, flights: Sequence[Flight], recorded: RecordedFlights) -> bytes:
     """What `/v1/cycles` answers, as JSON.
 
     Raises:
@@ -104,16 +103,16 @@ def cycles_json(predictor: Predictor, flights: Sequence[Flight], answer: Answer)
     """
     channels = predictor.model.channels
     told: list[dict[str, Any]] = []
-    for flight, landed in zip(flights, answer.landed, strict=True):
-        told.append({"result": landed.result})
-        if landed.known is not None:
-            told[-1] |= {"given": _named(channels, flight.telemetry), "known": _named(channels, landed.known)}
-    if answer.prediction is None:
+    for flight, outcome in zip(flights, recorded.outcomes, strict=True):
+        told.append({"result": outcome.result})
+        if outcome.known is not None:
+            told[-1] |= {"given": _named(channels, flight.telemetry), "known": _named(channels, outcome.known)}
+    if recorded.prediction is None:
         raise Conflict("every flight contradicts what is known of its cycle", results=told)
-    accepted = [flight for flight, landed in zip(flights, answer.landed, strict=True) if landed.known is None]
-    found = iter(prediction_rows(predictor.model, accepted, answer.prediction, answer.ids))
-    rows = [next(found) if landed.known is None else NONE for landed in answer.landed]
-    return envelope(predictor, rows, answer.prediction, False, {"results": told})
+    accepted = [flight for flight, outcome in zip(flights, recorded.outcomes, strict=True) if outcome.known is None]
+    found = iter(prediction_rows(predictor.model, accepted, recorded.prediction, recorded.ids))
+    rows = [next(found) if outcome.known is None else NONE for outcome in recorded.outcomes]
+    return envelope(predictor, rows, recorded.prediction, False, {"results": told})
 
 
 def _named(channels: tuple[str, ...], values: Readings) -> dict[str, np.float32]:

@@ -14,11 +14,9 @@ from sqlalchemy.dialects import sqlite
 
 from model.contract import Conformal, Manifest
 from model.numerics import Floats
-from service.storage.history import History
 from service.storage.tables import engines, models, predictions, truths
 from service.truth import truth
 
-MOST_HISTORIES = 10_000  # in mind; two hundred flights of each are 140 MB
 MOST_VALUES = 500  # in one statement; every database takes so many
 Part = TypeVar("Part")
 Key = tuple[int, int] | str  # engine and cycle, or the id of a prediction without a cycle
@@ -83,24 +81,17 @@ class Book:
     """The caches of the writing thread, and the steps that several kinds of work share."""
 
     def __init__(self) -> None:
-        self.histories: dict[int, History] = {}  # by engine, the one asked for longest ago first
+        self.generation = 0  # of the database: what was read under another one proves nothing
         self.layouts: dict[str, int] = {}  # by model
         self._kinds: dict[str, Kind] = {}
         self._by_id: dict[int, Kind] = {}
 
-    def forget(self) -> None:
-        """A transaction failed: what was learned in it may not be so."""
-        self.histories.clear()
+    def forget(self, replaced: bool = False) -> None:
+        """Clear the caches after a failed transaction; `replaced` if the database may be another one from now on."""
+        self.generation += replaced
         self.layouts.clear()
         self._kinds.clear()
         self._by_id.clear()
-
-    def remember(self, engine: int, history: History, window: int) -> None:
-        """Keep the newest flights of an engine in mind."""
-        history.trim(window)
-        self.histories[engine] = history
-        if len(self.histories) > MOST_HISTORIES:
-            del self.histories[next(iter(self.histories))]
 
     def kind(self, connection: Connection, digest: str, manifest: Manifest) -> Kind:
         """The stored row of a model, made if it is not there."""

@@ -72,7 +72,7 @@ class Database:
     def __init__(
         self,
         url: str,
-        failed: Callable[[], None],
+        failed: Callable[[bool], None],
         max_queue: int,
         max_seconds: float,
         begun: Callable[[Connection, Sequence[Sequence[Any]]], None] | None = None,
@@ -86,7 +86,7 @@ class Database:
         event.listen(self._writing, "before_cursor_execute", self._wait)
         event.listen(self._writing, "after_cursor_execute", self._work)
         event.listen(self._writing, "commit", self._wait)
-        self._failed = failed  # told of a transaction that was not committed
+        self._failed = failed  # called when a transaction was not committed; True if the database may be another one
         self._begun = begun  # told of all items of a transaction, by kind of work, before any of it is done
         self._inode: int | None = None  # of the file that was migrated
         self.up, self._reason = False, "the database does not answer"
@@ -220,7 +220,7 @@ class Database:
             failure, self.up, self._reason = error, False, error.detail
         except Exception as error:  # of one item, it may be; the others are not to suffer
             failure = error
-        self._failed()
+        self._failed(isinstance(failure, MemoryUnavailable))
         if isinstance(failure, MemoryUnavailable) or len(asked) == 1:
             return [(one, failure) for one in asked]
         return [pair for one in asked for pair in self._committed([one])]
@@ -237,7 +237,7 @@ class Database:
                     done += zip(asked, work(connection, [one.item for one in asked]), strict=True)
         except DBAPIError as error:
             if tries > 1 and getattr(error.orig, "sqlstate", None) in PASSING:
-                self._failed()
+                self._failed(False)
                 return self._transaction(kinds, tries - 1)
             raise
         finally:
@@ -261,7 +261,7 @@ class Database:
                 raise MemoryUnavailable(f"the database file {self._file} is gone") from None
             inode = None  # it is created
         if inode is None or inode != self._inode:
-            self._failed()  # what is in mind is of the file before
+            self._failed(True)  # what is cached is of the file before
             self._writing.dispose()
             self._reading.dispose()
             migrate(self._writing)

@@ -12,7 +12,7 @@ from sqlalchemy import ARRAY, Connection, Integer, String, any_, bindparam, or_,
 from service.storage.book import MOST_VALUES
 from service.storage.forget import Old
 from service.storage.labels import End, Labels
-from service.storage.readings import Flights
+from service.storage.readings import FlightWrite
 from service.storage.remember import Batch
 from service.storage.tables import engines, predictions
 
@@ -49,8 +49,10 @@ def _add(item: Any, names: set[str], made: set[str], ids: set[int]) -> None:
     """What an item says of whose engine it is: a name, the id of a prediction, or the engine's number."""
     if isinstance(item, End):
         names.add(item.engine_id)
-    elif isinstance(item, Batch | Flights):
+    elif isinstance(item, Batch):
         names.update(row.engine_id for row in item.rows)
+    elif isinstance(item, FlightWrite):
+        names.update(engine.tail.engine_id for engine in item.engines)
     elif isinstance(item, Old):
         ids.update(item.engines)
     elif isinstance(item, Labels):

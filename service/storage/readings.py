@@ -1,202 +1,183 @@
-"""Readings of engines, one a flight: kept, put in order, and read back as windows.
+"""Flights of engines: stored together with their predictions, and read as the tails that windows are built from.
 
-The tail of a history is kept in mind by the engine's revision, which every writer raises: who finds another revision
-in the locked row reads the database again, so that what is kept in mind proves itself fresh each time.
+Windows are built and predicted before the transaction. The revision of the locked engine row tells whether the flights
+that a window was built from are still all that is stored: every change of an engine's flights increases it.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from sqlalchemy import Connection, bindparam, insert, select, tuple_
+from sqlalchemy import Connection, Row, bindparam, insert, select, tuple_
 
 from model.windows import Readings
-from service.errors import Conflict
 from service.storage.book import Book, EngineRow, Joined, insert_missing, parts
-from service.storage.history import History, Result
+from service.storage.history import EngineTail
 from service.storage.remember import Batch, By, Made, add
-from service.storage.tables import layouts, models, predictions, readings
+from service.storage.tables import engines, layouts, models, predictions, readings
 
-Place = tuple[int, int]  # a request of the transaction, and a row of it
-_NONE = np.empty((0, 0), dtype=np.float32)
+EngineCycle = tuple[str, int]
+_NO_FLIGHTS = np.empty((0, 0), dtype=np.float32)
 
 _ADD = insert(readings)
 _FLIGHT = select(readings.c.cycle, readings.c.telemetry, readings.c.layout).where(readings.c.engine == bindparam("of"))
 _BEFORE = _FLIGHT.where(readings.c.cycle < bindparam("at")).order_by(readings.c.cycle.desc()).limit(bindparam("most"))
+_REVISIONS = select(engines.c.engine_id, engines.c.id, engines.c.revision).where(
+    engines.c.engine_id.in_(bindparam("names", expanding=True))
+)
 _FROM = _FLIGHT.where(readings.c.cycle >= bindparam("at")).order_by(readings.c.cycle)
 
 
-class Flight(NamedTuple):
-    """One engine's readings (channels,) float32 of one cycle."""
+class TailRequest(NamedTuple):
+    """A tail to be read: the window before a cycle, and every flight from that cycle on."""
 
     engine_id: str
-    cycle: int
-    telemetry: Readings
+    lowest_cycle: int
+    window: int
 
 
-class Predicted(NamedTuple):
-    """Predictions of some flights, and whatever the caller wants to have back once they are committed."""
-
-    made: Sequence[Made]
-    receipt: Any = None
+CachedTail = tuple[TailRequest, EngineTail | None]  # a tail to be read, and the cached one if it may be current
 
 
-Answer = Callable[[Sequence[Flight], Readings], Predicted]  # of flights and their windows (N, window, channels)
+class EngineFlights(NamedTuple):
+    """New flights of one engine, as cycle and readings, and the tail that their windows were built from."""
+
+    tail: TailRequest  # which covers them, to be read again if it is stale
+    revision: int
+    generation: int
+    new: Sequence[tuple[int, Readings]]
 
 
-class Flights(NamedTuple):
-    """Flights of one request; told in seconds since 1970.
+class FlightWrite(NamedTuple):
+    """The flights of one request and their predictions, which are stored together or not at all.
 
-    `answer` is asked for predictions within the transaction, so that flights and predictions are kept together or not
-    at all; flights of all requests whose `by` is the same are answered together, by the first one's. A transaction
-    may be done again: what was committed is in `Stored`.
+    `repeats` are flights that are stored already. They need a prediction in `made` only if none was stored for them by
+    this model at this temperature. `told` is in seconds since 1970.
     """
 
-    rows: Sequence[Flight]
     by: By
-    answer: Answer
+    engines: Sequence[EngineFlights]
+    made: Sequence[Made]
+    repeats: Sequence[EngineCycle]
     told: float
 
 
-class Kept(NamedTuple):
-    """A prediction that is remembered from before."""
+class StoredPrediction(NamedTuple):
+    """A prediction that was stored earlier."""
 
     id: str
     logits: bytes
     rul: float | None
 
 
-class Landed(NamedTuple):
-    """What became of one flight."""
+class FlightWriteResult(NamedTuple):
+    """Result of a write. Nothing of it is stored if there are `stale` tails or `unpredicted` repeats."""
 
-    result: Result
-    known: Readings | None = None  # the readings that stand, where these were refused
-    made: Made | None = None  # the prediction that was made now
-    kept: Kept | None = None  # for a flight told twice: the prediction that was made then
-
-
-class Stored(NamedTuple):
-    """What became of a request's flights, whose truth was known before, and the receipt if its `answer` was asked."""
-
-    landed: list[Landed]
-    joined: list[Joined]
-    receipt: Any = None
+    stale: dict[str, EngineTail]  # by engine: what is stored now, where windows were built from something else
+    unpredicted: list[EngineCycle]  # repeats that lack a prediction
+    earlier: dict[EngineCycle, StoredPrediction]  # of repeats
+    stored: int  # predictions
+    joined: list[Joined]  # predictions of the whole transaction whose label was known, in the first of its results
 
 
-def store(book: Book, connection: Connection, items: Sequence[Flights]) -> list[Stored]:
-    """Keep flights, each at its cycle, and a prediction for each, from what is known up to that cycle."""
-    by_name = book.engines(connection, (row.engine_id for item in items for row in item.rows))
+class _Checked(NamedTuple):
+    """A write that was compared with what is stored."""
+
+    stale: list[TailRequest]
+    unpredicted: list[EngineCycle]
+    earlier: dict[EngineCycle, StoredPrediction]
+    made: Sequence[Made]  # without those of repeats that have a prediction already
+
+
+def record_flights(book: Book, connection: Connection, items: Sequence[FlightWrite]) -> list[FlightWriteResult]:
+    """Store flights, each with its prediction, if their windows were built from what is stored."""
+    by_name = book.engines(connection, (engine.tail.engine_id for item in items for engine in item.engines))
     before = {engine.id: engine.newest_cycle for engine in by_name.values()}
+    earlier = _earlier(connection, items, by_name)
     new: list[dict[str, object]] = []
-    windows: dict[Place, Readings] = {}
-    landed = [_place(book, connection, k, item, by_name, new, windows) for k, item in enumerate(items)]
+    batches: list[Batch] = []
+    every = []
+    for item in items:
+        checked = _check(book, item, earlier, by_name)
+        every.append(checked)
+        if not (checked.stale or checked.unpredicted):
+            _take(book, connection, item, by_name, new)
+            batches += [Batch(item.by, item.told, checked.made, flight=True)] if checked.made else []
     if new:
         connection.execute(_ADD, new)
-    again = _told_again(items, windows)
-    for place in again:
-        del windows[place]
-    _recall(connection, items, landed, windows, by_name)
-    receipts, joined = _answer(book, connection, items, landed, windows, by_name)
-    for (k, i), (first, row) in again.items():
-        landed[k][i] = landed[k][i]._replace(made=landed[first][row].made, kept=landed[first][row].kept)
-    joined += book.survivors(connection, before, by_name.values(), max(item.told for item in items))
-    book.keep(connection, by_name.values())
-    return [Stored(one, joined if k == 0 else [], receipts.get(k)) for k, one in enumerate(landed)]
+    joined = add(book, connection, batches, by_name).joined if batches else []
+    if new or batches:
+        joined += book.survivors(connection, before, by_name.values(), max(item.told for item in items))
+        book.keep(connection, by_name.values())
+    results = []
+    for k, one in enumerate(every):
+        now = {tail.engine_id: _read(book.generation, connection, by_name[tail.engine_id], tail) for tail in one.stale}
+        stored = 0 if one.stale or one.unpredicted else len(one.made)
+        results.append(FlightWriteResult(now, one.unpredicted, one.earlier, stored, joined if k == 0 else []))
+    return results
 
 
-def _place(
+def read_tails(connection: Connection, requests: Sequence[CachedTail], generation: int) -> dict[str, EngineTail]:
+    """Return the tails of some engines, by engine; cached ones are returned as they are if they are current."""
+    found: dict[str, Row[Any]] = {}
+    for part in parts([request.engine_id for request, _ in requests]):
+        rows = connection.execute(_REVISIONS, {"names": part})
+        found |= {row.engine_id: row for row in rows}
+    tails = {}
+    for request, cached in requests:
+        engine = found.get(request.engine_id)
+        current = cached is not None and engine is not None and cached.revision == engine.revision
+        tails[request.engine_id] = cached if cached and current else _read(generation, connection, engine, request)
+    return tails
+
+
+def empty_tail(generation: int) -> EngineTail:
+    """Return the tail of an engine that has never had a flight."""
+    return EngineTail(0, generation, None, [], _NO_FLIGHTS, True)
+
+
+def any_flights(connection: Connection) -> bool:
+    """Return whether any engine ever had a flight."""
+    return connection.execute(select(engines.c.id).where(engines.c.revision > 0).limit(1)).first() is not None
+
+
+def _check(
     book: Book,
-    connection: Connection,
-    k: int,
-    item: Flights,
+    item: FlightWrite,
+    earlier: dict[tuple[int, int, str, float], StoredPrediction],
     by_name: dict[str, EngineRow],
-    new: list[dict[str, object]],
-    windows: dict[Place, Readings],
-) -> list[Landed]:
-    """Find the place of each flight of request k; what is to be stored is added to `new`, each window to `windows`."""
-    window, layout = item.by.manifest.window or 1, _layout(book, connection, item.by)
-    flights: dict[str, list[int]] = {}
-    for i, row in enumerate(item.rows):
-        flights.setdefault(row.engine_id, []).append(i)
-    landed: dict[int, Landed] = {}
-    for name, places in flights.items():
-        engine = by_name[name]
-        places.sort(key=lambda i: item.rows[i].cycle)
-        history = _history(book, connection, engine, item.rows[places[0]].cycle, window, layout)
-        results = [history.add(item.rows[i].cycle, item.rows[i].telemetry) for i in places]
-        for i, result in zip(places, results, strict=True):
-            row = item.rows[i]
-            if result == "conflict":
-                landed[i] = Landed(result, known=history.row(row.cycle))
-                continue
-            landed[i] = Landed(result)
-            windows[k, i] = history.window(row.cycle, window)
-            if result == "joined":
-                stored = {"layout": layout, "told": item.told, "telemetry": row.telemetry.tobytes()}
-                new.append({"engine": engine.id, "cycle": row.cycle} | stored)
-                engine.seen(row.cycle)
-        engine.revision += "joined" in results
-        history.revision = engine.revision
-        book.remember(engine.id, history, window)
-    return [landed[i] for i in range(len(item.rows))]
-
-
-def _told_again(items: Sequence[Flights], windows: dict[Place, Readings]) -> dict[Place, Place]:
-    """Flights that stand twice in one transaction, each with the place whose answer is theirs too."""
-    first: dict[tuple[str, float, str, int], Place] = {}
-    again = {}
-    for k, item in enumerate(items):
-        for i, row in enumerate(item.rows):
-            if (k, i) in windows:
-                at = first.setdefault((item.by.digest, item.by.temperature, row.engine_id, row.cycle), (k, i))
-                if at != (k, i):
-                    again[k, i] = at
-    return again
-
-
-def _answer(
-    book: Book,
-    connection: Connection,
-    items: Sequence[Flights],
-    landed: list[list[Landed]],
-    windows: dict[Place, Readings],
-    by_name: dict[str, EngineRow],
-) -> tuple[dict[int, Any], list[Joined]]:
-    """Predict what was not predicted before, all that one model answers together, and keep it; receipts by request."""
-    groups: dict[tuple[str, float], list[Place]] = {}
-    for k, i in windows:
-        if landed[k][i].kept is None:
-            groups.setdefault((items[k].by.digest, items[k].by.temperature), []).append((k, i))
-    batches, receipts = [], {}
-    for places in groups.values():
-        first = items[places[0][0]]
-        flights = [items[k].rows[i] for k, i in places]
-        made, receipts[places[0][0]] = first.answer(flights, np.stack([windows[place] for place in places]))
-        for (k, i), one in zip(places, made, strict=True):
-            landed[k][i] = landed[k][i]._replace(made=one)
-        batches.append(Batch(first.by, max(items[k].told for k, _ in places), made, flight=True))
-    return receipts, add(book, connection, batches, by_name).joined if batches else []
-
-
-def _recall(
-    connection: Connection,
-    items: Sequence[Flights],
-    landed: list[list[Landed]],
-    windows: dict[Place, Readings],
-    by_name: dict[str, EngineRow],
-) -> None:
-    """Put beside flights that were told twice what was answered the first time, by this model at this temperature."""
-    again = [
-        (k, i, by_name[item.rows[i].engine_id].id, item.rows[i].cycle)
-        for k, item in enumerate(items)
-        for i, one in enumerate(landed[k])
-        if one.result == "unchanged" and (k, i) in windows
+) -> _Checked:
+    stale = [
+        engine.tail
+        for engine in item.engines
+        if engine.generation != book.generation or engine.revision != by_name[engine.tail.engine_id].revision
     ]
-    kept = _kept(connection, {(engine, cycle) for _, _, engine, cycle in again})
-    for k, i, engine, cycle in again:
-        by = items[k].by
-        landed[k][i] = landed[k][i]._replace(kept=kept.get((engine, cycle, by.digest, by.temperature)))
+    if not item.repeats:
+        return _Checked(stale, [], {}, item.made)
+    known = {}
+    for name, cycle in item.repeats:
+        key = (by_name[name].id, cycle, item.by.digest, item.by.temperature)
+        if key in earlier:
+            known[name, cycle] = earlier[key]
+    made = [row for row in item.made if (row.engine_id, row.cycle) not in known]
+    predicted = {(row.engine_id, row.cycle) for row in made}
+    unpredicted = [key for key in item.repeats if key not in known and key not in predicted]
+    return _Checked(stale, unpredicted, known, made)
+
+
+def _take(
+    book: Book, connection: Connection, item: FlightWrite, by_name: dict[str, EngineRow], new: list[dict[str, object]]
+) -> None:
+    """Append the rows of a write to `new`, and change its engines."""
+    layout = _layout(book, connection, item.by)
+    for flights in item.engines:
+        engine = by_name[flights.tail.engine_id]
+        for cycle, values in flights.new:
+            row = {"layout": layout, "told": item.told, "telemetry": values.tobytes()}
+            new.append({"engine": engine.id, "cycle": cycle} | row)
+            engine.seen(cycle)
+        engine.revision += bool(flights.new)
 
 
 def _layout(book: Book, connection: Connection, by: By) -> int:
@@ -209,45 +190,40 @@ def _layout(book: Book, connection: Connection, by: By) -> int:
     return book.layouts[by.digest]
 
 
-def _history(book: Book, connection: Connection, engine: EngineRow, lowest: int, window: int, layout: int) -> History:
-    """At least the window before the lowest of some cycles, and everything after.
+def _read(
+    generation: int, connection: Connection, engine: EngineRow | Row[Any] | None, request: TailRequest
+) -> EngineTail:
+    """At least the window before a cycle, and everything from it on."""
+    if engine is None or engine.revision == 0:
+        return empty_tail(generation)
+    where = {"of": engine.id, "at": request.lowest_cycle}
+    rows = list(connection.execute(_BEFORE, where | {"most": request.window}))[::-1]
+    complete = len(rows) < request.window
+    rows += connection.execute(_FROM, where).all()
+    kinds = {row.layout for row in rows}
+    if len(kinds) != 1:
+        return EngineTail(engine.revision, generation, () if kinds else None, [], _NO_FLIGHTS, complete)
+    names = connection.execute(select(layouts.c.channels).where(layouts.c.id.in_(kinds))).scalar_one()
+    values = np.frombuffer(b"".join(row.telemetry for row in rows), dtype=np.float32).reshape(len(rows), -1)
+    cycles = [row.cycle for row in rows]
+    return EngineTail(engine.revision, generation, tuple(json.loads(names)), cycles, values, complete)
 
-    Raises:
-        Conflict: flights of other channels.
+
+def _earlier(
+    connection: Connection, items: Sequence[FlightWrite], by_name: dict[str, EngineRow]
+) -> dict[tuple[int, int, str, float], StoredPrediction]:
+    """The predictions of repeated flights, by engine, cycle, the model's digest and the temperature.
+
+    Of predictions that older code stored it is unknown whether they were made for a flight: the one that counts is
+    taken.
     """
-    kept = book.histories.pop(engine.id, None)  # put back as the newest
-    if kept is None or kept.revision != engine.revision or not kept.reaches(lowest, window):
-        kept = _read(connection, engine, lowest, window, layout)
-    if kept.layout != layout:
-        raise Conflict(f"engine {engine.engine_id!r} has flights with other channels than this model's")
-    return kept
-
-
-def _read(connection: Connection, engine: EngineRow, lowest: int, window: int, layout: int) -> History:
-    if engine.revision == 0:
-        return History(0, layout, [], _NONE, True)
-    where = {"of": engine.id, "at": lowest}
-    found = list(connection.execute(_BEFORE, where | {"most": window}))[::-1]
-    whole = len(found) < window
-    found += connection.execute(_FROM, where).all()
-    others = {row.layout for row in found} - {layout}
-    if others or not found:
-        return History(engine.revision, min(others, default=layout), [], _NONE, whole)
-    values = np.frombuffer(b"".join(row.telemetry for row in found), dtype=np.float32).reshape(len(found), -1)
-    return History(engine.revision, layout, [row.cycle for row in found], values, whole)
-
-
-def _kept(connection: Connection, keys: set[tuple[int, int]]) -> dict[tuple[int, int, str, float], Kept]:
-    """What flights were answered, by engine, cycle, the model's digest and the temperature.
-
-    Of predictions that older code kept it is unknown whether they answered a flight: the one that counted is taken.
-    """
+    keys = {(by_name[name].id, cycle) for item in items for name, cycle in item.repeats}
     c, found = predictions.c, {}
     columns = (c.engine, c.cycle, models.c.digest, c.temperature, c.id, c.logits, c.rul)
     which = select(*columns).join(models, models.c.id == c.model).where(c.flight.is_distinct_from(False))
     best_last = (c.flight.is_(True), c.counts, c.id)
     for part in parts(sorted(keys)):
-        asked = which.where(tuple_(c.engine, c.cycle).in_(part)).order_by(*best_last)
-        for engine, cycle, digest, temperature, *kept in connection.execute(asked):
-            found[engine, cycle, digest, temperature] = Kept(*kept)
+        rows = which.where(tuple_(c.engine, c.cycle).in_(part)).order_by(*best_last)
+        for engine, cycle, digest, temperature, *stored in connection.execute(rows):
+            found[engine, cycle, digest, temperature] = StoredPrediction(*stored)
     return found

@@ -1,15 +1,13 @@
 """Predictions that are kept, and what is already known of them."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from sqlalchemy import Connection, bindparam, insert, update
 
 from model.contract import Manifest
 from model.numerics import Floats
-from model.windows import Readings
 from service.storage.book import Book, EngineRow, Joined, Key, Kind, inspections
 from service.storage.labels import Result
 from service.storage.tables import predictions, truths
@@ -27,8 +25,7 @@ class Made(NamedTuple):
     health: int
     risk: float
     label: Floats | None
-    newest: Readings | None = None  # (channels,) the newest readings
-    answers: Any = None  # of the caller; not kept
+    inputs: bytes | None = None  # the reference bin of each channel's newest reading, one byte each
 
 
 class Remembered(NamedTuple):
@@ -48,7 +45,6 @@ class By(NamedTuple):
     manifest: Manifest
     temperature: float
     source: str
-    bins: Callable[[Readings], npt.NDArray[np.integer]] | None = None  # (N, channels) to their reference bins
 
 
 class Batch(NamedTuple):
@@ -96,12 +92,12 @@ def add(book: Book, connection: Connection, items: Sequence[Batch], by_name: dic
     asked = [(engine.id, row.cycle, row.id) for _, _, row in every if (engine := by_name[row.engine_id]).truths]
     known_of = inspections(connection, asked) if asked else {}
     rows, joined = [], []
-    for (item, kind, row), bins in zip(every, _inputs(every), strict=True):
+    for item, kind, row in every:
         engine = by_name[row.engine_id]
         inspected = known_of.get((engine.id, row.cycle) if row.cycle is not None else row.id) if known_of else None
         known = truth(inspected, row.cycle, engine.failed_at, engine.newest_cycle, kind.thresholds, len(kind.classes))
         counts = row.cycle is None or last[row.engine_id, row.cycle] == row.id
-        rows.append(_stored(item, kind, row, engine.id, counts, known, bins))
+        rows.append(_stored(item, kind, row, engine.id, counts, known))
         if known is not None and (row.label is None or said[row.id][0] == "conflict"):
             joined.append(Joined(kind, row.logits, item.by.temperature, known[0].tobytes(), item.made, item.made))
         if row.cycle is None or engine.latest_cycle is None or row.cycle >= engine.latest_cycle:
@@ -145,19 +141,6 @@ def _keep_labels(
     return said
 
 
-def _inputs(every: Sequence[tuple[Batch, Kind, Made]]) -> list[bytes | None]:
-    """The reference bins of the newest readings of predictions, found for all of one model at once."""
-    found: list[bytes | None] = [None] * len(every)
-    alike: dict[Any, dict[int, Readings]] = {}
-    for i, (item, _, row) in enumerate(every):
-        if item.by.bins is not None and row.newest is not None:
-            alike.setdefault(item.by.bins, {})[i] = row.newest
-    for bins, newest in alike.items():
-        for i, row_bins in zip(newest, bins(np.stack(list(newest.values()))), strict=True):
-            found[i] = row_bins.tobytes()
-    return found
-
-
 def _stored(
     item: Batch,
     kind: Kind,
@@ -165,7 +148,6 @@ def _stored(
     engine: int,
     counts: bool,
     known: tuple[Floats, Source] | None,
-    inputs: bytes | None,
 ) -> dict[str, object]:
     return {
         "id": row.id,
@@ -177,7 +159,7 @@ def _stored(
         "temperature_source": item.by.source,
         "logits": row.logits,
         "rul": row.rul,
-        "inputs": inputs,
+        "inputs": row.inputs,
         "counts": counts,
         "label": None if known is None else np.asarray(known[0]).tobytes(),
         "source": None if known is None else int(known[1]),
