@@ -146,7 +146,7 @@ class FlightRecorder:
         for name in request.engines:
             tail, wanted = self._tails.get(name), request.tail_request(name)
             if tail is None and self._all_cached and not shared:
-                found[name] = readings.empty_tail(generation)
+                found[name] = readings.empty_tail(generation, request.window)
             elif tail is None or not tail.reaches(wanted.lowest_cycle, request.window):
                 asked.append((wanted, None))
             elif shared:

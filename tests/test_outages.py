@@ -230,7 +230,7 @@ def test_flights_that_share_a_transaction_with_a_failure_count_once(windows: Rea
         put = "/v1/calibration/temperature"
         told = []
         for cycle in (1, 2):  # the first waits for the lock, and what comes meanwhile is one transaction
-            told.append(pool.submit(fly, service, "a", cycle, windows[0][cycle]))
+            told.append(pool.submit(fly, service, f"engine-{cycle}", cycle, windows[0][cycle]))
             time.sleep(0.3)
         wrong = pool.submit(service.client.put, put, json={"fit_id": "none"}, headers=ADMIN)
         time.sleep(0.3)

@@ -91,6 +91,7 @@ class Database:
         self._inode: int | None = None  # of the file that was migrated
         self.up, self._reason = False, "the database does not answer"
         self._queue: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
+        self._together: list[_Asked] = []  # of one turn of the event loop, so that they are one transaction
         self._most, self._seconds = max_queue, max_seconds
         self._thread = threading.Thread(target=self._write, name="memory", daemon=True)
         self._thread.start()
@@ -114,13 +115,15 @@ class Database:
             MemoryUnavailable: the database cannot be reached, is locked, or is full, or this waited for one that is.
             Overloaded: too many wait already, or this waited too long.
         """
-        if self._queue.qsize() >= self._most:
+        if self._queue.qsize() + len(self._together) >= self._most:
             raise Overloaded(f"{self._most} requests wait for the database, no more may", self._seconds)
         if not self.up and self._stuck():
             raise MemoryUnavailable(self._reason)
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Result] = loop.create_future()
-        self._queue.put(_Asked(work, item, done, time.monotonic(), then, rows))
+        self._together.append(_Asked(work, item, done, time.monotonic(), then, rows))
+        if len(self._together) == 1:
+            loop.call_soon(self._hand_over)
         patience = loop.call_later(STUCK_SECONDS, self._lose_patience, loop, done)
         try:
             return await done
@@ -142,11 +145,17 @@ class Database:
 
     async def close(self) -> None:
         """Commit what was accepted, and end."""
+        self._hand_over()
         self._queue.put(None)
         await asyncio.to_thread(self._thread.join, STUCK_SECONDS)
         self._readers.shutdown(wait=False)
         self._writing.dispose()
         self._reading.dispose()
+
+    def _hand_over(self) -> None:
+        for asked in self._together:
+            self._queue.put(asked)
+        self._together = []
 
     def _wait(self, *_: object) -> None:
         self._waiting = time.monotonic()

@@ -21,9 +21,10 @@ class EngineTail:
         cycles: rising.
         values: (flights, channels).
         complete: no older flights are stored.
+        padding: copies of the oldest flight to keep in front of a complete tail, so that every window is a view.
     """
 
-    __slots__ = ("_values", "channels", "complete", "cycles", "generation", "revision")
+    __slots__ = ("_front", "_values", "channels", "complete", "cycles", "generation", "padding", "revision")
 
     def __init__(
         self,
@@ -33,16 +34,25 @@ class EngineTail:
         cycles: list[int],
         values: Readings,
         complete: bool,
+        padding: int = 0,
     ) -> None:
         self.revision, self.generation, self.channels, self.cycles = revision, generation, channels, cycles
-        self.complete = complete
-        self._values = values  # with spare rows at the end
+        self.complete, self.padding = complete, padding
+        self._front, self._values = 0, values  # rows of padding, and with them the flights and spare rows at the end
 
     def copy(self) -> "EngineTail":
         """Return a tail that flights can be added to. It shares memory: only one copy of a tail may be kept."""
-        return EngineTail(
-            self.revision, self.generation, self.channels, self.cycles.copy(), self._values, self.complete
+        tail = EngineTail(
+            self.revision,
+            self.generation,
+            self.channels,
+            self.cycles.copy(),
+            self._values,
+            self.complete,
+            self.padding,
         )
+        tail._front = self._front
+        return tail
 
     def reaches(self, cycle: int, window: int) -> bool:
         """Return whether the window that ends at a cycle, and every later flight, is included."""
@@ -52,26 +62,37 @@ class EngineTail:
         """Insert a flight in order of cycle, unless there is one of that cycle."""
         n, at = len(self.cycles), bisect_left(self.cycles, cycle)
         if at < n and self.cycles[at] == cycle:
-            return "unchanged" if (self._values[at] == row).all() else "conflict"
-        if n == len(self._values) or at < n:  # rows are never moved in place: windows in use are views of them
-            values = np.empty((n + max(SPARE_ROWS, n), len(row)), dtype=np.float32)
-            before = self._values[:n].reshape(n, len(row))
-            values[:at], values[at + 1 : n + 1] = before[:at], before[at:]
-            self._values = values
-        self._values[at] = row
+            return "unchanged" if (self._values[self._front + at] == row).all() else "conflict"
+        if self._front + n == len(self._values) or at < n:  # rows are never moved in place: windows are views of them
+            self._move(at, row)
+        else:
+            self._values[self._front + at] = row
         self.cycles.insert(at, cycle)
         return "joined"
 
     def row(self, cycle: int) -> Readings:
         """Return a copy of the flight of a cycle that is included."""
-        return np.array(self._values[bisect_left(self.cycles, cycle)])
+        return np.array(self._values[self._front + bisect_left(self.cycles, cycle)])
 
     def window(self, cycle: int, window: int) -> Readings:
         """Return the newest `window` flights up to a cycle that is included; fewer are padded with the oldest."""
-        return pad_left(self._values[: bisect_left(self.cycles, cycle) + 1], window)
+        end = self._front + bisect_left(self.cycles, cycle) + 1
+        return self._values[end - window : end] if end >= window else pad_left(self._values[self._front : end], window)
 
     def trim(self, most: int) -> None:
         """Drop the oldest flights once there are more than twice `most`."""
         n = len(self.cycles)
         if n > 2 * most:
-            self.cycles, self._values, self.complete = self.cycles[-most:], self._values[n - most : n].copy(), False
+            begin, end = self._front + n - most, self._front + n
+            self.cycles, self._values, self.complete = self.cycles[-most:], self._values[begin:end].copy(), False
+            self._front = 0
+
+    def _move(self, at: int, row: Readings) -> None:
+        """Copy the flights to a larger array, with another one at some place."""
+        n, front = len(self.cycles), self.padding if self.complete else 0
+        values = np.empty((front + n + max(SPARE_ROWS, n), len(row)), dtype=np.float32)
+        before = self._values[self._front : self._front + n].reshape(n, len(row))
+        values[front : front + at], values[front + at + 1 : front + n + 1] = before[:at], before[at:]
+        values[front + at] = row
+        values[:front] = values[front]
+        self._front, self._values = front, values

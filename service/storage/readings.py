@@ -132,9 +132,9 @@ def read_tails(connection: Connection, requests: Sequence[CachedTail], generatio
     return tails
 
 
-def empty_tail(generation: int) -> EngineTail:
+def empty_tail(generation: int, window: int) -> EngineTail:
     """Return the tail of an engine that has never had a flight."""
-    return EngineTail(0, generation, None, [], _NO_FLIGHTS, True)
+    return EngineTail(0, generation, None, [], _NO_FLIGHTS, True, window - 1)
 
 
 def any_flights(connection: Connection) -> bool:
@@ -195,18 +195,22 @@ def _read(
 ) -> EngineTail:
     """At least the window before a cycle, and everything from it on."""
     if engine is None or engine.revision == 0:
-        return empty_tail(generation)
+        return empty_tail(generation, request.window)
     where = {"of": engine.id, "at": request.lowest_cycle}
     rows = list(connection.execute(_BEFORE, where | {"most": request.window}))[::-1]
     complete = len(rows) < request.window
     rows += connection.execute(_FROM, where).all()
     kinds = {row.layout for row in rows}
     if len(kinds) != 1:
-        return EngineTail(engine.revision, generation, () if kinds else None, [], _NO_FLIGHTS, complete)
+        return EngineTail(
+            engine.revision, generation, () if kinds else None, [], _NO_FLIGHTS, complete, request.window - 1
+        )
     names = connection.execute(select(layouts.c.channels).where(layouts.c.id.in_(kinds))).scalar_one()
     values = np.frombuffer(b"".join(row.telemetry for row in rows), dtype=np.float32).reshape(len(rows), -1)
     cycles = [row.cycle for row in rows]
-    return EngineTail(engine.revision, generation, tuple(json.loads(names)), cycles, values, complete)
+    return EngineTail(
+        engine.revision, generation, tuple(json.loads(names)), cycles, values, complete, request.window - 1
+    )
 
 
 def _earlier(
