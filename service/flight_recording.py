@@ -8,7 +8,7 @@ one engine take turns, so that only writes of other processes and retention make
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -180,7 +180,7 @@ class FlightRecorder:
                     done.set_result({request.engine_id: tails[request.engine_id] for request, _ in requests})
         self._reader = None
 
-    async def _write(self, request: "_Request") -> FlightWriteResult:
+    def _write(self, request: "_Request") -> Awaitable[FlightWriteResult]:
         updated = list(request.updated.items())
 
         def committed(result: FlightWriteResult) -> None:
@@ -189,7 +189,7 @@ class FlightRecorder:
             if not result.stale and not result.unpredicted:
                 self._cache(updated, request.window)
 
-        return await self._database.write(self._record_flights, request.write(), committed, len(request.flights))
+        return self._database.write(self._record_flights, request.write(), committed, len(request.flights))
 
     def _cache(self, tails: Iterable[tuple[str, EngineTail]], window: int) -> None:
         for name, tail in tails:
@@ -206,7 +206,7 @@ class _Request:
 
     def __init__(self, predictor: Predictor, flights: Sequence[Flight], engines: dict[str, list[int]]) -> None:
         self.predictor, self.flights, self.engines = predictor, flights, engines
-        self.window, self._channels = predictor.model.manifest.window or 1, predictor.model.manifest.channel_names
+        self.window, self._channels = predictor.model.manifest.window or 1, predictor.model.channels
         for places in engines.values():
             places.sort(key=lambda i: flights[i].cycle)
         self.updated: dict[str, EngineTail] = {}  # as they are once this is stored

@@ -4,7 +4,7 @@ The use case above the database; knows the predictor, no HTTP and no SQL. Whatev
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 from model.numerics import Floats
 from model.windows import Readings
 from service.errors import MemoryUnavailable
-from service.flight_recording import Flight, FlightRecorder, RecordedFlights
+from service.flight_recording import FlightRecorder
 from service.ids import prediction_ids
 from service.label_accounting import LabelAccounting
 from service.metrics import Metrics
@@ -55,6 +55,7 @@ class Memory:
         self._flights = FlightRecorder(
             self._database, book, accounting, settings.max_queue_rows, settings.max_queue_seconds, settings.workers > 1
         )
+        self.record_flights = self._flights.record
         self._keep_fits, self._change = partial(tempering.keep_fits, book), partial(tempering.change, book)
 
     async def open(self) -> None:
@@ -158,12 +159,6 @@ class Memory:
             elsewhere = [name in said and (not own or said[name][0] == "conflict") for name in ids]
             self._accounting.count_submitted(found, targets, predictor.temperature, np.array(elsewhere))
         return Remembered([None if name in lost else name for name in ids], [said.get(name) for name in ids])
-
-    async def record_flights(
-        self, predictor: Predictor, flights: Sequence[Flight], gone: Callable[[], bool] = lambda: False
-    ) -> RecordedFlights:
-        """Store flights and predict each from all that is known up to its cycle, as `FlightRecorder.record`."""
-        return await self._flights.record(predictor, flights, gone)
 
     async def label(self, rows: Sequence[Said]) -> Answered:
         """Keep labels, each with its own result."""

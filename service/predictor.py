@@ -29,7 +29,6 @@ from service.predictions import (
     Prediction,
     answer,
     calibrated,
-    joined,
     rows_of,
     together,
     whole,
@@ -53,7 +52,6 @@ class Predictor:
         self._metrics = metrics
         conditions = model.manifest.conditions
         self._usual = Usual.of(conditions.setting_scales, conditions.usual) if conditions else None
-        self._cap = settings.max_batch_rows
         self._observer = BatchObserver(model, metrics, self.drift_bins)
         self._batcher = Batcher(
             self._run, self._observer, settings.max_batch_rows, settings.max_queue_rows, settings.max_queue_seconds
@@ -124,23 +122,6 @@ class Predictor:
         loss = np.full(len(targets), np.nan)
         loss[~np.isnan(targets[:, 0])] = np.minimum(answered.loss, FLOAT32)
         return Prediction(t, whole(answers), loss, _means(answered), labelled=labelled)
-
-    def answer(self, telemetry: Batch) -> Answers:
-        """As `predict`, at once and in this thread, for who keeps a queue of its own; `count` is the caller's to call.
-
-        Raises:
-            InvalidInput: an instance for which the network's answer is not finite.
-        """
-        cut = range(0, len(telemetry), self._cap)
-        answers = joined([answer(self.model, telemetry[i : i + self._cap], self.temperature) for i in cut])
-        if not answers.finite.all():
-            raise _unanswerable(int(np.flatnonzero(~answers.finite)[0]))
-        return answers
-
-    def count(self, telemetry: Batch, answers: Answers, seconds: float) -> None:
-        """Count in the metrics what `answer` answered, and how long it took."""
-        self._observer.batch(len(telemetry), seconds)
-        self._observer.answered([(telemetry, whole(answers))])
 
     async def _with_occluded(self, telemetry: Batch) -> Batch:
         """Return the instances, followed by each of them once per channel with that channel occluded."""

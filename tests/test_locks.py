@@ -34,9 +34,9 @@ class Process:
         self.book = Book()
         self.database = Database(url, self._failed, 1000, 60, lock_all)
 
-    def _failed(self) -> None:
+    def _failed(self, replaced: bool) -> None:
         self.again += 1
-        self.book.forget()
+        self.book.forget(replaced)
 
     async def together(self, *asked: tuple[Any, Any]) -> None:
         """Do work and items in one transaction, in this order."""

@@ -472,6 +472,19 @@ def test_workers_read_each_others_flights(
             assert asked["logits"] == found["logits"], cycle
 
 
+def test_flights_of_two_services_form_one_window(windows: Readings, tmp_path: Path) -> None:
+    """Services that share a database rebuild a window that another one made stale, and count each flight's wait."""
+    shared, flights = {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{tmp_path}/memory.db"}, windows[0]
+    with running(**shared) as one, running(**shared) as other:
+        for cycle, row in enumerate(flights[:12]):
+            found = fly((one, other)[cycle // 2 % 2], "shared", cycle, row)["predictions"][0]
+            asked = one.predict([{"telemetry": flights[: cycle + 1].tolist()}])["predictions"][0]
+            assert asked["logits"] == found["logits"], cycle
+        assert list(range(12)) == [row["cycle"] for row in history(one, "shared")]
+        assert 6 <= other.metrics()["engine_health_queue_duration_seconds_count"] <= 7  # one of them was stale
+        assert 6 == other.metrics()["engine_health_labellable_total"]
+
+
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
 def test_what_was_acknowledged_survives_being_killed(database: str) -> None:
     """After kill -9 in the middle of ingestion every acknowledged flight and label is there, none of them twice."""
