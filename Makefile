@@ -46,25 +46,25 @@ format: $(DEV)/ready             ## lay out the code
 	$(BIN)/ruff check --fix .
 
 data:                            ## fetch NASA's C-MAPSS into data/cmapss and check its sums
-	$(PYTHON) -m model.fetch $(CMAPSS_URL)
+	$(PYTHON) -m model.data.download $(CMAPSS_URL)
 
 train: $(DEV)/ready              ## train the shipped network and its folds into build/checkpoint.pt
-	$(BIN)/python -m model.fit
+	$(BIN)/python -m model.training.cross_fit
 
 export: $(DEV)/ready             ## build/checkpoint.pt to the bundled artefact: calibrate, export, verify
-	$(BIN)/python -m model.calibrate
+	$(BIN)/python -m model.training.calibrate
 	$(BIN)/python -m export.to_onnx
 	$(BIN)/python -m export.verify
 
 evaluate: $(DEV)/ready           ## the bundled artefact on the official test engines; renews the model card
-	$(BIN)/python -m model.evaluate
+	$(BIN)/python -m model.evaluation.evaluate
 	$(BIN)/python docs/card.py
 
-fleet: $(DEV)/ready              ## estimate anew what simulated engines are drawn from: model/fleet.json
-	$(BIN)/python -m model.estimate
+fleet: $(DEV)/ready              ## estimate anew what simulated engines are drawn from: model/data/simulator/fleet.json
+	$(BIN)/python -m model.data.simulator.fit
 
 study: $(DEV)/ready              ## what the model card compares with: three seeds, then each anchor; hours
-	for seed in 0 1 2; do $(BIN)/python -m model.fit --seed $$seed --output build/seed-$$seed.pt || exit 1; done
+	for seed in 0 1 2; do $(BIN)/python -m model.training.cross_fit --seed $$seed --output build/seed-$$seed.pt || exit 1; done
 	$(BIN)/python -m benchmarks.study seeds build/seed-0.pt build/seed-1.pt build/seed-2.pt
 	for name in boosting textbook-full textbook-64; do $(BIN)/python -m benchmarks.study anchor $$name || exit 1; done
 

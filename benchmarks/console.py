@@ -27,7 +27,7 @@ import orjson
 from playwright.sync_api import Browser, Page
 
 from benchmarks.load import CLIENT_CORE, JSON_HEADERS, SERVER_CORE, free_port, served
-from model.simulate import histories
+from model.data.simulator.fleet import histories
 from tests.browser import chromium
 
 ENGINES, SENDERS = 1000, 8

@@ -19,9 +19,10 @@ import onnxruntime as ort
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from model import cmapss, contract
-from model.evaluate import ARTEFACT, by_subset, cells, header, open_artefact, runner
-from model.measures import of_classes, of_rul, rows_of
+from model import contract
+from model.data import cmapss
+from model.evaluation.evaluate import ARTEFACT, by_subset, cells, header, open_artefact, runner
+from model.evaluation.evaluation_metrics import of_classes, of_rul, rows_of
 from model.windows import Readings, every_window
 
 BATCHES = (1, 16, 32, 64, 128, 256)

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from model import contract
-from model.evaluate import ARTEFACT, open_artefact
+from model.evaluation.evaluate import ARTEFACT, open_artefact
 from model.windows import Readings
 
 SERVER_CORE, CLIENT_CORE = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))

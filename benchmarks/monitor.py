@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from benchmarks.streams import Looks, Random, Stream, agrees, alike, fleet, independent, looks
-from model import numerics, report
+from model import numerics
+from model.evaluation import calibration_report
+from model.evaluation.sequential import log_e
 from model.numerics import Floats
-from model.sequential import log_e
-from service.monitor import ALPHA_GAP, REPRESENTATIVE_SHARE, evidences, state
+from service.calibration.statistics import ALPHA_GAP, REPRESENTATIVE_SHARE, evidences, state
 
 ECE_EVERY, BAND_DRAWS = 10, 200
 SHARP, FLAT = 1.5, 1 / 1.5  # a true temperature of 1.5: logits 1.5 times too sharp
@@ -78,7 +79,7 @@ def moving(stream: Stream) -> bool:
     """Whether the state of the newest labels alone, which begins anew at every look, ever alarms."""
     for end in range(MOVING, len(stream.label) + 1, MOVING_EVERY):
         k = slice(end - MOVING, end)
-        found = report.labelled(stream.z[k], stream.label[k], stream.engine[k])
+        found = calibration_report.labelled(stream.z[k], stream.label[k], stream.engine[k])
         if state(found.engines.count, *evidences(found)) != "calibrated":
             return True
     return False

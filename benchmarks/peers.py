@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks import load
 from benchmarks.load import CLIENT_CORE, JSON_HEADERS, SERVER_CORE, Figure, ServerFailed
-from model.evaluate import ARTEFACT
+from model.evaluation.evaluate import ARTEFACT
 from model.windows import Readings
 
 ROOT = Path(__file__).parent.parent

@@ -24,9 +24,9 @@ import numpy as np
 from benchmarks.load import machine
 from model.contract import CHANNELS
 from model.windows import every_window
-from service import runtime
-from service.cores import allowed_cores
-from service.score.scoring import BATCH
+from service.inference import model_loader
+from service.inference.cpu import allowed_cores
+from service.scoring.scorer import BATCH
 from service.settings import BUNDLED
 
 BUILD = Path("build")
@@ -84,7 +84,7 @@ def fleet(path: Path, rows: int) -> Path:
 
 
 def _usual() -> np.ndarray[Any, np.dtype[np.float64]]:
-    manifest = runtime.open_model(BUNDLED).manifest
+    manifest = model_loader.open_model(BUNDLED).manifest
     return np.array(manifest.golden[0].telemetry[-1], dtype=np.float64)
 
 
@@ -130,7 +130,7 @@ def alone(threads: int) -> Alone:
     ]
     windows = np.concatenate([every_window(history, 100) for history in histories])
     batches = [windows[i : i + BATCH] for i in range(0, len(windows), BATCH)]
-    wide, narrow = runtime.open_model(BUNDLED, threads=threads), runtime.open_model(BUNDLED, threads=1)
+    wide, narrow = model_loader.open_model(BUNDLED, threads=threads), model_loader.open_model(BUNDLED, threads=1)
     with ThreadPoolExecutor(threads) as pool:
         ways = (lambda: [wide.run(one) for one in batches], lambda: list(pool.map(narrow.run, batches)))
         return max(_rate(way) for way in ways)

@@ -18,7 +18,7 @@ from benchmarks import load
 from benchmarks.load import CLIENT_CORE, JSON_HEADERS, SERVER_CORE, Figure
 from benchmarks.peers import BUILD, CONNECTIONS, INFER, ROOT, ROWS, alone, unfailing
 from model.contract import PLAN_KEY, graph_beside
-from model.evaluate import ARTEFACT, open_artefact
+from model.evaluation.evaluate import ARTEFACT, open_artefact
 from model.windows import Readings
 
 REACH = (  # case, against, figure, reach, whether more is better

@@ -1,7 +1,7 @@
 """Simulated streams of labelled predictions, calibrated exactly, and every look of the monitor at them.
 
 Independent rows, engines that run to failure, and the worst that dependence within an engine can do. A look costs
-constant time here; `agrees` proves that it is what `service.monitor.calibration` says of the same labels.
+constant time here; `agrees` proves that it is what `calibration.statistics` says of the same labels.
 """
 
 from dataclasses import dataclass
@@ -11,11 +11,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from model import numerics, sequential
-from model.engines import ENOUGH_ENGINES
+from model import numerics
+from model.evaluation import sequential
+from model.evaluation.cluster_bootstrap import ENOUGH_ENGINES
+from model.evaluation.sequential import Deviations
 from model.numerics import Floats
-from model.sequential import Deviations
-from service.monitor import ALPHA_CLASSES, ALPHA_GAP, Rows, calibration
+from service.calibration.statistics import ALPHA_CLASSES, ALPHA_GAP, Rows, calibration
 
 CLASSES = ("normal", "degrading", "critical")
 THRESHOLDS = (125.0, 50.0)  # cycles of remaining life

@@ -17,16 +17,17 @@ import numpy as np
 import torch
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
-from model import cmapss, numerics
-from model.backbones import RollingMlp
-from model.calibrate import calibrate
-from model.cmapss import History
+from model import numerics
 from model.contract import RUL_CAP, RUL_THRESHOLDS
-from model.evaluate import Run, answers
-from model.fit import load
-from model.measures import of_classes, of_rul, rows_of
-from model.tables import RESULTS, torch_runner
-from model.train import Knobs, build, train, windows_of
+from model.data import cmapss
+from model.data.cmapss import History
+from model.evaluation.evaluate import Run, answers
+from model.evaluation.evaluation_metrics import of_classes, of_rul, rows_of
+from model.model_card import RESULTS, torch_runner
+from model.training.backbones import RollingMlp
+from model.training.calibrate import calibrate
+from model.training.cross_fit import load
+from model.training.train import Knobs, build, train, windows_of
 from model.windows import Readings
 
 STUDY = Path(__file__).parent.parent / "docs" / "study.json"

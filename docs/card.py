@@ -11,8 +11,10 @@ from pathlib import Path
 
 from tables import replaced
 
-from model import cmapss, robustness, tables
-from model.evaluate import ARTEFACT, by_subset, open_artefact, runner
+from model import model_card
+from model.data import cmapss
+from model.evaluation import robustness
+from model.evaluation.evaluate import ARTEFACT, by_subset, open_artefact, runner
 
 CARD, STUDY = (Path(__file__).parent / name for name in ("model-card.md", "study.json"))
 
@@ -21,15 +23,15 @@ def made() -> Iterator[tuple[str, Iterator[str]]]:
     """Every table by its marker."""
     folder, (session, manifest) = cmapss.data_folder(), open_artefact(ARTEFACT)
     found = by_subset(runner(session), manifest.window or 1, folder)
-    yield "results", tables.results(found, manifest.temperature)
-    yield "results-80-30", tables.other_thresholds(ARTEFACT, manifest, folder)
-    yield "coverage", tables.coverage(found, manifest)
-    yield "scalings", tables.scalings(manifest)
-    yield "telling", tables.limits_of_telling(found)
+    yield "results", model_card.results(found, manifest.temperature)
+    yield "results-80-30", model_card.other_thresholds(ARTEFACT, manifest, folder)
+    yield "coverage", model_card.coverage(found, manifest)
+    yield "scalings", model_card.scalings(manifest)
+    yield "telling", model_card.limits_of_telling(found)
     yield "robustness", robustness.table(folder, session, manifest)
-    yield "attribution", tables.attribution(session, manifest, folder)
+    yield "attribution", model_card.attribution(session, manifest, folder)
     for name, lines in json.loads(STUDY.read_text()).items():
-        yield name, tables.study(lines)
+        yield name, model_card.study(lines)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from playwright.sync_api import expect
 
-from model import cmapss
+from model.data import cmapss
 from tests.browser import chromium, fly_nasas, watched
 from tests.conftest import running
 

@@ -34,7 +34,7 @@ def settings() -> Iterator[str]:
 
 def endpoints() -> Iterator[str]:
     """One line a route, as the OpenAPI document describes it."""
-    from service.api.app import create_app
+    from service.app import create_app
     from service.settings import read_settings
 
     yield "| call | what it answers |"
@@ -141,8 +141,8 @@ def _rank(values: list[int], share: float) -> int:
 
 def results() -> Iterator[str]:
     """The results of the bundled artefact on the official test engines."""
-    from model import cmapss
-    from model.evaluate import ARTEFACT, open_artefact, table
+    from model.data import cmapss
+    from model.evaluation.evaluate import ARTEFACT, open_artefact, table
 
     yield from table(cmapss.data_folder(), *open_artefact(ARTEFACT))
 

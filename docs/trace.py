@@ -244,7 +244,7 @@ def requests(window: list[list[float]]) -> dict[str, tuple[str, Iterator[Any]]]:
 
 def recorded(warm_up: int = WARM_UP, measured: int = MEASURED) -> dict[str, list[Call]]:
     """Return the calls of one request of each kind: of several, the one with the median number of frames."""
-    from model.evaluate import ARTEFACT, open_artefact
+    from model.evaluation.evaluate import ARTEFACT, open_artefact
 
     window = [[float(value) for value in row] for row in open_artefact(ARTEFACT)[1].golden[0].telemetry]
     found = {}

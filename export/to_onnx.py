@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from model import contract
-from model.calibrate import OUTPUT as CALIBRATION
 from model.contract import Manifest
-from model.fit import CHECKPOINT, load
-from model.histories import Histories
-from model.network import EngineHealth, Normaliser
-from model.plan import Plan
-from model.train import Knobs
+from model.training.calibrate import OUTPUT as CALIBRATION
+from model.training.channel_major import Plan
+from model.training.cross_fit import CHECKPOINT, load
+from model.training.network import EngineHealth, Normaliser
+from model.training.overlap import Histories
+from model.training.train import Knobs
 
 UNVERIFIED = Path("build/unverified.onnx")
 

@@ -18,11 +18,11 @@ import torch
 from export.to_onnx import UNVERIFIED
 from model import contract
 from model.batch_invariance import max_difference
-from model.cmapss import DataError
 from model.contract import RUL_CAP, ContractError, Golden
-from model.evaluate import ARTEFACT, open_artefact
-from model.fit import CHECKPOINT, load
-from model.network import EngineHealth
+from model.data.cmapss import DataError
+from model.evaluation.evaluate import ARTEFACT, open_artefact
+from model.training.cross_fit import CHECKPOINT, load
+from model.training.network import EngineHealth
 from model.windows import Readings, overlapping
 
 BATCHES = (1, 2, 7, 64)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE
-from service import heap, logs
+from service import logs
 from service.errors import ServiceError
 from service.replay import options as replay_options
-from service.score import command as score_command
+from service.scoring import command as score_command
+from service.server import malloc
 from service.settings import PREFIX, Settings, read_settings
 
 SWITCHES = tuple(Settings.model_fields)
@@ -44,21 +45,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def calibrate(file: Path, model: Path | None, temperature: float | None, as_json: bool) -> int:
     """Fit a temperature to a file and print it."""
-    from service import recalibrate, runtime  # what serving never needs, and serving starts in half a second
+    from service.calibration import fit_file
+    from service.inference import model_loader  # what serving never needs, and serving starts in half a second
 
-    manifest = runtime.open_model(read_settings(model=model).model).manifest
+    manifest = model_loader.open_model(read_settings(model=model).model).manifest
     before = manifest.temperature if temperature is None else temperature
-    found = recalibrate.from_file(file, manifest.classes, before)
+    found = fit_file.from_file(file, manifest.classes, before)
     if as_json:
         print(json.dumps(asdict(found)))
     else:
-        print("\n".join(recalibrate.lines(found, before)))
+        print("\n".join(fit_file.lines(found, before)))
     return 0
 
 
 def predict(file: str, model: Path | None, temperature: float | None, missing: str, as_json: bool) -> int:
     """Print the newest health of each engine of a file."""
-    from service.predict import predict as of_file  # as in `calibrate`
+    from service.scoring.latest import predict as of_file  # as in `calibrate`
 
     return of_file(file, read_settings(model=model), temperature, missing, as_json)
 
@@ -82,9 +84,9 @@ def score(flags: dict[str, Any]) -> int:
     logs.configure(settings)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        from service.score import run  # what serving has no need of
+        from service.scoring import job  # what serving has no need of
 
-        return run.score(options, settings)
+        return job.score(options, settings)
     except ModuleNotFoundError as error:
         if error.name not in score_command.PACKAGES:
             raise
@@ -93,12 +95,12 @@ def score(flags: dict[str, Any]) -> int:
 
 def serve(settings: Settings) -> int:
     """Serve until told to stop; 1 if the artefact or the address cannot be used."""
-    heap.give_back()  # before anybody takes much
+    malloc.give_back()  # before anybody takes much
     gc.disable()  # what is imported now stays; the first model that is opened makes an end of that
     import uvicorn  # what no other command has need of, and a second to import
 
-    from service.api.app import create_app
-    from service.workers import configuration, serve_many
+    from service.app import create_app
+    from service.serve import configuration, serve_many
 
     logs.configure(settings)
     # uvicorn raises the signal again once it has stopped: to be told to stop is no failure

@@ -16,14 +16,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from service import heap
 from service.errors import ArtefactRejected, Draining, NoMemory, NotReady, SchemaRejected, ServiceError
-from service.label_accounting import LabelAccounting
-from service.memory import Memory
+from service.inference.model_loader import Model, open_model
+from service.inference.predictor import Predictor
 from service.metrics import Metrics
-from service.predictor import Predictor
-from service.runtime import Model, open_model
+from service.server import malloc
 from service.settings import Settings
+from service.store.label_accounting import LabelAccounting
+from service.store.store import Memory
 
 GARBAGE = (20_000, 20, 20)  # objects of a few hundred requests; Python's own 700 are a few per request
 LOOK_SECONDS = 0.25  # how often a worker looks whether another one has a new model
@@ -263,7 +263,7 @@ async def _keep_tidy() -> None:
     while True:
         await asyncio.sleep(TIDY_SECONDS)
         with suppress(RuntimeError):  # no thread is to be had: the next minute is another try, and others go on
-            await asyncio.to_thread(heap.tidy)
+            await asyncio.to_thread(malloc.tidy)
 
 
 async def _retire(predictor: Predictor) -> None:

@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
 
-from model import cmapss
+from model.data import cmapss
 from tests.conftest import start
 
 CHROMIUM = Path("/usr/bin/chromium")

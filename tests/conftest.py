@@ -23,9 +23,9 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from model import cmapss
 from model.contract import Manifest
-from model.evaluate import ARTEFACT, open_artefact
+from model.data import cmapss
+from model.evaluation.evaluate import ARTEFACT, open_artefact
 from model.windows import Readings
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def browser() -> Iterator["Browser"]:
 @pytest.fixture(scope="module", params=["simdjson", "portable"])
 def each_parser(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each parser of JSON numbers in turn; simdjson where it is installed."""
-    from service.api import number_parser  # which not every test needs
+    from service.codecs import number_parser  # which not every test needs
 
     if request.param == "simdjson" and find_spec("simdjson") is None:
         pytest.skip("simdjson is not installed: it has no wheel for this Python")

@@ -5,9 +5,9 @@ import torch
 
 from export.verify import shortest, synthetic_windows, torch_answers
 from model import contract
-from model.evaluate import ARTEFACT, open_artefact
-from model.network import EngineHealth, NetworkConfig
-from service import runtime
+from model.evaluation.evaluate import ARTEFACT, open_artefact
+from model.training.network import EngineHealth, NetworkConfig
+from service.inference import model_loader
 
 WINDOW = 23
 
@@ -34,7 +34,7 @@ def manifest_of(network: EngineHealth) -> contract.Manifest:
 
 def bundled(key: str) -> onnx.ModelProto:
     """A graph that lies in the committed artefact beside the network's own."""
-    graph = contract.graph_beside(runtime.metadata(ARTEFACT.read_bytes()), key)
+    graph = contract.graph_beside(model_loader.metadata(ARTEFACT.read_bytes()), key)
     assert graph is not None
     return onnx.load_model_from_string(graph)
 

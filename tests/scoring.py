@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 
 from model.contract import CHANNELS, Manifest
 from model.windows import Readings
-from service.score import run
-from service.score.options import Options
+from service.scoring import job
+from service.scoring.options import Options
 from service.settings import read_settings
 
 FORMS = ("a.parquet", "a.csv", "a.tsv", "a.jsonl", "a.csv.gz", "a.jsonl.zst")
@@ -57,7 +57,7 @@ def _json(row: dict[str, Any]) -> str:
 def score(inputs: Path | Sequence[Path | str], output: Path, **options: Any) -> int:
     """A job in this process; its exit code."""
     names = [inputs] if isinstance(inputs, Path) else inputs
-    return run.score(Options(tuple(map(str, names)), output, quiet=True, **options), read_settings())
+    return job.score(Options(tuple(map(str, names)), output, quiet=True, **options), read_settings())
 
 
 def read(output: Path) -> pa.Table:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from service.admission import MIN_SHARE, RECENT_REQUESTS, Admission, LoadShedder, RowCountEstimator
 from service.errors import Overloaded
+from service.inference.admission import MIN_SHARE, RECENT_REQUESTS, Admission, LoadShedder, RowCountEstimator
 
 TURN_SECONDS = 0.1  # an eighth of the longest wait, which is what a turn may take
 

@@ -5,12 +5,12 @@ import tracemalloc
 import orjson
 from prometheus_client import CollectorRegistry
 
-from model.evaluate import ARTEFACT
-from service.api.answers import envelope
+from model.evaluation.evaluate import ARTEFACT
+from service.codecs.predictions_json import envelope
+from service.inference.model_loader import open_model
+from service.inference.predictions import Evaluation, Prediction
+from service.inference.predictor import Predictor
 from service.metrics import Metrics
-from service.predictions import Evaluation, Prediction
-from service.predictor import Predictor
-from service.runtime import open_model
 from service.settings import read_settings
 
 

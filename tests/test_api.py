@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from export.verify import torch_answers
-from model import cmapss, contract, numerics
+from model import contract, numerics
 from model.contract import Manifest
-from model.evaluate import ARTEFACT, open_artefact
-from model.fit import load
-from model.occlusion import Usual
+from model.data import cmapss
+from model.evaluation.evaluate import ARTEFACT, open_artefact
+from model.evaluation.occlusion import Usual
+from model.training.cross_fit import load
 from model.windows import Readings, every_window
-from service.api.app import create_app
+from service.app import create_app
 from service.settings import read_settings
 from tests.conftest import Service, running
 from tests.test_runtime import edited, identity_classifier

@@ -15,7 +15,7 @@ import pytest
 
 from model.contract import CHANNELS
 from model.windows import Readings
-from service.api.ipc import MOST_HEADER, UINT32, Flat, get
+from service.codecs.arrow_limits import MOST_HEADER, UINT32, Flat, get
 from tests.conftest import Service, absent, running
 from tests.test_runtime import identity_classifier, overflowing_classifier
 

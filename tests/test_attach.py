@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from export.attach import main
-from service.runtime import Model, open_model
+from service.inference.model_loader import Model, open_model
 from tests.conftest import Service, running
 from tests.test_oip import binary, described, outputs
 

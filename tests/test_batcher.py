@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from service.batcher import HUSH, Batcher, Piece, Rows
 from service.errors import ClientGone, Overloaded
+from service.inference.batcher import HUSH, Batcher, Piece, Rows
 
 
 class Seen:

@@ -8,13 +8,13 @@ import httpx
 import numpy as np
 import pytest
 
-from model import cmapss
-from model.cmapss import History
 from model.contract import Manifest
-from model.evaluate import ARTEFACT, by_subset, open_artefact, runner
-from model.measures import of_classes, rows_of
+from model.data import cmapss
+from model.data.cmapss import History
+from model.evaluation.evaluate import ARTEFACT, by_subset, open_artefact, runner
+from model.evaluation.evaluation_metrics import of_classes, rows_of
 from model.windows import Readings
-from service.calibration import seconds_of
+from service.calibration.use_cases import seconds_of
 from service.errors import InvalidInput
 from tests.conftest import Service, running
 from tests.test_serving import until, until_all_are_ready

@@ -7,9 +7,9 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
-from model import cmapss
-from model.cmapss import DataError, History
 from model.contract import CHANNELS
+from model.data import cmapss
+from model.data.cmapss import DataError, History
 
 TRAIN_ENGINES = {"FD001": 100, "FD002": 260, "FD003": 100, "FD004": 249}
 TEST_ENGINES = {"FD001": 100, "FD002": 259, "FD003": 100, "FD004": 248}

@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 
-from model import conformal, numerics
-from model.calibrate import safe_threshold
-from model.conformal import Method
-from model.measures import Answers, macro_f1, nasa_score, of_classes, of_rul, of_sets
+from model import numerics
+from model.evaluation import conformal
+from model.evaluation.conformal import Method
+from model.evaluation.evaluation_metrics import Answers, macro_f1, nasa_score, of_classes, of_rul, of_sets
+from model.training.calibrate import safe_threshold
 
 
 def calibrated(n: int, seed: int) -> tuple[numerics.Floats, np.ndarray]:

@@ -7,7 +7,7 @@ import pytest
 
 from model import contract
 from model.contract import ContractError, Manifest
-from model.evaluate import ARTEFACT
+from model.evaluation.evaluate import ARTEFACT
 from model.numerics import softmax
 
 SMALL = {"name": "m", "version": "1", "classes": ["a", "b"]}

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from model.evaluate import ARTEFACT
-from service.api.app import create_app
-from service.api.keys import OPEN
+from model.evaluation.evaluate import ARTEFACT
+from service.api.auth import OPEN
+from service.app import create_app
 from service.settings import PREFIX, Settings, read_settings
 
 ROOT = Path(__file__).parent.parent

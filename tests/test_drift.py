@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 
 from model.contract import Histogram, Manifest, Reference
-from model.drift import counts_of, distances, jensen_shannon, psi, psi_noise
-from service.monitor import drift
+from model.evaluation.drift import counts_of, distances, jensen_shannon, psi, psi_noise
+from service.calibration.statistics import drift
 
 SHARES = np.array([0.1, 0.2, 0.3, 0.4])
 counts = st.lists(st.integers(0, 10**6), min_size=4, max_size=4).filter(sum)

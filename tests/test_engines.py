@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from model.engines import GROUPS, engines_of, interval, resampled
+from model.evaluation.cluster_bootstrap import GROUPS, engines_of, interval, resampled
 
 
 def test_sums_are_over_each_engines_rows() -> None:

@@ -12,12 +12,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.to_onnx import to_onnx
 from export.verify import VerifyError, measure, synthetic_windows, torch_answers
-from model import cmapss
-from model.evaluate import ARTEFACT, open_artefact
-from model.fit import load
-from model.network import EngineHealth, NetworkConfig
+from model.data import cmapss
+from model.evaluation.evaluate import ARTEFACT, open_artefact
+from model.training.cross_fit import load
+from model.training.network import EngineHealth, NetworkConfig
 from model.windows import Readings, every_window, pad_left
-from service.runtime import open_model
+from service.inference.model_loader import open_model
 
 
 @pytest.fixture(scope="module")
@@ -151,15 +151,15 @@ def test_the_committed_artefact_is_the_committed_network(cmapss_dir: Path) -> No
 @pytest.mark.parametrize(
     ("module", "flags"),
     [
-        ("model.fit", "--folds 1"),
-        ("model.fit", "--epochs 0"),
-        ("model.fit", "--near-threshold 130"),
-        ("model.calibrate", "--checkpoint NOTHING"),
+        ("model.training.cross_fit", "--folds 1"),
+        ("model.training.cross_fit", "--epochs 0"),
+        ("model.training.cross_fit", "--near-threshold 130"),
+        ("model.training.calibrate", "--checkpoint NOTHING"),
         ("export.to_onnx", "--checkpoint NOTHING"),
         ("export.to_onnx", "--checkpoint TEXT"),
         ("export.verify", "--checkpoint TEXT"),
-        ("model.evaluate", "TEXT"),
-        ("model.evaluate", "NOTHING"),
+        ("model.evaluation.evaluate", "TEXT"),
+        ("model.evaluation.evaluate", "NOTHING"),
     ],
 )
 def test_every_command_refuses_in_one_line(cmapss_dir: Path, tmp_path: Path, module: str, flags: str) -> None:

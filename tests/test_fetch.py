@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from model import fetch
+from model.data import download
 from tests.conftest import serving
 
 
@@ -44,8 +44,8 @@ def served(content: bytes, status: int = 200) -> Iterator[str]:
 @pytest.fixture
 def files(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """Twelve small files under NASA's names, and their sums in place of NASA's."""
-    found = {name: f"content of {name}".encode() for name in fetch.SUMS}
-    monkeypatch.setattr(fetch, "SUMS", {name: hashlib.sha256(data).hexdigest() for name, data in found.items()})
+    found = {name: f"content of {name}".encode() for name in download.SUMS}
+    monkeypatch.setattr(download, "SUMS", {name: hashlib.sha256(data).hexdigest() for name, data in found.items()})
     return found
 
 
@@ -61,7 +61,7 @@ def test_nasas_own_files_pass_their_sums(cmapss_dir: Path, tmp_path: Path) -> No
     if not real:
         pytest.skip("this C-MAPSS is not gzipped; the sums are checked on small files above")
     with served(nasa_zip(real)) as url:
-        fetch.fetch(url, tmp_path / "cmapss")
+        download.fetch(url, tmp_path / "cmapss")
     assert real == {path.name: path.read_bytes() for path in (tmp_path / "cmapss").iterdir()}
 
 
@@ -69,9 +69,9 @@ def test_a_file_with_another_sum_leaves_nothing(files: dict[str, bytes], tmp_pat
     """One changed byte in one file, and nothing is written."""
     with (
         served(nasa_zip(files | {"train_FD003.txt": b"changed"})) as url,
-        pytest.raises(fetch.FetchError, match=r"train_FD003\.txt has sha256"),
+        pytest.raises(download.FetchError, match=r"train_FD003\.txt has sha256"),
     ):
-        fetch.fetch(url, tmp_path / "cmapss")
+        download.fetch(url, tmp_path / "cmapss")
     assert not (tmp_path / "cmapss").exists()
 
 
@@ -83,13 +83,13 @@ def test_what_is_no_data_is_refused(
 ) -> None:
     """A web page, an error or an empty archive is one line with the address."""
     assert files
-    with served(content, status) as url, pytest.raises(fetch.FetchError, match=said):
-        fetch.fetch(url, tmp_path)
+    with served(content, status) as url, pytest.raises(download.FetchError, match=said):
+        download.fetch(url, tmp_path)
 
 
 def test_an_address_without_a_server_is_named(tmp_path: Path) -> None:
     """No answer is one line with the address."""
     with served(b"") as url:
         pass
-    with pytest.raises(fetch.FetchError, match=r"127\.0\.0\.1"):
-        fetch.fetch(url, tmp_path)
+    with pytest.raises(download.FetchError, match=r"127\.0\.0\.1"):
+        download.fetch(url, tmp_path)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from model.evaluate import ARTEFACT, open_artefact, table
+from model.evaluation.evaluate import ARTEFACT, open_artefact, table
 from tests.conftest import running
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from model import contract
-from model.evaluate import ARTEFACT
+from model.evaluation.evaluate import ARTEFACT
 from service.errors import SettingsRejected
 from service.settings import read_settings
 from tests.conftest import Service

@@ -11,11 +11,11 @@ import pytest
 from starlette.requests import Request
 
 from model.windows import Readings
-from service.api import intake
-from service.api.body import read_large
-from service.api.held import KEPT, Buffer, Held
-from service.api.scope import context_of
-from service.loop import Loop
+from service.server import upload
+from service.server.body import read_large
+from service.server.body_budget import KEPT, Buffer, Held
+from service.server.event_loop import Loop
+from service.server.scope import context_of
 from tests.conftest import Service, running
 from tests.test_oip import INFER, binary
 from tests.test_protocol import LIVEZ, asking, ends, hear, talking
@@ -183,8 +183,8 @@ def test_who_announces_much_and_sends_little_leaves_the_room_to_others(many: Rea
 def test_a_body_that_comes_fast_is_read_a_step_each_time_the_loop_comes_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """However much of it waits to be read, others have their turn after each step."""
     step, length, taken = 1 << 12, 2 * MIB, [0]
-    monkeypatch.setattr(intake, "STEP", step)
-    monkeypatch.setattr(intake, "LEAST", step)
+    monkeypatch.setattr(upload, "STEP", step)
+    monkeypatch.setattr(upload, "LEAST", step)
 
     async def application(scope: Any, receive: Any, _send: Any) -> None:
         context = context_of(scope)

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from service.errors import SettingsRejected
+from service.serve import GRACE_SECONDS
 from service.settings import PREFIX, Settings, read_settings
-from service.workers import GRACE_SECONDS
 from tests.conftest import running
 
 ROOT = Path(__file__).parent.parent

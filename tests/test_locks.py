@@ -8,12 +8,12 @@ import pytest
 from sqlalchemy import Connection, text
 
 from model.contract import Manifest
-from service.storage import forget, labels, remember
-from service.storage.book import Book
-from service.storage.database import Database
-from service.storage.labels import End, Labels, Said
-from service.storage.locks import lock_all
-from service.storage.remember import Batch, By, Made
+from service.store.sql import labels, predictions, retention
+from service.store.sql.database import Database
+from service.store.sql.labels import End, Labels, Said
+from service.store.sql.locks import lock_all
+from service.store.sql.predictions import Batch, By, Made
+from service.store.sql.session import Book
 from tests.postgres import Postgres, postgres
 
 BY = By("d" * 64, Manifest(name="tested", version="1", classes=("a", "b", "c")), 1.0, "artefact")
@@ -54,7 +54,7 @@ class Process:
 
     def predict(self, name: str, engine: str, cycle: int) -> tuple[Any, Any]:
         made = Made(name, engine, cycle, np.ones(3, np.float32).tobytes(), None, 0, 0.5, None)
-        return partial(remember.remember, self.book), Batch(BY, 1.0, [made])
+        return partial(predictions.remember, self.book), Batch(BY, 1.0, [made])
 
 
 def _wait(connection: Connection, items: Any) -> list[None]:
@@ -95,12 +95,12 @@ def test_forgetting_locks_as_everybody_does(cluster: Postgres) -> None:
         await other.together()
         for k in range(10):
             await one.together(one.predict(f"{k:032x}", "e1", k))
-            old = await other.database.read(lambda connection: forget.too_old(connection, 2.0))
-            forgets = other.together(other.end("e2", k), (_pause, None), (forget.prune, old))
+            old = await other.database.read(lambda connection: retention.too_old(connection, 2.0))
+            forgets = other.together(other.end("e2", k), (_pause, None), (retention.prune, old))
             await asyncio.gather(forgets, one.together(one.end("e1", k), one.end("e2", k)))
-        old = await other.database.read(lambda connection: forget.too_old(connection, 2.0))
-        await other.database.write(forget.prune, old)
-        left = await other.database.read(lambda connection: forget.too_old(connection, 2.0))
+        old = await other.database.read(lambda connection: retention.too_old(connection, 2.0))
+        await other.database.write(retention.prune, old)
+        left = await other.database.read(lambda connection: retention.too_old(connection, 2.0))
         await one.database.close()
         await other.database.close()
         return one.again + other.again, len(left.engines)

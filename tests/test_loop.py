@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from service.loop import MOST_AT_ONCE, Loop
+from service.server.event_loop import MOST_AT_ONCE, Loop
 
 CLIENTS = 200
 
@@ -57,7 +57,9 @@ def test_all_who_connected_while_the_loop_was_busy_are_accepted_at_once() -> Non
 
 def test_an_idle_loop_leaves_connections_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where turns are short each takes a connection or two, so that several workers share those who come at once."""
-    monkeypatch.setattr("service.loop.SECONDS_EACH", 60.0)  # however busy this machine is, a turn is short beside it
+    monkeypatch.setattr(
+        "service.server.event_loop.SECONDS_EACH", 60.0
+    )  # however busy this machine is, a turn is short beside it
     with asyncio.Runner(loop_factory=Loop) as runner:
         assert CLIENTS / 10 < runner.run(turns_until_all_are_in(0))
 

@@ -15,9 +15,9 @@ from benchmarks.kills import survive_in
 from model import contract, numerics
 from model.contract import Manifest
 from model.windows import Readings, pad_left
-from service.api.recall import read_cursor, write_cursor
-from service.api.schemas import MOST_NAME
-from service.storage.database import address
+from service.codecs.requests import MOST_NAME
+from service.codecs.store_requests import read_cursor, write_cursor
+from service.store.sql.database import address
 from tests.conftest import Service, running
 from tests.postgres import Postgres, postgres
 from tests.test_runtime import identity_classifier

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from benchmarks.streams import Stream, agrees, alike, fleet, independent, looks
-from model import cmapss, numerics
+from model import numerics
 from model.contract import CHANNELS, Manifest
-from model.evaluate import ARTEFACT, answers, open_artefact, runner
-from model.measures import of_classes, rows_of
+from model.data import cmapss
+from model.evaluation.evaluate import ARTEFACT, answers, open_artefact, runner
+from model.evaluation.evaluation_metrics import of_classes, rows_of
 from model.windows import Readings, every_window
-from service.monitor import AGES, DAY, REPRESENTATIVE_SHARE, Rows, calibration, over_time
+from service.calibration.statistics import AGES, DAY, REPRESENTATIVE_SHARE, Rows, calibration, over_time
 
 CLASSES = ("normal", "degrading", "critical")
 NOW = 1_000_000.0

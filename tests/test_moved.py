@@ -2,10 +2,10 @@ from pathlib import Path
 
 import numpy as np
 
-from model import cmapss
 from model.contract import CHANNELS, Manifest
-from model.moved import moved
-from model.occlusion import Usual
+from model.data import cmapss
+from model.evaluation.occlusion import Usual
+from model.evaluation.sensor_shift import moved
 
 USUAL = Usual.of([1.0], [[0.0, 10.0, 20.0], [5.0, 30.0, 40.0]])  # one setting, two sensors, two conditions
 SPREAD = [[2.0, 1.0], [4.0, 0.0]]

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from model import cmapss
-from model.backbones import RollingMlp, Rows, real_rows
-from model.calibrate import calibrate
-from model.cmapss import History
-from model.fit import fit, load
-from model.losses import balanced_weights, bin_loss, health_loss, rul_loss, weighted_mean
-from model.network import EngineHealth, NetworkConfig, bin_edges, find_conditions
-from model.train import Knobs, batches, begin_late, build, disturb, forget, predict, train, windows_of
+from model.data import cmapss
+from model.data.cmapss import History
+from model.training.backbones import RollingMlp, Rows, real_rows
+from model.training.calibrate import calibrate
+from model.training.cross_fit import fit, load
+from model.training.losses import balanced_weights, bin_loss, health_loss, rul_loss, weighted_mean
+from model.training.network import EngineHealth, NetworkConfig, bin_edges, find_conditions
+from model.training.train import Knobs, batches, begin_late, build, disturb, forget, predict, train, windows_of
 from model.windows import every_window
 
 QUICK = Knobs(window=20, hidden=8, epochs=1, windows_per_epoch=600, batch=64, folds=2, seed=3)

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from model.evaluate import ARTEFACT
-from service.api import numbers as arrays
-from service.api.calls import evaluate_json, read_predict
-from service.api.number_parser import DECLINED, NumberParser, PortableParser, SimdjsonParser
-from service.api.numbers import FLOAT32_MOST, PIECE, columns, fits_float32, numbers, table, tables, to_float32
-from service.api.tensors import read
+from model.evaluation.evaluate import ARTEFACT
+from service.codecs import json_numbers as arrays
+from service.codecs.json_numbers import FLOAT32_MOST, PIECE, columns, fits_float32, numbers, table, tables, to_float32
+from service.codecs.number_parser import DECLINED, NumberParser, PortableParser, SimdjsonParser
+from service.codecs.oip_tensors import read
+from service.codecs.predict_request import evaluate_json, read_predict
 from service.errors import InputRejected
-from service.runtime import open_model
+from service.inference.model_loader import open_model
 from tests.conftest import absent, running
 
 pytestmark = pytest.mark.usefixtures("each_parser")

@@ -18,7 +18,7 @@ from model.contract import Manifest
 from model.numerics import Floats
 from model.windows import Readings
 from ops import dashboard
-from service import monitor
+from service.calibration import statistics
 from tests.conftest import Service, running
 from tests.test_runtime import identity_classifier
 from tests.test_serving import until
@@ -229,7 +229,7 @@ def test_recorded_figures_are_those_of_the_service(watched: Watched, window: str
 def test_few_labels_are_few_in_both(watched: Watched) -> None:
     """The share of labels below which alerts keep quiet is the one below which the service calls a selection biased."""
     (needed,) = watched.prometheus.ask("engine_health:threshold:representative_share")
-    assert monitor.REPRESENTATIVE_SHARE == needed
+    assert statistics.REPRESENTATIVE_SHARE == needed
     biased = watched.service.client.get("/v1/calibration").json()["labels"]["selection_biased"]
     assert biased is (recorded(watched.prometheus, "labelled_per_prediction:ratio", "30d") < needed)
 

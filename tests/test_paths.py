@@ -2,8 +2,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from service.api.app import create_app
-from service.api.paths import FastRoute, Paths
+from service.api.route_index import FastRoute, Paths
+from service.app import create_app
 from service.settings import read_settings
 
 

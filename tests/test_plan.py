@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 
 from export.to_onnx import plan_to_onnx, to_onnx
 from export.verify import VerifyError, check_plan, synthetic_windows, torch_answers
-from model import cmapss, contract
-from model.evaluate import ARTEFACT, open_artefact
-from model.network import SAME_CONDITION, EngineHealth, NetworkConfig
-from model.plan import Plan
+from model import contract
+from model.data import cmapss
+from model.evaluation.evaluate import ARTEFACT, open_artefact
+from model.training.channel_major import Plan
+from model.training.network import SAME_CONDITION, EngineHealth, NetworkConfig
 from model.windows import Readings, every_window
-from service import runtime, trials
-from service.runtime import open_model
+from service.inference import model_loader, probe_windows
+from service.inference.model_loader import open_model
 from tests.conftest import Service
 from tests.graphs import WINDOW, bundled, manifest_of, untrained, without
 
@@ -92,13 +93,15 @@ def test_rows_at_the_border_of_a_condition_are_of_it_or_not_for_both(conditions:
     away = windows[..., :3] / np.linalg.norm(windows[..., :3], axis=-1, keepdims=True) * SAME_CONDITION
     of = random.integers(conditions, size=windows.shape[:2])
     windows[..., :3] = usual.centres.numpy()[of] + away * usual.scales.numpy()
-    check_plan(runtime.session(to_onnx(network, WINDOW), 1), runtime.session(made, 1), windows.astype(np.float32))
+    check_plan(
+        model_loader.session(to_onnx(network, WINDOW), 1), model_loader.session(made, 1), windows.astype(np.float32)
+    )
 
 
 @pytest.mark.parametrize("factor", [1.1, 1 + 1e-4, 1 - 1e-4])
 def test_a_plan_with_the_border_elsewhere_is_not_used(tmp_path: Path, factor: float) -> None:
     """A condition that ends a ten-thousandth later or sooner is found out; the trials know where it ends."""
-    assert trials.BORDER == SAME_CONDITION
+    assert probe_windows.BORDER == SAME_CONDITION
     changed = plan()
     ends = next(node.input[1] for node in changed.graph.node if node.op_type == "LessOrEqual")
     bound = next(one for one in changed.graph.initializer if one.name == ends)
@@ -111,7 +114,7 @@ def test_a_plan_with_the_border_elsewhere_is_not_used(tmp_path: Path, factor: fl
 
 def test_no_plan_is_believed(tmp_path: Path) -> None:
     """One that is no graph, of another network, of other names, without RUL: left aside, and the network answers."""
-    manifest, probes = open_artefact(ARTEFACT)[1], next(trials.batches(open_artefact(ARTEFACT)[1]))
+    manifest, probes = open_artefact(ARTEFACT)[1], next(probe_windows.batches(open_artefact(ARTEFACT)[1]))
     expected = open_model(ARTEFACT).run(probes).logits
     torch.manual_seed(3)
     other = EngineHealth(NetworkConfig(hidden=8)).eval()
@@ -147,9 +150,9 @@ def test_a_network_that_someone_else_trains_has_its_plan_used(network: EngineHea
 def test_an_export_with_a_plan_of_another_network_is_refused() -> None:
     """`make export` does not write a file whose plan would only be laid aside."""
     session, _ = open_artefact(ARTEFACT)
-    other = runtime.session(to_onnx(EngineHealth(NetworkConfig(hidden=8)).eval(), 100), 1)
+    other = model_loader.session(to_onnx(EngineHealth(NetworkConfig(hidden=8)).eval(), 100), 1)
     with pytest.raises(VerifyError, match="the plan answers otherwise"):
-        check_plan(session, other, trials.flown(open_artefact(ARTEFACT)[1])[:400].reshape(4, 100, 17))
+        check_plan(session, other, probe_windows.flown(open_artefact(ARTEFACT)[1])[:400].reshape(4, 100, 17))
 
 
 def test_whether_it_is_used_is_told(service: Service) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model import cmapss, simulate, telemetry
-from model.cmapss import COLUMNS, History
 from model.contract import CHANNELS
+from model.data import cmapss, telemetry
+from model.data.cmapss import COLUMNS, History
+from model.data.simulator import fleet as simulate
 from service import cli
 from tests.conftest import Service, start
 
@@ -166,7 +167,7 @@ def test_a_reader_may_leave(tmp_path: Path, fleet: list[History]) -> None:
 
 
 def test_official_files_are_read_as_training_read_them(cmapss_dir: Path) -> None:
-    """NASA's files give the histories, ids and RUL that `model.cmapss` gives, gzipped or not."""
+    """NASA's files give the histories, ids and RUL that `model.data.cmapss` gives, gzipped or not."""
     for name, read in (("train_FD001.txt", cmapss.read_train), ("test_FD003.txt", cmapss.read_test)):
         path = next(cmapss_dir.glob(f"{name}*"))
         found, expected = telemetry.read(str(path), CHANNELS), read(cmapss_dir, name[-9:-4])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from service.api.schemas import PredictRequest, parse
+from service.codecs.requests import PredictRequest, parse
 from service.errors import InvalidInput
 
 ROOT = Path(__file__).parent.parent

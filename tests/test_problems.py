@@ -12,8 +12,8 @@ from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 
 from service import errors
-from service.api.app import create_app
 from service.api.problems import HTTP_CODES, STATUS, TITLES, OriginRejected, problem
+from service.app import create_app
 from service.errors import Code
 from service.metrics import Metrics
 from service.settings import read_settings

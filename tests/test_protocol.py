@@ -18,7 +18,7 @@ from uvicorn.server import ServerState
 
 from model.windows import Readings
 from service.api.problems import HTTP_CODES
-from service.api.protocol import BoundedProtocol
+from service.server.protocol import BoundedProtocol
 from tests.conftest import Service, running
 from tests.test_serving import one, until, until_all_are_ready
 from tests.test_strain import HEAD, JSON, connected

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.evaluate import ARTEFACT
-from service.api import schemas
-from service.api.calls import read_predict
-from service.api.decode import decode_instances
-from service.api.numbers import PIECE
-from service.api.quick import read_quickly
+from model.evaluation.evaluate import ARTEFACT
+from service.codecs import requests
+from service.codecs.instances import decode_instances
+from service.codecs.instances_fast import read_quickly
+from service.codecs.json_numbers import PIECE
+from service.codecs.predict_request import read_predict
 from service.errors import ServiceError
-from service.runtime import Model, open_model
+from service.inference.model_loader import Model, open_model
 
 pytestmark = pytest.mark.usefixtures("each_parser")
 CHANNELS = 17
@@ -66,7 +66,7 @@ def model() -> Model:
 
 def slowly(body: bytes, model: Model) -> tuple[list[tuple[str | None, int | None]], bytes, bytes | None]:
     """What the schemas make of a body: names, windows and labels."""
-    asked = schemas.parse(body, schemas.PredictRequest)
+    asked = requests.parse(body, requests.PredictRequest)
     decoded = decode_instances(asked.instances, model, asked.missing == "hold")
     assert asked.temperature is None
     targets = None if decoded.targets is None else decoded.targets.tobytes()

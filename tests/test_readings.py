@@ -11,14 +11,15 @@ from sqlalchemy import Connection, create_engine, func, select
 from model.contract import Manifest
 from model.windows import Readings
 from service.errors import Overloaded
-from service.flight_recording import EngineLocks
-from service.storage import forget, readings, remember
-from service.storage.book import Book
-from service.storage.history import EngineTail
-from service.storage.migrate import migrate
-from service.storage.readings import EngineFlights, FlightWrite, FlightWriteResult, TailRequest
-from service.storage.remember import Batch, By, Made
-from service.storage.tables import predictions
+from service.store.flight_recording import EngineLocks
+from service.store.sql import flights, retention
+from service.store.sql import predictions as remember
+from service.store.sql.flight_cache import EngineTail
+from service.store.sql.flights import EngineFlights, FlightWrite, FlightWriteResult, TailRequest
+from service.store.sql.migrate import migrate
+from service.store.sql.predictions import Batch, By, Made
+from service.store.sql.session import Book
+from service.store.sql.tables import predictions
 from tests.test_storage import MANIFEST
 
 names = count()
@@ -52,7 +53,7 @@ def flight(cycle: int) -> Readings:
 def tail(book: Book, connection: Connection, lowest: int, window: int, cached: EngineTail | None = None) -> EngineTail:
     """What is stored of the engine."""
     asked = TailRequest("a", lowest, window)
-    return readings.read_tails(connection, [(asked, cached)], book.generation)["a"]
+    return flights.read_tails(connection, [(asked, cached)], book.generation)["a"]
 
 
 def write(who: By, base: EngineTail, *cycles: int, told: float = 1.0) -> FlightWrite:
@@ -71,7 +72,7 @@ def record(
 ) -> tuple[FlightWrite, FlightWriteResult]:
     """Store flights as one request does that nothing interferes with."""
     asked = write(who, tail(book, connection, min(cycles), who.manifest.window or 1), *cycles, told=told)
-    (result,) = readings.record_flights(book, connection, [asked])
+    (result,) = flights.record_flights(book, connection, [asked])
     assert not result.stale
     return asked, result
 
@@ -87,11 +88,11 @@ def test_stale_window_is_rebuilt_from_what_is_stored(connection: Connection) -> 
     record(book, connection, who, 2, 4, 6)
     base = tail(book, connection, 1, 3)
     first, late = write(who, base, 8), write(who, base, 1, 3)
-    stored, refused = readings.record_flights(book, connection, [first, late])
+    stored, refused = flights.record_flights(book, connection, [first, late])
     assert (1, {}, 0) == (stored.stored, stored.stale, refused.stored)
     assert [2, 4, 6, 8] == refused.stale["a"].cycles
     again = write(who, refused.stale["a"], 1, 3)
-    (result,) = readings.record_flights(book, connection, [again])
+    (result,) = flights.record_flights(book, connection, [again])
     assert (2, {}) == (result.stored, result.stale)
     assert [4.0, 8.0, 6.0] == logits(first.made[0])
     assert [[1.0, 1.0, 1.0], [1.0, 3.0, 2.0]] == [logits(one) for one in again.made]
@@ -123,7 +124,7 @@ def test_repeated_flight_without_prediction_stores_nothing(connection: Connectio
     assert [(2, []), (0, [])] == [
         (one.stored, one.unpredicted)
         for one in (
-            *readings.record_flights(book, connection, [complete]),
+            *flights.record_flights(book, connection, [complete]),
             record(book, connection, other, 5, 6)[1],
         )
     ]
@@ -147,8 +148,10 @@ def test_expired_flights_make_a_cached_tail_stale(connection: Connection) -> Non
     cached = tail(book, connection, 8, 3)
     assert [2, 4, 6] == cached.cycles
     assert cached is tail(book, connection, 8, 3, cached)
-    assert 4 == forget.prune(connection, [forget.too_old(connection, 3.0)])[0]  # two flights, and their predictions
-    (refused,) = readings.record_flights(book, connection, [write(who, cached, 8, told=6.0)])
+    assert (
+        4 == retention.prune(connection, [retention.too_old(connection, 3.0)])[0]
+    )  # two flights, and their predictions
+    (refused,) = flights.record_flights(book, connection, [write(who, cached, 8, told=6.0)])
     assert (0, [6]) == (refused.stored, refused.stale["a"].cycles)
     assert [6] == tail(book, connection, 8, 3, cached).cycles
     after, _ = record(book, connection, who, 8, told=6.0)
@@ -160,10 +163,10 @@ def test_replaced_database_makes_every_tail_stale(connection: Connection) -> Non
     book, who = Book(), by(3)
     cached = tail(book, connection, 1, 3)
     book.forget()  # a transaction failed
-    assert not readings.record_flights(book, connection, [write(who, cached, 1)])[0].stale
+    assert not flights.record_flights(book, connection, [write(who, cached, 1)])[0].stale
     cached = tail(book, connection, 2, 3)
     book.forget(replaced=True)
-    (refused,) = readings.record_flights(book, connection, [write(who, cached, 2)])
+    (refused,) = flights.record_flights(book, connection, [write(who, cached, 2)])
     assert (0, [1]) == (refused.stored, refused.stale["a"].cycles)
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from model import numerics
 from service import cli
+from service.calibration.fit_file import read
 from service.errors import InvalidInput
-from service.recalibrate import read
 
 CLASSES = ("normal", "degrading", "critical")
 

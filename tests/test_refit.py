@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.streams import Stream, fleet, independent
 from model import numerics
-from model.refit import Reason, Refit, RefitRefused, refit
+from model.evaluation.temperature_fit import Reason, Refit, RefitRefused, refit
 
 
 def fitted(stream: Stream, temperature: float = 1.0) -> Refit:

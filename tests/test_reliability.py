@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 
 from benchmarks.streams import Stream, fleet, independent
 from model import numerics
-from model.engines import engines_of
-from model.reliability import brier_parts, class_ece, ece_interval, equal_mass_ece
+from model.evaluation.cluster_bootstrap import engines_of
+from model.evaluation.reliability import brier_parts, class_ece, ece_interval, equal_mass_ece
 
 
 def test_equal_mass_by_hand() -> None:

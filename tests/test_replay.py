@@ -19,16 +19,17 @@ import pytest
 from rich.console import Console
 
 from benchmarks.load import free_port
-from model import simulate, telemetry
-from model.cmapss import DataError
 from model.contract import CHANNELS
-from model.planted import Planted
+from model.data import telemetry
+from model.data.cmapss import DataError
+from model.data.simulator import fleet as simulate
+from model.data.simulator.drift_injection import Planted
 from service import cli
-from service.replay.board import Lines, Tally
 from service.replay.client import CallFailed, Client
 from service.replay.demo import main as demo_main
+from service.replay.display import Lines, Tally
 from service.replay.flights import simulated
-from service.replay.live import Table
+from service.replay.rich_table import Table
 from service.replay.run import limited
 from tests.conftest import Service, running, serving, start
 from tests.test_predict import as_csv, as_text

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from model import numerics
-from model.report import cross_entropy, labelled, of_class, sections
-from model.sequential import evidence, of_losses
+from model.evaluation.calibration_report import cross_entropy, labelled, of_class, sections
+from model.evaluation.sequential import evidence, of_losses
 
 SETS = 10_000
 

@@ -3,11 +3,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model import cmapss, numerics
+from model import numerics
 from model.contract import CHANNELS, Manifest
-from model.evaluate import ARTEFACT, answers, open_artefact, runner
-from model.measures import rows_of
-from model.robustness import HELD_ROWS, STRONGEST, Disturbances, only_newest, scenarios
+from model.data import cmapss
+from model.evaluation.evaluate import ARTEFACT, answers, open_artefact, runner
+from model.evaluation.evaluation_metrics import rows_of
+from model.evaluation.robustness import HELD_ROWS, STRONGEST, Disturbances, only_newest, scenarios
 from model.windows import every_window
 
 HELD = CHANNELS.index(STRONGEST[0])

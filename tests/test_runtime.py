@@ -12,9 +12,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from model import contract
 from model.contract import Manifest
-from model.evaluate import ARTEFACT
+from model.evaluation.evaluate import ARTEFACT
 from service.errors import ArtefactRejected
-from service.runtime import open_model
+from service.inference.model_loader import open_model
 from tests.conftest import start
 
 Change = Callable[[onnx.ModelProto], None]
@@ -202,7 +202,7 @@ def test_the_supervisor_of_workers_collects() -> None:
     code = """
 import gc, sys
 from service.settings import read_settings
-from service.workers import serve_many
+from service.serve import serve_many
 gc.disable()
 try:
     serve_many(read_settings(workers=2, port=int(sys.argv[1])))
@@ -222,9 +222,9 @@ def test_serving_never_loads_torch() -> None:
     import sys
 
     code = (
-        "import sys; from service.api.app import create_app; from service.runtime import open_model; "
+        "import sys; from service.app import create_app; from service.inference.model_loader import open_model; "
         "from service.settings import read_settings; s = read_settings(); create_app(s, print); open_model(s.model); "
-        "print(*[m for m in sys.modules if m in ('torch', 'pandas', 'onnx', 'export', 'model.train', 'model.network')])"
+        "print(*[m for m in sys.modules if m in ('torch', 'pandas', 'onnx', 'export', 'model.training')])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "" == found.stdout.strip()

@@ -6,10 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from model import cmapss, contract, evaluate, numerics
+from model import contract, numerics
 from model.contract import CHANNELS, Manifest
-from model.evaluate import ARTEFACT, COLUMNS, BySubset, by_subset, cells, open_artefact, runner
-from model.measures import Answers, of_classes, of_rul, rows_of
+from model.data import cmapss
+from model.evaluation import evaluate
+from model.evaluation.evaluate import ARTEFACT, COLUMNS, BySubset, by_subset, cells, open_artefact, runner
+from model.evaluation.evaluation_metrics import Answers, of_classes, of_rul, rows_of
 from model.windows import Readings, every_window
 from tests.conftest import Service
 from tests.scoring import FORMS, flights, probabilities, read, score, write

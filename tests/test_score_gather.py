@@ -11,11 +11,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from model.windows import Readings, hold_last, pad_left
-from service.score import gather
-from service.score.gather import Gatherer, Unit
-from service.score.options import Options
-from service.score.rows import Reject, Rows
-from service.score.states import States
+from service.scoring import window_assembly
+from service.scoring.engine_states import States
+from service.scoring.options import Options
+from service.scoring.rows import Reject, Rows
+from service.scoring.window_assembly import Gatherer, Unit
 
 WINDOW, CHANNELS = 4, 2
 Flight = tuple[str, int]
@@ -30,8 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks and units of a few rows, so that every boundary is crossed."""
-    monkeypatch.setattr(gather, "BLOCK", 5)
-    monkeypatch.setattr(gather, "FLAT", 30)
+    monkeypatch.setattr(window_assembly, "BLOCK", 5)
+    monkeypatch.setattr(window_assembly, "FLAT", 30)
 
 
 def reading(engine: str, cycle: int) -> list[float]:
@@ -204,4 +204,4 @@ def test_more_engines_than_places_are_kept_in_a_file(tmp_path: Path) -> None:
 def test_a_unit_lays_out_no_more_than_its_limit(tmp_path: Path) -> None:
     """However many engines wait, the rows of a unit with those before them stay below the limit."""
     flights = [(chr(200 + k), cycle) for cycle in range(4) for k in range(50)]
-    assert max(len(unit.flat) for unit in units(flights, tmp_path, horizon=60, places=50)) <= gather.FLAT
+    assert max(len(unit.flat) for unit in units(flights, tmp_path, horizon=60, places=50)) <= window_assembly.FLAT

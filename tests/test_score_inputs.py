@@ -13,8 +13,8 @@ import pytest
 from model.contract import CHANNELS
 from model.windows import Readings
 from service.errors import InvalidInput
-from service.score import reading
-from service.score.sources import means
+from service.scoring import readers
+from service.scoring.sources import means
 from tests.scoring import flights, read, rejected, score, write
 
 ROW = 5  # where something is wrong
@@ -128,7 +128,7 @@ def test_pieces_of_any_size_are_the_same_file(
         path.write_text(path.read_text().replace("\n", "\n?\n", 120))
         score(path, tmp_path / "expected.parquet", restart=True)
         expected, rows = read(tmp_path / "expected.parquet"), rejected(tmp_path / "expected.parquet")
-        monkeypatch.setattr(reading, "whole_lines", lambda stream, whole=reading.whole_lines: whole(stream, 777))
+        monkeypatch.setattr(readers, "whole_lines", lambda stream, whole=readers.whole_lines: whole(stream, 777))
         score(path, tmp_path / "out.parquet", restart=True)
         monkeypatch.undo()
         assert expected.equals(read(tmp_path / "out.parquet"))
@@ -325,14 +325,14 @@ def test_a_file_that_cannot_be_read_is_one_line(make: Any, said: str, windows: R
 
 def test_one_large_row_group_is_read_in_pieces(tmp_path: Path) -> None:
     """A Parquet file of one row group is never in memory as a whole: its chunks are of a bounded number of rows."""
-    n = 3 * reading.ROWS + 5
+    n = 3 * readers.ROWS + 5
     table = pa.table({name: np.arange(n) for name in ("engine_id", "cycle", *CHANNELS)})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=n)
-    from service.score.sources import find
+    from service.scoring.sources import find
 
     source = find((str(tmp_path / "a.parquet"),), tmp_path)[0]
-    sizes = [chunk.rows for chunk in reading.chunks(source, ["engine_id", "cycle", *CHANNELS])]
-    assert [reading.ROWS] * 3 + [5] == sizes
+    sizes = [chunk.rows for chunk in readers.chunks(source, ["engine_id", "cycle", *CHANNELS])]
+    assert [readers.ROWS] * 3 + [5] == sizes
 
 
 def test_a_glob_of_any_depth_holds_its_own_folder(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ import pytest
 from model.contract import CHANNELS
 from model.windows import Readings
 from service.errors import InvalidInput, ServiceError
-from service.score import outputs, run
-from service.score.progress import Progress
+from service.scoring import job as run
+from service.scoring import outputs
+from service.scoring.progress import Progress
 from tests.conftest import absent, start
 from tests.scoring import flights, read, rejected, score, write
 
@@ -207,7 +208,7 @@ def test_a_changed_input_is_noticed_and_refused(begun: Path, windows: Readings) 
 def test_another_model_is_noticed_and_refused(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The digest of the model belongs to the job."""
     from model import contract
-    from model.evaluate import ARTEFACT, open_artefact
+    from model.evaluation.evaluate import ARTEFACT, open_artefact
 
     manifest = open_artefact(ARTEFACT)[1].model_copy(update={"version": "0.2.0"})
     contract.write(ARTEFACT.read_bytes(), manifest, tmp_path / "other.onnx")
@@ -488,14 +489,14 @@ def test_rows_without_a_finite_answer_are_rejected(
     windows: Readings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the network overflows, the row is rejected with that reason, in a resumed job too."""
-    from service import predictions
-    from service.score import scoring
+    from service.inference import predictions
+    from service.scoring import scorer
 
     def answer(model: Any, batch: Any, temperature: float) -> Any:
         found = predictions.answer(model, batch, temperature)
         return found._replace(finite=batch[:, -1, 3] != windows[1, 50, 3])
 
-    monkeypatch.setattr(scoring, "answer", answer)
+    monkeypatch.setattr(scorer, "answer", answer)
     monkeypatch.setattr(run, "open_histories", lambda *_: None)  # every window is answered there
     path, output = write(flights(windows), tmp_path / "a.parquet"), tmp_path / "out.parquet"
     assert 3 == score(path, output, part_rows=100)

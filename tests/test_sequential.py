@@ -4,9 +4,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from model import numerics, sequential
-from model.engines import engines_of
-from model.sequential import SCALES, Deviations, evidence, log_e, of_class, of_losses
+from model import numerics
+from model.evaluation import sequential
+from model.evaluation.cluster_bootstrap import engines_of
+from model.evaluation.sequential import SCALES, Deviations, evidence, log_e, of_class, of_losses
 
 logits = arrays(np.float64, st.tuples(st.integers(1, 6), st.integers(1, 5)), elements=st.floats(-60, 60))
 

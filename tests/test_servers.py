@@ -22,7 +22,7 @@ from tests.conftest import Service, running, wait_until_ready
 from tests.test_arrow import ARROW, flights, stream
 from tests.test_oip import INFER, asked, binary
 
-FACTORY = "service.api.app:serve_app"
+FACTORY = "service.app:serve_app"
 UVICORN = ("uvicorn", "--factory", FACTORY, "--log-level", "warning", "--port", "{port}")
 COMMANDS = {
     "uvicorn, h11, asyncio": (*UVICORN, "--http", "h11", "--loop", "asyncio"),

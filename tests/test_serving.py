@@ -15,9 +15,9 @@ import httpx
 import numpy as np
 import pytest
 
-from model.evaluate import ARTEFACT
+from model.evaluation.evaluate import ARTEFACT
 from model.windows import Readings
-from service.cores import _paid_cores
+from service.inference.cpu import _paid_cores
 from tests.conftest import Service, running, start
 from tests.test_runtime import edited
 

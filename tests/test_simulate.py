@@ -3,15 +3,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model import cmapss, fleet, simulate
 from model.contract import CHANNELS, SENSORS, Manifest
-from model.drift import counts_of, psi
-from model.estimate import SUBSET, estimate
-from model.evaluate import ARTEFACT, answers, open_artefact, runner
-from model.fleet import SETTING_COUNT, Floats
-from model.measures import macro_f1, rows_of
-from model.planted import DriftError, Planted, parse
-from model.simulate import Engine
+from model.data import cmapss
+from model.data.simulator import fleet as simulate
+from model.data.simulator import statistics as fleet
+from model.data.simulator.drift_injection import DriftError, Planted, parse
+from model.data.simulator.fit import SUBSET, estimate
+from model.data.simulator.fleet import Engine
+from model.data.simulator.statistics import SETTING_COUNT, Floats
+from model.evaluation.drift import counts_of, psi
+from model.evaluation.evaluate import ARTEFACT, answers, open_artefact, runner
+from model.evaluation.evaluation_metrics import macro_f1, rows_of
 
 ENGINES = 200
 WITHIN = 0.10

@@ -20,13 +20,13 @@ from sqlalchemy import Connection, create_engine, text
 from model.contract import Manifest
 from model.numerics import Floats, log_softmax
 from service.errors import MemoryUnavailable, SchemaRejected, SettingsRejected
-from service.storage import forget, labels, queries, remember
-from service.storage.book import Book
-from service.storage.database import Database, address
-from service.storage.labels import End, Labels, Said
-from service.storage.migrate import migrate
-from service.storage.remember import Batch, By, Made
-from service.storage.tables import metadata
+from service.store.sql import labels, predictions, queries, retention
+from service.store.sql.database import Database, address
+from service.store.sql.labels import End, Labels, Said
+from service.store.sql.migrate import migrate
+from service.store.sql.predictions import Batch, By, Made
+from service.store.sql.session import Book
+from service.store.sql.tables import metadata
 from tests.postgres import Postgres, postgres
 
 CLASSES = 3
@@ -79,7 +79,7 @@ async def told(url: str, steps: list[Step]) -> queries.Found:
             engine, cycle = rest
             made = Made(f"{k:032x}", engine, cycle, logits_of(engine, cycle), 1.0, 0, 0.5, None)
             batch = Batch(By(DIGEST, MANIFEST, 1.0, "artefact"), float(k), [made])
-            await database.write(partial(remember.remember, book), batch)
+            await database.write(partial(predictions.remember, book), batch)
         elif kind == "label":
             engine, cycle, truth, revise = rest
             said = Said(None, engine, cycle, one_hot(truth), revise)
@@ -96,8 +96,8 @@ async def told(url: str, steps: list[Step]) -> queries.Found:
 async def pruned(database: Database, before: float) -> int:
     """How much of what is older was forgotten."""
     await database.write(nothing, None)
-    old = await database.read(lambda connection: forget.too_old(connection, before))
-    return await database.write(forget.prune, old)
+    old = await database.read(lambda connection: retention.too_old(connection, before))
+    return await database.write(retention.prune, old)
 
 
 def nothing(_: Connection, items: Any) -> list[None]:
@@ -375,7 +375,7 @@ def test_what_is_left_of_an_engine_is_shown(tmp_path: Path) -> None:
         assert 2 == await pruned(database, 2.0)
         made = Made("f" * 32, "b", 1, logits_of("b", 1), None, 0, 0.1, None)
         await database.write(
-            partial(remember.remember, book), Batch(By(DIGEST, MANIFEST, 1.0, "artefact"), 9.0, [made])
+            partial(predictions.remember, book), Batch(By(DIGEST, MANIFEST, 1.0, "artefact"), 9.0, [made])
         )
         found = await database.read(lambda connection: queries.page(connection, queries.Wanted()))
         await database.close()
@@ -411,7 +411,7 @@ def test_survivors_testify_for_a_model_that_came_later(tmp_path: Path) -> None:
         database, book = opened(f"sqlite:///{tmp_path}/memory.db")
         for k, (by, cycle) in enumerate(said):
             made = Made(f"{k:032x}", "a", cycle, logits_of("a", cycle), None, 0, 0.5, None)
-            await database.write(partial(remember.remember, book), Batch(by, float(k), [made]))
+            await database.write(partial(predictions.remember, book), Batch(by, float(k), [made]))
         found = await database.read(lambda connection: queries.counted(connection, DIGEST, CLASSES, None))
         await database.close()
         return [int(source) for source in found.source]
@@ -421,7 +421,7 @@ def test_survivors_testify_for_a_model_that_came_later(tmp_path: Path) -> None:
 
 def test_a_look_up_that_takes_too_long_is_no_outage(cluster: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who asks for more than can be read in time hears so; the database counts as there, and predictions are kept."""
-    monkeypatch.setattr("service.storage.database.SLOW_SECONDS", 1)
+    monkeypatch.setattr("service.store.sql.database.SLOW_SECONDS", 1)
 
     async def ask() -> tuple[bool, str]:
         database, _ = opened(cluster.url("slowly"))

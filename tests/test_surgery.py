@@ -10,8 +10,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from model import contract
-from model.evaluate import ARTEFACT
-from service.runtime import open_model
+from model.evaluation.evaluate import ARTEFACT
+from service.inference.model_loader import open_model
 from tests.test_attach import Values, attach, refusal, softmax
 
 

@@ -7,20 +7,20 @@ import sys
 import numpy as np
 import pytest
 
-from model.evaluate import ARTEFACT
-from service.api.calls import evaluate_json, read_predict
+from model.evaluation.evaluate import ARTEFACT
+from service.codecs.predict_request import evaluate_json, read_predict
 from service.errors import InvalidInput, NotJson
-from service.runtime import Model, open_model
+from service.inference.model_loader import Model, open_model
 
 CHANNELS = 17
 MANY = 4 << 20  # lists
 GROWN = """
 import resource, sys
-from model.evaluate import ARTEFACT
+from model.evaluation.evaluate import ARTEFACT
 from service.api import number_parser
-from service.api.calls import evaluate_json, read_predict
+from service.codecs.predict_request import evaluate_json, read_predict
 from service.errors import ServiceError
-from service.runtime import open_model
+from service.inference.model_loader import open_model
 model, body = open_model(ARTEFACT), sys.stdin.buffer.read()
 if sys.argv[1] == "portable":
     number_parser.active = number_parser.PortableParser()

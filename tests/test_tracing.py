@@ -197,7 +197,7 @@ def test_spans_that_cannot_be_had_are_one_line(
 def test_nothing_is_imported_that_is_not_asked_for() -> None:
     """Without an endpoint, nothing of OpenTelemetry's SDK, exporter or middleware is in a serving process."""
     code = (
-        "import sys; from service.api.app import create_app; from service.settings import read_settings; "
+        "import sys; from service.app import create_app; from service.settings import read_settings; "
         "create_app(read_settings(), print); "
         "print(*[m for m in sys.modules if m.startswith(('opentelemetry.sdk', 'opentelemetry.exporter', "
         "'opentelemetry.instrumentation', 'google.protobuf', 'requests', 'pyarrow'))])"

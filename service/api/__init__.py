@@ -1,1 +1,1 @@
-"""The HTTP edge: wiring, schemas, routes. Everything here translates; nothing here decides."""
+"""Public API: one file per resource. A request is decoded, passed to one use case, and its result encoded."""

@@ -11,16 +11,16 @@ from fastapi import APIRouter, Request, Response
 
 from model import contract, numerics
 from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE, Floats
-from service.api import tensors
-from service.api.body import JSON, announced, leaving, media_type, read_large
-from service.api.paths import FastRoute
-from service.api.routes import LARGE_BODY, Aside, Endpoint, documented, json_response
-from service.api.tensors import Array, Inference
+from service.api.predict import LARGE_BODY, Aside, Endpoint, documented, json_response
+from service.api.route_index import FastRoute
+from service.codecs import oip_tensors
+from service.codecs.oip_tensors import Array, Inference
 from service.errors import InvalidInput, UnknownModel
+from service.inference.model_loader import Model
+from service.inference.predictions import Prediction
+from service.inference.predictor import MANY_NUMBERS, Predictor
 from service.lifecycle import Lifecycle
-from service.predictions import Prediction
-from service.predictor import MANY_NUMBERS, Predictor
-from service.runtime import Model
+from service.server.body import JSON, announced, leaving, media_type, read_large
 
 LABEL = "label"
 INPUTS = {contract.INPUT: "FP32", LABEL: "INT64"}
@@ -44,7 +44,7 @@ def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
         named(predictor.model, path["name"], path.get("version"))
         told = request.headers.get(HEADER)
         length = told and told.strip()
-        inference = await aside.run(len(body) > LARGE_BODY, lambda: tensors.read(body, length, INPUTS))
+        inference = await aside.run(len(body) > LARGE_BODY, lambda: oip_tensors.read(body, length, INPUTS))
         telemetry = _telemetry(inference, predictor.model, limits.max_instances)
         ticket.rows(len(telemetry))
         targets, temperature = _targets(inference, predictor.model, len(telemetry)), _temperature(inference)
@@ -162,7 +162,7 @@ def _outputs(model: Model) -> dict[str, tuple[str, tuple[int, ...]]]:
     }
 
 
-def _telemetry(inference: Inference, model: Model, most: int) -> tensors.Array:
+def _telemetry(inference: Inference, model: Model, most: int) -> oip_tensors.Array:
     found = inference.inputs.get(contract.INPUT)
     if found is None:
         raise InvalidInput(f"input {contract.INPUT!r} is missing")
@@ -239,7 +239,7 @@ def _answer(inference: Inference, predictor: Predictor, found: Prediction, wante
     if inference.asked.id is not None:
         head["id"] = inference.asked.id
     outputs = [(name, *values(name)) for name, _ in wanted]
-    body, length = tensors.write(head, outputs, {name for name, binary in wanted if binary})
+    body, length = oip_tensors.write(head, outputs, {name for name, binary in wanted if binary})
     if length is None:
         return Response(body, media_type=JSON)
     return Response(body, headers={HEADER: str(length)}, media_type=BINARY)

@@ -7,8 +7,8 @@ import orjson
 from starlette.exceptions import HTTPException
 
 from service import errors
-from service.api.exchange import Written
 from service.metrics import Metrics
+from service.server.direct import Written
 
 Code = errors.Code
 STATUS: dict[Code, int] = {

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model.cmapss import History
-from model.planted import Planted
-from model.simulate import Engine, engine_id
+from model.data.cmapss import History
+from model.data.simulator.drift_injection import Planted
+from model.data.simulator.fleet import Engine, engine_id
 from model.windows import Readings
 
 AGE = 1  # what the ages of a fleet are drawn for, beside its seed

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.planted import Drift, DriftError, parse
+from model.data.simulator.drift_injection import Drift, DriftError, parse
 from service.settings import Settings
 
 SIMULATED = "simulated"

@@ -6,13 +6,13 @@ from typing import Any
 
 import orjson
 
-from model import telemetry
-from model.cmapss import DataError
 from model.contract import CHANNELS
-from model.planted import Planted
+from model.data import telemetry
+from model.data.cmapss import DataError
+from model.data.simulator.drift_injection import Planted
 from service.errors import InvalidInput
-from service.replay.board import Lines, Tally, board
 from service.replay.client import CallFailed, Client
+from service.replay.display import Lines, Tally, board
 from service.replay.flights import Flight, recorded, simulated
 from service.replay.options import SIMULATED, Options
 

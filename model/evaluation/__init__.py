@@ -1,0 +1,1 @@
+"""Evaluation: calibration, drift, conformal sets, explanations."""

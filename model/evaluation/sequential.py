@@ -1,0 +1,120 @@
+"""Evidence that may be looked at as often as one likes: e-values of sums that a calibrated model keeps near zero.
+
+Each row brings a number x whose mean is zero if the probabilities are right and whose spread they tell: loss - entropy,
+or q_k - p_k. Of their total T and a variance process V, Robbins' normal mixture makes
+
+    E = mean over r of √(r / (V + r)) exp(T² / (2 (V + r))),
+
+which reaches 1/α at any look, ever, with probability α at most (Ville's inequality). V is the largest of
+
+* Σ (x² + 2 var x) / 3 over rows: exact, at every n, if each truth falls as its row says whatever came before
+  (Delyon 2009; Bercu and Touati 2019);
+* Σ S² over engines, S an engine's sum: windows of one engine overlap and err together (self-normalised sums: Howard et
+  al. 2021; asymptotic: Waudby-Smith et al. 2024), **plus a surprise not yet seen**. Where errors are rare, engines
+  without one look alike and Σ S² is blind to what the first one will bring; so where T points away from a tail, the
+  size that a whole engine's surprise in that tail would have is added: Σ m4 / Σ m2, m4 the fourth moment of that tail
+  and m2 the variance of an engine's sum if all its rows fell together (Minkowski's bounds, from probabilities alone).
+
+Nothing here depends on the order of rows. What this does not know: engines that err together (one bad fuel delivery for
+the whole fleet), and labels that are missing because of what they would say. numpy only.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from model import numerics
+from model.evaluation.cluster_bootstrap import Engines
+from model.numerics import Floats
+
+SCALES = (3.0, 100.0, 3e3, 1e5)  # of V, nats²: from a few dozen rows to a fleet's year, each a factor of 30 apart
+
+
+@dataclass(frozen=True)
+class Deviations:
+    """What each of N rows brings, and what its probabilities say of it; every field (N,)."""
+
+    x: Floats
+    variance: Floats
+    above: Floats  # E (x⁺)⁴
+    below: Floats  # E (x⁻)⁴
+
+
+def of_losses(logits: npt.ArrayLike, loss: Floats, expected: Floats, variance: Floats) -> Deviations:
+    """Loss - entropy, nats: the derivative of the log-likelihood by 1/T, so nothing tells a wrong temperature sooner.
+
+    Args:
+        logits: (N, C), already divided by their temperatures.
+        loss: (N,) cross-entropy of each row.
+        expected: (N,) its entropy.
+        variance: (N,) its `numerics.loss_variance`.
+    """
+    log_p = numerics.log_softmax(logits)
+    root = np.exp(log_p / 4)  # p^¼ first: where p is 0 the logarithm may be huge, and its fourth power no number
+    gap = -log_p - expected[:, None]
+    above, below = (((root * np.maximum(side, 0)) ** 4).sum(axis=1) for side in (gap, -gap))
+    return Deviations(loss - expected, variance, above, below)
+
+
+def of_class(p: Floats, q: Floats) -> Deviations:
+    """q_k - p_k of one class: how much more often it was true than said. p, q: (N,)."""
+    return Deviations(q - p, p * (1 - p), p * (1 - p) ** 4, (1 - p) * p**4)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The total of n deviations, and the variance process against a total above and below zero."""
+
+    n: int
+    total: float
+    variance_above: float
+    variance_below: float
+
+    @property
+    def log_e(self) -> float:
+        """Ln of the e-value against a mean of zero; 0 without rows."""
+        return float(log_e(self.total, self.variance_above if self.total > 0 else self.variance_below))
+
+    def mean_within(self, alpha: float) -> tuple[float, float]:
+        """Confidence sequence: at any look, ever, the mean lies within, but for probability alpha.
+
+        It leaves zero out exactly when the e-value reaches 1/alpha. Infinite without rows.
+        """
+        if self.n == 0:
+            return -np.inf, np.inf
+        above, below = reach_of(self.variance_above, alpha), reach_of(self.variance_below, alpha)
+        return (self.total - above) / self.n, (self.total + below) / self.n
+
+
+def evidence(found: Deviations, engines: Engines) -> Evidence:
+    """Weigh the deviations of rows, with rows and with engines as the unit."""
+    rows = float((found.x**2 + 2 * found.variance).sum()) / 3
+    squares = float((engines.sums(found.x) ** 2).sum())
+    together = float((engines.sums(np.sqrt(found.variance)) ** 2).sum()) or 1.0
+    above, below = (float((engines.sums(tail**0.25) ** 4).sum()) / together for tail in (found.above, found.below))
+    total = float(found.x.sum())
+    return Evidence(len(found.x), total, max(rows, squares + below), max(rows, squares + above))
+
+
+def log_e(total: npt.ArrayLike, variance: npt.ArrayLike) -> Floats:
+    """Ln E of totals and variances of the same shape."""
+    t, v = np.asarray(total, dtype=np.float64)[..., None], np.asarray(variance, dtype=np.float64)[..., None]
+    r = np.array(SCALES)
+    return mean_of_e(t * t / (2 * (v + r)) - np.log1p(v / r) / 2)
+
+
+def mean_of_e(logs: Floats) -> Floats:
+    """Ln of the mean of e-values over the last axis, which is an e-value whatever binds them."""
+    return np.asarray(np.logaddexp.reduce(logs, axis=-1) - np.log(logs.shape[-1]))
+
+
+def reach_of(variance: float, alpha: float) -> float:
+    """The total whose e-value is 1/alpha."""
+    r, cost = variance + np.array(SCALES), np.log1p(variance / np.array(SCALES)) / 2
+    # The mean of e-values is no larger than the largest, and no smaller than that one's share of it.
+    low, high = (float(np.sqrt(2 * r * (np.log(k / alpha) + cost)).min()) for k in (1, len(SCALES)))
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if log_e(middle, variance) >= -np.log(alpha) else (middle, high)
+    return float(high)

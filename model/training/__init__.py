@@ -1,0 +1,1 @@
+"""Training of the network, from recordings to a checkpoint."""

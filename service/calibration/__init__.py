@@ -1,0 +1,1 @@
+"""Calibration of labelled predictions: statistics, reports and fits of the temperature."""

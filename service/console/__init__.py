@@ -1,0 +1,1 @@
+"""The console: static files and their routes."""

@@ -1,0 +1,1 @@
+"""Windows to predictions. The only user of ONNX Runtime."""

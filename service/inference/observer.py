@@ -1,0 +1,53 @@
+"""Metrics of inference: what the batcher reports of each batch and request. Independent of HTTP and of the queue."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from service.inference.batcher import Piece, Rows
+from service.inference.drift_bins import DriftBins
+from service.inference.model_loader import Model
+from service.inference.predictions import Inference, picked, together
+from service.metrics import Metrics, observe, observe_all
+
+
+class BatchObserver:
+    """Counts the batches and predictions of one model at one temperature, as `batcher.Observer` requires."""
+
+    def __init__(self, model: Model, metrics: Metrics, bins: DriftBins) -> None:
+        self._model, self._metrics, self._bins = model, metrics, bins
+
+    def serve(self, temperature: float) -> None:
+        """Publish in the metrics that this model serves from now on."""
+        manifest = self._model.manifest
+        of = (manifest.name, manifest.version, self._model.digest, manifest.classes, temperature, self._bins.widths)
+        self._series = self._metrics.serving(*of)
+
+    def batch(self, rows: int, seconds: float) -> None:
+        """Record one inference."""
+        self._metrics.batch(rows, seconds)
+
+    def waited(self, seconds: list[float]) -> None:
+        """Record the queue times of some requests."""
+        if len(seconds) == 1:
+            observe(self._metrics.queue_duration, seconds[0])
+        else:
+            observe_all(self._metrics.queue_duration, np.array(seconds))
+
+    def answered(self, answered: Sequence[tuple[Rows, Sequence[Piece[Inference]]]]) -> None:
+        """Count predictions. Only the newest row of a window is new: the others were counted before."""
+        slices = [piece for _, some in answered for piece in some]
+        predictions = together(slices)
+        windows = [rows if rows.ndim == 2 else rows[:, -1] for rows, _ in answered]
+        newest = windows[0] if len(windows) == 1 else np.concatenate(windows)
+        if not all(piece.found.finite for piece in slices):
+            which = np.flatnonzero(predictions.finite)
+            newest, predictions = newest[which], picked(predictions, which)
+        confidence = predictions.probabilities.max(axis=1)
+        self._metrics.answers(self._series, predictions.logits.argmax(axis=1), confidence, predictions.expected_loss)
+        if not self._bins.channels:
+            return
+        if len(newest) == 1:  # binned and counted one by one, which is faster for one
+            self._metrics.input(self._series, self._bins.bins_of_one(newest[0]))
+        else:
+            self._metrics.inputs(self._series, self._bins.bins(newest))

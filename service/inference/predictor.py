@@ -1,0 +1,174 @@
+"""Telemetry, and labels if known, to calibrated predictions and their loss. Independent of HTTP and JSON.
+
+A predictor is one model at one temperature, and never changes. A reload or another temperature is another predictor, so
+that a request that holds one is answered by one model throughout.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from model import numerics
+from model.evaluation.occlusion import Usual, occluded, shifts
+from model.numerics import Floats
+from service.errors import Fault, InvalidInput
+from service.inference.admission import Admission, Ticket
+from service.inference.batcher import Batcher, Rows
+from service.inference.drift_bins import DriftBins
+from service.inference.label_scores import score_labelled_rows
+from service.inference.model_loader import Batch, Model
+from service.inference.observer import BatchObserver
+from service.inference.predictions import (
+    Answers,
+    Evaluation,
+    Inference,
+    Pieces,
+    Prediction,
+    answer,
+    calibrated,
+    rows_of,
+    together,
+    whole,
+)
+from service.metrics import Labelled, Metrics
+from service.settings import Settings
+
+FLOAT32 = float(np.finfo(np.float32).max)  # predictions are sent as float32; a loss may exceed it
+MANY_NUMBERS = 2**14  # probabilities of one call; above it they are processed outside of the event loop
+
+
+class Predictor:
+    """One model at one temperature behind its queue."""
+
+    def __init__(
+        self, model: Model, metrics: Metrics, settings: Settings, tempered: tuple[float, str] | None = None
+    ) -> None:
+        self.model = model
+        self.temperature, self.temperature_source = tempered or (model.manifest.temperature, "artefact")
+        self.drift_bins = DriftBins(model.manifest, model.input_shape)
+        self._metrics = metrics
+        conditions = model.manifest.conditions
+        self._usual = Usual.of(conditions.setting_scales, conditions.usual) if conditions else None
+        self._observer = BatchObserver(model, metrics, self.drift_bins)
+        self._batcher = Batcher(
+            self._run, self._observer, settings.max_batch_rows, settings.max_queue_rows, settings.max_queue_seconds
+        )
+        self._admission = Admission(self._batcher, settings.max_queue_seconds)
+        self.admit: Callable[[int], Ticket] = self._admission.admit
+
+    def serve(self) -> None:
+        """Publish in the metrics that this predictor serves from now on."""
+        self._observer.serve(self.temperature)
+
+    async def close(self) -> None:
+        """Answer every admitted request, then stop the inference thread."""
+        await self._batcher.close()
+
+    async def predict(
+        self,
+        telemetry: Batch,
+        targets: Floats | None = None,
+        temperature: float | None = None,
+        imputed: npt.NDArray[np.int64] | None = None,
+        gone: Callable[[], bool] = lambda: False,
+        explain: bool = False,
+    ) -> Prediction:
+        """Return calibrated predictions for N instances. Labels are scored; `LabelAccounting` counts them.
+
+        Args:
+            telemetry: (N, *input_shape) float32, finite, windows already padded.
+            targets: (N, C) distributions over the classes, a row of NaN where no label is known.
+            temperature: replaces the active one for this call.
+            imputed: (channels,) number of missing values that were held, for the metrics.
+            gone: returns whether the client has disconnected; rows of such a client do not reach the model.
+            explain: also attribute each prediction to channels, at the cost of one inference row per channel for each
+                instance; only for a model whose manifest has `conditions`.
+
+        Raises:
+            InvalidInput: an instance for which the output of the network is not finite.
+            Overloaded: the queue is full, or these rows waited too long.
+            ClientGone: the client disconnected before its rows were taken.
+        """
+        n, rows = len(telemetry), await self._with_occluded(telemetry) if explain else telemetry
+        pieces: Pieces = await self._batcher.submit(rows, gone, self._admission.shedder.other_delay, n)
+        if not all(piece.found.finite for piece in pieces):
+            _check_finite(pieces, n)
+        if imputed is not None:
+            self._metrics.imputed(self.model.manifest.channel_names, imputed)
+        t = self.temperature if temperature is None else temperature
+        if not explain and targets is None and t == self.temperature:
+            return Prediction(t, pieces)
+        predictions = together(pieces)
+        own = rows_of(predictions, 0, n)
+        if own.logits.size > MANY_NUMBERS:
+            prediction = await asyncio.to_thread(self._scored, own, targets, t)
+        else:
+            prediction = self._scored(own, targets, t)
+        return await asyncio.to_thread(_explained, predictions, prediction) if explain else prediction
+
+    def _scored(self, answers: Answers, targets: Floats | None, t: float) -> Prediction:
+        """What the caller is told, and what the counters are."""
+        labelled = None if targets is None else score_labelled_rows(answers, targets, self.temperature)
+        if t != self.temperature:
+            answers = calibrated(self.model, answers.logits, answers.rul, answers.finite, t)
+            answered = None if targets is None else score_labelled_rows(answers, targets, t)
+        else:
+            answered = labelled
+        if targets is None or answered is None:
+            return Prediction(t, whole(answers))
+        loss = np.full(len(targets), np.nan)
+        loss[~np.isnan(targets[:, 0])] = np.minimum(answered.loss, FLOAT32)
+        return Prediction(t, whole(answers), loss, _means(answered), labelled=labelled)
+
+    async def _with_occluded(self, telemetry: Batch) -> Batch:
+        """Return the instances, followed by each of them once per channel with that channel occluded."""
+        usual = self._usual
+        assert usual is not None  # a model without `conditions` is refused when the request is decoded
+        rows = len(telemetry) * (1 + telemetry.shape[-1])
+        self._batcher.check_room(rows, self._admission.shedder.other_delay)
+        return await asyncio.to_thread(
+            lambda: np.concatenate([telemetry, *(occluded(window, usual) for window in telemetry)])
+        )
+
+    def _run(self, rows: Rows) -> Inference:
+        if not rows.flags.aligned:  # a tensor that follows a header of any length
+            rows = rows.copy()
+        return Inference(answer(self.model, rows, self.temperature))
+
+
+def _means(labelled: Labelled) -> Evaluation:
+    return Evaluation(
+        len(labelled.loss),
+        min(float(labelled.loss.mean()), FLOAT32),
+        float(labelled.expected_loss.mean()),
+        float(labelled.correct.mean()),
+        float(labelled.brier.mean()),
+    )
+
+
+def _explained(found: Answers, prediction: Prediction) -> Prediction:
+    """The prediction with what each channel did: `found` has its N rows, then those of every channel left out."""
+    answers, n = prediction.answers, len(prediction.answers.logits)
+    channels, moved = (len(found.logits) - n) // n, []
+    for i in range(n):
+        part = slice(n + i * channels, n + (i + 1) * channels)
+        without = numerics.softmax(found.logits[part], prediction.temperature)
+        rul = None if answers.rul is None else float(answers.rul[i])
+        moved.append(shifts(answers.probabilities[i], rul, without, None if found.rul is None else found.rul[part]))
+    return replace(prediction, moved=moved)
+
+
+def _check_finite(pieces: Pieces, n: int) -> None:
+    """Refuse the first of N instances that has no answer; behind them, each has as many rows as there are channels."""
+    finite = np.concatenate([piece.found.answers.finite[piece.begin : piece.end] for piece in pieces])
+    for bad in np.flatnonzero(~finite)[:1].tolist():  # none, if it is another caller's
+        raise _unanswerable(bad if bad < n else (bad - n) * n // (len(finite) - n))
+
+
+def _unanswerable(i: int) -> InvalidInput:
+    """A network may overflow on readings that no engine has; such an instance has no answer, and says so."""
+    message = "the model has no finite answer for these readings"
+    return InvalidInput(f"instances[{i}].telemetry: {message}", (Fault(("instances", i, "telemetry"), message),))

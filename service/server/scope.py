@@ -1,0 +1,61 @@
+"""The interface between server and application: what they hand to each other through ASGI scopes, typed.
+
+The server puts a `RequestContext` into the scope of each request. The application puts its `ServerHooks` into the state
+of the lifespan. Every other server runs the same application without either of them.
+"""
+
+from collections.abc import Callable, Mapping, MutableMapping
+from operator import itemgetter
+from typing import Any, Protocol
+
+from service.server.body_budget import Held
+from service.server.direct import Exchange, Written
+
+CONTEXT = "engine_health.context"  # the key in the scope of a request
+HOOKS = "engine_health.hooks"  # the key in the state of the lifespan
+
+
+class RequestContext:
+    """The state of one request that ASGI has no place for. Copies of a scope share it.
+
+    Attributes:
+        exchange: direct access to the request and its response; None under another server.
+        disconnected: whether the client has left; may be read in any thread. Only our server sets it.
+        headers: the last value of each header name; set by the middleware.
+        reservation: the memory that the body holds; set by the middleware.
+    """
+
+    __slots__ = ("disconnected", "exchange", "headers", "reservation")
+
+    headers: Mapping[bytes, bytes]
+    reservation: Held
+
+    def __init__(self, exchange: Exchange | None = None) -> None:
+        self.exchange, self.disconnected = exchange, False
+
+
+class ServerHooks(Protocol):
+    """The calls that our server makes to the application outside of requests."""
+
+    def protocol_error_response(self, status: int, detail: str, path: str) -> Written:
+        """Return the response to bytes that are no request, and count and log it.
+
+        Args:
+            status: the status code.
+            detail: what is wrong.
+            path: the path of the request, without its query; empty if it is unknown.
+        """
+
+
+context_of: Callable[[Mapping[str, Any]], RequestContext] = itemgetter(CONTEXT)  # in C: hot paths enter no frame for it
+
+
+def install_hooks(state: MutableMapping[str, Any], hooks: ServerHooks) -> None:
+    """Put the hooks of the application into the state of the lifespan."""
+    state[HOOKS] = hooks
+
+
+def hooks_of(state: Mapping[str, Any]) -> ServerHooks | None:
+    """Return the hooks of the application; None if it has none."""
+    hooks: ServerHooks | None = state.get(HOOKS)
+    return hooks

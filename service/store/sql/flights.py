@@ -1,0 +1,233 @@
+"""Flights of engines: stored together with their predictions, and read as the tails that windows are built from.
+
+Windows are built and predicted before the transaction. The revision of the locked engine row tells whether the flights
+that a window was built from are still all that is stored: every change of an engine's flights increases it.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from sqlalchemy import Connection, Row, bindparam, insert, select, tuple_
+
+from model.windows import Readings
+from service.store.sql.flight_cache import EngineTail
+from service.store.sql.predictions import Batch, By, Made, add
+from service.store.sql.session import Book, EngineRow, Joined, insert_missing, parts
+from service.store.sql.tables import engines, layouts, models, predictions, readings
+
+EngineCycle = tuple[str, int]
+_NO_FLIGHTS = np.empty((0, 0), dtype=np.float32)
+
+_ADD = insert(readings)
+_FLIGHT = select(readings.c.cycle, readings.c.telemetry, readings.c.layout).where(readings.c.engine == bindparam("of"))
+_BEFORE = _FLIGHT.where(readings.c.cycle < bindparam("at")).order_by(readings.c.cycle.desc()).limit(bindparam("most"))
+_REVISIONS = select(engines.c.engine_id, engines.c.id, engines.c.revision).where(
+    engines.c.engine_id.in_(bindparam("names", expanding=True))
+)
+_FROM = _FLIGHT.where(readings.c.cycle >= bindparam("at")).order_by(readings.c.cycle)
+
+
+class TailRequest(NamedTuple):
+    """A tail to be read: the window before a cycle, and every flight from that cycle on."""
+
+    engine_id: str
+    lowest_cycle: int
+    window: int
+
+
+CachedTail = tuple[TailRequest, EngineTail | None]  # a tail to be read, and the cached one if it may be current
+
+
+class EngineFlights(NamedTuple):
+    """New flights of one engine, as cycle and readings, and the tail that their windows were built from."""
+
+    tail: TailRequest  # which covers them, to be read again if it is stale
+    revision: int
+    generation: int
+    new: Sequence[tuple[int, Readings]]
+
+
+class FlightWrite(NamedTuple):
+    """The flights of one request and their predictions, which are stored together or not at all.
+
+    `repeats` are flights that are stored already. They need a prediction in `made` only if none was stored for them by
+    this model at this temperature. `told` is in seconds since 1970.
+    """
+
+    by: By
+    engines: Sequence[EngineFlights]
+    made: Sequence[Made]
+    repeats: Sequence[EngineCycle]
+    told: float
+
+
+class StoredPrediction(NamedTuple):
+    """A prediction that was stored earlier."""
+
+    id: str
+    logits: bytes
+    rul: float | None
+
+
+class FlightWriteResult(NamedTuple):
+    """Result of a write. Nothing of it is stored if there are `stale` tails or `unpredicted` repeats."""
+
+    stale: dict[str, EngineTail]  # by engine: what is stored now, where windows were built from something else
+    unpredicted: list[EngineCycle]  # repeats that lack a prediction
+    earlier: dict[EngineCycle, StoredPrediction]  # of repeats
+    stored: int  # predictions
+    joined: list[Joined]  # predictions of the whole transaction whose label was known, in the first of its results
+
+
+class _Checked(NamedTuple):
+    """A write that was compared with what is stored."""
+
+    stale: list[TailRequest]
+    unpredicted: list[EngineCycle]
+    earlier: dict[EngineCycle, StoredPrediction]
+    made: Sequence[Made]  # without those of repeats that have a prediction already
+
+
+def record_flights(book: Book, connection: Connection, items: Sequence[FlightWrite]) -> list[FlightWriteResult]:
+    """Store flights, each with its prediction, if their windows were built from what is stored."""
+    by_name = book.engines(connection, (engine.tail.engine_id for item in items for engine in item.engines))
+    before = {engine.id: engine.newest_cycle for engine in by_name.values()}
+    earlier = _earlier(connection, items, by_name)
+    new: list[dict[str, object]] = []
+    batches: list[Batch] = []
+    every = []
+    for item in items:
+        checked = _check(book, item, earlier, by_name)
+        every.append(checked)
+        if not (checked.stale or checked.unpredicted):
+            _take(book, connection, item, by_name, new)
+            batches += [Batch(item.by, item.told, checked.made, flight=True)] if checked.made else []
+    if new:
+        connection.execute(_ADD, new)
+    joined = add(book, connection, batches, by_name).joined if batches else []
+    if new or batches:
+        joined += book.survivors(connection, before, by_name.values(), max(item.told for item in items))
+        book.keep(connection, by_name.values())
+    results = []
+    for k, one in enumerate(every):
+        now = {tail.engine_id: _read(book.generation, connection, by_name[tail.engine_id], tail) for tail in one.stale}
+        stored = 0 if one.stale or one.unpredicted else len(one.made)
+        results.append(FlightWriteResult(now, one.unpredicted, one.earlier, stored, joined if k == 0 else []))
+    return results
+
+
+def read_tails(connection: Connection, requests: Sequence[CachedTail], generation: int) -> dict[str, EngineTail]:
+    """Return the tails of some engines, by engine; cached ones are returned as they are if they are current."""
+    found: dict[str, Row[Any]] = {}
+    for part in parts([request.engine_id for request, _ in requests]):
+        rows = connection.execute(_REVISIONS, {"names": part})
+        found |= {row.engine_id: row for row in rows}
+    tails = {}
+    for request, cached in requests:
+        engine = found.get(request.engine_id)
+        current = cached is not None and engine is not None and cached.revision == engine.revision
+        tails[request.engine_id] = cached if cached and current else _read(generation, connection, engine, request)
+    return tails
+
+
+def empty_tail(generation: int, window: int) -> EngineTail:
+    """Return the tail of an engine that has never had a flight."""
+    return EngineTail(0, generation, None, [], _NO_FLIGHTS, True, window - 1)
+
+
+def any_flights(connection: Connection) -> bool:
+    """Return whether any engine ever had a flight."""
+    return connection.execute(select(engines.c.id).where(engines.c.revision > 0).limit(1)).first() is not None
+
+
+def _check(
+    book: Book,
+    item: FlightWrite,
+    earlier: dict[tuple[int, int, str, float], StoredPrediction],
+    by_name: dict[str, EngineRow],
+) -> _Checked:
+    stale = [
+        engine.tail
+        for engine in item.engines
+        if engine.generation != book.generation or engine.revision != by_name[engine.tail.engine_id].revision
+    ]
+    if not item.repeats:
+        return _Checked(stale, [], {}, item.made)
+    known = {}
+    for name, cycle in item.repeats:
+        key = (by_name[name].id, cycle, item.by.digest, item.by.temperature)
+        if key in earlier:
+            known[name, cycle] = earlier[key]
+    made = [row for row in item.made if (row.engine_id, row.cycle) not in known]
+    predicted = {(row.engine_id, row.cycle) for row in made}
+    unpredicted = [key for key in item.repeats if key not in known and key not in predicted]
+    return _Checked(stale, unpredicted, known, made)
+
+
+def _take(
+    book: Book, connection: Connection, item: FlightWrite, by_name: dict[str, EngineRow], new: list[dict[str, object]]
+) -> None:
+    """Append the rows of a write to `new`, and change its engines."""
+    layout = _layout(book, connection, item.by)
+    for flights in item.engines:
+        engine = by_name[flights.tail.engine_id]
+        for cycle, values in flights.new:
+            row = {"layout": layout, "told": item.told, "telemetry": values.tobytes()}
+            new.append({"engine": engine.id, "cycle": cycle} | row)
+            engine.seen(cycle)
+        engine.revision += bool(flights.new)
+
+
+def _layout(book: Book, connection: Connection, by: By) -> int:
+    """The number of a model's channels, by their names and order."""
+    if by.digest not in book.layouts:
+        names = json.dumps(by.manifest.channel_names)
+        connection.execute(insert_missing(connection, layouts), {"channels": names})
+        found = connection.execute(select(layouts.c.id).where(layouts.c.channels == names)).scalar_one()
+        book.layouts[by.digest] = int(found)
+    return book.layouts[by.digest]
+
+
+def _read(
+    generation: int, connection: Connection, engine: EngineRow | Row[Any] | None, request: TailRequest
+) -> EngineTail:
+    """At least the window before a cycle, and everything from it on."""
+    if engine is None or engine.revision == 0:
+        return empty_tail(generation, request.window)
+    where = {"of": engine.id, "at": request.lowest_cycle}
+    rows = list(connection.execute(_BEFORE, where | {"most": request.window}))[::-1]
+    complete = len(rows) < request.window
+    rows += connection.execute(_FROM, where).all()
+    kinds = {row.layout for row in rows}
+    if len(kinds) != 1:
+        return EngineTail(
+            engine.revision, generation, () if kinds else None, [], _NO_FLIGHTS, complete, request.window - 1
+        )
+    names = connection.execute(select(layouts.c.channels).where(layouts.c.id.in_(kinds))).scalar_one()
+    values = np.frombuffer(b"".join(row.telemetry for row in rows), dtype=np.float32).reshape(len(rows), -1)
+    cycles = [row.cycle for row in rows]
+    return EngineTail(
+        engine.revision, generation, tuple(json.loads(names)), cycles, values, complete, request.window - 1
+    )
+
+
+def _earlier(
+    connection: Connection, items: Sequence[FlightWrite], by_name: dict[str, EngineRow]
+) -> dict[tuple[int, int, str, float], StoredPrediction]:
+    """The predictions of repeated flights, by engine, cycle, the model's digest and the temperature.
+
+    Of predictions that older code stored it is unknown whether they were made for a flight: the one that counts is
+    taken.
+    """
+    keys = {(by_name[name].id, cycle) for item in items for name, cycle in item.repeats}
+    c, found = predictions.c, {}
+    columns = (c.engine, c.cycle, models.c.digest, c.temperature, c.id, c.logits, c.rul)
+    which = select(*columns).join(models, models.c.id == c.model).where(c.flight.is_distinct_from(False))
+    best_last = (c.flight.is_(True), c.counts, c.id)
+    for part in parts(sorted(keys)):
+        rows = which.where(tuple_(c.engine, c.cycle).in_(part)).order_by(*best_last)
+        for engine, cycle, digest, temperature, *stored in connection.execute(rows):
+            found[engine, cycle, digest, temperature] = StoredPrediction(*stored)
+    return found
