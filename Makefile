@@ -69,7 +69,7 @@ study: $(DEV)/ready              ## what the model card compares with: three see
 	for name in boosting textbook-full textbook-64; do $(BIN)/python -m benchmarks.study anchor $$name || exit 1; done
 
 fuzz: $(DEV)/ready              ## five thousand requests and more, generated from the OpenAPI document
-	SCHEMA_EXAMPLES=1300 $(BIN)/python -m pytest -s tests/test_schema.py
+	SCHEMA_EXAMPLES=1300 $(BIN)/python -m pytest -s tests/api/test_schema.py
 
 bench: $(DEV)/ready              ## the README's performance table: against a bare route and ONNX Runtime alone
 	$(BIN)/python -m benchmarks.serving

@@ -28,7 +28,7 @@ from playwright.sync_api import Browser, Page
 
 from benchmarks.load import CLIENT_CORE, JSON_HEADERS, SERVER_CORE, free_port, served
 from model.data.simulator.fleet import histories
-from tests.browser import chromium
+from tests.support.browser import chromium
 
 ENGINES, SENDERS = 1000, 8
 LEFT = 60  # flights that an engine has before it when it is first seen

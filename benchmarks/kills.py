@@ -168,7 +168,7 @@ def survive_in(database: str, kills: int, seed: int) -> Survived:
     if database == "sqlite":
         with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
             return survive(f"sqlite:///{folder}/memory.db", kills, seed)
-    from tests.postgres import postgres
+    from tests.support.postgres import postgres
 
     with postgres() as cluster:
         return survive(cluster.url("kills"), kills, seed)

@@ -16,7 +16,7 @@ from benchmarks import load
 from benchmarks.load import JSON_HEADERS, Figure
 from benchmarks.peers import BUILD, CONNECTIONS, ROOT, unfailing
 from benchmarks.serving import base, command
-from tests.postgres import postgres
+from tests.support.postgres import postgres
 
 ROWS = {  # what is asked: of one, of two
     "`/v1/predict`, stateless": ("1 process, stateless", "2 workers, stateless"),

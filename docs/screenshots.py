@@ -8,8 +8,8 @@ from pathlib import Path
 from playwright.sync_api import expect
 
 from model.data import cmapss
-from tests.browser import chromium, fly_nasas, watched
-from tests.conftest import running
+from tests.support.browser import chromium, fly_nasas, watched
+from tests.support.processes import running
 
 FOLDER = Path(__file__).parent
 DESK, TELEPHONE = {"width": 1280, "height": 860}, {"width": 375, "height": 740}

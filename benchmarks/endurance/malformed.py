@@ -14,9 +14,8 @@ from benchmarks import load
 from benchmarks.endurance.client import HOST, Connection, request
 from benchmarks.endurance.stage import EVALUATE, PREDICT, Line, Running, service
 from benchmarks.peers import INFER
-from tests.conftest import as_json
-from tests.test_bad_input import BODIES, CASES, EVALUATIONS
-from tests.test_oip import binary, lies
+from tests.support.bodies import BODIES, CASES, EVALUATIONS, binary, lies
+from tests.support.processes import as_json
 
 DEEP = 250_000
 Case = tuple[str, bytes, dict[str, str]]

@@ -15,7 +15,7 @@ from benchmarks.faults.collector import Outcome, Seen, Untried, observed
 from benchmarks.faults.processes import remembering
 from benchmarks.load import get
 from benchmarks.serving import base
-from tests.postgres import postgres
+from tests.support.postgres import postgres
 
 FAULT_SECONDS, JUMP_SECONDS = 5, 3600
 DISK_MIB = 24

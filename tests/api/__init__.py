@@ -1,0 +1,1 @@
+"""Tests of the public API, over the wire."""

@@ -1,0 +1,291 @@
+"""Numbers of JSON to arrays, by each of the two parsers: the same values, and the same texts declined."""
+
+import json
+import mmap
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from model.evaluation.evaluate import ARTEFACT
+from service.codecs import json_numbers as arrays
+from service.codecs.json_numbers import FLOAT32_MOST, PIECE, columns, fits_float32, numbers, table, tables, to_float32
+from service.codecs.number_parser import DECLINED, NumberParser, PortableParser, SimdjsonParser
+from service.codecs.oip_tensors import read
+from service.codecs.predict_request import evaluate_json, read_predict
+from service.errors import InputRejected
+from service.inference.model_loader import open_model
+from tests.support.processes import absent, running
+
+pytestmark = pytest.mark.usefixtures("each_parser")
+ROWS = np.random.default_rng(0).normal(500, 100, (PIECE // 10, 3)).round(3)
+
+
+def test_long_tables_are_what_short_ones_are() -> None:
+    """Rows read in pieces are the rows; by rows, by columns, flat or nested."""
+    rows = json.dumps(ROWS.tolist()).encode()
+    assert len(rows) > 2 * PIECE
+    found = table(rows, 3)
+    assert found is not None
+    assert np.array_equal(ROWS, found)
+    by_name = json.dumps({name: ROWS[:, k].tolist() for k, name in enumerate("abc")}).encode()
+    found = columns(by_name, ("a", "b", "c"))
+    assert found is not None
+    assert np.array_equal(ROWS, found)
+    for nested in (ROWS.ravel().tolist(), ROWS.tolist(), [[ROWS.tolist()]]):
+        flat = numbers(json.dumps(nested, indent=1).encode(), "d")
+        assert flat is not None
+        assert np.array_equal(ROWS.ravel(), flat)
+
+
+@pytest.mark.parametrize("place", [0, len(ROWS) // 2, len(ROWS) - 1])
+@pytest.mark.parametrize("wrong", ["x", "1]", "[1]", "1,", "null", "true", '"1"', "1 2"])
+def test_a_wrong_value_anywhere_in_a_long_table_is_seen(place: int, wrong: str) -> None:
+    """A piece with anything but numbers in it makes the whole unusual."""
+    rows = [f"[{a}, {b}, {c}]" for a, b, c in ROWS.tolist()]
+    rows[place] = rows[place][:-1] + f"{wrong}]" if wrong == "x" else f"[1, 2, {wrong}]"
+    assert table(f"[{', '.join(rows)}]".encode(), 3) is None
+    flat = [str(value) for value in ROWS.ravel().tolist()]
+    flat[3 * place] = wrong
+    if wrong != "[1]":  # which is flattened
+        assert numbers(f"[{', '.join(flat)}]".encode(), "d") is None
+
+
+def parsed(text: str) -> Any:
+    """As Python's own parser reads it; None if it does not."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+@given(st.lists(st.sampled_from(["[", "]", ",", "1", "[1,2]", "[3]", "1,", " "]), max_size=12).map("".join))
+def test_nested_lists_in_pieces_are_read_if_and_only_if_they_are_json(inside: str) -> None:
+    """A list that is cut at its commas has the numbers that Python's parser finds, and is refused where that does."""
+    text = f"[[1,{inside}],2]"
+    with pytest.MonkeyPatch.context() as patch:
+        for size in (1, 2, 5):
+            patch.setattr(arrays, "PIECE", size)
+            found = numbers(text.encode(), "d")
+            assert isinstance(parsed(text), list) == (found is not None)
+            if found is not None:
+                assert re.findall(r"\d+", text) == [str(int(value)) for value in found.tolist()]
+
+
+PARTS = st.sampled_from(
+    ["[1,2]", "[3,4],[5,-0.0]", "[6,7]],0,[[8,9]", "[1,[2]]", "0", "[1e39,2]", "null", "{}", "[", "]", ",", ",0,", " "]
+)
+
+
+@given(st.lists(st.lists(PARTS, max_size=5).map("".join) | st.just("[8,9]"), min_size=1, max_size=4))
+@example(["[8,9]", "[1e39,2]"])
+@example(["[8,9]", "[1,[2]]", "[8,9]"])
+@example(["[8,9]", "[1,2],[3", "4]"])
+def test_tables_read_together_are_what_each_is_by_itself(texts: list[str]) -> None:
+    """Whatever stands between the brackets, some that fit those of a neighbour too: all as if alone, or none."""
+    texts = [f"[{text}]" for text in texts]
+    alone = [table(text.encode(), 2) for text in texts]
+    single = [None if found is None else to_float32(found) for found in alone]
+    together = tables([text.encode() for text in texts], 2)
+    assert (together is None) == any(found is None for found in single)
+    for found, own in zip([] if together is None else together, single, strict=together is not None):
+        assert own is not None
+        assert found.tobytes() == own.tobytes()
+        assert found.shape == own.shape
+
+
+ROW = f"[{','.join(['1.5'] * 17)}]"
+WINDOW = f"[{','.join([ROW] * 100)}]"
+NEARLY_NULL = f"[1e300,{'1,' * 15}0.{'0' * 290}null]"
+PAD, GARBAGE = " " * PIECE, "[@@" + " x" * 4096 + "]"
+TENSOR = '{"inputs":[{"name":"telemetry","datatype":"FP32","shape":[1,100,17],"parameters":{"data":%s},"data":%s}]}'
+
+
+@pytest.mark.parametrize(
+    "wrong", ["[]", "[[1,2]]", f"[{ROW}", f"{WINDOW},0,{WINDOW}", "0", f"[[{'1,' * 16}[1]]]", "null"]
+)
+@pytest.mark.parametrize("place", [0, 7, 19])
+def test_a_wrong_window_among_many_is_refused_in_its_own_words(wrong: str, place: int) -> None:
+    """Windows are read several at a time; what is said of one is what is said of it alone, with its place."""
+    model = open_model(ARTEFACT, batch_rows=1)
+
+    def refusal(windows: list[str]) -> str:
+        told = ",".join(f'{{"telemetry":{window}}}' for window in windows)
+        with pytest.raises(InputRejected) as refused:
+            read_predict(f'{{"instances":[{told}],"temperature":1}}'.encode(), model, 100)
+        return refused.value.detail
+
+    alone, among = refusal([wrong]), refusal([*[WINDOW] * place, wrong, *[WINDOW] * (19 - place)])
+    if "the body" not in alone:  # which names a byte
+        assert alone.replace("instances[0]", f"instances[{place}]") == among
+
+
+def predicted(body: bytes | memoryview) -> None:
+    read_predict(body, open_model(ARTEFACT), 10)
+
+
+def evaluated(body: bytes | memoryview) -> None:
+    evaluate_json(body, ("a", "b", "c"), 10)
+
+
+def inferred(body: bytes | memoryview) -> None:
+    read(body, None, {"telemetry": "FP32"})
+
+
+@pytest.mark.parametrize(
+    ("reads", "body"),
+    [
+        (predicted, f'{{"instances":[{{"telemetry":{GARBAGE},"telemetry":{WINDOW}}}]}}{PAD}'),
+        (predicted, f'{{"instances":[{{"telemetry":{WINDOW}}},{{"telemetry":{ROW[:-1]},{PAD}]}}]}}'),
+        (predicted, f'{{"instances":[{{"telemetry":[{ROW}{PAD},{NEARLY_NULL}]}}],"missing":"hold"}}'),
+        (evaluated, f'{{"logits":{GARBAGE},"logits":[[1,2,3]],"labels":[0]}}{PAD}'),
+        (inferred, TENSOR % (GARBAGE, WINDOW + PAD)),
+        (inferred, TENSOR % ("[]", f"{WINDOW[:-1]}[]{PAD}]")),
+        (inferred, TENSOR % ("[]", f"[[]{WINDOW}{PAD}]")),
+        (inferred, TENSOR % ("[]", f"{WINDOW[:-1]},{PAD}]")),
+    ],
+)
+def test_a_long_body_that_is_no_json_is_never_read(reads: Callable[[bytes | memoryview], None], body: str) -> None:
+    """What a parser refuses whole is refused in pieces, also in a value that a later one of its name replaces."""
+    assert len(body) > PIECE
+    assert not isinstance(parsed(body), dict)
+    mapping = mmap.mmap(-1, len(body))
+    mapping[:] = body.encode()
+    for form in (body.encode(), memoryview(mapping)):
+        with pytest.raises(InputRejected):
+            reads(form)
+
+
+def test_missing_values_are_read_as_fast_as_others_and_only_where_they_may() -> None:
+    """Null is NaN where it may be held, whatever other numbers there are; a number of the same size is none."""
+    rows: list[list[float | None]] = [[1.0, None, 2.0], [None, 3.0, 4.0]]
+    text = json.dumps(rows).encode()
+    found = table(text, 3, hold=True)
+    assert found is not None
+    assert [[False, True, False], [True, False, False]] == np.isnan(found).tolist()
+    assert to_float32(found) is None
+    held = to_float32(found, missing=True)
+    assert held is not None
+    assert np.array_equal(held, np.array([[1, np.nan, 2], [np.nan, 3, 4]], np.float32), equal_nan=True)
+    assert table(text, 3) is None
+    assert table(text.replace(b"4.0", arrays.MISSING), 3, hold=True) is None
+
+
+def test_what_fits_in_a_float32_is_what_numpy_says() -> None:
+    """Around the largest float32, to the last bit of a float64, both ways of looking agree with the cast."""
+    for value in (FLOAT32_MOST, np.nextafter(FLOAT32_MOST, 0), 3.4e38, 1e39, float(np.finfo(np.float32).max), 0.0):
+        for signed in (float(value), -float(value)):
+            with np.errstate(over="ignore"):
+                fits = bool(np.isfinite(np.float32(signed)))
+            assert fits == fits_float32(signed)
+            assert fits == (to_float32(np.array([signed])) is not None)
+    assert not fits_float32(float("nan"))
+    assert not fits_float32(10**400)
+
+
+NUMBERS = st.one_of(
+    st.floats(allow_nan=False, allow_infinity=False).map(repr),
+    st.integers(-(2**66), 2**66).map(str),
+    st.sampled_from(
+        [
+            *("0", "-0", "-0.0", "1e39", "1E400", "1e-400", "5e-324", "01", "1.", ".5", "+1", "-", "NaN", "Infinity"),
+            *("9223372036854775807", "9223372036854775808", "-9223372036854775808", "-9223372036854775809"),
+            *("18446744073709551615", "18446744073709551616", "18446744073709551616.0", "1e19", "-1e19", "1.0", "2.5"),
+            *("9007199254740993", "0.12345678901234567890123", "1e-12345678901234567890", "1" * 5000, "null", "true"),
+            *('"1"', "{}", "[]", "[1]", "[[2],3]", "", " ", '{"a":1}', '"\\ud800"'),
+        ]
+    ),
+)
+
+
+def outcome(parse: Callable[[], Any]) -> Any:
+    """The result with arrays as bytes, so that -0.0 is not 0.0; None if the parser declines."""
+    try:
+        found = parse()
+    except DECLINED:
+        return None
+    return [part.tobytes() if isinstance(part, np.ndarray) else part for part in (*found,)]
+
+
+@given(st.lists(NUMBERS, max_size=4), st.lists(NUMBERS, min_size=2, max_size=2), st.sampled_from(["%s", "[%s]"]))
+@example(["-0"], ["-0", "1"], "%s")
+def test_both_parsers_return_equal_numbers(values: list[str], pair: list[str], form: str) -> None:
+    """Flat lists, rows and tables are the same bits from both parsers, or declined by both."""
+    simdjson, portable = SimdjsonParser(), PortableParser()
+    flat, rows = f"[{form % ','.join(values)}]".encode(), f"[[{','.join(pair)}],[1,2]]".encode()
+
+    def calls(parser: NumberParser) -> list[Any]:
+        return [
+            outcome(lambda: [parser.flat(flat, "d")]),
+            outcome(lambda: [parser.flat(flat, "i")]),
+            outcome(lambda: parser.rows(rows, 2)),
+            outcome(lambda: parser.tables(b"[%b,0,[[1,2]],0]" % rows, 2)),
+        ]
+
+    found = list(zip(calls(simdjson), calls(portable), strict=True))
+    nested = b"[" in rows[2:-7]  # a list within a row, which simdjson flattens; the caller counts brackets
+    for one, other in found[: 2 if nested else 4]:
+        assert one == other
+
+
+@given(st.lists(NUMBERS, max_size=2), NUMBERS, NUMBERS)
+@example(["0", "0"], "1", "-9223372036854775809")
+@example(["0", "0"], "18446744073709551616", "1")
+@example(["0", "0"], "1" * 5000, "1")
+def test_both_parsers_return_equal_instances(values: list[str], engine: str, cycle: str) -> None:
+    """Instances with engines and cycles are the same from both parsers, or declined by both."""
+    text = f'[{{"telemetry":[[{",".join(values)}]],"engine_id":{engine},"cycle":{cycle}}}]'.encode()
+    found: list[Any] = []
+    for parser in (SimdjsonParser(), PortableParser()):
+        try:
+            parsed = parser.instances(text, 2)
+            keys = [key if isinstance(key, str | int) else type(key) is float for key in parsed.keys[0]]
+            found.append((keys, parsed.lengths, [part.tobytes() for part in parsed.numbers]))
+        except DECLINED:
+            found.append(None)
+    if text.count(b"[") == 3:  # as above
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("depth", [900, 1000, 1030, 250_000])
+@pytest.mark.parametrize("parser", [SimdjsonParser, PortableParser])
+def test_deep_lists_are_declined_or_flattened(parser: type[NumberParser], depth: int) -> None:
+    """Lists within lists are one number or declined, however many they are: no parser overflows the stack."""
+    text = b"[" * depth + b"1" + b"]" * depth
+    found = outcome(lambda: [parser().flat(text, "d")])
+    assert found == (None if depth > 1024 else [np.float64(1).tobytes()])
+
+
+def test_a_service_without_simdjson_returns_the_same_bytes(tmp_path: Path) -> None:
+    """A process in which simdjson is absent answers predictions, evaluations and refusals as one that has it."""
+    row = json.dumps([round(500 + k / 7, 3) for k in range(17)])
+    window = f"[{','.join([row] * 100)}]"
+    bodies = (
+        ("/v1/predict", f'{{"instances":[{{"telemetry":{window},"engine_id":"a","cycle":3}}]}}'),
+        ("/v1/predict", f'{{"instances":[{",".join([f"""{{"telemetry":{window}}}"""] * 150)}]}}'),
+        ("/v1/predict", f'{{"instances":[{{"telemetry":[{row}],"label":0}}],"temperature":2}}'),
+        ("/v1/predict", f'{{"instances":[{{"telemetry":[{row},{row.replace("500.0", "null")}]}}],"missing":"hold"}}'),
+        ("/v1/predict", f'{{"instances":[{{"telemetry":[{row.replace("500.0", "1e39")}]}}]}}'),
+        ("/v1/evaluate", '{"logits":[[1,2.5,-3],[0,1e19,18446744073709551616]],"labels":[0,1]}'),
+        ("/v2/models/engine-health/infer", TENSOR % ("[1]", window)),
+        ("/v2/models/engine-health/infer", TENSOR % ("[1]", window.replace("500.0", "18446744073709551616"))),
+    )
+    stateless = {"ENGINE_HEALTH_DATABASE_URL": ""}
+    with running(**stateless) as usual, running(**stateless, **absent(tmp_path, "simdjson")) as other:
+        for path, body in bodies:
+            pair = [one.client.post(path, content=body.encode()) for one in (usual, other)]
+            masked = [re.sub(r'"prediction_id":"[^"]*"|"request_id":"[^"]*"', "", answer.text) for answer in pair]
+            assert (pair[0].status_code, masked[0]) == (pair[1].status_code, masked[1]), path
+
+
+def test_a_decoded_tensor_does_not_keep_its_body() -> None:
+    """No part of a tensor that was read from JSON is a view of the body, so that its memory is free."""
+    body = memoryview(bytearray((TENSOR % ("[1]", WINDOW)).encode()))
+    inference = read(body, None, {"telemetry": "FP32"})
+    body.release()  # a BufferError if anything still views it
+    assert inference.inputs["telemetry"].shape == (1, 100, 17)

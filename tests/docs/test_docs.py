@@ -1,0 +1,136 @@
+"""The documents against what they speak of: links lead somewhere, names exist, figures are the artefact's."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from model.evaluation.evaluate import ARTEFACT
+from service.api.auth import OPEN
+from service.app import create_app
+from service.settings import PREFIX, Settings, read_settings
+
+ROOT = Path(__file__).parents[2]
+TRACKED = set(subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines())
+DOCUMENTS = sorted(name for name in TRACKED if name.endswith(".md"))
+each_document = pytest.mark.parametrize("name", DOCUMENTS)
+now = pytest.mark.parametrize("name", [name for name in DOCUMENTS if name != "CHANGELOG.md"])  # that one tells of then
+SUFFIXES = r"py|yml|yaml|sh|lock|json|md|onnx|toml|js|html|png"
+
+
+def anchors(path: Path) -> set[str]:
+    """What may stand behind # in a link to a document: its headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def exists(path: str, folder: Path) -> bool:
+    """Whether a path that a document names is a file of the repository: from its root, its folder or below a room."""
+    places = (ROOT / path, folder / path, ROOT / "service" / path, ROOT / "model" / path)
+    return any(place.exists() for place in places)
+
+
+@each_document
+def test_links_lead_somewhere(name: str) -> None:
+    """Every link of a document that is not to another host is to a tracked file, and its anchor to a heading."""
+    path = ROOT / name
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if link.startswith(("http://", "https://")):
+            continue
+        target, _, anchor = link.partition("#")
+        found = (path.parent / target).resolve() if target else path
+        assert found.is_dir() or str(found.relative_to(ROOT)) in TRACKED, link
+        assert not anchor or anchor in anchors(found), link
+
+
+@now
+def test_files_that_are_named_exist(name: str) -> None:
+    """A path with a folder and a known ending is a file of the repository; what lies in build and data is made."""
+    text = (ROOT / name).read_text()
+    named = set(re.findall(rf"(?<![\w./:$-])((?:[\w-]+/)+[\w.-]+\.(?:{SUFFIXES}))\b", text))
+    made = ("build/", "data/", "secrets/", "etc/")
+    assert [] == sorted(one for one in named if not one.startswith(made) and not exists(one, (ROOT / name).parent))
+
+
+@now
+def test_settings_and_commands_that_are_named_exist(name: str) -> None:
+    """Every ENGINE_HEALTH_ variable is a setting, and every `make` target is in the Makefile."""
+    text = (ROOT / name).read_text()
+    known = {PREFIX + field.upper() for field in Settings.model_fields}
+    assert set() == set(re.findall(rf"\b{PREFIX}[A-Z_]+[A-Z]\b", text)) - known
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    said = [words.split() for words in re.findall(r"`make ([a-z][a-z -]*)", text)]
+    assert set() == {word for words in said for word in words} - targets
+
+
+def test_every_command_is_a_command() -> None:
+    """Each target that `make help` lists runs whatever file has its name, and no other is declared to."""
+    text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    listed = re.findall(r"^([a-z-]+):.*## ", text, re.MULTILINE)
+    (phony,) = re.findall(r"^\.PHONY:(.*)$", text, re.MULTILINE)
+    assert sorted(listed) == sorted(phony.split())
+
+
+@now
+def test_calls_that_are_named_exist(name: str) -> None:
+    """Every path below /v1 and /v2 that a document names is one of the service, or the beginning of one."""
+    paths = [re.sub(r"\{\w+\}", "x", path) for path in create_app(read_settings(), print).api.openapi()["paths"]]
+    text = re.sub(r"There is no `[^`]*`", "", (ROOT / name).read_text())
+    named = re.findall(r"(?<![\w/.])/v[12](?:/[\w-]+)*", text)
+    placed = {re.sub(r"(models|versions|engines)/[\w-]+", r"\1/x", one) for one in named}
+    assert [] == sorted(one for one in placed if not any(path == one or path.startswith(one + "/") for path in paths))
+
+
+@now
+def test_metrics_that_are_named_exist(name: str) -> None:
+    """Every metric that a document names is in the source that makes or records it."""
+    sources = "".join((ROOT / path).read_text() for path in TRACKED if path.startswith(("service/", "ops/")))
+    named = set(re.findall(r"\bengine_health_[a-z0-9_]+\b", (ROOT / name).read_text()))
+    settings = {PREFIX.lower() + field for field in Settings.model_fields}
+    assert [] == sorted(one for one in named - settings if one.removeprefix(PREFIX.lower()) not in sources)
+
+
+def test_the_card_and_the_readme_show_the_same_results() -> None:
+    """What both tables have of a row (subset, accuracy, cross-entropy, ECE, RUL, ...) is the same."""
+
+    def rows(name: str) -> list[dict[str, str]]:
+        lines = (ROOT / name).read_text().split("<!-- results -->")[1].split("<!-- /results -->")[0].split("\n")[1:-1]
+        head, _, *cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+        return [dict(zip(head, row, strict=True)) for row in cells]
+
+    readme = [row for row in rows("README.md") if row["T"] != "1.000"]
+    card = rows("docs/model-card.md")
+    same = set(readme[0]) & set(card[0])
+    assert {"rows", "subset", "n", "accuracy", "macro-F1", "cross-entropy", "ECE", "Brier", "RUL RMSE"} <= same
+    assert 10 == len(readme) == len(card)
+    for one, other in zip(readme, card, strict=True):
+        assert {key: one[key] for key in same} == {key: other[key] for key in same}
+
+
+def test_the_card_knows_the_size_of_the_artefact() -> None:
+    """The size that the model card gives is the file's, in KiB."""
+    (size,) = re.findall(r"(\d+) KiB of ONNX", (ROOT / "docs" / "model-card.md").read_text())
+    assert int(size) == round(ARTEFACT.stat().st_size / 1024)
+
+
+@pytest.mark.parametrize("name", ["README.md", "SECURITY.md"])
+def test_whatever_is_open_is_said_to_be(name: str) -> None:
+    """Both documents name each call that needs no key, but for the pages, of which they speak as such."""
+    text = (ROOT / name).read_text()
+    for path in OPEN - {"/", "/docs", "/openapi.json"}:
+        assert f"`{path}`" in text or f"`{path.rpartition('/')[0]}/*`" in text, path
+
+
+def test_limits_that_documents_repeat_are_those_of_the_image() -> None:
+    """User, port, folders and flags of `docker run` in docs/operations.md are those of Dockerfile and compose file."""
+    text = (ROOT / "docs" / "operations.md").read_text()
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["engine-health"]
+    assert f"docker build -t {compose['image']} ." in text
+    assert "memory:/data" in compose["volumes"]
+    assert "-v memory:/data" in text
+    assert "USER 10001:10001" in dockerfile
+    assert re.search(r"User\s10001", text)
+    assert {"--read-only", "--cap-drop", "--security-opt"} <= set(text.split())

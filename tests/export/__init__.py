@@ -1,0 +1,1 @@
+"""Tests of the export and of attached models."""

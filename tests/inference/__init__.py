@@ -1,0 +1,1 @@
+"""Tests of model loading, admission, batching and prediction."""

@@ -1,0 +1,181 @@
+"""The plan, a network laid out for speed: its answers have the network's bits, or it is not used."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from export.to_onnx import plan_to_onnx, to_onnx
+from export.verify import VerifyError, check_plan, synthetic_windows, torch_answers
+from model import contract
+from model.data import cmapss
+from model.evaluation.evaluate import ARTEFACT, open_artefact
+from model.training.channel_major import Plan
+from model.training.network import SAME_CONDITION, EngineHealth, NetworkConfig
+from model.windows import Readings, every_window
+from service.inference import model_loader, probe_windows
+from service.inference.model_loader import open_model
+from tests.support.models import WINDOW, bundled, manifest_of, untrained, without
+from tests.support.processes import Service
+
+
+@pytest.fixture(scope="module")
+def network() -> EngineHealth:
+    """An untrained network of rolling means over 23 rows."""
+    return untrained()
+
+
+def bits(pair: tuple[Readings, ...]) -> list[list[int]]:
+    """Answers as they are written."""
+    return [column.view(np.int32).tolist() for column in pair]
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_it_says_what_the_network_says(network: EngineHealth, data: st.DataObject) -> None:
+    """Padding, spells that stand still, repeated rows, broken sensors, unknown conditions, in any order, to the bit."""
+    windows = synthetic_windows(network, 4, seed=data.draw(st.integers(0, 99)))
+    rows = windows.reshape(-1, 17)
+    at = st.integers(0, len(rows) - 1)
+    for begin, length in data.draw(st.lists(st.tuples(at, st.integers(2, 9)), max_size=8)):
+        channels = data.draw(st.sampled_from([slice(None), slice(0, 3), slice(3, 4), slice(5, 9), slice(3, None)]))
+        rows[begin : begin + length, channels] = rows[begin, channels]
+    for place in data.draw(st.lists(at, max_size=3)):
+        rows[place, data.draw(st.integers(0, 16))] = data.draw(st.sampled_from([1e30, -1e6, -0.0, 0.0, 3e38]))
+    for k, begin in enumerate(data.draw(st.lists(st.integers(0, WINDOW - 1), max_size=4))):
+        windows[k, :begin] = windows[k, begin]
+    assert bits(torch_answers(network, windows)) == bits(torch_answers(Plan(network), windows))
+
+
+def test_windows_of_real_engines_have_the_networks_bits(cmapss_dir: Path) -> None:
+    """Official test engines of all four subsets, every cycle, short histories too, in batches of several sizes."""
+    model, (session, _) = open_model(ARTEFACT, threads=1), open_artefact(ARTEFACT)
+    assert model.planned
+    for subset in cmapss.SUBSETS:
+        windows = np.concatenate([every_window(one.telemetry, 100) for one in cmapss.read_test(cmapss_dir, subset)[:6]])
+        for size in (1, 5, 64, 256):
+            for k in range(0, len(windows), size * (20 if size < 9 else 1)):
+                some = np.ascontiguousarray(windows[k : k + size], np.float32)
+                own = session.run([contract.LOGITS, contract.RUL], {contract.INPUT: some})
+                found = model.run(some)
+                assert found.rul is not None
+                assert bits((found.logits, found.rul)) == bits(tuple(own))
+
+
+def test_only_rolling_means_have_one() -> None:
+    """A recurrent backbone has no plan, and a window whose sums could be rounded has none."""
+    assert plan_to_onnx(EngineHealth(NetworkConfig(window=12, backbone="conv-gru", hidden=8))) is None
+    assert plan_to_onnx(EngineHealth(NetworkConfig(window=4096, hidden=8))) is None
+
+
+def test_conditions_too_near_each_other_have_none() -> None:
+    """Where two centres are nearly one, which is nearer hangs on the order of a sum."""
+    network = EngineHealth(NetworkConfig(window=WINDOW, conditions=2, hidden=8))
+    for apart, made in ((0.9, False), (1.1, True)):
+        network.normalise.centres[1] = network.normalise.scales * torch.tensor([0.0, apart, 0.0])
+        assert made == (plan_to_onnx(network) is not None)
+
+
+@pytest.mark.parametrize("conditions", [1, 2, 6])
+def test_rows_at_the_border_of_a_condition_are_of_it_or_not_for_both(conditions: int) -> None:
+    """Half a scale from a centre the last bit of a sum decides, and in ONNX Runtime it is the same bit."""
+    torch.manual_seed(1)
+    network = EngineHealth(NetworkConfig(window=WINDOW, conditions=conditions, hidden=8)).eval()
+    usual, random = network.normalise, np.random.default_rng(0)
+    usual.centres.copy_(torch.linspace(1, 9, conditions)[:, None] * usual.scales * torch.tensor([0.9, 0.5, 0.7]))
+    made = plan_to_onnx(network)
+    assert made is not None
+    windows = random.standard_normal((64, WINDOW, 17))
+    away = windows[..., :3] / np.linalg.norm(windows[..., :3], axis=-1, keepdims=True) * SAME_CONDITION
+    of = random.integers(conditions, size=windows.shape[:2])
+    windows[..., :3] = usual.centres.numpy()[of] + away * usual.scales.numpy()
+    check_plan(
+        model_loader.session(to_onnx(network, WINDOW), 1), model_loader.session(made, 1), windows.astype(np.float32)
+    )
+
+
+@pytest.mark.parametrize("factor", [1.1, 1 + 1e-4, 1 - 1e-4])
+def test_a_plan_with_the_border_elsewhere_is_not_used(tmp_path: Path, factor: float) -> None:
+    """A condition that ends a ten-thousandth later or sooner is found out; the trials know where it ends."""
+    assert probe_windows.BORDER == SAME_CONDITION
+    changed = plan()
+    ends = next(node.input[1] for node in changed.graph.node if node.op_type == "LessOrEqual")
+    bound = next(one for one in changed.graph.initializer if one.name == ends)
+    bound.CopyFrom(onnx.numpy_helper.from_array(np.array(SAME_CONDITION**2 * factor, np.float32), ends))
+    contract.write(
+        ARTEFACT.read_bytes(), open_artefact(ARTEFACT)[1], tmp_path / "m.onnx", plan=changed.SerializeToString()
+    )
+    assert not open_model(tmp_path / "m.onnx").planned
+
+
+def test_no_plan_is_believed(tmp_path: Path) -> None:
+    """One that is no graph, of another network, of other names, without RUL: left aside, and the network answers."""
+    manifest, probes = open_artefact(ARTEFACT)[1], next(probe_windows.batches(open_artefact(ARTEFACT)[1]))
+    expected = open_model(ARTEFACT).run(probes).logits
+    torch.manual_seed(3)
+    other = EngineHealth(NetworkConfig(hidden=8)).eval()
+    for k, content in enumerate([b"", b"no graph", to_onnx(other, 100), renamed(), without_rul()]):
+        path = tmp_path / f"{k}.onnx"
+        contract.write(ARTEFACT.read_bytes(), manifest, path, plan=content)
+        model = open_model(path)
+        assert not model.planned
+        np.testing.assert_array_equal(expected, model.run(probes).logits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"),
+    [("And", 0), ("And", 1), ("Or", 0), ("Or", 1)]
+    + [(kind, 0) for kind in ("Not", "Round", "Clip", "CumSum", "Relu", "Pad", "Max", "GatherElements")],
+)
+def test_a_plan_that_forgets_something_is_not_used(tmp_path: Path, kind: str, kept: int) -> None:
+    """A step that passes one of its inputs on and does nothing: the proof fails, whichever it is."""
+    content, manifest = plan(), open_artefact(ARTEFACT)[1]
+    some = [k for k, node in enumerate(content.graph.node) if node.op_type == kind]
+    assert some
+    for k in some[-1:] if kind == "Clip" else some:  # the first bounds settings of which nothing is said anyway
+        contract.write(ARTEFACT.read_bytes(), manifest, tmp_path / "m.onnx", plan=without(content, k, kept))
+        assert not open_model(tmp_path / "m.onnx").planned, (k, content.graph.node[k].output)
+
+
+def test_a_network_that_someone_else_trains_has_its_plan_used(network: EngineHealth, tmp_path: Path) -> None:
+    """Another window, another width: exported and opened as the bundled one is."""
+    contract.write(to_onnx(network, WINDOW), manifest_of(network), tmp_path / "m.onnx", plan=plan_to_onnx(network))
+    assert open_model(tmp_path / "m.onnx").planned
+
+
+def test_an_export_with_a_plan_of_another_network_is_refused() -> None:
+    """`make export` does not write a file whose plan would only be laid aside."""
+    session, _ = open_artefact(ARTEFACT)
+    other = model_loader.session(to_onnx(EngineHealth(NetworkConfig(hidden=8)).eval(), 100), 1)
+    with pytest.raises(VerifyError, match="the plan answers otherwise"):
+        check_plan(session, other, probe_windows.flown(open_artefact(ARTEFACT)[1])[:400].reshape(4, 100, 17))
+
+
+def test_whether_it_is_used_is_told(service: Service) -> None:
+    """`GET /v1/model` says so."""
+    assert service.client.get("/v1/model").json()["planned"] is True
+
+
+def renamed() -> bytes:
+    """The plan with another name for its input."""
+    changed = plan()
+    changed.graph.input[0].name = "readings"
+    for node in changed.graph.node:
+        node.input[:] = ["readings" if name == contract.INPUT else name for name in node.input]
+    return bytes(changed.SerializeToString())
+
+
+def without_rul() -> bytes:
+    """The plan without its second output."""
+    changed = plan()
+    del changed.graph.output[1:]
+    return bytes(changed.SerializeToString())
+
+
+def plan() -> onnx.ModelProto:
+    """The bundled plan."""
+    return bundled(contract.PLAN_KEY)

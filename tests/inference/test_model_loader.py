@@ -1,0 +1,194 @@
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from model import contract
+from model.contract import Manifest
+from model.evaluation.evaluate import ARTEFACT
+from service.errors import ArtefactRejected
+from service.inference.model_loader import open_model
+from tests.support.models import Change, edited, identity_classifier
+from tests.support.processes import start
+
+
+def shift_one_weight(proto: onnx.ModelProto) -> None:
+    bias = next(weight for weight in proto.graph.initializer if weight.name == "head.bins.bias")
+    moved = numpy_helper.to_array(bias) + np.linspace(0, 1e-2, 26, dtype=np.float32)
+    bias.CopyFrom(numpy_helper.from_array(moved, bias.name))
+
+
+def freeze_batch(proto: onnx.ModelProto) -> None:
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+
+
+def add_input(proto: onnx.ModelProto) -> None:
+    proto.graph.input.append(helper.make_tensor_value_info("mask", TensorProto.FLOAT, ["batch"]))
+
+
+def test_the_bundled_artefact_proves_itself() -> None:
+    """The committed file opens, and answers its golden windows one by one or together."""
+    model = open_model(ARTEFACT)
+    assert (model.manifest.window, 17) == model.input_shape
+    assert contract.digest(ARTEFACT.read_bytes()) == model.digest
+    outputs = model.run(np.zeros((3, *model.input_shape), np.float32))
+    assert (3, 3) == outputs.logits.shape
+    assert outputs.rul is not None
+    assert (3,) == outputs.rul.shape
+
+
+@pytest.mark.parametrize(
+    ("manifest", "change", "said"),
+    [
+        ({"classes": ["a", "b"]}, None, "2 classes, logits have 3"),
+        ({"window": 30}, None, "30 x 17"),
+        ({"rul_thresholds": None}, None, "rul_thresholds"),
+        ({"golden": [{"telemetry": [[1.0]], "logits": [0, 0, 0]}]}, None, "golden"),
+        (None, shift_one_weight, "golden window"),
+        (None, freeze_batch, "free batch"),
+        (None, add_input, "one float32 input"),
+    ],
+)
+def test_a_file_that_contradicts_itself_is_refused(
+    tmp_path: Path, manifest: dict[str, object] | None, change: Change | None, said: str
+) -> None:
+    """A manifest and a graph that do not belong together are refused with the reason."""
+    with pytest.raises(ArtefactRejected, match=said):
+        open_model(edited(tmp_path / "m.onnx", manifest, change))
+
+
+def test_a_required_digest_is_required() -> None:
+    """Another digest than the required one is refused, the right one accepted."""
+    assert open_model(ARTEFACT, contract.digest(ARTEFACT.read_bytes()))
+    with pytest.raises(ArtefactRejected, match="required is 0000"):
+        open_model(ARTEFACT, "0" * 64)
+
+
+def test_any_classifier_with_a_manifest_opens(tmp_path: Path) -> None:
+    """Four classes, another input shape, no RUL: the contract is not C-MAPSS."""
+    manifest: dict[str, object] = {"name": "four", "version": "1", "classes": ["n", "e", "s", "w"]}
+    model = open_model(identity_classifier(tmp_path / "four.onnx", manifest))
+    assert (4,) == model.input_shape
+    assert model.run(np.eye(4, dtype=np.float32)).rul is None
+
+
+def test_a_network_that_mixes_the_rows_of_a_batch_is_refused(tmp_path: Path) -> None:
+    """Answers that depend on who else is in the batch are found before any window is served."""
+    nodes = [
+        helper.make_node("ReduceMean", ["telemetry", "rows"], ["mean"], keepdims=1),
+        helper.make_node("Sub", ["telemetry", "mean"], ["logits"]),
+    ]
+    telemetry = helper.make_tensor_value_info("telemetry", TensorProto.FLOAT, ["n", 4])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 4])
+    rows = numpy_helper.from_array(np.array([0], np.int64), "rows")
+    graph = helper.make_graph(nodes, "g", [telemetry], [logits], [rows])
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    manifest = Manifest.model_validate({"name": "mix", "version": "1", "classes": ["n", "e", "s", "w"]})
+    contract.write(proto.SerializeToString(), manifest, tmp_path / "mix.onnx")
+    with pytest.raises(ArtefactRejected, match="batches of 1"):
+        open_model(tmp_path / "mix.onnx")
+
+
+def broken_files(folder: Path) -> dict[str, Path]:
+    """Every way a file can be no artefact."""
+    content = ARTEFACT.read_bytes()
+    foreign = onnx.load(ARTEFACT)
+    del foreign.metadata_props[:]
+    changed = bytearray(content)
+    changed[len(content) // 2] ^= 1
+    files = {
+        "truncated": content[: len(content) // 2],
+        "tampered": bytes(changed),
+        "empty": b"",
+        "text": b"hello, I am no model\n",
+        "foreign": foreign.SerializeToString(),
+    }
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return {name: folder / name for name in files} | {"missing": folder / "missing", "folder": folder}
+
+
+@pytest.mark.parametrize("kind", ["truncated", "tampered", "empty", "text", "foreign", "missing", "folder"])
+def test_the_service_does_not_start_with_a_broken_file(tmp_path: Path, kind: str) -> None:
+    """A file that is no artefact ends the start with exit code 1 and one line that names the file: no traceback."""
+    path = broken_files(tmp_path)[kind]
+    process = start("serve", "--port", "0", "--log-level", "warning", ENGINE_HEALTH_MODEL=str(path))
+    _, said = process.communicate(timeout=60)
+    assert 1 == process.returncode
+    assert 1 == len(said.splitlines()), said
+    assert str(path) in said
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("PORT", "tcp://1.2.3.4:80"),
+        ("PORT", "70000"),
+        ("MAX_INSTANCES", "0"),
+        ("MODEL_DIGEST", "abc"),
+        ("LOG_LEVEL", "loud"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_named(variable: str, value: str) -> None:
+    """A wrong setting ends the start with exit code 1 and one line with its name and value."""
+    process = start("serve", **{f"ENGINE_HEALTH_{variable}": value})
+    _, said = process.communicate(timeout=60)
+    assert 1 == process.returncode
+    assert 1 == len(said.splitlines()), said
+    assert f"ENGINE_HEALTH_{variable}={value}" in said
+
+
+def test_a_flag_wins_over_the_environment() -> None:
+    """`--max-instances 0` is what is refused, though the environment has a good value."""
+    process = start("serve", "--max-instances", "0", ENGINE_HEALTH_MAX_INSTANCES="5")
+    assert "MAX_INSTANCES=0" in process.communicate(timeout=60)[1]
+
+
+def test_an_address_in_use_ends_the_start() -> None:
+    """A port that is taken gives exit code 1 and says which."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        process = start("serve", "--port", str(taken.getsockname()[1]), "--log-level", "error")
+        _, said = process.communicate(timeout=60)
+    assert 1 == process.returncode
+    assert "address already in use" in said
+    assert "Traceback" not in said
+
+
+def test_the_supervisor_of_workers_collects() -> None:
+    """Who starts without collecting, to import, has it back before there is anything to supervise."""
+    code = """
+import gc, sys
+from service.settings import read_settings
+from service.serve import serve_many
+gc.disable()
+try:
+    serve_many(read_settings(workers=2, port=int(sys.argv[1])))
+finally:
+    print(gc.isenabled())
+"""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        command = [sys.executable, "-c", code, str(taken.getsockname()[1])]
+        assert "True" in subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+
+
+def test_serving_never_loads_torch() -> None:
+    """Neither torch nor pandas nor the training rooms are in a serving process."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from service.app import create_app; from service.inference.model_loader import open_model; "
+        "from service.settings import read_settings; s = read_settings(); create_app(s, print); open_model(s.model); "
+        "print(*[m for m in sys.modules if m in ('torch', 'pandas', 'onnx', 'export', 'model.training')])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "" == found.stdout.strip()

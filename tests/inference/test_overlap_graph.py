@@ -1,0 +1,249 @@
+"""Work shared between overlapping windows: nothing of an answer may depend on it."""
+
+import base64
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from export.to_onnx import histories_to_onnx, to_onnx
+from export.verify import synthetic_windows
+from model import contract
+from model.data import cmapss
+from model.evaluation.evaluate import ARTEFACT, open_artefact
+from model.training.network import EngineHealth, NetworkConfig
+from model.training.overlap import Histories
+from model.windows import Readings, pad_left
+from service.errors import ArtefactRejected
+from service.inference import model_loader, overlap_graph
+from service.inference.overlap_graph import Histories as Opened
+from service.inference.overlap_graph import open_histories
+from service.scoring import job, scorer
+from tests.support.models import WINDOW, manifest_of, untrained, without
+from tests.support.models import bundled as bundled_graph
+from tests.support.scoring import flights, read, score, write
+
+
+@pytest.fixture(scope="module")
+def network() -> EngineHealth:
+    """An untrained network of rolling means over 23 rows."""
+    return untrained()
+
+
+@pytest.fixture(scope="module")
+def bundled() -> Opened:
+    """The second graph of the committed artefact."""
+    found = open_histories(ARTEFACT, model_loader.open_model(ARTEFACT))
+    assert found is not None
+    return found
+
+
+def shared(network: EngineHealth, rows: Readings) -> tuple[Readings, Readings, Readings]:
+    """Logits of every window with work shared, whether they hold, and the network's own."""
+    starts = np.arange(len(rows) - network.config.window + 1)
+    windows = np.lib.stride_tricks.sliding_window_view(rows, network.config.window, axis=0).transpose(0, 2, 1)
+    with torch.inference_mode():
+        logits, _, exact = Histories(network).eval()(torch.from_numpy(rows), torch.from_numpy(starts))
+        own, _ = network(torch.from_numpy(windows.copy()))
+    return logits.numpy(), exact.numpy(), own.numpy()
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_what_it_vouches_for_is_what_the_network_says_of_the_window_alone(
+    network: EngineHealth, data: st.DataObject
+) -> None:
+    """With padding, spells that stand still, repeated rows, broken sensors and unknown conditions, in any order."""
+    rows = synthetic_windows(network, 4, seed=data.draw(st.integers(0, 99))).reshape(-1, 17)
+    at = st.integers(0, len(rows) - 1)
+    for begin, length in data.draw(st.lists(st.tuples(at, st.integers(2, 9)), max_size=8)):
+        channels = data.draw(st.sampled_from([slice(None), slice(3, 4), slice(5, 9), slice(3, None)]))
+        rows[begin : begin + length, channels] = rows[begin, channels]
+    for place in data.draw(st.lists(at, max_size=3)):
+        rows[place, data.draw(st.integers(0, 16))] = data.draw(st.sampled_from([1e30, -1e6, 0.0, 3e38]))
+    logits, exact, own = shared(network, rows)
+    np.testing.assert_array_equal(own[exact].view(np.int32), logits[exact].view(np.int32))
+
+
+def test_it_vouches_for_short_histories_and_for_spells_inside(network: EngineHealth) -> None:
+    """Every window of an engine from its first flight on, and one in which a sensor stands still, is shared."""
+    flown = synthetic_windows(network, 1, seed=5)[0]
+    flown[10:16, 4] = flown[10, 4]
+    rows = np.concatenate([np.repeat(flown[:1], WINDOW - 1, axis=0), flown])
+    logits, exact, own = shared(network, rows)
+    spell = np.zeros(len(exact), np.bool_)
+    spell[11:14] = True  # the newest row is in the spell, before anybody can know how long it will last
+    np.testing.assert_array_equal(~spell, exact)
+    np.testing.assert_array_equal(own[exact], logits[exact])
+    assert (own[spell] != logits[spell]).any(axis=1).all()
+
+
+def test_only_rolling_means_share_work() -> None:
+    """A recurrent backbone has no second graph, and a window whose sums could be rounded has none."""
+    assert histories_to_onnx(EngineHealth(NetworkConfig(window=12, backbone="conv-gru", hidden=8))) is None
+    assert histories_to_onnx(EngineHealth(NetworkConfig(window=4096, hidden=8))) is None
+
+
+def test_real_histories_have_the_bits_of_real_windows(bundled: Opened, cmapss_dir: Path) -> None:
+    """Official test engines of all four subsets, every cycle: nine in ten shared, all answers the network's."""
+    model = bundled.model
+    for subset in ("FD001", "FD002", "FD003", "FD004"):
+        engines = [one.telemetry.astype(np.float32) for one in cmapss.read_test(cmapss_dir, subset)[:8]]
+        rows = np.concatenate([np.concatenate([np.repeat(one[:1], 99, axis=0), one]) for one in engines])
+        ends = np.cumsum([99 + len(one) for one in engines])
+        starts = np.concatenate(
+            [np.arange(end - 99 - len(one), end - 99) for end, one in zip(ends, engines, strict=True)]
+        )
+        windows = np.concatenate(
+            [np.stack([pad_left(one[: k + 1], 100) for k in range(len(one))]) for one in engines]
+        ).astype(np.float32)
+        own = [model.run(windows[i : i + 64]) for i in range(0, len(windows), 64)]
+        found = bundled.answers(rows, starts, 64)
+        np.testing.assert_array_equal(np.concatenate([one.logits for one in own]), found.logits)
+        np.testing.assert_array_equal(np.concatenate([one.rul for one in own if one.rul is not None]), found.rul)
+        assert bundled.run(rows, starts)[1].mean() > 0.9
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_job_writes_the_same_with_and_without(
+    windows: Readings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixed: bool
+) -> None:
+    """Bytes of the output, engine after engine and flight after flight, with many windows to a call and with few."""
+    table = flights(windows)
+    if mixed:
+        table = table.sort_by([("cycle", "ascending"), ("engine_id", "descending")])
+    source = write(table, tmp_path / "a.parquet")
+    called: list[int] = []
+    monkeypatch.setattr(Opened, "run", _counting(Opened.run, called))
+    assert 0 == score(source, tmp_path / "with.parquet")
+    assert 400 in called
+    monkeypatch.setattr(job, "open_histories", lambda *_: None)
+    assert 0 == score(source, tmp_path / "without.parquet")
+    assert (tmp_path / "with.parquet").read_bytes() == (tmp_path / "without.parquet").read_bytes()
+
+
+def test_no_second_graph_is_believed(windows: Readings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is missing, no graph, of another network, of other names: each is left aside, and the answers stay."""
+    expected = read(_scored(ARTEFACT, windows, tmp_path / "0", monkeypatch))
+    manifest = open_artefact(ARTEFACT)[1]
+    torch.manual_seed(3)
+    other = EngineHealth(NetworkConfig(hidden=8)).eval()
+    strange = [b"", b"no graph", histories_to_onnx(other), to_onnx(other, 100)]
+    for k, content in enumerate(strange):
+        path = tmp_path / f"{k}.onnx"
+        contract.write(ARTEFACT.read_bytes(), manifest, path, content)
+        assert open_histories(path, model_loader.open_model(path)) is None
+        assert expected.equals(read(_scored(path, windows, tmp_path / f"of-{k}", monkeypatch)))
+    torn = onnx.load_model_from_string(ARTEFACT.read_bytes())
+    kept = {one.key: one.value for one in torn.metadata_props} | {contract.HISTORIES_KEY: "%%%"}
+    onnx.helper.set_model_props(torn, kept)
+    contract.write(torn.SerializeToString(), manifest, tmp_path / "torn.onnx")
+    assert open_histories(tmp_path / "torn.onnx", model_loader.open_model(tmp_path / "torn.onnx")) is None
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("Or", 0), ("Or", 1), ("And", 0), ("And", 1), ("Round", 0), ("Relu", 0)])
+def test_a_graph_that_forgets_something_is_not_used(tmp_path: Path, kind: str, kept: int) -> None:
+    """What a window alone decides, what is not meant, the grain: without any one of them the proof fails."""
+    content, manifest = bundled_graph(contract.HISTORIES_KEY), open_artefact(ARTEFACT)[1]
+    for k, node in enumerate(content.graph.node):
+        if node.op_type == kind:
+            contract.write(ARTEFACT.read_bytes(), manifest, tmp_path / "m.onnx", without(content, k, kept))
+            assert open_histories(tmp_path / "m.onnx", model_loader.open_model(tmp_path / "m.onnx")) is None, (
+                node.output
+            )
+
+
+def test_a_network_with_a_short_window_shares_work_too(network: EngineHealth, tmp_path: Path) -> None:
+    """Whoever trains one has its second graph used: the proof asks for bits, and for a share that all can reach."""
+    graphs = to_onnx(network, WINDOW), histories_to_onnx(network)
+    contract.write(graphs[0], manifest_of(network), tmp_path / "m.onnx", graphs[1])
+    assert open_histories(tmp_path / "m.onnx", model_loader.open_model(tmp_path / "m.onnx")) is not None
+
+
+def test_where_company_changes_the_bits_nothing_is_shared(bundled: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a processor that rounds a window alone in another way, in both graphs, a job runs each window by itself."""
+    asked, alone = Opened.run, bundled.model.run
+
+    def run(
+        self: Opened, rows: model_loader.Batch, starts: overlap_graph.Starts
+    ) -> tuple[model_loader.Outputs, overlap_graph.Mask]:
+        found, exact = asked(self, rows, starts)
+        return (rounded(found) if len(starts) == 1 else found), exact
+
+    def rounded(found: model_loader.Outputs) -> model_loader.Outputs:
+        return model_loader.Outputs(np.nextafter(found.logits, np.float32(9e9)), found.rul)
+
+    model = dataclasses.replace(bundled.model, run=lambda one: rounded(alone(one)) if len(one) == 1 else alone(one))
+    monkeypatch.setattr(Opened, "run", run)
+    assert open_histories(ARTEFACT, model) is None
+
+
+def test_a_graph_that_fails_on_some_rows_leaves_them_to_the_network(bundled: Opened) -> None:
+    """No job ends by what only saves it time."""
+    content = bundled_graph(contract.HISTORIES_KEY)
+    empty = [node.input[0] for node in content.graph.node if node.op_type == "Equal"][-1]  # all spans but the longest
+    bound = next(k for k, node in enumerate(content.graph.node) if node.output[0] == empty)
+    failing = Opened(bundled.model, model_loader.session(without(content, bound, 0), 1))
+    rows = np.repeat(np.arange(100, dtype=np.float32), 17).reshape(100, 17) - 1e9  # no sensor says anything
+    with pytest.raises(Exception, match="Out of range"):
+        failing.run(rows, np.array([0]))
+    np.testing.assert_array_equal(bundled.model.run(rows[None]).logits, failing.answers(rows, np.array([0]), 64).logits)
+
+
+@given(st.lists(st.integers(0, 2**18), max_size=200, unique=True), st.integers(1, 3000))
+def test_calls_are_no_larger_than_what_was_proven(some: list[int], more: int) -> None:
+    """However engines of one flight and of many lie in a unit: its windows in turn, few at once, and close together."""
+    starts = np.union1d(np.array(some, np.int64), np.arange(more))
+    calls = scorer._near(starts)
+    np.testing.assert_array_equal(starts, np.concatenate(calls))
+    assert all(len(one) <= overlap_graph.TOGETHER and np.ptp(one) < overlap_graph.LARGE for one in calls if len(one))
+
+
+def test_a_graph_that_vouches_wrongly_is_not_used(bundled: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bit of one answer is enough."""
+    asked = Opened.run
+
+    def wrong(
+        self: Opened, rows: model_loader.Batch, starts: overlap_graph.Starts
+    ) -> tuple[model_loader.Outputs, overlap_graph.Mask]:
+        found, exact = asked(self, rows, starts)
+        found.logits.view(np.int32)[-1, -1] ^= 1
+        return found, exact
+
+    monkeypatch.setattr(Opened, "run", wrong)
+    assert open_histories(ARTEFACT, bundled.model) is None
+
+
+def test_a_file_that_changed_since_is_refused(bundled: Opened, tmp_path: Path) -> None:
+    """The second graph is of the very file whose network answers."""
+    contract.write(ARTEFACT.read_bytes(), open_artefact(ARTEFACT)[1], tmp_path / "m.onnx", b"x")
+    with pytest.raises(ArtefactRejected, match="changed while it was opened"):
+        open_histories(tmp_path / "m.onnx", bundled.model)
+
+
+def test_the_export_carries_it_as_base64_in_the_one_file() -> None:
+    """The artefact stays one file, and its metadata text."""
+    text = model_loader.metadata(ARTEFACT.read_bytes())[contract.HISTORIES_KEY]
+    graph = onnx.load_model_from_string(base64.b64decode(text)).graph
+    assert [contract.INPUT, contract.STARTS] == [one.name for one in graph.input]
+    assert [contract.LOGITS, contract.RUL, contract.EXACT] == [one.name for one in graph.output]
+
+
+def _counting(called: object, sizes: list[int]) -> object:
+    def run(self: Opened, rows: model_loader.Batch, starts: overlap_graph.Starts) -> object:
+        sizes.append(len(starts))
+        return called(self, rows, starts)  # type: ignore[operator]  # as it was
+
+    return run
+
+
+def _scored(model: Path, windows: Readings, output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ENGINE_HEALTH_MODEL", str(model))
+    source, target = write(flights(windows), output.with_suffix(".csv")), output.with_suffix(".parquet")
+    assert 0 == score(source, target)
+    return target

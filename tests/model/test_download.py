@@ -1,0 +1,95 @@
+import hashlib
+import io
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from model.data import download
+from tests.support.processes import serving
+
+
+def zipped(files: dict[str, bytes]) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return content.getvalue()
+
+
+def nasa_zip(files: dict[str, bytes]) -> bytes:
+    """Nested as NASA's: a folder with spaces, holding the zip that holds the files."""
+    return zipped({"6. Turbofan/readme.pdf": b"x", "6. Turbofan/CMAPSSData.zip": zipped(files)})
+
+
+@contextmanager
+def served(content: bytes, status: int = 200) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as url:
+        yield f"{url}/data.zip"
+
+
+@pytest.fixture
+def files(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """Twelve small files under NASA's names, and their sums in place of NASA's."""
+    found = {name: f"content of {name}".encode() for name in download.SUMS}
+    monkeypatch.setattr(download, "SUMS", {name: hashlib.sha256(data).hexdigest() for name, data in found.items()})
+    return found
+
+
+def test_nasas_own_files_pass_their_sums(cmapss_dir: Path, tmp_path: Path) -> None:
+    """A zip made of the real files is unpacked to the very same bytes, every sum as published."""
+    import gzip
+
+    real = {
+        p.name.removesuffix(".gz"): gzip.decompress(p.read_bytes())
+        for p in cmapss_dir.glob("*.txt.gz")
+        if p.name[0] in "tR"
+    }
+    if not real:
+        pytest.skip("this C-MAPSS is not gzipped; the sums are checked on small files above")
+    with served(nasa_zip(real)) as url:
+        download.fetch(url, tmp_path / "cmapss")
+    assert real == {path.name: path.read_bytes() for path in (tmp_path / "cmapss").iterdir()}
+
+
+def test_a_file_with_another_sum_leaves_nothing(files: dict[str, bytes], tmp_path: Path) -> None:
+    """One changed byte in one file, and nothing is written."""
+    with (
+        served(nasa_zip(files | {"train_FD003.txt": b"changed"})) as url,
+        pytest.raises(download.FetchError, match=r"train_FD003\.txt has sha256"),
+    ):
+        download.fetch(url, tmp_path / "cmapss")
+    assert not (tmp_path / "cmapss").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "said"), [(b"<html>", 200, "zip"), (b"", 404, "404"), (zipped({}), 200, "not in it")]
+)
+def test_what_is_no_data_is_refused(
+    files: dict[str, bytes], tmp_path: Path, content: bytes, status: int, said: str
+) -> None:
+    """A web page, an error or an empty archive is one line with the address."""
+    assert files
+    with served(content, status) as url, pytest.raises(download.FetchError, match=said):
+        download.fetch(url, tmp_path)
+
+
+def test_an_address_without_a_server_is_named(tmp_path: Path) -> None:
+    """No answer is one line with the address."""
+    with served(b"") as url:
+        pass
+    with pytest.raises(download.FetchError, match=r"127\.0\.0\.1"):
+        download.fetch(url, tmp_path)

@@ -1,0 +1,1 @@
+"""Tests of the image, Compose, Kubernetes, alerts and benchmarks."""

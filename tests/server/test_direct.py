@@ -1,0 +1,77 @@
+import re
+from collections.abc import Callable
+
+import pytest
+
+from model.windows import Readings
+from tests.support.http import HEAD, LIVEZ, ends, hear, predicting, talking
+from tests.support.processes import Service, running
+
+OWN = (
+    rb"(?<=^date: )[^\r]*|(?<=^x-request-id: )[^\r]*",
+    rb"^(vary|access-control-[^:]*): [^\n]*\n",
+    rb'(?<="prediction_id":")[^"]*',
+)
+
+
+def said(service: Service, request: bytes) -> bytes:
+    """All that is heard until the other side hangs up, without what differs from answer to answer."""
+    with talking(service) as (connection, ear):
+        connection.sendall(request)
+        return re.sub(b"|".join(OWN), b"", ear.read(), flags=re.MULTILINE)
+
+
+def last(request: bytes) -> bytes:
+    """A request after which the connection ends."""
+    return request.replace(b"Host: x\r\n", b"Host: x\r\nConnection: close\r\n", 1)
+
+
+def old(request: bytes) -> bytes:
+    """A request of HTTP/1.0."""
+    return request.replace(b"HTTP/1.1", b"HTTP/1.0", 1)
+
+
+def wrong(request: bytes) -> bytes:
+    """A request whose body is no JSON."""
+    return last(request).replace(b"[[", b"[ ", 1)
+
+
+def other(request: bytes) -> bytes:
+    """A request of what is not read."""
+    return last(request).replace(b"application/json", b"application/pdf_", 1)
+
+
+@pytest.mark.parametrize("ask", [last, old, wrong, other, lambda request: request + LIVEZ + wrong(request)])
+def test_an_answer_is_the_same_whether_or_not_it_goes_through_messages(
+    service: Service, windows: Readings, ask: Callable[[bytes], bytes]
+) -> None:
+    """Status, headers and body of a prediction, or a refusal, are those of a service that looks at each message."""
+    request = ask(predicting(windows))
+    with running(ENGINE_HEALTH_CORS_ORIGINS="https://ops.example") as looking:  # which adds to answers to pages only
+        assert said(service, request) == said(looking, request)
+
+
+def test_who_is_refused_while_it_sends_was_told_to_go_on_first() -> None:
+    """A 100 never comes behind the answer, where the next one would be read: also when both are due in one turn."""
+    chunk = b"Transfer-Encoding: chunked\r\n\r\n7d0\r\n" + b" " * 2000 + b"\r\n"
+    with running(ENGINE_HEALTH_MAX_BODY_BYTES="1000") as small:
+        for closing in (b"", b"Connection: close\r\n"):
+            with talking(small) as (connection, ear):
+                connection.sendall(HEAD + closing + b"Expect: 100-continue\r\n" + chunk)
+                assert b"HTTP/1.1 100 Continue\r\n\r\n" == ear.readline() + ear.readline()
+                assert 413 == hear(ear)[0]
+                if not closing:
+                    connection.sendall(b"0\r\n\r\n" + LIVEZ)
+                    assert 200 == hear(ear)[0]
+
+
+def test_who_expects_to_go_on_and_does_not_wait_is_answered(service: Service, windows: Readings) -> None:
+    """A body that comes with its headers needs no 100; the answer comes once, and the next request is read."""
+    with talking(service) as (connection, ear):
+        connection.sendall(
+            predicting(windows, b"Expect: 100-continue\r\n")
+            + LIVEZ.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+        )
+        assert 200 == hear(ear)[0]
+        assert 200 == hear(ear)[0]
+        assert ends(ear)

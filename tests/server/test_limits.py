@@ -1,0 +1,273 @@
+"""The short forms of `python -m benchmarks.endurance`: what the service promises under strain."""
+
+import gzip
+import json
+import os
+import random
+import signal
+import socket
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from model.windows import Readings
+from tests.support.bodies import INFER, binary
+from tests.support.http import HEAD, JSON, MIB, as_sent, connected
+from tests.support.models import edited
+from tests.support.processes import (
+    ADMIN,
+    LOAD,
+    Service,
+    children,
+    one,
+    predicted,
+    resident,
+    running,
+    shared_folder,
+    until,
+    until_all_are_ready,
+)
+
+OVERLOADED = 'engine_health_rejected_total{reason="overloaded"}'
+
+
+def heard(connection: socket.socket) -> bytes:
+    """One answer, whole."""
+    found = b""
+    while part := connection.recv(1 << 16):
+        found += part
+        head, end, body = found.partition(b"\r\n\r\n")
+        size = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0] or 0)
+        if end and len(body) >= size:
+            break
+    return found
+
+
+@pytest.mark.parametrize(
+    ("path", "begin", "value", "end", "most"),
+    [
+        ("/v1/cycles", b'{"cycles":[', b"{}", b"]}", 8),
+        ("/v1/evaluate", b'{"logits":[[0,0,0]],"labels":[', b"{}", b"]}", 8),
+        ("/v1/predict", b'{"instances":[{"telemetry":[', b"[]", b"]}]}", 40),  # lists are made, to name the wrong ones
+    ],
+)
+def test_a_body_that_is_refused_does_not_fill_the_memory(
+    path: str, begin: bytes, value: bytes, end: bytes, most: int
+) -> None:
+    """Millions of empty values take a few times their bytes while what is wrong with them is found and named."""
+    with running() as service:
+        status = Path(f"/proc/{service.process.pid}/status")
+        body = begin + b",".join([value] * (16 * MIB // 3)) + end
+        before = resident(service)
+        Path(f"/proc/{service.process.pid}/clear_refs").write_text("5")  # the peak begins anew
+        assert 422 == service.client.post(path, content=body, headers=JSON).status_code
+        peak = int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))) / 1024
+        assert peak - before < most * len(body) / MIB
+
+
+def test_a_refusal_is_heard_by_who_sends_on_and_the_connection_is_kept() -> None:
+    """A body over the limit, announced or in chunks, is answered 413 however much is sent; the next request is read."""
+    with running(ENGINE_HEALTH_MAX_BODY_BYTES="100000") as small, connected(small) as connection:
+        large = b" " * 20_000_000
+        for _ in range(2):
+            connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(large))
+            connection.sendall(large)
+            assert heard(connection).startswith(b"HTTP/1.1 413")
+            connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+            connection.sendall((b"8000\r\n" + b" " * 0x8000 + b"\r\n") * 100 + b"0\r\n\r\n")
+            assert heard(connection).startswith(b"HTTP/1.1 413")
+            connection.sendall(HEAD + b"Content-Length: 2\r\n\r\n{}")
+            assert heard(connection).startswith(b"HTTP/1.1 422")
+
+
+def test_nobody_stays_connected_who_neither_sends_nor_leaves() -> None:
+    """The rest of a refused body must come in time, and an empty line is no reason to keep a connection for ever."""
+    with running(ENGINE_HEALTH_REQUEST_SECONDS="1", ENGINE_HEALTH_MAX_BODY_BYTES="1000") as hasty:
+        with connected(hasty) as half:
+            half.sendall(HEAD + b"Content-Length: 5000\r\n\r\n{")
+            assert heard(half).startswith(b"HTTP/1.1 413")
+            half.sendall(b" ")
+            assert b"" == half.recv(100)
+        with connected(hasty) as idle:
+            idle.sendall(b"\r\n")
+            assert b"" == idle.recv(100)
+
+
+def test_bodies_held_at_once_have_a_limit_together(windows: Readings) -> None:
+    """While others hold the memory that all may have, the next body is 429; alone any body is read."""
+    body = json.dumps(one(windows[0]) | {"missing": "reject"}).encode().ljust(700_000)
+    with running(ENGINE_HEALTH_MAX_BUFFERED_BYTES="1000000") as tight:
+        assert 1_000_000 == tight.client.get("/v1/model").json()["limits"]["max_buffered_bytes"]
+        with connected(tight) as slow:
+            slow.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body[:600_000])
+            for _ in range(50):  # turns of its loop, in which it reads that
+                tight.client.get("/livez")
+            until(lambda: tight.client.post("/v1/predict", content=body, headers=JSON).status_code == 429)
+            refused = tight.client.post("/v1/predict", content=iter([body[:500_000], body[500_000:]]), headers=JSON)
+            assert 429 == refused.status_code
+            assert int(refused.headers["retry-after"]) >= 1
+            bomb = gzip.compress(body)
+            packed = tight.client.post("/v1/predict", content=bomb, headers=JSON | {"Content-Encoding": "gzip"})
+            assert 429 == packed.status_code
+            tight.predict(one(windows[0])["instances"])
+            slow.sendall(body[600_000:])
+            assert heard(slow).startswith(b"HTTP/1.1 200")
+        assert tight.metrics()[OVERLOADED] >= 3
+        for _ in range(3):
+            assert 200 == tight.client.post("/v1/predict", content=body.ljust(3_000_000), headers=JSON).status_code
+
+
+def test_memory_is_what_it_was_after_bodies_that_are_refused() -> None:
+    """Bodies over the limit, of very many chunks, or inflated beyond the limit leave nothing behind."""
+    tiny = b"1\r\n[\r\n" * 100_000 + b"0\r\n\r\n"
+    whole = b" " * (32 * 2**20 + 1)
+    bomb = gzip.compress(b" " * (100 * 2**20), 1)
+
+    def round_of_them(service: Service) -> list[int]:
+        statuses = [
+            service.client.post("/v1/predict", content=whole, headers=JSON).status_code,
+            service.client.post("/v1/predict", content=iter([whole]), headers=JSON).status_code,
+            service.client.post("/v1/predict", content=bomb, headers=JSON | {"Content-Encoding": "gzip"}).status_code,
+        ]
+        with connected(service) as connection:
+            connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + tiny)
+            return [*statuses, int(heard(connection)[9:12])]
+
+    with running() as fresh:  # one that other tests have not filled
+        for _ in range(2):
+            assert [413, 413, 413, 400] == round_of_them(fresh)
+        before = resident(fresh)
+        for _ in range(8):
+            assert [413, 413, 413, 400] == round_of_them(fresh)
+        assert resident(fresh) - before < 20
+
+
+def test_who_has_room_is_not_refused_for_the_sake_of_others(windows: Readings) -> None:
+    """A client with a thousand windows among those with one flight each is answered, as they are: no queue is full."""
+    flight = json.dumps({"instances": [{"telemetry": windows[0][-1:].tolist()}]}).encode()
+    many = json.dumps({"instances": one(windows[0])["instances"] * 1000}).encode()
+    with running() as service, ThreadPoolExecutor(5) as pool:
+
+        def ask(body: bytes, times: int) -> Counter[int]:
+            return Counter(
+                service.client.post("/v1/predict", content=body, headers=JSON).status_code for _ in range(times)
+            )
+
+        asked = [pool.submit(ask, flight, 200) for _ in range(4)] + [pool.submit(ask, many, 5)]
+        assert Counter({200: 805}) == sum((task.result(timeout=120) for task in asked), Counter[int]())
+
+
+def test_explanations_wait_in_the_same_queue(windows: Readings) -> None:
+    """What an explanation costs is bounded as predictions are: too many at once are 429; only answers are counted."""
+    body = json.dumps({"instances": [{"telemetry": windows[0][-1:].tolist()}] * 10, "explain": True}).encode()
+    with running(ENGINE_HEALTH_MAX_QUEUE_ROWS="100") as service:
+
+        def ask(_: int) -> httpx.Response:
+            return service.client.post("/v1/predict", content=body, headers=JSON)
+
+        with ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(ask, range(100)))
+        answered = [answer for answer in answers if answer.status_code == 200]
+        assert {200, 429} == {answer.status_code for answer in answers}
+        assert all(17 == len(row["explanation"]) for answer in answered for row in answer.json()["predictions"])
+        assert 10 * len(answered) == service.metrics()["engine_health_confidence_count"]
+
+
+def test_the_rows_of_a_client_that_left_are_not_inferred(windows: Readings) -> None:
+    """Who hangs up while waiting is counted as gone, and costs no inference."""
+    slow = {"ENGINE_HEALTH_MAX_QUEUE_SECONDS": "60", "ENGINE_HEALTH_MAX_BATCH_ROWS": "1"}
+    with running(**slow) as service:
+        with connected(service) as stays, connected(service) as leaves:
+            stays.sendall(as_sent(windows[np.arange(4000) % 4]))
+            until(lambda: service.metrics()["engine_health_batch_rows_count"] > 0)
+            leaves.sendall(as_sent(windows))
+            leaves.close()
+            assert heard(stays).startswith(b"HTTP/1.1 200")
+        until(lambda: service.metrics()['engine_health_rejected_total{reason="client_gone"}'] == 1)
+        assert 4000 == service.metrics()["engine_health_batch_rows_sum"]
+
+
+def test_requests_in_flight_when_told_to_stop_are_answered(windows: Readings) -> None:
+    """More than the drain time has room for are answered all the same, and the exit code is 0."""
+    limits = {"MAX_QUEUE_SECONDS": "60", "MAX_QUEUE_ROWS": "100000", "DRAIN_SECONDS": "0.5", "MAX_BATCH_ROWS": "4"}
+    with running(**{f"ENGINE_HEALTH_{key}": value for key, value in limits.items()}) as service, ExitStack() as stack:
+        clients = [stack.enter_context(connected(service)) for _ in range(200)]
+        asked = as_sent(windows[np.arange(60) % 4])
+        for client in clients:
+            client.sendall(asked)
+        service.process.terminate()
+        assert [b"HTTP/1.1 200"] * 200 == [heard(client)[:12] for client in clients]
+        assert 0 == service.process.wait(timeout=20)
+
+
+def test_a_model_that_is_replaced_is_forgotten(tmp_path: Path, windows: Readings) -> None:
+    """Reload after reload the service holds one model, and large requests that were being read are answered."""
+    path = tmp_path / "model.onnx"
+    edited(path, {"temperature": 1.0})
+    with running(ENGINE_HEALTH_MODEL=str(path), ENGINE_HEALTH_ADMIN_KEYS="wheel") as service:
+        body = json.dumps({"instances": one(windows[0])["instances"] * 60}).encode()
+        memory = []
+        with ThreadPoolExecutor(3) as pool:
+            for k in range(12):
+                edited(path, {"temperature": 1.0 + k % 2})
+                asked = [
+                    pool.submit(lambda: service.client.post("/v1/predict", content=body, headers=JSON).status_code)
+                    for _ in range(3)
+                ]
+                assert 200 == service.client.post(LOAD, headers=ADMIN).status_code
+                assert [200] * 3 == [task.result(timeout=30) for task in asked]
+                memory.append(resident(service))
+        assert memory[-1] - memory[3] < 30  # eight models are sixty-four
+
+
+def test_restarted_workers_leave_nothing_behind_and_nobody_alone(windows: Readings) -> None:
+    """Workers killed again and again, also as they start, are replaced at once; nobody hears that one is not ready."""
+    with running(ENGINE_HEALTH_WORKERS="2") as service:
+        until_all_are_ready(service, 2)
+        folder, seen = shared_folder(children(service.process)[0]), Counter[str]()
+        assert folder
+
+        def ask(_: int = 0) -> bool:
+            try:
+                answer = httpx.post(f"{service.client.base_url}/v1/predict", json=one(windows[0]), timeout=30)
+                seen[str(answer.status_code)] += 1
+            except httpx.TransportError:
+                seen["cut"] += 1
+            return True
+
+        with ThreadPoolExecutor(2) as pool:
+            for k in range(5):
+                victim = children(service.process)[k % 2]
+                os.kill(victim, signal.SIGKILL)
+                until(lambda gone=victim: ask() and len(now := children(service.process)) == 2 and gone not in now)
+                assert all(pool.map(ask, range(20)))
+        until(lambda: all(predicted(service, windows[0]) for _ in range(8)))
+        assert {"200", "cut"} >= set(seen)
+        assert seen["200"] > 100
+        assert len({path.name.rpartition("_")[2] for path in folder.glob("*.db")}) <= 2
+
+
+def test_requests_of_any_size_leave_memory_and_descriptors_alone(service: Service, windows: Readings) -> None:
+    """After many requests of random size the service holds what it held before, and has as many files open."""
+    chance = random.Random(0)
+    bodies = [binary(windows[np.arange(n) % 4]) for n in range(1, 65)]
+    limits = httpx.Limits(max_connections=4)
+    client = httpx.Client(base_url=service.client.base_url, timeout=60, trust_env=False, limits=limits)
+
+    def ask(_: int) -> int:
+        body, headers = chance.choice(bodies)
+        return client.post(INFER, content=body, headers=headers).status_code
+
+    held, files = [], []
+    with client, ThreadPoolExecutor(4) as pool:
+        for _ in range(4):
+            assert {200} == set(pool.map(ask, range(300)))
+            held.append(resident(service))
+            files.append(len(os.listdir(f"/proc/{service.process.pid}/fd")))
+    assert held[-1] - held[1] < 20
+    assert files[1] == files[-1]

@@ -1,0 +1,261 @@
+import asyncio
+import gc
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+from weakref import ref
+
+import pytest
+
+from model.windows import Readings
+from service.api.problems import HTTP_CODES
+from tests.support.http import HEAD, JSON, LIVEZ, asking, connected, ends, hear, predicting, talking
+from tests.support.processes import Service, one, running, until, until_all_are_ready
+
+OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n"
+
+
+@pytest.mark.parametrize("trailers", [b"X-A: b\r\n" * 20_000, b"X-A: " + b"b" * 200_000])
+def test_trailers_are_forgotten_and_have_a_limit(service: Service, windows: Readings, trailers: bytes) -> None:
+    """What comes behind the last chunk changes nothing; more of it than headers may have is 431."""
+    body = json.dumps(one(windows[0])).encode()
+    chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % len(body) + body + b"\r\n0\r\n"
+    with talking(service) as (connection, ear):
+        for _ in range(2):
+            connection.sendall(chunked + b"X-Request-Id: late\r\n\r\n")
+            status, headers, _ = hear(ear)
+            assert 200 == status
+            assert "late" != headers["x-request-id"]
+        connection.sendall(chunked)
+        connection.sendall(trailers)
+        assert 431 == hear(ear)[0]
+        assert ends(ear)
+
+
+@pytest.mark.parametrize("offer", [OFFER, b"Connection: upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\n"])
+def test_an_offer_of_another_protocol_is_not_taken_up(service: Service, windows: Readings, offer: bytes) -> None:
+    """A request that offers h2c or a websocket is answered as if it had not, body and all, and so is the next one."""
+    plain = service.predict(one(windows[0])["instances"])["predictions"][0]["logits"]
+    asked = predicting(windows, offer)
+    chunked = HEAD + offer + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
+    with talking(service) as (connection, ear):
+        for at in (len(asked), len(asked) // 2, 40):
+            connection.sendall(asked[:at])
+            time.sleep(0.1)
+            connection.sendall(asked[at:] + LIVEZ.replace(b"\r\n\r\n", b"\r\n" + offer + b"\r\n"))
+            status, _, body = hear(ear)
+            assert (200, plain) == (status, json.loads(body)["predictions"][0]["logits"])
+            assert 200 == hear(ear)[0]
+        connection.sendall(chunked)
+        assert 422 == hear(ear)[0]
+
+
+def test_any_number_of_offers_may_come_together(service: Service) -> None:
+    """Requests that each offer another protocol are all answered, however many are sent at once."""
+    many = 1500
+    with talking(service) as (connection, ear):
+        connection.sendall(LIVEZ.replace(b"\r\n\r\n", b"\r\n" + OFFER + b"\r\n") * many)
+        assert [200] * many == [hear(ear)[0] for _ in range(many)]
+
+
+def test_headers_that_follow_a_large_body_are_counted_without_it(service: Service, windows: Readings) -> None:
+    """A pipelined request whose headers begin in the packet that ends a large body is no 431."""
+    asked = predicting(windows)
+    body = json.dumps(one(windows[0])).encode().ljust(400_000)
+    large = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    with talking(service) as (connection, ear):
+        connection.sendall(large + asked[:30])
+        assert 200 == hear(ear)[0]
+        connection.sendall(asked[30:])
+        assert 200 == hear(ear)[0]
+
+
+@pytest.mark.parametrize(("size", "status"), [(60_000, 200), (70_000, 431)])
+@pytest.mark.parametrize("lines", [1, 100])
+def test_the_limit_of_headers_is_the_one_that_is_shown(service: Service, size: int, status: int, lines: int) -> None:
+    """Headers of fewer bytes than the shown limit are read, of more refused, in one piece or in many."""
+    assert 65536 == service.client.get("/v1/model").json()["limits"]["header_bytes"]
+    asked = LIVEZ[:-2] + (b"X-A: " + b"b" * (size // lines) + b"\r\n") * lines + b"\r\n"
+    for pieces in (1, 7):
+        with talking(service) as (connection, ear):
+            step = len(asked) // pieces + 1
+            for begin in range(0, len(asked), step):
+                connection.sendall(asked[begin : begin + step])
+                time.sleep(0.01)
+            assert status == hear(ear)[0]
+
+
+REFUSED = {
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03": 400,
+    b"GET /livez HTTP/1.1\r\nNo colon\r\n\r\n": 400,
+    b"CONNECT a.test:443 HTTP/1.1\r\nHost: a.test\r\n\r\n": 400,
+    b"POST /v1/predict HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n": 400,
+    HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n": 400,
+    b"GET /v1/model?key=secret HTTP/1.1\r\n" + b"X-A: b\r\n" * 20_000: 431,
+    b"GET /v2/models HTTP/1.1\r\n" + b"X-A: b\r\n" * 20_000: 431,
+    b"GET /v1/model HTTP/1.1\r\nX-A: b\r\n": 408,
+}
+
+
+def test_what_is_no_request_is_answered_like_one() -> None:
+    """Broken, endless and late headers get a problem document with a request id, are counted, and leave a log line."""
+    said = {}
+    with running(ENGINE_HEALTH_REQUEST_SECONDS="1", ENGINE_HEALTH_LOG_LEVEL="info") as service:
+        for sent, status in REFUSED.items():
+            with talking(service) as (connection, ear):
+                connection.sendall(sent)
+                found, headers, body = hear(ear)
+                assert status == found, sent[:50]
+                assert ends(ear)
+            problem, protocol = json.loads(body), b"/v2" in sent
+            assert "close" == headers["connection"]
+            assert ("application/json" if protocol else "application/problem+json") == headers["content-type"]
+            assert (["error"] if protocol else ["type", "title", "status", "detail", "code"]) == list(problem)
+            assert protocol or HTTP_CODES[status] == problem["code"]
+            said[headers["x-request-id"]] = status
+        counted = service.metrics()
+        service.process.terminate()
+        _, log = service.process.communicate(timeout=30)
+    prefix = 'engine_health_http_requests_total{method="other",route="unmatched",status='
+    assert [5, 2, 1] == [counted[f'{prefix}"{status}"}}'] for status in (400, 431, 408)]
+    lines = [line for line in map(json.loads, log.splitlines()) if line.get("request_id") in said]
+    assert said == {line["request_id"]: line["status"] for line in lines}
+    assert "secret" not in log
+
+
+def test_who_asked_before_is_answered_before_a_refusal(service: Service, windows: Readings) -> None:
+    """Nonsense behind whole requests takes no answer from them; the connection is closed after the last one."""
+    asked = predicting(windows)
+    with talking(service) as (connection, ear):
+        connection.sendall(asked * 2 + b"nonsense\r\n\r\n")
+        assert [200, 200] == [hear(ear)[0] for _ in range(2)]
+        assert ends(ear)
+
+
+def test_nobody_is_let_in_who_would_not_be_answered(windows: Readings) -> None:
+    """Told to stop, workers answer who is there, and whoever connects then hears at once that nobody listens."""
+    asked = predicting(windows)
+    with running(ENGINE_HEALTH_WORKERS="2") as service, talking(service) as (connection, ear):
+        until_all_are_ready(service, 2)
+        connection.sendall(asked[:-9])
+        service.process.terminate()
+
+        def refused() -> bool:
+            try:
+                with connected(service):
+                    return False
+            except ConnectionRefusedError:
+                return True
+
+        until(refused)
+        connection.sendall(asked[-9:])
+        assert 200 == hear(ear)[0]
+        assert 0 == service.process.wait(timeout=20)
+
+
+def test_who_is_not_done_when_the_process_ends_is_told_so(windows: Readings) -> None:
+    """A request that is not whole at the end of the grace time is 503 like any that comes too late, and no fault."""
+    with running() as service, talking(service) as (connection, ear):
+        connection.sendall(predicting(windows)[:-9])
+        service.metrics()  # by now it has begun to read
+        service.process.terminate()
+        status, headers, body = hear(ear)
+        assert (503, "1") == (status, headers["retry-after"])
+        assert 503 == json.loads(body)["status"]
+        _, log = service.process.communicate(timeout=20)
+        assert 0 == service.process.returncode
+    assert "Traceback" not in log
+
+
+def test_blanks_around_a_value_are_not_the_value() -> None:
+    """Request ids, keys and lengths may have blanks behind them."""
+    with running(ENGINE_HEALTH_API_KEYS="read") as service:
+        for key in (b"X-API-Key: read \t\r\n", b"Authorization: Bearer  read \r\n"):
+            with talking(service) as (connection, ear):
+                connection.sendall(b"GET /v1/model HTTP/1.1\r\nHost: x\r\nX-Request-Id: abc \t\r\n" + key + b"\r\n")
+                status, headers, _ = hear(ear)
+                assert (200, "abc") == (status, headers["x-request-id"])
+
+
+@contextmanager
+def asking_much(service: Service) -> Iterator[BinaryIO]:
+    """What is heard of an answer of some twenty megabytes, of which the kernel takes few unread."""
+    body = json.dumps({"logits": [[k % 7 / 3 for k in range(300)]] * 4096, "labels": [0] * 4096}).encode()
+    head = HEAD.replace(b"predict", b"evaluate") + b"Content-Length: %d\r\n\r\n" % len(body)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        connection.settimeout(30)
+        connection.connect((service.client.base_url.host, service.client.base_url.port or 80))
+        connection.sendall(head + body)
+        assert b"HTTP" == connection.recv(4)
+        with connection.makefile("rb") as ear:
+            yield ear
+
+
+def test_who_does_not_read_an_answer_is_cut_off() -> None:
+    """An answer that is left unread is given up, and its connection with it; one that is read late is not."""
+    with running(ENGINE_HEALTH_REQUEST_SECONDS="3") as service:
+        descriptors = f"/proc/{service.process.pid}/fd"
+        with asking_much(service) as ear:
+            time.sleep(1)
+            assert hear(ear)[2].endswith(b"}")
+        service.client.get("/livez")
+        before = len(os.listdir(descriptors))
+        with asking_much(service) as ear:
+            assert before + 1 == len(os.listdir(descriptors))
+            until(lambda: len(os.listdir(descriptors)) == before)
+            _, headers, body = hear(ear)
+            assert len(body) < int(headers["content-length"])
+
+
+def test_who_asks_thrice_at_once_in_a_crowd_hears_of_each_in_order(windows: Readings) -> None:
+    """While others are refused, three requests in one write have three answers in their order."""
+    body = json.dumps({"instances": one(windows[0])["instances"] * 60}).encode()
+    asked = predicting(windows) + LIVEZ + predicting(windows)
+    with running(ENGINE_HEALTH_MAX_QUEUE_ROWS="64") as service, talking(service) as (connection, ear):
+        flood: list[int] = []
+
+        def send(_: int) -> None:
+            answer = service.client.post("/v1/predict", content=body, headers=JSON)
+            flood.append(answer.status_code)
+
+        with ThreadPoolExecutor(24) as pool:
+            sent = pool.map(send, range(400))
+            heard = []
+            for _ in range(40):
+                connection.sendall(asked)
+                heard += [[hear(ear)[0] for _ in range(3)]]
+            list(sent)
+        assert {200, 429} == set(flood)
+        assert {200, 429} >= {first for first, _, _ in heard} | {last for _, _, last in heard}
+        assert {200} == {live for _, live, _ in heard}
+        connection.sendall(predicting(windows))
+        assert 200 == hear(ear)[0]
+
+
+def test_a_request_is_forgotten_with_the_next_one_on_its_connection() -> None:
+    """Nothing that the server keeps of a request refers to itself, so that none of it waits for a collection."""
+    requests: list[Any] = []
+
+    async def application(_scope: Any, receive: Any, send: Any) -> None:
+        requests.append(ref(receive.__self__))
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    async def ask(times: int) -> None:
+        async with asking(application, {}) as (answers, asks):
+            for _ in range(times):
+                asks.write(LIVEZ)
+                await answers.readuntil(b"\r\n\r\n")
+
+    gc.disable()
+    try:
+        asyncio.run(ask(3))
+        assert [True, True] == [request() is None for request in requests[:2]]
+    finally:
+        gc.enable()

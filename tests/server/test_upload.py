@@ -1,0 +1,248 @@
+import asyncio
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from starlette.requests import Request
+
+from model.windows import Readings
+from service.server import upload
+from service.server.body import read_large
+from service.server.body_budget import KEPT, Buffer, Held
+from service.server.event_loop import Loop
+from service.server.scope import context_of
+from tests.support.bodies import INFER, binary
+from tests.support.http import HEAD, LIVEZ, MIB, as_sent, asking, connected, ends, hear, talking
+from tests.support.processes import Service, resident, running, until
+
+ROWS = 400  # windows whose floats are more than a MiB
+
+
+@pytest.fixture(scope="module")
+def many(windows: Readings) -> Readings:
+    """Windows of which hardly two are alike."""
+    random, some = np.random.default_rng(5), windows[np.arange(ROWS) % 4]
+    return (some * (1 + 1e-3 * random.standard_normal(some.shape))).astype(np.float32)
+
+
+def pieces(data: bytes, seed: int) -> Iterator[bytes]:
+    """The bytes in pieces of any length."""
+    random, at = np.random.default_rng(seed), 0
+    while at < len(data):
+        size = int(np.exp(random.uniform(0, 13)))
+        yield data[at : at + size]
+        at += size
+
+
+def logits(body: bytes) -> bytes:
+    """The part of an answer that tells of the windows, without the request's own id."""
+    return body[body.index(b'"outputs"') :]
+
+
+def turn(service: Service) -> None:
+    """Let its loop come round often enough to read all that was sent."""
+    for _ in range(50):
+        service.client.get("/livez")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_large_body_is_read_as_it_was_sent_however_it_comes(service: Service, many: Readings, seed: int) -> None:
+    """In one piece or in any, windows have the same answers, and what follows on the connection is read."""
+    request = as_sent(many)
+    with talking(service) as (connection, ear):
+        connection.sendall(request)
+        status, _, whole = hear(ear)
+        assert 200 == status
+        for piece in pieces(request + LIVEZ + request, seed):
+            connection.sendall(piece)
+        answers = [hear(ear) for _ in range(3)]
+    assert [200] * 3 == [status for status, _, _ in answers]
+    assert logits(whole) == logits(answers[0][2]) == logits(answers[2][2])
+    assert b'{"status":"live"}' == answers[1][2]
+
+
+def test_large_bodies_that_come_together_are_not_mixed_up(service: Service, many: Readings) -> None:
+    """Bodies of different lengths, at once and after each other, are each answered as it is alone."""
+    bodies = [binary(many[k:]) for k in range(0, 40, 5)]
+
+    def ask(k: int) -> bytes:
+        body, headers = bodies[k % len(bodies)]
+        answer = service.client.post(INFER, content=body, headers=headers)
+        assert answer.status_code == 200
+        return logits(answer.content)
+
+    alone = [ask(k) for k in range(len(bodies))]
+    assert len(bodies) == len(set(alone))
+    with ThreadPoolExecutor(6) as pool:
+        assert alone * 5 == list(pool.map(ask, range(5 * len(bodies))))
+
+
+def test_who_asks_before_it_sends_a_large_body_is_told_to_go_on(service: Service, many: Readings) -> None:
+    """`Expect: 100-continue` is answered before the first byte of the body, and once."""
+    head, _, body = as_sent(many).partition(b"\r\n\r\n")
+    with talking(service) as (connection, ear):
+        connection.sendall(head + b"\r\nExpect: 100-continue\r\n\r\n")
+        assert b"HTTP/1.1 100 Continue\r\n" == ear.readline()
+        assert b"\r\n" == ear.readline()
+        connection.sendall(body)
+        assert 200 == hear(ear)[0]
+
+
+def test_a_large_body_that_is_late_is_refused(many: Readings) -> None:
+    """Half a body in time is 408, and nothing else is heard on that connection; others are answered."""
+    request = as_sent(many)
+    with running(ENGINE_HEALTH_REQUEST_SECONDS="1") as hasty, talking(hasty) as (connection, ear):
+        connection.sendall(request[: len(request) // 2])
+        assert 408 == hear(ear)[0]
+        assert ends(ear)
+        with talking(hasty) as (other, answer):
+            other.sendall(request)
+            assert 200 == hear(answer)[0]
+
+
+def test_a_large_body_that_others_leave_no_room_for_is_refused_and_the_next_one_read(many: Readings) -> None:
+    """What finds no room when half of it is there is 429, the rest is thrown away; room that is left is had again."""
+    request = as_sent(many)
+    room = len(request) * 3 // 2
+    with running(ENGINE_HEALTH_MAX_BUFFERED_BYTES=str(room)) as tight, talking(tight) as (first, ear):
+        with talking(tight) as (second, other):
+            for connection in (first, second):
+                connection.sendall(request[:100_000])
+            turn(tight)
+            for connection in (first, second):
+                connection.sendall(request[100_000:-1])
+                turn(tight)
+            assert 429 == hear(other)[0]
+            second.sendall(request[-1:] + LIVEZ)
+            assert 200 == hear(other)[0]
+            first.sendall(request[-1:])
+            assert 200 == hear(ear)[0]
+        for _ in range(2):
+            first.sendall(request)
+            assert 200 == hear(ear)[0]
+
+
+@pytest.mark.parametrize("how", [socket.SHUT_RDWR, socket.SHUT_WR])
+def test_a_client_that_leaves_within_a_large_body_leaves_its_room(many: Readings, how: int) -> None:
+    """Whoever hangs up, or says that it sends no more, is counted as gone, and its memory is another's."""
+    request = as_sent(many)
+    with running(ENGINE_HEALTH_MAX_BUFFERED_BYTES=str(len(request))) as tight:
+        with talking(tight) as (leaves, _):
+            leaves.sendall(request[:-1])
+            turn(tight)
+            until(lambda: tight.client.post(INFER, content=request[-900_000:]).status_code == 429)
+            leaves.shutdown(how)
+            until(lambda: tight.metrics()['engine_health_rejected_total{reason="client_gone"}'] == 1)
+        with talking(tight) as (stays, ear):
+            stays.sendall(request)
+            assert 200 == hear(ear)[0]
+
+
+def test_two_lengths_are_no_request(service: Service) -> None:
+    """A body that is announced and comes in chunks too would be read by two as two: it is 400."""
+    with talking(service) as (connection, ear):
+        connection.sendall(HEAD + b"Content-Length: 2000000\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
+        assert 400 == hear(ear)[0]
+
+
+def test_clients_that_leave_within_large_bodies_leave_nothing_behind() -> None:
+    """However many come together and hang up, no memory but that of one body stays."""
+    most = HEAD + b"Content-Length: %d\r\n\r\n" % KEPT + bytes(KEPT - 1)
+    with running() as service:
+        before = resident(service)
+        for gone in (8, 16, 24):
+            with ExitStack() as leaving:
+                for _ in range(8):
+                    leaving.enter_context(connected(service)).sendall(most)
+            until(lambda gone=gone: gone == service.metrics()['engine_health_rejected_total{reason="client_gone"}'])
+        assert resident(service) - before < 4 * KEPT / MIB
+
+
+def test_who_announces_much_and_sends_little_leaves_the_room_to_others(many: Readings) -> None:
+    """Large bodies of which hardly a byte is there hold less than a large one that comes, which is answered."""
+    request = as_sent(many)
+    with running(ENGINE_HEALTH_MAX_BUFFERED_BYTES=str(8 * MIB)) as tight, ExitStack() as slow:
+        for _ in range(12):
+            waits = slow.enter_context(connected(tight))
+            waits.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % (2 * MIB))
+            turn(tight)
+            waits.sendall(b"{")
+        turn(tight)
+        with talking(tight) as (connection, ear):
+            connection.sendall(request)
+            assert 200 == hear(ear)[0]
+
+
+def test_a_body_that_comes_fast_is_read_a_step_each_time_the_loop_comes_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much of it waits to be read, others have their turn after each step."""
+    step, length, taken = 1 << 12, 2 * MIB, [0]
+    monkeypatch.setattr(upload, "STEP", step)
+    monkeypatch.setattr(upload, "LEAST", step)
+
+    async def application(scope: Any, receive: Any, _send: Any) -> None:
+        context = context_of(scope)
+        held = context.reservation = Held(Buffer(length))
+        context.headers = dict(scope["headers"])
+        await asyncio.sleep(0.1)  # until much of the body waits
+
+        def turn() -> None:
+            taken.append(held.bytes)
+            asyncio.get_running_loop().call_soon(turn)
+
+        turn()
+        assert length == len(await read_large(Request(scope, receive), length, 30))
+        whole.set()
+
+    async def send_fast() -> None:
+        async with asking(application, {}) as (_, sends):
+            sends.write(HEAD + b"Content-Length: %d\r\n\r\n" % length)
+            sends.write(bytes(length))
+            await whole.wait()
+
+    whole = asyncio.Event()
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        runner.run(send_fast())
+    assert length == taken[-1]
+    assert step >= max(after - before for before, after in pairwise(taken) if before)
+
+
+def test_body_view_after_release_raises_and_mapping_is_reused() -> None:
+    """A reader that was not waited for gets an error, never the bytes of the next body in the same memory."""
+    budget = Buffer(4 * MIB)
+    first, second = Held(budget), Held(budget)
+    view = first.place(2 * MIB)
+    view[:4] = b"mine"
+    spare = first._mapping
+    first.release()
+    with pytest.raises(ValueError, match="released"):
+        bytes(view[:4])
+    assert MIB == len(second.place(MIB))
+    assert spare is second._mapping
+
+
+def test_body_view_in_use_keeps_its_bytes_after_release() -> None:
+    """Memory that an array still uses is given to no other body, and its bytes stay as they are."""
+    budget = Buffer(4 * MIB)
+    first, second = Held(budget), Held(budget)
+    view = first.place(MIB)
+    view[:4] = b"mine"
+    array = np.frombuffer(view, np.uint8)
+    first.release()
+    second.place(MIB)[:4] = b"next"
+    assert b"mine" == array[:4].tobytes()
+
+
+def test_body_larger_than_the_spare_mapping_is_closed_on_release() -> None:
+    """Of a body above the limit of the spare mapping nothing stays, and its view is invalid."""
+    budget = Buffer(4 * KEPT)
+    held = Held(budget)
+    view = held.place(KEPT + 1)
+    held.release()
+    assert budget.spare is None
+    with pytest.raises(ValueError, match="released"):
+        len(view)

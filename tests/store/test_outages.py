@@ -1,0 +1,239 @@
+import sqlite3
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from model.windows import Readings
+from tests.support.postgres import Postgres, postgres
+from tests.support.processes import ADMIN, Service, running, until
+from tests.support.stored import fly, history, say
+
+
+def asked(windows: Readings, cycle: int) -> list[dict[str, Any]]:
+    return [{"telemetry": windows[0].tolist(), "engine_id": "a", "cycle": cycle}]
+
+
+def kept_id(service: Service, windows: Readings, cycle: int) -> str | None:
+    found: str | None = service.predict(asked(windows, cycle))["predictions"][0]["prediction_id"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Postgres]:
+    with postgres() as found:
+        yield found
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Path]:
+    """A file system of its own with room for little; only root may make one."""
+    folder = Path(tempfile.mkdtemp(prefix="engine-health-disk-"))
+    folder.chmod(0o755)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m,mode=777", "tmpfs", folder]).returncode:
+        pytest.skip("no right to mount a file system")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+        folder.rmdir()
+
+
+def filled(disk: Path) -> Path:
+    """A file that takes the room that is left; to be removed."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    return ballast
+
+
+def flights(engine_id: str, windows: Readings, cycles: range) -> dict[str, Any]:
+    return {"cycles": [{"engine_id": engine_id, "cycle": c, "telemetry": windows[0][c % 50].tolist()} for c in cycles]}
+
+
+def counters(service: Service) -> dict[str, float]:
+    """What one prediction adds one to."""
+    found = service.metrics()
+    names = ("batch_rows_sum", "inference_duration_seconds_count", "confidence_count", "labellable_total")
+    every = sum(value for name, value in found.items() if name.startswith("engine_health_predictions_total"))
+    return {name: found[f"engine_health_{name}"] for name in names} | {"predictions_total": every}
+
+
+def move(path: Path, to: Path) -> None:
+    """An SQLite database with what lies beside it."""
+    for end in ("", "-wal", "-shm"):
+        beside = path.with_name(path.name + end)
+        if beside.exists():
+            beside.rename(to.with_name(to.name + end))
+
+
+def test_nobody_s_prediction_is_refused_for_a_locked_database(windows: Readings, tmp_path: Path) -> None:
+    """Predictions that wait behind one that waits for a lock are answered and not kept, however long that takes."""
+    path = tmp_path / "memory.db"
+    kept = {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{path}", "ENGINE_HEALTH_MAX_QUEUE_SECONDS": "0.5"}
+    with running(**kept) as service, sqlite3.connect(path, isolation_level=None) as other:
+        assert kept_id(service, windows, 0)
+        other.execute("BEGIN IMMEDIATE")
+
+        def ask(k: int) -> str | None:
+            time.sleep(k / 2)  # while the first one waits
+            return kept_id(service, windows, k + 1)
+
+        with ThreadPoolExecutor(6) as pool:
+            assert [None] * 6 == list(pool.map(ask, range(6)))
+        assert 6 == service.metrics()["engine_health_unremembered_total"]
+        other.execute("ROLLBACK")
+        until(lambda: kept_id(service, windows, 9))
+
+
+def test_looking_something_up_makes_no_database(windows: Readings, tmp_path: Path) -> None:
+    """A file that is moved away stays away: who looks something up hears so, and it is found again with all it has."""
+    path, away = tmp_path / "memory.db", tmp_path / "away.db"
+    with running(ENGINE_HEALTH_DATABASE_URL=f"sqlite:///{path}") as service:
+        fly(service, "a", 1, windows[0][0])
+        move(path, away)
+        until(lambda: service.client.get("/v1/engines").status_code == 503)
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(service.client.get, ["/v1/calibration"] * 16))
+        assert {503} == {answer.status_code for answer in answers}
+        assert "gone" in answers[0].json()["detail"]
+        assert kept_id(service, windows, 2) is None
+        assert not path.exists()
+        move(away, path)
+        until(lambda: kept_id(service, windows, 3))
+        assert [1, 3] == [row["cycle"] for row in history(service, "a")]
+
+
+def test_another_database_may_take_the_place_of_the_first(windows: Readings, tmp_path: Path) -> None:
+    """A backup that is put back while the service runs is gone on with: nothing of the file before is mixed into it."""
+    path, other = tmp_path / "memory.db", tmp_path / "other.db"
+    with running(ENGINE_HEALTH_DATABASE_URL=f"sqlite:///{other}"):
+        pass
+    with running(ENGINE_HEALTH_DATABASE_URL=f"sqlite:///{path}") as service:
+        fly(service, "b", 1, windows[0][0])
+        for end in ("-wal", "-shm"):
+            path.with_name(path.name + end).unlink()
+        other.rename(path)
+        fly(service, "a", 2, windows[0][1])
+        assert kept_id(service, windows, 3)
+        assert 404 == service.client.get("/v1/engines/b").status_code
+        assert [2, 3] == [row["cycle"] for row in history(service, "a")]
+        assert "joined" == fly(service, "b", 1, windows[0][0])["results"][0]["result"]
+
+
+@pytest.mark.parametrize("path", ["/v1/engines", "/v1/calibration"])
+def test_a_newer_database_met_later_is_left_alone(path: str, windows: Readings, tmp_path: Path) -> None:
+    """Newer code's database in place of ours: predictions go on and are not kept, the rest is 503 with the reason."""
+    place, newer = tmp_path / "memory.db", tmp_path / "newer.db"
+    with sqlite3.connect(newer) as made:
+        made.execute("CREATE TABLE alembic_version (version_num VARCHAR(32))")
+        made.execute("INSERT INTO alembic_version VALUES ('9999')")
+    with running(ENGINE_HEALTH_DATABASE_URL=f"sqlite:///{place}") as service:
+        assert kept_id(service, windows, 1)
+        move(place, tmp_path / "away.db")
+        newer.rename(place)
+        assert kept_id(service, windows, 2) is None
+        flight = {"engine_id": "a", "cycle": 3, "telemetry": windows[0][0].tolist()}
+        told, looked = service.client.post("/v1/cycles", json={"cycles": [flight]}), service.client.get(path)
+        assert (503, 503) == (told.status_code, looked.status_code)
+        assert "schema 9999" in told.json()["detail"]
+        assert "schema 9999" in looked.json()["detail"]
+
+
+def test_a_database_that_says_nothing_is_given_up(windows: Readings, cluster: Postgres) -> None:
+    """A server that stands still with its connections open holds up no prediction for long, and is found again."""
+    with running(ENGINE_HEALTH_DATABASE_URL=cluster.url("silent")) as service:
+        fly(service, "a", 1, windows[0][0])
+        cluster.pause()
+        try:
+            assert kept_id(service, windows, 2) is None
+            assert kept_id(service, windows, 3) is None
+            flight = flights("a", windows, range(4, 5))
+            told, looked = service.client.post("/v1/cycles", json=flight), service.client.get("/v1/engines")
+            assert {(503, "the database does not answer: it has been silent for too long")} == {
+                (answer.status_code, answer.json()["detail"]) for answer in (told, looked)
+            }
+            until(lambda: service.metrics()["engine_health_memory_up"] == 0)
+        finally:
+            cluster.pause(False)
+        until(lambda: service.client.post("/v1/cycles", json=flight).status_code == 200)
+        cycles = [row["cycle"] for row in history(service, "a")]
+        assert [1, 2, 4] == cycles  # the second was on its way and is kept, though nobody was promised that
+        assert {3} == set(counters(service).values()) - {4}
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_a_disk_that_is_really_full(
+    kind: str, windows: Readings, small_disk: Path, request: pytest.FixtureRequest
+) -> None:
+    """Without room on the disk flights are 503 and predictions are not kept; what was acknowledged stays."""
+    url = f"sqlite:///{small_disk}/memory.db"
+    if kind == "postgresql":
+        url = request.getfixturevalue("cluster").url("crowded", small_disk)
+    with running(ENGINE_HEALTH_DATABASE_URL=url) as service:
+        fly(service, "first", 1, windows[0][0])
+        say(service, {"engine_id": "first", "cycle": 1, "label": "normal"})
+        ballast, acknowledged = filled(small_disk), 0
+        while service.client.post(
+            "/v1/cycles", json=flights("full", windows, range(acknowledged, acknowledged + 20))
+        ).is_success:
+            acknowledged += 20
+        asked = flights("full", windows, range(acknowledged, acknowledged + 20))
+        refused = service.client.post("/v1/cycles", json=asked)
+        assert 503 == refused.status_code
+        assert kept_id(service, windows, 1) is None
+        until(lambda: service.metrics()["engine_health_memory_up"] == 0)
+        assert 1 <= service.metrics()["engine_health_unremembered_total"]
+        ballast.unlink()
+        until(lambda: service.client.post("/v1/cycles", json=asked).is_success)
+        assert list(range(acknowledged + 20)) == [row["cycle"] for row in history(service, "full")]
+        assert ["normal"] == [row["label"] for row in history(service, "first")]
+
+
+def test_a_transaction_that_is_given_up_and_done_again_counts_once(windows: Readings, cluster: Postgres) -> None:
+    """Where PostgreSQL gives a transaction up, for a deadlock or to keep order, it is done again and counted once."""
+    url = cluster.url("again")
+    with running(ENGINE_HEALTH_DATABASE_URL=url) as service, psycopg.connect(url, autocommit=True) as other:
+        say(service, {"engine_id": "a", "cycle": 7, "label": "normal"})
+        other.execute("CREATE SEQUENCE tries")  # which no rollback takes back
+        other.execute(
+            "CREATE FUNCTION give_up() RETURNS trigger AS $$ DECLARE n int = nextval('tries'); BEGIN "
+            "IF n = 1 THEN RAISE deadlock_detected; ELSIF n = 2 THEN RAISE serialization_failure; END IF; "
+            "RETURN NULL; END $$ LANGUAGE plpgsql"
+        )
+        other.execute("CREATE TRIGGER gives_up AFTER INSERT ON predictions EXECUTE FUNCTION give_up()")
+        fly(service, "a", 7, windows[0][0])
+        assert (3,) == other.execute("SELECT last_value FROM tries").fetchone()
+        assert {1} == set(counters(service).values())
+        assert 1 == service.metrics()["engine_health_labelled_total"]
+
+
+def test_flights_that_share_a_transaction_with_a_failure_count_once(windows: Readings, tmp_path: Path) -> None:
+    """A flight that is done again because another request of its transaction failed is one prediction, not two."""
+    path = tmp_path / "memory.db"
+    kept = {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{path}", "ENGINE_HEALTH_ADMIN_KEYS": "wheel"}
+    with (
+        running(**kept) as service,
+        sqlite3.connect(path, isolation_level=None) as other,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        other.execute("BEGIN IMMEDIATE")
+        put = "/v1/calibration/temperature"
+        told = []
+        for cycle in (1, 2):  # the first waits for the lock, and what comes meanwhile is one transaction
+            told.append(pool.submit(fly, service, f"engine-{cycle}", cycle, windows[0][cycle]))
+            time.sleep(0.3)
+        wrong = pool.submit(service.client.put, put, json={"fit_id": "none"}, headers=ADMIN)
+        time.sleep(0.3)
+        other.execute("ROLLBACK")
+        assert 404 == wrong.result().status_code
+        assert [1, 2] == [one.result()["predictions"][0]["cycle"] for one in told]
+        assert {2} == set(counters(service).values())

@@ -1,0 +1,454 @@
+import asyncio
+import json
+import os
+import shutil
+import socket
+import sqlite3
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sqlalchemy import Connection, create_engine, text
+
+from model.contract import Manifest
+from model.numerics import Floats, log_softmax
+from service.errors import MemoryUnavailable, SchemaRejected, SettingsRejected
+from service.store.sql import labels, predictions, queries, retention
+from service.store.sql.database import Database, address
+from service.store.sql.labels import End, Labels, Said
+from service.store.sql.migrate import migrate
+from service.store.sql.predictions import Batch, By, Made
+from service.store.sql.session import Book
+from service.store.sql.tables import metadata
+from tests.support.postgres import Postgres, postgres
+from tests.support.stored import CLASSES, MANIFEST
+
+DIGEST = "d" * 64
+Step = tuple[Any, ...]  # what is told: ("predict", engine, cycle), ("label", ...), ("end", ...), ("kill",)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Postgres]:
+    with postgres() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("template") / "empty.db"
+    asyncio.run(told(f"sqlite:///{path}", []))
+    return path
+
+
+def opened(url: str) -> tuple[Database, Book]:
+    book = Book()
+    return Database(url, book.forget, 1000, 60), book
+
+
+def logits_of(engine: str, cycle: int) -> bytes:
+    random = np.random.default_rng([*engine.encode(), cycle])
+    return random.normal(0, 2, CLASSES).astype(np.float32).tobytes()
+
+
+def one_hot(k: int) -> Floats:
+    return np.asarray(np.eye(CLASSES)[k])
+
+
+async def told(url: str, steps: list[Step]) -> queries.Found:
+    """Tell a database some things in their order; after "kill" go on with what another process would find."""
+    database, book = opened(url)
+    left = [database]
+    await database.write(nothing, None)
+    for k, step in enumerate(steps):
+        kind, *rest = step
+        if kind == "kill":
+            database, book = opened(url)
+            left.append(database)
+            await database.write(nothing, None)
+        elif kind == "predict":
+            engine, cycle = rest
+            made = Made(f"{k:032x}", engine, cycle, logits_of(engine, cycle), 1.0, 0, 0.5, None)
+            batch = Batch(By(DIGEST, MANIFEST, 1.0, "artefact"), float(k), [made])
+            await database.write(partial(predictions.remember, book), batch)
+        elif kind == "label":
+            engine, cycle, truth, revise = rest
+            said = Said(None, engine, cycle, one_hot(truth), revise)
+            await database.write(partial(labels.label, book), Labels([said], float(k)))
+        else:
+            engine, failed_at, revise = rest
+            await database.write(partial(labels.end, book), End(engine, failed_at, revise, float(k)))
+    found = await database.read(lambda connection: queries.counted(connection, DIGEST, CLASSES, None))
+    for one in left:
+        await one.close()
+    return found
+
+
+async def pruned(database: Database, before: float) -> int:
+    """How much of what is older was forgotten."""
+    await database.write(nothing, None)
+    old = await database.read(lambda connection: retention.too_old(connection, before))
+    return await database.write(retention.prune, old)
+
+
+def nothing(_: Connection, items: Any) -> list[None]:
+    return [None for _ in items]
+
+
+def joined_offline(steps: list[Step]) -> dict[bytes, bytes | None]:
+    """The truth of every prediction, by its logits, from everything that was told, with no regard to when."""
+    predicted = {(step[1], step[2]) for step in steps if step[0] == "predict"}
+    inspected = {(step[1], step[2]): step[3] for step in steps if step[0] == "label"}  # the last one stands
+    ends = {step[1]: step[2] for step in steps if step[0] == "end"}
+    found: dict[bytes, bytes | None] = {}
+    for engine, cycle in predicted:
+        newest = max(c for e, c in predicted if e == engine)
+        truth: int | None = None
+        if (engine, cycle) in inspected:
+            truth = inspected[engine, cycle]
+        elif engine in ends:
+            rul = ends[engine] - cycle
+            truth = None if rul < 0 else 0 if rul > 125 else 1 if rul > 50 else 2
+        elif newest - cycle > 125:
+            truth = 0
+        found[logits_of(engine, cycle)] = None if truth is None else one_hot(truth).tobytes()
+    return found
+
+
+ENGINES = st.sampled_from(["a", "b", "ä c"])
+CYCLES = st.sampled_from([0, 1, 2, 10, 49, 50, 51, 124, 125, 126, 127, 200, 251, 300])
+EVENTS = st.one_of(
+    st.tuples(st.just("predict"), ENGINES, CYCLES),
+    st.tuples(st.just("predict"), ENGINES, CYCLES),
+    st.tuples(st.just("label"), ENGINES, CYCLES, st.integers(0, CLASSES - 1)),
+    st.tuples(st.just("end"), ENGINES, CYCLES),
+    st.just(("kill",)),
+)
+
+
+def as_clients_tell(events: list[Step]) -> list[Step]:
+    """Whoever contradicts what was told before says that it is a revision; who repeats it does not."""
+    stands: dict[tuple[Any, ...], int] = {}
+    steps = []
+    for event in events:
+        if event[0] in ("label", "end"):
+            key, value = event[:-1], event[-1]
+            steps.append((*event, stands.get(key, value) != value))
+            stands[key] = value
+        else:
+            steps.append(event)
+    return steps
+
+
+@settings(max_examples=60)
+@given(st.lists(EVENTS, min_size=3, max_size=25), st.data())
+def test_truths_join_in_any_order(
+    template: Path, tmp_path_factory: pytest.TempPathFactory, events: list[Step], data: Any
+) -> None:
+    """Any order, repetition, revision and death of the process between two steps end in what an offline join finds."""
+    path = tmp_path_factory.mktemp("order") / "memory.db"
+    shutil.copy(template, path)
+    shuffled = as_clients_tell(data.draw(st.permutations(events + events[:5])))
+    found = asyncio.run(told(f"sqlite:///{path}", shuffled))
+    labels_found = {
+        logits.astype(np.float32).tobytes(): None if np.isnan(label).any() else label.tobytes()
+        for logits, label in zip(found.logits, found.label, strict=True)
+    }
+    assert joined_offline(shuffled) == labels_found
+    assert len(labels_found) == len(found.logits)  # each engine and cycle counts once
+
+
+def test_the_order_of_telling_changes_no_figure(template: Path, tmp_path: Path) -> None:
+    """Rows come by engine and cycle and engines by name, so that sums and resampled engines are the same bits."""
+    steps: list[Step] = [("predict", e, c) for e in ("b", "ä c", "a") for c in (7, 1, 130)]
+    steps += [("label", "b", 7, 1, False), ("end", "a", 140, False)]
+    found = []
+    for k, order in enumerate((steps, steps[::-1])):
+        shutil.copy(template, tmp_path / f"{k}.db")
+        found.append(asyncio.run(told(f"sqlite:///{tmp_path}/{k}.db", order)))
+    assert [0, 0, 0, 1, 1, 1, 2, 2, 2] == found[0].engine.tolist()
+    for name in ("logits", "temperature", "label", "engine", "source"):
+        np.testing.assert_array_equal(getattr(found[0], name), getattr(found[1], name))
+
+
+def test_both_databases_have_the_schema_that_the_code_has(cluster: Postgres, template: Path) -> None:
+    """The migrations make exactly the tables that the code uses, and taking them twice changes nothing."""
+    url = cluster.url("schema").replace("postgresql:", "postgresql+psycopg:")
+    for address_ in (f"sqlite:///{template}", url):
+        engine = create_engine(address_)
+        migrate(engine)
+        migrate(engine)
+        with engine.connect() as connection:
+            assert [] == compare_metadata(MigrationContext.configure(connection), metadata)
+        engine.dispose()
+
+
+def test_postgresql_joins_as_sqlite_does(cluster: Postgres, tmp_path: Path) -> None:
+    """The same things told give the same rows in both, revisions and survivors included."""
+    steps: list[Step] = as_clients_tell(
+        [
+            ("predict", "a", 0),
+            ("label", "a", 0, 2),
+            ("predict", "a", 126),
+            ("label", "b", 5, 1),
+            ("predict", "b", 5),
+            ("label", "b", 5, 2),
+            ("end", "a", 130),
+            ("kill",),
+            ("predict", "a", 10),
+            ("end", "a", 140),
+            ("predict", "c", 1),
+            ("predict", "c", 200),
+            ("predict", "c", 1),
+        ]
+    )
+    own = asyncio.run(told(f"sqlite:///{tmp_path}/memory.db", steps))
+    other = asyncio.run(told(cluster.url("joins"), steps))
+    for mine, theirs in zip(own, other, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_newer_schema_is_refused(template: Path, tmp_path: Path) -> None:
+    """A database made by newer code is left alone, with the reason."""
+    path = tmp_path / "newer.db"
+    shutil.copy(template, path)
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(SchemaRejected, match="schema 9999"):
+        asyncio.run(told(f"sqlite:///{path}", []))
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "mysql://a/b", "nonsense", "://"])
+def test_an_address_that_is_none_is_refused(url: str) -> None:
+    """What is no database of ours is named before anything starts."""
+    with pytest.raises(SettingsRejected, match="ENGINE_HEALTH_DATABASE_URL"):
+        address(url)
+
+
+def test_one_that_fails_fails_alone(template: Path, tmp_path: Path) -> None:
+    """Work that raises within a shared transaction is heard of by its own caller; the others are committed."""
+    path = tmp_path / "memory.db"
+    shutil.copy(template, path)
+
+    def picky(_: Connection, items: Any) -> list[Any]:
+        if "bad" in items:
+            raise ValueError("bad")
+        return list(items)
+
+    async def ask() -> list[Any]:
+        database, _ = opened(f"sqlite:///{path}")
+        asked = [database.write(picky, item) for item in ("a", "bad", "b")]
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        await database.close()
+        return found
+
+    first, failed, last = asyncio.run(ask())
+    assert ("a", "b") == (first, last)
+    assert isinstance(failed, ValueError)
+
+
+def test_who_counts_badly_holds_up_nobody(template: Path, tmp_path: Path) -> None:
+    """Where what follows a commit raises, its own caller hears of it, and the others are answered."""
+    path = tmp_path / "memory.db"
+    shutil.copy(template, path)
+
+    def then(result: str) -> None:
+        if result == "bad":
+            raise ValueError("bad")
+
+    async def ask() -> list[Any]:
+        database, _ = opened(f"sqlite:///{path}")
+        asked = [database.write(lambda _, items: list(items), item, then) for item in ("a", "bad", "b")]
+        found = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 30)
+        await database.close()
+        return found
+
+    first, failed, last = asyncio.run(ask())
+    assert ("a", "b") == (first, last)
+    assert isinstance(failed, ValueError)
+
+
+def test_a_database_that_is_away_is_said_and_found_again(tmp_path: Path) -> None:
+    """A file that is moved away is an error for who asks; moved back, it is gone on with, nothing lost."""
+    path = tmp_path / "memory.db"
+
+    async def ask() -> None:
+        database, book = opened(f"sqlite:///{path}")
+        work = partial(labels.end, book)
+        assert "pending" == (await database.write(work, End("a", 9, False, 1.0))).result
+        for name in ("memory.db", "memory.db-wal", "memory.db-shm"):
+            (tmp_path / name).rename(tmp_path / f"away-{name}")
+        with pytest.raises(MemoryUnavailable, match="gone"):
+            await database.write(work, End("b", 9, False, 1.0))
+        for name in ("memory.db", "memory.db-wal", "memory.db-shm"):
+            (tmp_path / f"away-{name}").rename(tmp_path / name)
+        assert "unchanged" == (await database.write(work, End("a", 9, False, 1.0))).result
+        assert "pending" == (await database.write(work, End("b", 9, False, 1.0))).result
+        await database.close()
+
+    asyncio.run(ask())
+
+
+def test_what_is_too_old_is_forgotten_a_little_at_a_time(tmp_path: Path) -> None:
+    """Pruning takes what was made before some time, and only that."""
+    steps: list[Step] = [("predict", "a", cycle) for cycle in range(10)]
+
+    async def ask() -> int:
+        await told(f"sqlite:///{tmp_path}/memory.db", steps)
+        database, _ = opened(f"sqlite:///{tmp_path}/memory.db")
+        assert 4 == await pruned(database, 4.0)
+        assert 0 == await pruned(database, 4.0)
+        left = await database.read(lambda connection: queries.counted(connection, DIGEST, CLASSES, None))
+        await database.close()
+        return len(left.made)
+
+    assert 6 == asyncio.run(ask())
+
+
+def test_what_is_stored_of_a_model_reads_its_logits_again(template: Path, tmp_path: Path) -> None:
+    """Classes, thresholds, temperature and the rule of prediction sets are kept with the first prediction."""
+    path = tmp_path / "memory.db"
+    shutil.copy(template, path)
+    asyncio.run(told(f"sqlite:///{path}", [("predict", "a", 1)]))
+    with sqlite3.connect(path) as connection:
+        ((text,),) = connection.execute("SELECT manifest FROM models").fetchall()
+    kept = json.loads(text)
+    assert list(MANIFEST.classes) == kept["classes"]
+    assert [125.0, 50.0] == kept["rul_thresholds"]
+
+
+def test_whatever_was_said_before_is_kept(template: Path, tmp_path: Path) -> None:
+    """Each label that was revised is in the history, also where all were said within one transaction."""
+    path = tmp_path / "memory.db"
+    shutil.copy(template, path)
+    rows = [Said(None, "a", 1, one_hot(k), True) for k in (0, 1, 2)]
+
+    async def ask() -> list[str]:
+        database, book = opened(f"sqlite:///{path}")
+        answered = await database.write(partial(labels.label, book), Labels(rows, 1.0))
+        again = [Said(None, "a", 1, one_hot(0), True), Said(None, "a", 1, one_hot(1), True)]
+        answered_then = await database.write(partial(labels.label, book), Labels(again, 2.0))
+        await database.close()
+        return [result for result, _ in [*answered.results, *answered_then.results]]
+
+    assert ["pending", *["revised"] * 4] == asyncio.run(ask())
+    with sqlite3.connect(path) as connection:
+        found = connection.execute("SELECT label, told, revised FROM revisions ORDER BY id").fetchall()
+        ((stands,),) = connection.execute("SELECT label FROM truths").fetchall()
+    expected = [(0, 1.0, 1.0), (1, 1.0, 1.0), (2, 1.0, 2.0), (0, 2.0, 2.0)]
+    assert expected == [(int(np.frombuffer(label).argmax()), told, revised) for label, told, revised in found]
+    assert 1 == np.frombuffer(stands).argmax()
+
+
+def test_a_truth_is_not_forgotten_before_its_prediction(tmp_path: Path) -> None:
+    """An inspection that came long before its prediction still counts first when the engine's end is told."""
+    steps: list[Step] = [("label", "a", 1, 2, False), ("predict", "a", 5), ("predict", "a", 1)]
+
+    async def ask() -> Floats:
+        await told(f"sqlite:///{tmp_path}/memory.db", steps)
+        database, book = opened(f"sqlite:///{tmp_path}/memory.db")
+        assert 0 == await pruned(database, 1.0)
+        await database.write(partial(labels.end, book), End("a", 200, False, 9.0))
+        left = await database.read(lambda connection: queries.counted(connection, DIGEST, CLASSES, None))
+        await database.close()
+        return np.asarray(left.label[left.source == 0])
+
+    assert one_hot(2).tolist() == asyncio.run(ask())[0].tolist()
+
+
+def test_what_is_left_of_an_engine_is_shown(tmp_path: Path) -> None:
+    """Where the latest prediction is forgotten, the newest that is left is the latest; a lower cycle may come."""
+    steps: list[Step] = [("predict", "a", 9), ("predict", "b", 9), ("predict", "a", 5), ("predict", "a", 3)]
+
+    async def ask() -> list[tuple[str, int]]:
+        await told(f"sqlite:///{tmp_path}/memory.db", steps)
+        database, book = opened(f"sqlite:///{tmp_path}/memory.db")
+        assert 2 == await pruned(database, 2.0)
+        made = Made("f" * 32, "b", 1, logits_of("b", 1), None, 0, 0.1, None)
+        await database.write(
+            partial(predictions.remember, book), Batch(By(DIGEST, MANIFEST, 1.0, "artefact"), 9.0, [made])
+        )
+        found = await database.read(lambda connection: queries.page(connection, queries.Wanted()))
+        await database.close()
+        logits = np.frombuffer(logits_of("a", 5), np.float32)
+        assert {np.exp(log_softmax(logits))[-1], 0.1} == {row.risk for row in found.rows}
+        return sorted((row.engine_id, row.cycle) for row in found.rows)
+
+    assert [("a", 5), ("b", 1)] == asyncio.run(ask())
+
+
+def test_a_page_counts_the_engines_that_it_shows(tmp_path: Path) -> None:
+    """An engine whose latest prediction was forgotten is neither shown nor counted."""
+    steps: list[Step] = [("predict", "a", 5), ("predict", "b", 5)]
+
+    async def ask() -> queries.Page:
+        await told(f"sqlite:///{tmp_path}/memory.db", steps)
+        database, _ = opened(f"sqlite:///{tmp_path}/memory.db")
+        assert 1 == await pruned(database, 1.0)
+        found = await database.read(lambda connection: queries.page(connection, queries.Wanted()))
+        await database.close()
+        return found
+
+    found = asyncio.run(ask())
+    assert (1, ["b"]) == (found.total, [row.engine_id for row in found.rows])
+
+
+def test_survivors_testify_for_a_model_that_came_later(tmp_path: Path) -> None:
+    """Where a model that knows no RUL was met first, engines that run on still prove what another one predicted."""
+    knows_none = By("e" * 64, Manifest(name="other", version="1", classes=("x", "y", "z")), 1.0, "artefact")
+    said = [(knows_none, 0), *((By(DIGEST, MANIFEST, 1.0, "artefact"), cycle) for cycle in (1, 2, 127, 128))]
+
+    async def ask() -> list[int]:
+        database, book = opened(f"sqlite:///{tmp_path}/memory.db")
+        for k, (by, cycle) in enumerate(said):
+            made = Made(f"{k:032x}", "a", cycle, logits_of("a", cycle), None, 0, 0.5, None)
+            await database.write(partial(predictions.remember, book), Batch(by, float(k), [made]))
+        found = await database.read(lambda connection: queries.counted(connection, DIGEST, CLASSES, None))
+        await database.close()
+        return [int(source) for source in found.source]
+
+    assert [2, 2, -1, -1] == asyncio.run(ask())
+
+
+def test_a_look_up_that_takes_too_long_is_no_outage(cluster: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks for more than can be read in time hears so; the database counts as there, and predictions are kept."""
+    monkeypatch.setattr("service.store.sql.database.SLOW_SECONDS", 1)
+
+    async def ask() -> tuple[bool, str]:
+        database, _ = opened(cluster.url("slowly"))
+        await database.write(nothing, None)
+        with pytest.raises(MemoryUnavailable) as told:
+            await database.read(lambda connection: connection.execute(text("SELECT pg_sleep(30)")))
+        up = database.up
+        await database.close()
+        return up, told.value.detail
+
+    assert (True, "the database took longer than 1 s to look this up") == asyncio.run(ask())
+
+
+def test_how_long_postgresql_is_waited_for(cluster: Postgres) -> None:
+    """A host that vanished is given up by the kernel in ten seconds; what the address asks for itself stands."""
+
+    def look(connection: Connection) -> tuple[list[Any], int, int]:
+        raw: Any = connection.connection.dbapi_connection
+        with socket.socket(fileno=os.dup(raw.fileno())) as found:
+            unanswered = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+            idle = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+        names = ("statement_timeout", "work_mem", "application_name")
+        return [connection.execute(text(f"SHOW {name}")).scalar() for name in names], unanswered, idle
+
+    async def ask() -> tuple[list[Any], int, int]:
+        address = cluster.url("patience") + "?options=-c%20work_mem%3D9MB&application_name=mine&keepalives_idle=7"
+        database, _ = opened(address)
+        await database.write(nothing, None)
+        found = await database.read(look)
+        await database.close()
+        return found
+
+    assert (["10s", "9MB", "mine"], 10_000, 7) == asyncio.run(ask())

@@ -1,0 +1,610 @@
+import math
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from sqlalchemy import create_engine
+
+from benchmarks.kills import survive_in
+from model import contract, numerics
+from model.contract import Manifest
+from model.windows import Readings, pad_left
+from service.codecs.requests import MOST_NAME
+from service.codecs.store_requests import read_cursor, write_cursor
+from service.store.sql.database import address
+from tests.support.models import identity_classifier
+from tests.support.postgres import Postgres, postgres
+from tests.support.processes import Service, running, until, until_all_are_ready
+from tests.support.stored import engines, fly, history, say
+
+FOUR: dict[str, object] = {"name": "four", "version": "1", "classes": ["a", "b", "c", "d"]}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Postgres]:
+    with postgres() as found:
+        yield found
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service with a memory, on either database."""
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path_factory.mktemp('memory')}/memory.db"
+    else:
+        url = request.getfixturevalue("cluster").url("service")
+    with running(ENGINE_HEALTH_DATABASE_URL=url) as service:
+        yield service
+
+
+def test_a_flight_is_answered_as_its_window(kept: Service, windows: Readings, manifest: Manifest) -> None:
+    """Flights told one by one are answered bit for bit as the window of all flights up to that cycle."""
+    window = manifest.window or 0
+    flights = np.concatenate([windows[2], windows[0]])[: window + 20]
+    for cycle, row in enumerate(flights):
+        found = fly(kept, "bits", cycle, row)["predictions"][0]
+        if cycle % 17 and cycle < window + 15:
+            continue
+        asked = kept.predict([{"telemetry": pad_left(flights[: cycle + 1], window).tolist()}])["predictions"][0]
+        assert ("bits", cycle) == (found["engine_id"], found["cycle"])
+        assert (asked["logits"], asked["rul"], asked["probabilities"]) == (
+            found["logits"],
+            found["rul"],
+            found["probabilities"],
+        )
+
+
+def test_an_engine_that_no_path_could_name_is_refused(kept: Service, windows: Readings) -> None:
+    """Ids with control characters are a 422 by their place in every call, as their histories could not be asked for."""
+    row = windows[0][0].tolist()
+    for name in ("a\0b", "a\n", "\r", "\x7f", "\tid"):
+        for path, body, place in (
+            ("/v1/predict", {"instances": [{"engine_id": name, "telemetry": [row]}]}, ["instances", 0, "engine_id"]),
+            ("/v1/cycles", {"cycles": [{"engine_id": name, "cycle": 1, "telemetry": row}]}, ["cycles", 0, "engine_id"]),
+            ("/v1/labels", {"labels": [{"engine_id": name, "cycle": 1, "label": 0}]}, ["labels", 0, "engine_id"]),
+            ("/v1/outcomes", {"engine_id": name, "failed_at_cycle": 9}, ["engine_id"]),
+        ):
+            answer = kept.client.post(path, json=body)
+            assert (422, place) == (answer.status_code, answer.json()["errors"][0]["loc"])
+
+
+def test_late_flights_find_their_place(kept: Service, windows: Readings) -> None:
+    """Flights in any order, alone and together, give in the end the window of their cycles in order."""
+    rows = windows[1][:12]
+    order = [3, 0, 7, 11, 1]
+    for cycle in order:
+        fly(kept, "late", cycle, rows[cycle])
+    rest = [
+        {"engine_id": "late", "cycle": c, "telemetry": rows[c].tolist()} for c in range(11, -1, -1) if c not in order
+    ]
+    found = kept.client.post("/v1/cycles", json={"cycles": rest}).json()["predictions"]
+    for row in found:
+        known = list(range(row["cycle"] + 1))
+        asked = kept.predict([{"telemetry": rows[known].tolist()}])["predictions"][0]
+        assert asked["logits"] == row["logits"]
+
+
+def test_a_flight_told_twice_is_one(kept: Service, windows: Readings) -> None:
+    """The same flight again is a no-op with the first answer; another one for its cycle is a conflict, and is shown."""
+    first = fly(kept, "twice", 4, windows[0][0])
+    again = fly(kept, "twice", 4, windows[0][0])
+    assert ["joined", "unchanged"] == [one["results"][0]["result"] for one in (first, again)]
+    assert first["predictions"] == again["predictions"]
+    other = fly(kept, "twice", 4, windows[0][1], status=409)
+    both = other["results"][0]
+    assert "conflict" == both["result"]
+    assert pytest.approx(float(windows[0][0][5])) == both["known"]["sensor_4"]
+    assert pytest.approx(float(windows[0][1][5])) == both["given"]["sensor_4"]
+    mixed = kept.client.post(
+        "/v1/cycles",
+        json={
+            "cycles": [
+                {"engine_id": "twice", "cycle": 4, "telemetry": windows[0][1].tolist()},
+                {"engine_id": "twice", "cycle": 5, "telemetry": windows[0][1].tolist()},
+            ]
+        },
+    ).json()
+    assert ["conflict", "joined"] == [row["result"] for row in mixed["results"]]
+    assert mixed["predictions"][0] is None
+    assert 5 == mixed["predictions"][1]["cycle"]
+    assert [4, 5] == [row["cycle"] for row in history(kept, "twice")]
+
+
+def test_a_flight_told_again_after_a_prediction_has_its_own_answer(kept: Service, windows: Readings) -> None:
+    """A prediction of the same engine and cycle in between counts, and the flight told again hears its own answer."""
+    fly(kept, "own", 1, windows[0][0])
+    first = fly(kept, "own", 2, windows[0][1])
+    asked = {"telemetry": windows[1].tolist(), "engine_id": "own", "cycle": 2}
+    between = kept.predict([asked])["predictions"][0]
+    again = [fly(kept, "own", 2, windows[0][1]) for _ in range(2)]
+    assert ["unchanged"] * 2 == [one["results"][0]["result"] for one in again]
+    assert [first["predictions"]] * 2 == [one["predictions"] for one in again]
+    assert between["logits"] != first["predictions"][0]["logits"]
+    every = kept.client.get("/v1/engines/own?superseded=true").json()["history"]
+    assert {first["predictions"][0]["prediction_id"]: False, between["prediction_id"]: True} == {
+        row["prediction_id"]: row["counts"] for row in every if row["cycle"] == 2
+    }
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_what_older_code_kept_is_answered_as_it_answered(
+    kind: str, windows: Readings, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """A database made before flights were told apart is taken over; its flights hear what counted then, and go on."""
+    url = f"sqlite:///{tmp_path}/memory.db" if kind == "sqlite" else request.getfixturevalue("cluster").url("older")
+    asked = [{"telemetry": windows[1].tolist(), "engine_id": name, "cycle": 1} for name in ("a", "b")]
+    with running(ENGINE_HEALTH_DATABASE_URL=url) as service:
+        fly(service, "a", 1, windows[0][0])
+        counted = service.predict(asked[:1])["predictions"]
+        own = fly(service, "b", 1, windows[0][0])["predictions"]
+    engine = create_engine(address(url))
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE predictions DROP COLUMN flight")
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
+    engine.dispose()
+    with running(ENGINE_HEALTH_DATABASE_URL=url) as service:
+        assert counted == fly(service, "a", 1, windows[0][0])["predictions"]
+        service.predict(asked[1:])
+        assert own == fly(service, "b", 1, windows[0][0])["predictions"]
+        first = fly(service, "b", 2, windows[0][1])["predictions"]
+        service.predict([asked[1] | {"cycle": 2}])
+        assert first == fly(service, "b", 2, windows[0][1])["predictions"]
+
+
+def test_flights_may_name_their_channels(kept: Service, windows: Readings, manifest: Manifest) -> None:
+    """A flight by channel name is the flight in the manifest's order."""
+    row = windows[3][0]
+    named = dict(zip(manifest.channel_names, row.tolist(), strict=True))
+    flight = {"engine_id": "named", "cycle": 1, "telemetry": named}
+    found = kept.client.post("/v1/cycles", json={"cycles": [flight]}).json()
+    assert fly(kept, "by-position", 1, row)["predictions"][0]["logits"] == found["predictions"][0]["logits"]
+
+
+@pytest.mark.parametrize(
+    ("flight", "loc"),
+    [
+        ({"engine_id": "x", "cycle": 1, "telemetry": [1.0] * 16}, ["cycles", 0, "telemetry"]),
+        ({"engine_id": "x", "cycle": 1, "telemetry": [1.0] * 16 + [None]}, ["cycles", 0, "telemetry", "sensor_21"]),
+        ({"engine_id": "x", "cycle": 1, "telemetry": [1.0] * 16 + [1e39]}, ["cycles", 0, "telemetry", "sensor_21"]),
+        ({"engine_id": "x", "cycle": 1, "telemetry": [True] * 17}, ["cycles", 0, "telemetry", "op_setting_1"]),
+        ({"engine_id": "x", "cycle": 1, "telemetry": {"sensor_99": 1}}, ["cycles", 0, "telemetry", "sensor_99"]),
+        ({"engine_id": "x", "cycle": 1, "telemetry": None}, ["cycles", 0, "telemetry"]),
+        ({"engine_id": "x", "cycle": -1, "telemetry": [1.0] * 17}, ["cycles", 0, "cycle"]),
+        ({"engine_id": "", "cycle": 1, "telemetry": [1.0] * 17}, ["cycles", 0, "engine_id"]),
+        ({"engine_id": "a\0b", "cycle": 1, "telemetry": [1.0] * 17}, ["cycles", 0, "engine_id"]),
+        ({"engine_id": "x" * 201, "cycle": 1, "telemetry": [1.0] * 17}, ["cycles", 0, "engine_id"]),
+        ({"cycle": 1, "telemetry": [1.0] * 17}, ["cycles", 0]),
+    ],
+)
+def test_a_wrong_flight_is_refused_by_its_place(kept: Service, flight: dict[str, Any], loc: list[Any]) -> None:
+    """Every wrong value of a flight is a 422 that names row and channel, and nothing of the request is kept."""
+    good = {"engine_id": "not kept", "cycle": 1, "telemetry": [1.0] * 17}
+    answer = kept.client.post("/v1/cycles", json={"cycles": [flight, good]})
+    assert 422 == answer.status_code, answer.text
+    assert loc == answer.json()["errors"][0]["loc"]
+    assert 404 == kept.client.get("/v1/engines/not kept").status_code
+
+
+@pytest.mark.parametrize("telemetry", [b'"\xff"', b'{"\xff": 1}', b'["\xff"]'])
+def test_a_flight_of_broken_text_is_no_json(kept: Service, telemetry: bytes) -> None:
+    """Bytes that are no UTF-8 within a flight's readings are a 400, as they are anywhere else."""
+    body = b'{"cycles": [{"engine_id": "x", "cycle": 1, "telemetry": ' + telemetry + b"}]}"
+    answer = kept.client.post("/v1/cycles", content=body, headers={"Content-Type": "application/json"})
+    assert 400 == answer.status_code, answer.text
+
+
+def test_labels_have_each_a_result(kept: Service, windows: Readings) -> None:
+    """Joined, pending, unchanged, conflict, revised and unknown; what was told stands until it is revised."""
+    made = fly(kept, "labels", 1, windows[0][0])["predictions"][0]["prediction_id"]
+    at = {"engine_id": "labels"}
+    assert ["joined", "pending", "unknown"] == say(
+        kept,
+        {"prediction_id": made, "label": "normal"},
+        at | {"cycle": 2, "label": 1},
+        {"prediction_id": "0" * 32, "label": 0},
+    )
+    assert ["unchanged", "conflict"] == say(kept, at | {"cycle": 1, "label": 0}, at | {"cycle": 2, "label": [0, 0, 1]})
+    assert ["conflict"] == say(kept, {"prediction_id": made, "label": "critical"}, status=409)
+    assert ["normal"] == [row["label"] for row in history(kept, "labels")]
+    assert ["revised", "unchanged"] == say(
+        kept, *[{"prediction_id": made, "label": "critical", "revise": True}, at | {"cycle": 1, "label": 2}]
+    )
+    fly(kept, "labels", 2, windows[0][1])
+    found = history(kept, "labels")
+    assert ["critical", "degrading"] == [row["label"] for row in found]
+    assert ["inspection", "inspection"] == [row["source"] for row in found]
+    for row in found:
+        expected = numerics.cross_entropy(
+            row["logits"], [["normal", "degrading", "critical"].index(row["label"])][0], row["temperature"]
+        )
+        assert pytest.approx(float(expected), rel=1e-6) == row["loss"]
+
+
+@pytest.mark.parametrize(
+    ("row", "loc"),
+    [
+        ({"label": 0}, ["labels", 0]),
+        ({"label": 0, "engine_id": "x"}, ["labels", 0]),
+        ({"label": 0, "engine_id": "x", "cycle": 1, "prediction_id": "y"}, ["labels", 0]),
+        ({"label": 3, "engine_id": "x", "cycle": 1}, ["labels", 0, "label"]),
+        ({"label": "worn", "engine_id": "x", "cycle": 1}, ["labels", 0, "label"]),
+        ({"label": [0.5, 0.5], "engine_id": "x", "cycle": 1}, ["labels", 0, "label"]),
+        ({"label": None, "engine_id": "x", "cycle": 1}, ["labels", 0, "label"]),
+        ({"engine_id": "x", "cycle": 1}, ["labels", 0]),
+    ],
+)
+def test_a_wrong_label_is_refused_by_its_place(kept: Service, row: dict[str, Any], loc: list[Any]) -> None:
+    """A label that is none, or of nothing, is a 422 that names it."""
+    answer = kept.client.post("/v1/labels", json={"labels": [row]})
+    assert 422 == answer.status_code, answer.text
+    assert loc == answer.json()["errors"][0]["loc"]
+
+
+def test_an_end_labels_the_whole_history(kept: Service, windows: Readings) -> None:
+    """RUL = end - cycle gives every prediction its class, and what arrives later too; another end conflicts."""
+    for cycle in (10, 80, 140, 200):
+        fly(kept, "ends", cycle, windows[0][cycle % 50])
+    post = kept.client.post
+    end = {"engine_id": "ends", "failed_at_cycle": 206}
+    first, again = post("/v1/outcomes", json=end).json(), post("/v1/outcomes", json=end).json()
+    assert ("joined", "unchanged") == (first["result"], again["result"])
+    other = post("/v1/outcomes", json=end | {"failed_at_cycle": 190})
+    assert 409 == other.status_code
+    assert [{"result": "conflict", "given": 190, "known": 206}] == other.json()["results"]
+    fly(kept, "ends", 190, windows[0][0])
+    labels = {row["cycle"]: (row["label"], row["source"]) for row in history(kept, "ends")}
+    assert {
+        10: ("normal", "outcome"),
+        80: ("normal", "outcome"),
+        140: ("degrading", "outcome"),
+        190: ("critical", "outcome"),
+        200: ("critical", "outcome"),
+    } == labels
+    revised = post("/v1/outcomes", json=end | {"failed_at_cycle": 196, "revise": True}).json()
+    assert "revised" == revised["result"]
+    labels_now = {row["cycle"]: row["label"] for row in history(kept, "ends")}
+    assert ("degrading", None) == (labels_now[140], labels_now[200])  # after its end there is no engine
+    assert "pending" == post("/v1/outcomes", json={"engine_id": "never seen", "failed_at_cycle": 3}).json()["result"]
+
+
+def test_survivors_testify(kept: Service, windows: Readings) -> None:
+    """An engine that still runs more than 125 cycles later was normal; an inspection that said otherwise stands."""
+    for cycle in (1, 2, 3):
+        fly(kept, "survivor", cycle, windows[0][cycle])
+    say(kept, {"engine_id": "survivor", "cycle": 2, "label": "degrading"})
+    fly(kept, "survivor", 128, windows[0][9])
+    labels = [(row["label"], row["source"]) for row in history(kept, "survivor")]
+    assert [("normal", "survival"), ("degrading", "inspection"), (None, None), (None, None)] == labels
+    fly(kept, "survivor", 129, windows[0][9])
+    assert ("normal", "survival") == tuple(history(kept, "survivor")[2][key] for key in ("label", "source"))
+
+
+def test_a_label_that_comes_with_a_prediction_is_kept(kept: Service, windows: Readings) -> None:
+    """Telemetry and truth in one request: counted once, kept as an inspection, and never again from elsewhere."""
+    before = kept.metrics()["engine_health_labelled_total"]
+    asked = {"telemetry": windows[0].tolist(), "engine_id": "at once", "cycle": 7, "label": "critical"}
+    kept.predict([asked])
+    assert ["unchanged"] == say(kept, {"engine_id": "at once", "cycle": 7, "label": 2})
+    assert 1 == kept.metrics()["engine_health_labelled_total"] - before
+    kept.predict([asked | {"label": None}])
+    assert [("critical", "inspection")] == [(row["label"], row["source"]) for row in history(kept, "at once")]
+
+
+def test_a_label_that_contradicts_another_one_is_told(kept: Service, windows: Readings, manifest: Manifest) -> None:
+    """A prediction's label that conflicts is scored in the answer, told beside the one that stands, and not kept."""
+    say(kept, {"engine_id": "odd", "cycle": 1, "label": "normal"})
+    before = kept.metrics()
+    rows: list[dict[str, Any]] = [
+        {"engine_id": "odd", "cycle": 1, "label": "critical"},
+        {"engine_id": "even", "cycle": 1, "label": [0.25, 0.75, 0]},
+        {"engine_id": "even", "cycle": 1, "label": 2},
+        {"engine_id": "odd", "cycle": 1, "label": 0},
+        {"engine_id": "odd", "cycle": 1},
+        {"label": "degrading"},
+    ]
+    found = kept.predict(
+        [{"telemetry": w.tolist()} | row for w, row in zip(windows[[0, 1, 2, 3, 0, 1]], rows, strict=True)]
+    )
+    assert [
+        {"result": "conflict", "given": "critical", "known": "normal"},
+        {"result": "joined"},
+        {"result": "conflict", "given": "critical", "known": {"normal": 0.25, "degrading": 0.75, "critical": 0.0}},
+        {"result": "unchanged"},
+        None,
+        None,
+    ] == found["results"]
+    logits = np.array([row["logits"] for row in found["predictions"]])
+    told = numerics.cross_entropy(logits, [2, 1, 2, 0, 0, 1], manifest.temperature, reduction="none")
+    assert pytest.approx(float(told[0]), rel=1e-5) == found["predictions"][0]["loss"]
+    stands = np.array([[1, 0, 0], [0.25, 0.75, 0], [0.25, 0.75, 0], [1, 0, 0], [1, 0, 0], [0, 1, 0]])
+    losses = numerics.cross_entropy(logits, stands, manifest.temperature, reduction="none")
+    after = kept.metrics()
+    more = {
+        name: after[f"engine_health_{name}"] - before[f"engine_health_{name}"]
+        for name in ("labelled_total", "loss_nats_total", "labellable_total")
+    }
+    assert {
+        "labelled_total": 6,
+        "loss_nats_total": pytest.approx(losses.sum(), rel=1e-5),
+        "labellable_total": 6,
+    } == more
+    assert ["normal"] == [row["label"] for row in history(kept, "odd")]
+    assert "results" not in kept.predict([{"telemetry": windows[0].tolist()} | rows[1]])
+
+
+def test_the_truth_of_a_what_if_is_kept(kept: Service, windows: Readings) -> None:
+    """A label beside a temperature of the caller's own is kept for the engine and cycle; the prediction is not."""
+    before = kept.metrics()["engine_health_labelled_total"]
+    asked = {"telemetry": windows[0].tolist(), "engine_id": "if", "cycle": 3, "label": "degrading"}
+    found = kept.predict([asked, asked | {"cycle": None}], temperature=2)
+    assert ("request", 2) == (found["temperature_source"], found["evaluation"]["count"])
+    assert [] == history(kept, "if")
+    assert 1 == kept.metrics()["engine_health_labelled_total"] - before  # the row that no truth could be kept of
+    kept.predict([asked | {"label": None}])
+    assert [("degrading", "inspection")] == [(row["label"], row["source"]) for row in history(kept, "if")]
+    assert ["unchanged"] == say(kept, {"engine_id": "if", "cycle": 3, "label": 1})
+    other = kept.predict([asked | {"label": "normal"}], temperature=2)
+    assert [{"result": "conflict", "given": "normal", "known": "degrading"}] == other["results"]
+    assert 2 == kept.metrics()["engine_health_labelled_total"] - before
+
+
+def test_predicted_again_the_latest_counts(kept: Service, windows: Readings) -> None:
+    """Of one engine and cycle the latest prediction counts; the older is kept and shown when asked for."""
+    asked = [{"telemetry": w.tolist(), "engine_id": "again", "cycle": 3} for w in windows[:3]]
+    ids = [kept.predict([one])["predictions"][0]["prediction_id"] for one in asked]
+    ids += [row["prediction_id"] for row in kept.predict(asked[:2])["predictions"]]
+    assert ids[-1:] == [row["prediction_id"] for row in history(kept, "again")]
+    every = kept.client.get("/v1/engines/again?superseded=true").json()["history"]
+    assert sorted(ids) == sorted(row["prediction_id"] for row in every)
+    assert [ids[-1]] == [row["prediction_id"] for row in every if row["counts"]]
+
+
+def test_what_if_is_not_remembered(kept: Service, windows: Readings) -> None:
+    """A prediction at a temperature of the caller's own is answered, and the service's own record stays as it was."""
+    found = kept.predict([{"telemetry": windows[0].tolist(), "engine_id": "what if", "cycle": 3}], temperature=5.0)
+    assert "request" == found["temperature_source"]
+    assert 404 == kept.client.get("/v1/engines/what if").status_code
+
+
+def test_engines_come_worst_first_by_pages(windows: Readings) -> None:
+    """Every engine once, by falling probability of the last class, a hundred a page, `total` after the filter."""
+    with running() as service:
+        rows = [
+            {"engine_id": f"e{k}", "cycle": k, "telemetry": (windows[k % 4][k % 50] * (1 + k / 1e4)).tolist()}
+            for k in range(230)
+        ]
+        assert 200 == service.client.post("/v1/cycles", json={"cycles": rows}).status_code
+        pages, asked = [], "/v1/engines"
+        while asked:
+            page = service.client.get(asked).json()
+            assert 230 == page["total"]
+            pages.append(page["engines"])
+            asked = f"/v1/engines?next={page['next']}" if page["next"] else ""
+        assert [100, 100, 30] == list(map(len, pages))
+        every = [row for page in pages for row in page]
+        assert {row["engine_id"] for row in every} == {f"e{k}" for k in range(230)}
+        risks = [row["probabilities"]["critical"] for row in every]
+        assert sorted(risks, reverse=True) == risks
+        for health in ("normal", "degrading", "critical"):
+            page = service.client.get("/v1/engines", params={"health": health}).json()
+            assert sum(row["health"] == health for row in every) == page["total"]
+            assert {health} >= {row["health"] for row in page["engines"]}
+        for query in ("health=worn", "next=nonsense", "next=%00", "page=2", "health=normal&health=critical"):
+            assert 422 == service.client.get(f"/v1/engines?{query}").status_code
+
+
+@pytest.mark.parametrize("name", ["a", "\U0001f680" * MOST_NAME, "\x01" * MOST_NAME, '"' * MOST_NAME])
+def test_every_page_has_a_next_that_is_understood(name: str) -> None:
+    """Where a page ends is told and taken back whatever the last engine is called."""
+    assert (1 / 3, name) == read_cursor(write_cursor(1 / 3, name))
+
+
+def test_without_a_database_it_is_said(windows: Readings) -> None:
+    """Stateless: predictions are answered as ever, and every call that needs memory is a 501 that says why."""
+    with running(ENGINE_HEALTH_DATABASE_URL="") as service:
+        assert service.predict([{"telemetry": windows[0].tolist(), "engine_id": "a", "cycle": 1}])
+        assert math.isnan(service.metrics()["engine_health_memory_up"])  # neither up nor down: no alert
+        flight = {"engine_id": "a", "cycle": 1, "telemetry": windows[0][0].tolist()}
+        asked = [
+            service.client.post("/v1/cycles", json={"cycles": [flight]}),
+            service.client.post("/v1/labels", json={"labels": [{"engine_id": "a", "cycle": 1, "label": 0}]}),
+            service.client.post("/v1/outcomes", json={"engine_id": "a", "failed_at_cycle": 1}),
+            service.client.get("/v1/engines"),
+            service.client.get("/v1/engines/a"),
+        ]
+        for answer in asked:
+            assert 501 == answer.status_code
+            assert "ENGINE_HEALTH_DATABASE_URL" in answer.json()["detail"]
+
+
+def test_a_model_without_windows_collects_no_flights(tmp_path: Path) -> None:
+    """Where an instance is no window of readings there is nothing to collect flights for: 422, with the reason."""
+    with running(ENGINE_HEALTH_MODEL=str(identity_classifier(tmp_path / "m.onnx", FOUR))) as service:
+        answer = service.client.post(
+            "/v1/cycles", json={"cycles": [{"engine_id": "a", "cycle": 1, "telemetry": [1, 2, 3]}]}
+        )
+        assert 422 == answer.status_code
+        assert "window" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_workers_read_each_others_flights(
+    kind: str, windows: Readings, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """With two workers, flights over changing connections are answered as one window; caches prove themselves fresh."""
+    url = f"sqlite:///{tmp_path}/memory.db" if kind == "sqlite" else request.getfixturevalue("cluster").url("workers")
+    flights = windows[0]
+    with running(ENGINE_HEALTH_WORKERS="2", ENGINE_HEALTH_DATABASE_URL=url) as service:
+        until_all_are_ready(service, 2)
+        for cycle, row in enumerate(flights[:40]):
+            with httpx.Client(base_url=service.client.base_url, timeout=60, trust_env=False) as client:
+                flight = {"engine_id": "shared", "cycle": cycle, "telemetry": row.tolist()}
+                found = client.post("/v1/cycles", json={"cycles": [flight]}).json()["predictions"][0]
+            asked = service.predict([{"telemetry": flights[: cycle + 1].tolist()}])["predictions"][0]
+            assert asked["logits"] == found["logits"], cycle
+
+
+def test_flights_of_two_services_form_one_window(windows: Readings, tmp_path: Path) -> None:
+    """Services that share a database rebuild a window that another one made stale, and count each flight's wait."""
+    shared, flights = {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{tmp_path}/memory.db"}, windows[0]
+    with running(**shared) as one, running(**shared) as other:
+        for cycle, row in enumerate(flights[:12]):
+            found = fly((one, other)[cycle // 2 % 2], "shared", cycle, row)["predictions"][0]
+            asked = one.predict([{"telemetry": flights[: cycle + 1].tolist()}])["predictions"][0]
+            assert asked["logits"] == found["logits"], cycle
+        assert list(range(12)) == [row["cycle"] for row in history(one, "shared")]
+        assert 6 <= other.metrics()["engine_health_queue_duration_seconds_count"] <= 7  # one of them was stale
+        assert 6 == other.metrics()["engine_health_labellable_total"]
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_what_was_acknowledged_survives_being_killed(database: str) -> None:
+    """After kill -9 in the middle of ingestion every acknowledged flight and label is there, none of them twice."""
+    found = survive_in(database, kills=3, seed=1)  # `make kills` does a hundred
+    assert found.kept(), found
+
+
+def test_predictions_go_on_without_the_database(windows: Readings, tmp_path: Path) -> None:
+    """While the database is locked, predictions are answered and say that they are not kept; the rest is 503."""
+    path = tmp_path / "memory.db"
+    asked = {"telemetry": windows[0].tolist(), "engine_id": "a", "cycle": 1}
+    with running(ENGINE_HEALTH_DATABASE_URL=f"sqlite:///{path}") as service:
+        assert service.predict([asked])["predictions"][0]["prediction_id"]
+        with sqlite3.connect(path, isolation_level=None) as other:
+            other.execute("BEGIN IMMEDIATE")
+            found = service.predict([asked | {"cycle": 2}, {"telemetry": windows[1].tolist()}])["predictions"]
+            assert found[0]["prediction_id"] is None
+            assert found[1]["prediction_id"]
+            answer = service.client.post("/v1/outcomes", json={"engine_id": "a", "failed_at_cycle": 9})
+            assert 503 == answer.status_code
+            assert "locked" in answer.json()["detail"]
+            assert int(answer.headers["retry-after"]) >= 1
+            until(lambda: service.metrics()["engine_health_memory_up"] == 0)
+            assert 1 == service.metrics()["engine_health_unremembered_total"]
+            other.execute("ROLLBACK")
+        until(lambda: service.metrics()["engine_health_memory_up"] == 1)
+        assert service.predict([asked | {"cycle": 3}])["predictions"][0]["prediction_id"]
+        assert [1, 3] == [row["cycle"] for row in history(service, "a")]
+
+
+def test_a_full_disk_is_said_and_nothing_is_lost(windows: Readings, tmp_path: Path) -> None:
+    """Where nothing more can be written, flights are 503 and predictions unremembered; with room again all goes on."""
+    with running(ENGINE_HEALTH_DATABASE_URL=f"sqlite:///{tmp_path}/memory.db") as service:
+        fly(service, "full", 1, windows[0][0])
+        size = (tmp_path / "memory.db-wal").stat().st_size
+        limit = ["prlimit", "--pid", str(service.process.pid)]
+        subprocess.run([*limit, f"--fsize={size}:unlimited"], check=True)
+        flight = {"engine_id": "full", "cycle": 2, "telemetry": windows[0][1].tolist()}
+        until(lambda: service.client.post("/v1/cycles", json={"cycles": [flight]}).status_code == 503)
+        found = service.predict([{"telemetry": windows[0].tolist(), "engine_id": "full", "cycle": 3}])
+        assert found["predictions"][0]["prediction_id"] is None
+        subprocess.run([*limit, "--fsize=unlimited:unlimited"], check=True)
+        until(lambda: service.client.post("/v1/cycles", json={"cycles": [flight]}).status_code == 200)
+        cycles = [row["cycle"] for row in history(service, "full")]
+        assert [1, 2] == cycles
+
+
+def test_postgresql_may_go_and_come_back(windows: Readings, cluster: Postgres) -> None:
+    """The database server dies: clear errors, predictions go on; it comes back: what was acknowledged is there."""
+    with running(ENGINE_HEALTH_DATABASE_URL=cluster.url("gone")) as service:
+        fly(service, "a", 1, windows[0][0])
+        cluster.stop()
+        flight = {"engine_id": "a", "cycle": 2, "telemetry": windows[0][1].tolist()}
+        assert 503 == service.client.post("/v1/cycles", json={"cycles": [flight]}).status_code
+        found = service.predict([{"telemetry": windows[0].tolist(), "engine_id": "a", "cycle": 5}])
+        assert found["predictions"][0]["prediction_id"] is None
+        assert 503 == service.client.get("/v1/engines").status_code
+        cluster.start()
+        until(lambda: service.client.post("/v1/cycles", json={"cycles": [flight]}).status_code == 200)
+        assert [1, 2] == [row["cycle"] for row in history(service, "a")]
+
+
+def test_a_flight_without_an_answer_is_named_by_its_own_place(tmp_path: Path) -> None:
+    """Readings on which the network overflows are a 422 at their row of `cycles`, and nothing of the call is kept."""
+    window = helper.make_tensor_value_info("telemetry", TensorProto.FLOAT, ["n", 2, 2])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 2])
+    parts = [numpy_helper.from_array(np.array(10, np.float32), "ten"), numpy_helper.from_array(np.array([1]), "time")]
+    nodes = [
+        helper.make_node("ReduceMax", ["telemetry", "time"], ["newest"], keepdims=0),
+        helper.make_node("Mul", ["newest", "ten"], ["logits"]),
+    ]
+    graph = helper.make_graph(nodes, "g", [window], [logits], parts)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    said = {"name": "over", "version": "1", "classes": ("a", "b"), "window": 2}
+    manifest = Manifest.model_validate(said | {"channels": [{"name": "x"}, {"name": "y"}]})
+    contract.write(proto.SerializeToString(), manifest, tmp_path / "over.onnx")
+    with running(ENGINE_HEALTH_MODEL=str(tmp_path / "over.onnx")) as service:
+        rows = [("b", 7, [1, 2]), ("a", 3, [1, 2]), ("b", 2, [3e38, 1]), ("a", 1, [2, 1])]
+        cycles = [{"engine_id": e, "cycle": c, "telemetry": row} for e, c, row in rows]
+        answer = service.client.post("/v1/cycles", json={"cycles": cycles})
+        assert 422 == answer.status_code, answer.text
+        assert answer.json()["detail"].startswith("cycles[")
+        assert answer.json()["errors"][0]["loc"] in (["cycles", 2, "telemetry"], ["cycles", 0, "telemetry"])
+        assert 404 == service.client.get("/v1/engines/b").status_code
+
+
+def test_engines_are_asked_for_by_what_changed(kept: Service, windows: Readings) -> None:
+    """`since` leaves engines whose latest answer or end was told then or later, `running` those without an end."""
+    for name in ("changed-a", "changed-b", "changed-c"):
+        fly(kept, name, 1, windows[0][0])
+    first = {row["engine_id"]: row for row in engines(kept, limit=1000)}
+    since = max(row["updated_at"] for row in first.values())
+    fly(kept, "changed-b", 2, windows[0][1])
+    end = {"engine_id": "changed-c", "failed_at_cycle": 9}
+    assert 200 == kept.client.post("/v1/outcomes", json=end).status_code
+    changed = {row["engine_id"]: row["failed_at_cycle"] for row in engines(kept, since=since)}
+    assert {"changed-b": None, "changed-c": 9}.items() <= changed.items()
+    assert set(changed) <= {"changed-b", "changed-c", *(k for k, row in first.items() if row["updated_at"] == since)}
+    assert set(first) - {"changed-c"} >= {row["engine_id"] for row in engines(kept, running=True, limit=1000)}
+    assert 9 == kept.client.get("/v1/engines/changed-c").json()["failed_at_cycle"]
+    for value in ("yesterday", "2026-11-25T12:00:00", ""):
+        assert 422 == kept.client.get("/v1/engines", params={"since": value}).status_code
+    assert 422 == kept.client.get("/v1/engines", params={"limit": 1001}).status_code
+
+
+def test_pages_of_any_size_hold_every_engine_once(kept: Service, windows: Readings) -> None:
+    """Pages of seven, followed to the last, are the page of a thousand; `total` is the same on each."""
+    for k in range(9):
+        fly(kept, f"paged-{k}", 1, windows[k % 4][k])
+    whole = engines(kept, limit=1000)
+    found: list[dict[str, Any]] = []
+    following = None
+    while following is not None or not found:
+        page = kept.client.get("/v1/engines", params={"limit": 7} | ({"next": following} if following else {})).json()
+        assert len(whole) == page["total"]
+        found, following = found + page["engines"], page["next"]
+    assert whole == found
+
+
+def test_a_trend_is_what_was_predicted_of_the_last_cycles(kept: Service, windows: Readings) -> None:
+    """The last class's probability, cycle by cycle, as the history has it; cycles before are left out."""
+    for cycle, row in enumerate(windows[3][:12]):
+        fly(kept, "trend", cycle, row)
+    kept.predict([{"engine_id": "trend", "cycle": 10, "telemetry": windows[3][:3].tolist()}])  # which counts since
+    trend = next(row for row in engines(kept, trend=5, limit=1000) if row["engine_id"] == "trend")["trend"]
+    past = {row["cycle"]: row["probabilities"]["critical"] for row in history(kept, "trend")}
+    assert [[cycle, past[cycle]] for cycle in range(7, 12)] == trend
+    assert "trend" not in engines(kept)[0]
+
+
+def test_sensors_are_told_of_flights_alone(kept: Service, windows: Readings, manifest: Manifest) -> None:
+    """`sensors` has every sensor over the flights that are kept, and none where there are only predictions."""
+    for cycle, row in enumerate(windows[0][-15:]):
+        fly(kept, "sensed", cycle, row)
+    kept.predict([{"engine_id": "unflown", "cycle": 1, "telemetry": windows[0][:2].tolist()}])
+    told = kept.client.get("/v1/engines/sensed", params={"sensors": True}).json()["sensors"]
+    assert list(range(15)) == told["cycles"]
+    assert {name for name in manifest.channel_names if name.startswith("sensor")} == {
+        one["channel"] for one in told["channels"]
+    }
+    distances = [abs(one["moved"]) for one in told["channels"]]
+    assert sorted(distances, reverse=True) == distances
+    assert distances[0] == pytest.approx(abs(np.mean(told["channels"][0]["away"][-10:])), abs=1e-4)
+    unflown = kept.client.get("/v1/engines/unflown", params={"sensors": True}).json()["sensors"]
+    assert {"cycles": [], "channels": []} == unflown

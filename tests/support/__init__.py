@@ -1,0 +1,1 @@
+"""Helpers of tests: processes, connections, bodies, models, files."""

@@ -1,0 +1,35 @@
+"""Attaching foreign classifiers in tests."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from export.attach import main
+from service.inference.model_loader import Model, open_model
+
+Values = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.float64]
+
+
+def attach(source: Path, target: Path, logits: str, classes: str, *flags: str) -> Model:
+    """The command in this process, and the model as the service opens it."""
+    main([str(source), str(target), "--logits", logits, "--classes", classes, *flags])
+    return open_model(target, batch_rows=16)
+
+
+def refusal(*arguments: object) -> str:
+    """The one line that the command ends with."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert isinstance(ended.value.code, str)  # which leaves as exit code 1
+    assert 1 == len(ended.value.code.splitlines())
+    return ended.value.code.removeprefix("attach: ")
+
+
+def softmax(logits: Floats, t: float = 1.0) -> Floats:
+    """Each row's, in float64, by torch."""
+    found: Floats = torch.softmax(torch.from_numpy(logits) / t, 1).numpy()
+    return found

@@ -1,0 +1,139 @@
+"""A real browser, Debian's Chromium, in which nothing goes wrong unseen; and a fleet of NASA's engines to look at."""
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
+
+from model.data import cmapss
+from tests.support.processes import start
+
+CHROMIUM = Path("/usr/bin/chromium")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+ROWS = 200  # flights of one call
+_REFUSED = re.compile(r"Failed to load resource: .*?(?:status of (\d+)|net::(\w+))")
+
+
+@dataclass
+class Watched:
+    """A page, with all that went wrong in it: errors on its console, and requests to other hosts."""
+
+    page: Page
+    home: str
+    errors: list[str] = field(default_factory=list)
+    refused: list[str] = field(
+        default_factory=list
+    )  # statuses of requests that were answered with no; browsers log them
+    outside: list[str] = field(default_factory=list)
+
+    def open(self, path: str = "") -> Page:
+        """Go to a page of the console."""
+        self.page.goto(self.home + path)
+        return self.page
+
+    def on_console(self, message: ConsoleMessage) -> None:
+        """Keep what is no mere word."""
+        if message.type in ("error", "warning"):
+            found = _REFUSED.match(message.text)
+            (self.refused if found else self.errors).append(found[1] or found[2] if found else message.text)
+
+    def on_request(self, request: Request) -> None:
+        """Keep what goes to another host."""
+        if not request.url.startswith((self.home, "data:")):
+            self.outside.append(request.url)
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """The browser."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@contextmanager
+def watched(browser: Browser, home: str, **context: Any) -> Iterator[Watched]:
+    """A page of its own context: no key and no choice of colours is left from another one."""
+    opened = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, "locale": "en-GB"} | context)
+    try:
+        opened.set_default_timeout(15_000)
+        found = Watched(opened.new_page(), home)
+        found.page.on("console", found.on_console)
+        found.page.on("pageerror", lambda error: found.errors.append(str(error)))
+        found.page.on("request", found.on_request)
+        yield found
+    finally:
+        opened.close()
+
+
+def absent() -> str | None:
+    """Why there is no browser; None if there is one."""
+    return None if CHROMIUM.exists() else f"no browser at {CHROMIUM}: apt-get install chromium"
+
+
+def in_ci() -> bool:
+    """Whether nothing may be skipped."""
+    return os.environ.get("CI") == "true"
+
+
+def fly_nasas(client: httpx.Client, folder: Path, subset: str, ended: int, running: int, flights: int) -> None:
+    """Send flights of NASA's training engines as a collector does.
+
+    Those that end show so many flights, evenly from their whole lives; those that run on the last so many of a part.
+    """
+    for k, history in enumerate(cmapss.read_train(folder, subset)[: ended + running]):
+        n = len(history.cycle)
+        if k < ended:
+            told = np.unique(np.linspace(0, n - 1, flights).astype(int))
+        else:
+            told = np.arange(n)[: n - 2 - (37 * k) % 130][-flights:]  # each at another point of its life
+        rows = [
+            {"engine_id": history.engine_id, "cycle": int(history.cycle[i]), "telemetry": history.telemetry[i].tolist()}
+            for i in told
+        ]
+        for begin in range(0, len(rows), ROWS):
+            answer = client.post("/v1/cycles", json={"cycles": rows[begin : begin + ROWS]})
+            assert answer.status_code == 200, answer.text
+        if k < ended:
+            end = {"engine_id": history.engine_id, "failed_at_cycle": int(history.cycle[-1])}
+            assert client.post("/v1/outcomes", json=end).status_code == 200
+
+
+def up(port: str, environment: dict[str, str]) -> "subprocess.Popen[str]":
+    """A service on a port that is known, ready."""
+    process = start("serve", "--port", port, **environment)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            if 200 == httpx.get(f"http://127.0.0.1:{port}/readyz", trust_env=False).status_code:
+                return process
+        except httpx.TransportError:
+            time.sleep(0.05)
+    process.kill()
+    raise AssertionError(process.communicate())
+
+
+def down(process: "subprocess.Popen[str]") -> None:
+    """It ends."""
+    process.terminate()
+    process.communicate(timeout=30)

@@ -1,0 +1,91 @@
+"""Small ONNX models and edited artefacts for tests."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from export.verify import shortest, synthetic_windows, torch_answers
+from model import contract
+from model.contract import Manifest
+from model.evaluation.evaluate import ARTEFACT, open_artefact
+from model.training.network import EngineHealth, NetworkConfig
+from service.inference import model_loader
+
+WINDOW = 23
+
+
+def untrained() -> EngineHealth:
+    """A network of rolling means over 23 rows."""
+    torch.manual_seed(0)
+    made = EngineHealth(NetworkConfig(window=WINDOW, hidden=16)).eval()
+    made.normalise.centres.copy_(torch.arange(18).reshape(6, 3) * 10.0)
+    return made
+
+
+def manifest_of(network: EngineHealth) -> contract.Manifest:
+    """The bundled manifest with the window and the golden windows of another network."""
+    inputs = synthetic_windows(network, 4, seed=1)
+    logits, rul = torch_answers(network, inputs)
+    golden = [
+        {"telemetry": shortest(window), "logits": row.tolist(), "rul": float(cycles)}
+        for window, row, cycles in zip(inputs, logits, rul, strict=True)
+    ]
+    told = open_artefact(ARTEFACT)[1].model_dump() | {"window": network.config.window, "golden": golden}
+    return contract.Manifest.model_validate(told)
+
+
+def bundled(key: str) -> onnx.ModelProto:
+    """A graph that lies in the committed artefact beside the network's own."""
+    graph = contract.graph_beside(model_loader.metadata(ARTEFACT.read_bytes()), key)
+    assert graph is not None
+    return onnx.load_model_from_string(graph)
+
+
+def without(content: onnx.ModelProto, k: int, kept: int) -> bytes:
+    """A graph in which a node passes one of its inputs on, and does nothing."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(content)
+    node = changed.graph.node[k]
+    node.CopyFrom(onnx.helper.make_node("Identity", [node.input[kept]], [node.output[0]]))
+    return bytes(changed.SerializeToString())
+
+
+Change = Callable[[onnx.ModelProto], None]
+
+
+def edited(path: Path, manifest: dict[str, object] | None = None, change: Change | None = None) -> Path:
+    """The artefact with another manifest or graph, written as this project writes it."""
+    proto = onnx.load(ARTEFACT)
+    text = next(entry.value for entry in proto.metadata_props if entry.key == contract.MANIFEST_KEY)
+    if change:
+        change(proto)
+    described = Manifest.model_validate(json.loads(text) | (manifest or {}))
+    contract.write(proto.SerializeToString(), described, path)
+    return path
+
+
+def foreign(path: Path, node: onnx.NodeProto, width: int, manifest: dict[str, object]) -> Path:
+    """A network of one node from `telemetry` [n, width] to `logits`."""
+    telemetry = helper.make_tensor_value_info("telemetry", TensorProto.FLOAT, ["n", width])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", width])
+    ten = numpy_helper.from_array(np.array(10, np.float32), "ten")
+    graph = helper.make_graph([node], "g", [telemetry], [logits], [ten])
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    contract.write(proto.SerializeToString(), Manifest.model_validate(manifest), path)
+    return path
+
+
+def identity_classifier(path: Path, manifest: dict[str, object]) -> Path:
+    """Four inputs, which are the logits."""
+    return foreign(path, helper.make_node("Identity", ["telemetry"], ["logits"]), 4, manifest)
+
+
+def overflowing_classifier(path: Path) -> Path:
+    """Two inputs, ten times which are the logits."""
+    manifest: dict[str, object] = {"name": "over", "version": "1", "classes": ["a", "b"]}
+    return foreign(path, helper.make_node("Mul", ["telemetry", "ten"], ["logits"]), 2, manifest)

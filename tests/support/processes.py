@@ -1,0 +1,185 @@
+"""Real processes of the service for tests, and what tests ask of them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from model.windows import Readings
+
+START_SECONDS = 60
+
+
+@dataclass
+class Service:
+    """A running service and a client that speaks to it."""
+
+    client: httpx.Client
+    process: subprocess.Popen[str]
+
+    def predict(self, instances: list[dict[str, Any]], **rest: Any) -> dict[str, Any]:
+        """The answer of /v1/predict, which must be 200."""
+        answer = self.client.post("/v1/predict", json={"instances": instances, **rest})
+        assert answer.status_code == 200, answer.text
+        found: dict[str, Any] = answer.json()
+        return found
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample of /metrics by its name and labels."""
+        lines = self.client.get("/metrics").text.splitlines()
+        return {name: float(value) for name, _, value in (x.rpartition(" ") for x in lines if not x.startswith("#"))}
+
+
+@contextmanager
+def running(**environment: str) -> Iterator[Service]:
+    """A service on a free port of this machine, ready."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = tempfile.TemporaryDirectory(prefix="engine-health-test-")  # a memory of its own
+    environment = {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{folder.name}/memory.db"} | environment
+    process = start("serve", "--port", str(port), **environment)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+            wait_until_ready(client, process)
+            yield Service(client, process)
+    finally:
+        process.terminate()
+        try:
+            process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+        folder.cleanup()
+
+
+def start(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
+    """The command `engine-health` in a process of its own."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("ENGINE_HEALTH_")}
+    command = [sys.executable, "-m", "service.cli", *arguments]
+    pipe = subprocess.PIPE
+    kept |= {"ENGINE_HEALTH_LOG_LEVEL": "warning", "ENGINE_HEALTH_DRAIN_SECONDS": "0"}  # pipes are not read meanwhile
+    strict = {"PYTHONWARNINGS": "error::RuntimeWarning"}  # an overflow in serving is a failure, as it is in the tests
+    return subprocess.Popen(command, env=kept | strict | environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def absent(folder: Path, *packages: str) -> dict[str, str]:
+    """An environment in which some packages are not installed."""
+    blocked = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name in {packages!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+    (folder / "sitecustomize.py").write_text(blocked)
+    return {"PYTHONPATH": str(folder)}
+
+
+def as_json(value: Any) -> bytes:
+    """JSON with NaN and Infinity where Python has them, as careless clients send it."""
+    return json.dumps(value).encode()
+
+
+@contextmanager
+def serving(server: ThreadingHTTPServer) -> Iterator[str]:
+    """The address of a server of a test's own, which answers while the block lasts."""
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+ADMIN = {"Authorization": "Bearer wheel"}
+LOAD = "/v2/repository/models/engine-health/load"
+
+
+def one(window: Readings, **rest: Any) -> dict[str, Any]:
+    return {"instances": [{"telemetry": window.tolist()}], **rest}
+
+
+def children(process: "subprocess.Popen[str]") -> list[int]:
+    """Worker processes of a supervisor."""
+    found = subprocess.run(
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
+    )
+    return [int(line.split()[0]) for line in found.stdout.splitlines() if "spawn_main" in line]
+
+
+def until(done: Any, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.05)
+
+
+def until_all_are_ready(service: Service, workers: int) -> None:
+    """Until every worker answers: one that is still starting says 503 to whoever reaches it."""
+
+    def ready() -> bool:
+        slots = [link for child in children(service.process) if (link := shared_folder(child))]
+        kept = len(list(slots[0].glob("gauge_livemin_*.db"))) if slots else 0
+        return kept == workers and service.metrics()["engine_health_ready"] == 1
+
+    until(ready)
+
+
+def asked(service: Service, window: Readings) -> int | None:
+    """The status of a prediction, None if its connection broke, as that of a killed worker does."""
+    try:
+        url = f"{service.client.base_url}/v1/predict"
+        return httpx.post(url, json=one(window), timeout=30, trust_env=False).status_code
+    except httpx.TransportError:
+        return None
+
+
+def predicted(service: Service, window: Readings) -> bool:
+    """Whether a prediction was answered."""
+    return asked(service, window) == 200
+
+
+def shared_folder(worker: int) -> Path | None:
+    """Where a worker keeps what it shares; None while it has nothing yet."""
+    try:
+        links = [os.readlink(f"/proc/{worker}/fd/{name}") for name in os.listdir(f"/proc/{worker}/fd")]
+    except FileNotFoundError:  # a file was closed, or the worker ended, between two looks
+        return None
+    return next((Path(link).parent for link in links if "slot-" in link), None)
+
+
+def resident(service: Service) -> float:
+    """MiB that the service holds, a moment after its last answer."""
+    time.sleep(0.5)
+    lines = Path(f"/proc/{service.process.pid}/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmRSS"))) / 1024
+
+
+def wait_until_ready(client: httpx.Client, process: "subprocess.Popen[str]") -> None:
+    """Return once a service is ready; fail if its process ends first, or it takes too long."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        try:
+            if client.get("/readyz").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.05)
+    raise AssertionError("the service did not become ready")

@@ -1,0 +1,41 @@
+"""Calls of the store that several tests make."""
+
+from typing import Any
+
+from model.contract import Manifest
+from model.windows import Readings
+from tests.support.processes import Service
+
+
+def fly(service: Service, engine_id: str, cycle: int, row: Readings, status: int = 200) -> dict[str, Any]:
+    """One flight told, and its answer."""
+    flight = {"engine_id": engine_id, "cycle": cycle, "telemetry": row.tolist()}
+    answer = service.client.post("/v1/cycles", json={"cycles": [flight]})
+    assert status == answer.status_code, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def say(service: Service, *rows: dict[str, Any], status: int = 200, **rest: Any) -> list[str]:
+    """What became of some labels."""
+    answer = service.client.post("/v1/labels", json={"labels": list(rows), **rest})
+    assert status == answer.status_code, answer.text
+    return [row["result"] for row in answer.json()["results"]]
+
+
+def history(service: Service, engine_id: str) -> list[dict[str, Any]]:
+    """An engine's history, oldest first."""
+    found: list[dict[str, Any]] = service.client.get(f"/v1/engines/{engine_id}").json()["history"]
+    return found
+
+
+def engines(service: Service, **query: Any) -> list[dict[str, Any]]:
+    """A page of engines, the worst first."""
+    found: list[dict[str, Any]] = service.client.get("/v1/engines", params=query).json()["engines"]
+    return found
+
+
+CLASSES = 3
+MANIFEST = Manifest(
+    name="tested", version="1", classes=("normal", "degrading", "critical"), rul_thresholds=(125.0, 50.0)
+)
