@@ -7,7 +7,7 @@ PIP := -m pip --disable-pip-version-check --quiet
 CMAPSS_URL ?= https://phm-datasets.s3.amazonaws.com/NASA/6.+Turbofan+Engine+Degradation+Simulation+Data+Set.zip
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo test check format train export evaluate fleet study fuzz kills bench bench-peers bench-score bench-monitor \
+.PHONY: help serve demo test test-unit check format train export evaluate fleet study fuzz kills bench bench-peers bench-score bench-monitor \
 	bench-console kills-score endurance faults soak scaling data docs trace screenshots lock clean
 
 help:                            ## list the commands
@@ -33,6 +33,9 @@ $(DEV)/ready: requirements-dev.lock pyproject.toml
 
 test: $(DEV)/ready               ## every test, a core each; those on real data need CMAPSS_DIR or `make data`
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+test-unit: $(DEV)/ready          ## the tests that need no other process; less than a minute
+	$(BIN)/python -m pytest -m unit -n auto --maxprocesses 4 --dist loadfile
 
 check: $(DEV)/ready              ## style, types, dependency directions, generated tables against code
 	$(BIN)/ruff format --check .

@@ -17,6 +17,7 @@ from model.contract import Manifest
 from model.data import cmapss
 from model.evaluation.evaluate import ARTEFACT, open_artefact
 from model.windows import Readings
+from tests.support.markers import marker_of
 from tests.support.processes import Service, running
 
 if TYPE_CHECKING:
@@ -26,6 +27,13 @@ settings.load_profile("house")
 for ignored in (signal.SIGINT, signal.SIGHUP):  # as below `nohup`; who is started by a test is to hear them
     if signal.getsignal(ignored) is signal.SIG_IGN:
         signal.signal(ignored, signal.SIG_DFL)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give each test its marker, so that `-m unit` selects the tests that need no process."""
+    for item in items:
+        if isinstance(item, pytest.Function):
+            item.add_marker(marker_of(item))
 
 
 @pytest.fixture(scope="session")

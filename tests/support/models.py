@@ -89,3 +89,36 @@ def overflowing_classifier(path: Path) -> Path:
     """Two inputs, ten times which are the logits."""
     manifest: dict[str, object] = {"name": "over", "version": "1", "classes": ["a", "b"]}
     return foreign(path, helper.make_node("Mul", ["telemetry", "ten"], ["logits"]), 2, manifest)
+
+
+def slow_classifier(path: Path, steps: int = 20_000) -> Path:
+    """An artefact whose logits are its three inputs, after a loop of `steps` per batch: about 100 ms for 20,000."""
+    scalar = helper.make_tensor_value_info
+    body = helper.make_graph(
+        [helper.make_node("Add", ["v", "nothing"], ["sum"]), helper.make_node("Identity", ["go"], ["on"])],
+        "body",
+        [scalar("i", TensorProto.INT64, []), scalar("go", TensorProto.BOOL, []), scalar("v", TensorProto.FLOAT, [])],
+        [scalar("on", TensorProto.BOOL, []), scalar("sum", TensorProto.FLOAT, [])],
+        [helper.make_tensor("nothing", TensorProto.FLOAT, [], [0.0])],
+    )
+    nodes = [
+        helper.make_node("ReduceSum", [contract.INPUT], ["total"], keepdims=0),
+        helper.make_node("Mul", ["total", "zero"], ["start"]),  # depends on the input, so that nothing is folded
+        helper.make_node("Loop", ["steps", "", "start"], ["end"], body=body),
+        helper.make_node("Add", [contract.INPUT, "end"], [contract.LOGITS]),
+    ]
+    shape: list[str | int | None] = ["batch", 3]
+    graph = helper.make_graph(
+        nodes,
+        "slow",
+        [helper.make_tensor_value_info(contract.INPUT, TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(contract.LOGITS, TensorProto.FLOAT, shape)],
+        [
+            helper.make_tensor("steps", TensorProto.INT64, [], [steps]),
+            helper.make_tensor("zero", TensorProto.FLOAT, [], [0.0]),
+        ],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    described = {"name": "slow", "version": "1", "classes": ["a", "b", "c"], "temperature": 1.0}
+    contract.write(proto.SerializeToString(), contract.parse_manifest(json.dumps(described)), path)
+    return path
