@@ -67,11 +67,11 @@ def predict(file: str, model: Path | None, temperature: float | None, missing: s
 
 def replay(parser: argparse.ArgumentParser, **flags: Any) -> int:
     """Send a fleet to a running service."""
-    options = replay_options.options_of(flags, read_settings())
-    wrong = replay_options.wrong(options)
-    if wrong:
-        parser.error(wrong)
-    from service.replay.run import replay as of_fleet  # as in `calibrate`
+    options = replay_options.build_options(flags, read_settings())
+    conflict = replay_options.find_flag_conflict(options)
+    if conflict:
+        parser.error(conflict)
+    from service.replay.run import replay_fleet as of_fleet  # as in `calibrate`
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     return of_fleet(options)
@@ -142,7 +142,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--temperature", type=_temperature, help="in place of the artefact's")
     command.add_argument("--missing", choices=("reject", "hold"), default="reject", help="hold the last seen value")
     command.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object an engine")
-    replay_options.add_to(commands.add_parser("replay", help="send a fleet to a running service, flight by flight"))
+    replay_options.add_replay_flags(
+        commands.add_parser("replay", help="send a fleet to a running service, flight by flight")
+    )
     score_command.add_to(commands, _temperature)
     return parser
 

@@ -1,1 +1,1 @@
-"""Sends a fleet to a running service, as a data collector would: flight by flight, then its ends."""
+"""Replay of a fleet to a running service, as a data collector sends it: flights, then failures."""

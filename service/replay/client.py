@@ -1,7 +1,6 @@
-"""Calls of a running service that outlive its restarts: a call is repeated, the same bytes, until it is answered.
+"""HTTP client that retries a call, with the same bytes, until the service answers. It survives restarts of the service.
 
-Every call here may be repeated without harm: a flight or an end that is known already changes nothing. Knows HTTP and
-the clock, no engines.
+Every call of a replay is idempotent: a flight or failure that is stored already changes nothing.
 """
 
 import http.client
@@ -14,148 +13,154 @@ from urllib.parse import SplitResult, urlsplit
 
 from service.errors import ServiceError
 
-LATER = (408, 429, 502, 503, 504)  # answers that say: not now
-CALL_SECONDS = 30.0  # for one try
-FIRST_WAIT, LONGEST_WAIT = 0.1, 5.0  # seconds between two tries, doubled each time
-MOST_ANSWER = 64 * 2**20  # bytes
-PRINTED = re.compile("[!-~]*")  # what a request line can hold
-SHOWN = 300  # characters of what a service says
-KEY_HINT = {401: "; --key KEY shows one", 403: "; --key KEY shows another one"}
+RETRY_STATUSES = (408, 429, 502, 503, 504)  # of responses after which the call is retried
+ATTEMPT_SECONDS = 30.0  # timeout of one attempt
+MIN_WAIT_SECONDS, MAX_WAIT_SECONDS = 0.1, 5.0  # pause between two attempts, doubled each time
+MAX_RESPONSE_BYTES = 64 * 2**20  # bytes
+PRINTABLE_PATH = re.compile("[!-~]*")  # of a request line
+MAX_DETAIL_CHARACTERS = 300  # of an error message of the service
+KEY_HINT = {401: "; set one with --key KEY", 403: "; set another one with --key KEY"}
 
 
 class CallFailed(ServiceError):
-    """A service that refuses a call, or did not answer for as long as was agreed; one line says which."""
+    """The service rejected a call, or did not answer within the allowed outage. The message is one line."""
 
 
-class Answered(NamedTuple):
-    """Status and JSON of an answer: 200, or 409 with what contradicts what."""
+class ServiceResponse(NamedTuple):
+    """Status (200, or 409 for a conflict) and JSON body of a response."""
 
     status: int
     body: Any
 
 
-class Client:
-    """One connection, opened again when it breaks.
+class RetryingClient:
+    """One connection, reopened when it breaks.
 
     Args:
-        url: of the service.
-        key: shown with every call, if not empty.
-        patience: seconds without an answer after which a call fails.
-        wait: sleeps, and shows meanwhile what is shown.
-        trouble: told once in each outage why a call is repeated, and None when it was answered.
+        url: base URL of the service.
+        key: API key sent with every call, if not empty.
+        max_outage_seconds: time without a response after which a call fails.
+        wait: sleeps for a number of seconds.
+        show_outage: receives the reason once per outage, and None when the service answers again.
 
     Raises:
-        CallFailed: an address or a key that no call can have.
+        CallFailed: the URL or the key is malformed.
     """
 
     def __init__(
         self,
         url: str,
         key: str,
-        patience: float,
+        max_outage_seconds: float,
         wait: Callable[[float], None] = time.sleep,
-        trouble: Callable[[str | None], None] = lambda _: None,
+        show_outage: Callable[[str | None], None] = lambda _: None,
     ) -> None:
-        self.url, self._at = url, parse_url(url)
+        self.url, self._address = url, parse_service_url(url)
         if not (key.isascii() and (key.isprintable() or not key)):
-            raise CallFailed("--key: a key is printable ASCII")
+            raise CallFailed("--key: expected printable ASCII")
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        self._patience, self._wait, self._trouble = patience, wait, trouble
+        self._max_outage_seconds, self._wait, self._show_outage = max_outage_seconds, wait, show_outage
         self._connection: http.client.HTTPConnection | None = None
-        self.repeated = 0
+        self.retries = 0
 
-    def call(self, method: str, path: str, body: bytes | None = None) -> Answered:
-        """The answer to a call, repeated until there is one.
+    def call(self, method: str, path: str, body: bytes | None = None) -> ServiceResponse:
+        """Return the response to a call, retried until there is one.
 
         Raises:
-            CallFailed: refused, or no answer for too long.
+            CallFailed: the service rejected the call, or did not answer within the allowed outage.
         """
-        until, pause, told = time.monotonic() + self._patience, FIRST_WAIT, False
+        deadline, pause, outage = time.monotonic() + self._max_outage_seconds, MIN_WAIT_SECONDS, False
         while True:
-            reason, asked = self._try(method, path, body)
-            if isinstance(reason, Answered):
-                if told:
-                    self._trouble(None)
-                return reason
-            pause = max(pause, asked)
-            if time.monotonic() + pause > until:
-                raise CallFailed(f"{self.url}: no answer for {self._patience:g} s: {reason}")
-            if not told:
-                self._trouble(reason)
-            told, self.repeated = True, self.repeated + 1
+            result, retry_after = self._attempt(method, path, body)
+            if isinstance(result, ServiceResponse):
+                if outage:
+                    self._show_outage(None)
+                return result
+            pause = max(pause, retry_after)
+            if time.monotonic() + pause > deadline:
+                raise CallFailed(f"{self.url}: no response for {self._max_outage_seconds:g} s: {result}")
+            if not outage:
+                self._show_outage(result)
+            outage, self.retries = True, self.retries + 1
             self._wait(pause)
-            pause = min(2 * pause, LONGEST_WAIT)
+            pause = min(2 * pause, MAX_WAIT_SECONDS)
 
-    def _try(self, method: str, path: str, body: bytes | None) -> tuple[Answered | str, float]:
-        """One try: an answer, or why there is none yet and in how many seconds to come back."""
+    def _attempt(self, method: str, path: str, body: bytes | None) -> tuple[ServiceResponse | str, float]:
+        """Return the response, or the reason for a retry, and the seconds of `Retry-After`."""
         try:
             self._connection = self._connection or self._connect()
-            self._connection.request(method, self._at.path.rstrip("/") + path, body, self._headers)
-            answer = self._connection.getresponse()
-            text = answer.read(MOST_ANSWER)
+            self._connection.request(method, self._address.path.rstrip("/") + path, body, self._headers)
+            response = self._connection.getresponse()
+            content = response.read(MAX_RESPONSE_BYTES)
         except (OSError, http.client.HTTPException) as error:
             self.close()
-            return _said(error), 0.0
-        if answer.will_close:
+            return _describe_connection_error(error), 0.0
+        if response.will_close:
             self.close()
-        if answer.status in LATER:
-            return f"{answer.status} {_detail(text)}", _seconds(answer.getheader("Retry-After"))
-        return self._understood(answer.status, path, text), 0.0
+        if response.status in RETRY_STATUSES:
+            return f"{response.status} {_problem_detail(content)}", _retry_after_seconds(
+                response.getheader("Retry-After")
+            )
+        return self._parse_response(response.status, path, content), 0.0
 
     def _connect(self) -> http.client.HTTPConnection:
-        kind = http.client.HTTPSConnection if self._at.scheme == "https" else http.client.HTTPConnection
-        return kind(self._at.hostname or "", self._at.port, timeout=CALL_SECONDS)
+        connection_class = (
+            http.client.HTTPSConnection if self._address.scheme == "https" else http.client.HTTPConnection
+        )
+        return connection_class(self._address.hostname or "", self._address.port, timeout=ATTEMPT_SECONDS)
 
-    def _understood(self, status: int, path: str, text: bytes) -> Answered:
+    def _parse_response(self, status: int, path: str, content: bytes) -> ServiceResponse:
         if status not in (200, 409):
-            detail = _detail(text) + KEY_HINT.get(status, "")
+            detail = _problem_detail(content) + KEY_HINT.get(status, "")
             raise CallFailed(f"{self.url}{path} answered {status}: {detail}")
         try:
-            return Answered(status, json.loads(text))
+            return ServiceResponse(status, json.loads(content))
         except ValueError:
-            raise CallFailed(f"{self.url}{path}: what answers there is no engine-health") from None
+            raise CallFailed(f"{self.url}{path}: the server at this URL is not engine-health") from None
 
     def close(self) -> None:
-        """Close the connection; the next call opens another one."""
+        """Close the connection. The next call opens a new one."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
 
 
-def parse_url(url: str) -> SplitResult:
-    """Where a service is.
+def parse_service_url(url: str) -> SplitResult:
+    """Parse the base URL of a service.
 
     Raises:
-        CallFailed: no http or https address.
+        CallFailed: it is not an http or https URL.
     """
     try:
-        at = urlsplit(url)
-        (at.hostname or "").encode("idna")
-        if not PRINTED.fullmatch(at.path):
+        address = urlsplit(url)
+        (address.hostname or "").encode("idna")
+        if not PRINTABLE_PATH.fullmatch(address.path):
             raise ValueError
-        if at.scheme not in ("http", "https") or not at.hostname or at.port == 0 or at.query or at.fragment:
+        if address.scheme not in ("http", "https") or not address.hostname or address.port == 0:
+            raise ValueError
+        if address.query or address.fragment:
             raise ValueError
     except ValueError:
-        raise CallFailed(f"{url!r} is no address of a service, as http://127.0.0.1:8000 is") from None
-    return at
+        raise CallFailed(f"{url!r} is not the URL of a service; expected one like http://127.0.0.1:8000") from None
+    return address
 
 
-def _said(error: Exception) -> str:
-    """Why a connection failed, in words."""
+def _describe_connection_error(error: Exception) -> str:
+    """Return the reason for a failed connection."""
     if isinstance(error, TimeoutError):
-        return "it takes too long"
-    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return str(words)[:SHOWN]
+        return "timeout"
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return str(reason)[:MAX_DETAIL_CHARACTERS]
 
 
-def _detail(text: bytes) -> str:
-    """What a problem document says, or the beginning of whatever came instead."""
+def _problem_detail(content: bytes) -> str:
+    """Return the detail of a problem document, or the start of any other body."""
     try:
-        return str(json.loads(text)["detail"])[:SHOWN]
+        return str(json.loads(content)["detail"])[:MAX_DETAIL_CHARACTERS]
     except (ValueError, KeyError, TypeError):
-        return " ".join(text[:SHOWN].decode(errors="replace").split())
+        return " ".join(content[:MAX_DETAIL_CHARACTERS].decode(errors="replace").split())
 
 
-def _seconds(retry_after: str | None) -> float:
-    """`Retry-After` in seconds; a date, which hardly anybody sends, is left to our own pauses."""
+def _retry_after_seconds(retry_after: str | None) -> float:
+    """Return `Retry-After` in seconds. A date is rare and counts as 0."""
     return float(retry_after) if retry_after is not None and retry_after.isdecimal() else 0.0

@@ -1,10 +1,10 @@
-"""`make demo`: a service and a fleet for it, in one command. Ctrl-C ends both.
+"""`make demo`: start a service and replay a fleet to it, in one command. Ctrl-C stops both.
 
     python -m service.replay.demo [FLAGS OF REPLAY]
 
-The service listens where `ENGINE_HEALTH_HOST` and `_PORT` say, and its memory is build/demo.db, new each time. Forty
-engines of any age fly, each that fails makes room for a new one, and thirty failed before, so that there is something
-to see at once.
+The service listens at `ENGINE_HEALTH_HOST` and `ENGINE_HEALTH_PORT`. Its store is build/demo.db, new in each run.
+The fleet has 40 engines of any age, a new one for each that fails, and 30 engines that failed before. So the console
+has data from the start.
 """
 
 import argparse
@@ -18,33 +18,35 @@ from pathlib import Path
 from time import monotonic, sleep
 
 from service.errors import ServiceError
-from service.replay.options import add_to, options_of, url_of, wrong
-from service.replay.run import replay
+from service.replay.options import add_replay_flags, build_options, find_flag_conflict, service_url
+from service.replay.run import replay_fleet
 from service.settings import PREFIX, Settings, read_settings
 
-MEMORY = Path("build/demo.db")
-FLEET = ("--endless", "--engines", "40", "--past", "30")
+STORE_PATH = Path("build/demo.db")
+FLEET_FLAGS = ("--endless", "--engines", "40", "--past", "30")
 START_SECONDS = 60.0
 
 
 def main(flags: list[str]) -> int:
-    """Run both until told to stop; 1 if either fails."""
+    """Run both until a signal stops them. Return 1 if either fails."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a terminal that is closed ends both; not under nohup
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a closed terminal stops both, except under nohup
         signal.signal(signal.SIGHUP, signal.default_int_handler)
-    parser = argparse.ArgumentParser("demo", description="A service, and a simulated fleet that flies for it.")
-    add_to(parser)
+    parser = argparse.ArgumentParser("demo", description="Start a service and replay a simulated fleet to it.")
+    add_replay_flags(parser)
     try:
         settings = read_settings()
-        options = options_of(vars(parser.parse_args([*FLEET, *flags, "--url", url_of(settings)])), settings)
-        if mistake := wrong(options):
-            parser.error(mistake)
-        _check_free(settings)
-        service = _serve()
+        options = build_options(
+            vars(parser.parse_args([*FLEET_FLAGS, *flags, "--url", service_url(settings)])), settings
+        )
+        if conflict := find_flag_conflict(options):
+            parser.error(conflict)
+        _check_port_is_free(settings)
+        service = _start_service()
         try:
-            _wait(service, options.url)
-            print(f"The console is at {options.url}/ (Ctrl-C ends the demo)", flush=True)
-            return replay(options)
+            _wait_until_ready(service, options.url)
+            print(f"The console is at {options.url}/ (Ctrl-C stops the demo)", flush=True)
+            return replay_fleet(options)
         finally:
             service.terminate()
             service.wait()
@@ -55,32 +57,32 @@ def main(flags: list[str]) -> int:
         return 1
 
 
-def _check_free(settings: Settings) -> None:
-    """Refuse an address at which something answers already: it would be taken for our service."""
+def _check_port_is_free(settings: Settings) -> None:
+    """Reject an address that another process uses: the replay would send to that process."""
     try:
         socket.create_connection((settings.host, settings.port), timeout=1).close()
     except OSError:
         return
-    raise ServiceError(f"port {settings.port} is taken; {PREFIX}PORT=8001 make demo takes another one")
+    raise ServiceError(f"port {settings.port} is in use; choose another one: {PREFIX}PORT=8001 make demo")
 
 
-def _serve() -> "subprocess.Popen[bytes]":
-    MEMORY.parent.mkdir(exist_ok=True)
-    for path in MEMORY.parent.glob(MEMORY.name + "*"):
+def _start_service() -> "subprocess.Popen[bytes]":
+    STORE_PATH.parent.mkdir(exist_ok=True)
+    for path in STORE_PATH.parent.glob(STORE_PATH.name + "*"):
         path.unlink()
-    quiet = {f"{PREFIX}LOG_LEVEL": "error", f"{PREFIX}LOG_FORMAT": "text", f"{PREFIX}DRAIN_SECONDS": "0"}
-    environment = quiet | dict(os.environ) | {f"{PREFIX}DATABASE_URL": f"sqlite:///{MEMORY}"}
+    defaults = {f"{PREFIX}LOG_LEVEL": "error", f"{PREFIX}LOG_FORMAT": "text", f"{PREFIX}DRAIN_SECONDS": "0"}
+    environment = defaults | dict(os.environ) | {f"{PREFIX}DATABASE_URL": f"sqlite:///{STORE_PATH}"}
     command = [sys.executable, "-m", "service.cli", "serve"]
-    return subprocess.Popen(command, env=environment, start_new_session=True)  # Ctrl-C is ours to pass on
+    return subprocess.Popen(command, env=environment, start_new_session=True)  # this process forwards Ctrl-C
 
 
-def _wait(service: "subprocess.Popen[bytes]", url: str) -> None:
-    """Return when the service is ready; raises ServiceError if it ended, or is not for long."""
-    until = monotonic() + START_SECONDS
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy leads to this machine
-    while service.poll() is None and monotonic() < until:
+def _wait_until_ready(service: "subprocess.Popen[bytes]", url: str) -> None:
+    """Return when the service is ready. Raise ServiceError if it exits or is not ready in time."""
+    deadline = monotonic() + START_SECONDS
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # without a proxy
+    while service.poll() is None and monotonic() < deadline:
         try:
-            direct.open(f"{url}/readyz", timeout=5).close()
+            opener.open(f"{url}/readyz", timeout=5).close()
             return
         except OSError:
             sleep(0.1)

@@ -1,4 +1,4 @@
-"""What a replay shows of itself: one state, as lines of a log or as a live table. Knows answers, no HTTP."""
+"""Output of a replay: its state, and a log of it. Independent of HTTP."""
 
 import sys
 import time
@@ -6,100 +6,92 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-Prediction = dict[str, Any]  # as the service answers it
-LINE_SECONDS = 10.0  # between two lines of a log
+PredictionJson = dict[str, Any]  # one prediction of the service's response
+LOG_SECONDS = 10.0  # between two summaries in a log
 
 
 @dataclass
-class Tally:
-    """What was done so far; `latest` holds the newest prediction of each engine that still flies."""
+class ReplayState:
+    """Counts of a replay, and the newest prediction of each engine that has not failed."""
 
     url: str
     classes: tuple[str, ...] = ()
-    drifts: tuple[tuple[int, str], ...] = ()  # since which flight, and what
-    flights: int = 0  # past ones among them
-    live: int = 0  # flights of the replay itself
-    known: int = 0  # of those the first ones, that the service knew before: the replay was begun anew
-    ends: int = 0
+    drifts: tuple[tuple[int, str], ...] = ()  # first flight and description of each injected drift
+    flights: int = 0  # all flights sent, past ones included
+    live_flights: int = 0  # flights sent that are not past
+    stored_flights: int = 0  # leading live flights that the service had stored before: the replay was restarted
+    failures: int = 0
     conflicts: int = 0
     first_conflict: str = ""
-    repeated: int = 0
-    trouble: str | None = None
-    latest: dict[str, Prediction] = field(default_factory=dict)
-    began: float | None = None  # when the first flight that is not past was sent
+    retries: int = 0
+    outage: str | None = None  # reason of the current outage
+    latest: dict[str, PredictionJson] = field(default_factory=dict)  # by engine id
+    started_at: float | None = None  # monotonic time of the first live flight
 
     @property
-    def again(self) -> bool:
-        """Whether all that was flown so far was told before."""
-        return self.known == self.live > 0
+    def catching_up(self) -> bool:
+        """Whether the service had stored every live flight sent so far."""
+        return self.stored_flights == self.live_flights > 0
 
     @property
-    def speed(self) -> float:
-        """Flights a second, past ones apart."""
-        return 0.0 if self.began is None else (self.live - self.known) / max(time.monotonic() - self.began, 1.0)
+    def flights_per_second(self) -> float:
+        """Rate of new live flights."""
+        if self.started_at is None:
+            return 0.0
+        return (self.live_flights - self.stored_flights) / max(time.monotonic() - self.started_at, 1.0)
 
-    def worst_first(self) -> list[Prediction]:
-        """The newest predictions, that most likely of the last class first."""
-        return sorted(self.latest.values(), key=lambda found: -float(found["probabilities"][self.classes[-1]]))
+    def rank_predictions(self) -> list[PredictionJson]:
+        """Return the newest predictions by falling probability of the last class."""
+        return sorted(self.latest.values(), key=lambda row: -float(row["probabilities"][self.classes[-1]]))
 
-    def drifting(self) -> list[str]:
-        """Planted drifts that have set in."""
-        return [text for since, text in self.drifts if since < self.live]
+    def active_drifts(self) -> list[str]:
+        """Return the descriptions of the injected drifts that have started."""
+        return [description for first_flight, description in self.drifts if first_flight < self.live_flights]
 
-    def summary(self) -> str:
-        """All of it in a line."""
-        by_health = Counter(found["health"] for found in self.latest.values())
+    def format_summary(self) -> str:
+        """Return all counts in one line."""
+        by_health = Counter(prediction["health"] for prediction in self.latest.values())
         parts = [f"{self.flights:,} flights", f"{len(self.latest)} engines"]
         if self.latest:
             parts[-1] += " (" + ", ".join(f"{by_health[name]} {name}" for name in self.classes) + ")"
-        parts.append(f"{self.ends} ends told")
+        parts.append(f"{self.failures} failures sent")
         parts += [f"{self.conflicts} conflicts"] if self.conflicts else []
-        parts += [f"{self.repeated} calls repeated"] if self.repeated else []
-        parts += [f"drift: {', '.join(self.drifting())}"] if self.drifting() else []
+        parts += [f"{self.retries} calls retried"] if self.retries else []
+        parts += [f"drift: {', '.join(self.active_drifts())}"] if self.active_drifts() else []
         return "; ".join(parts)
 
 
-class Lines:
-    """A log: a line when something happens, and one now and then."""
+class LogDisplay:
+    """Log with a line for each event and a periodic summary."""
 
-    def __init__(self, tally: Tally, to: TextIO = sys.stdout) -> None:
-        self.tally, self._to, self._said = tally, to, time.monotonic()
+    def __init__(self, state: ReplayState, stream: TextIO = sys.stdout) -> None:
+        self.state, self._stream, self._logged_at = state, stream, time.monotonic()
 
     def start(self) -> None:
-        """Begin to show."""
+        """Start the output."""
 
     def stop(self) -> None:
-        """Show no more."""
+        """Stop the output."""
 
-    def say(self, text: str) -> None:
-        """One line, now."""
-        print(text, file=self._to, flush=True)
+    def print_line(self, text: str) -> None:
+        """Print one line immediately."""
+        print(text, file=self._stream, flush=True)
 
     def refresh(self) -> None:
-        """Show what has changed, if it is time."""
-        if time.monotonic() - self._said >= LINE_SECONDS:
-            self._said = time.monotonic()
-            self.say(self.tally.summary())
+        """Print a summary if the last one is older than `LOG_SECONDS`."""
+        if time.monotonic() - self._logged_at >= LOG_SECONDS:
+            self._logged_at = time.monotonic()
+            self.print_line(self.state.format_summary())
 
     def wait(self, seconds: float) -> None:
-        """Sleep, and show meanwhile what is to be shown."""
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            time.sleep(min(left, 0.25))
+        """Sleep for `seconds` and refresh the output meanwhile."""
+        deadline = time.monotonic() + seconds
+        while (remaining := deadline - time.monotonic()) > 0:
+            time.sleep(min(remaining, 0.25))
             self.refresh()
 
-    def trouble(self, reason: str | None) -> None:
-        """A call is repeated, for a reason, or was answered at last."""
-        self.tally.trouble = reason
-        self.say(f"goes on with {self.tally.url}" if reason is None else f"waiting for {self.tally.url}: {reason}")
-
-
-def board(tally: Tally) -> Lines:
-    """A live table on a terminal, if it can be drawn there; a log elsewhere."""
-    if sys.stdout.isatty():
-        try:
-            from service.replay.rich_table import Table
-        except ImportError:  # without rich
-            return Lines(tally)
-        return Table(tally)
-    return Lines(tally)
+    def show_outage(self, reason: str | None) -> None:
+        """Print that a call is retried for `reason`, or with None that the service answers again."""
+        self.state.outage = reason
+        url = self.state.url
+        self.print_line(f"connected to {url} again" if reason is None else f"waiting for {url}: {reason}")

@@ -1,6 +1,6 @@
-"""The flights of a fleet in the order in which they are flown: every engine in turn, simulated or from a file.
+"""Flights of a simulated or recorded fleet, in the order in which they are sent: one flight of each engine in turn.
 
-Knows engines and drift, no HTTP and no clock.
+Independent of HTTP and of time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,13 +15,14 @@ from model.data.simulator.drift_injection import Planted
 from model.data.simulator.fleet import Engine, engine_id
 from model.windows import Readings
 
-AGE = 1  # what the ages of a fleet are drawn for, beside its seed
+AGE_SEED = 1  # added to the seed of a fleet for the draw of its ages
 
 
-class Flight(NamedTuple):
-    """One flight of one engine. `failed_at` is the engine's end, where this is the last flight and the end is known.
+class ReplayFlight(NamedTuple):
+    """One flight of one engine.
 
-    A `past` flight was flown before the replay began: it is not waited for.
+    `failed_at` is the failure cycle of the engine, if this is its last flight and the cycle is known. A `past` flight
+    took place before the replay and is sent without waiting.
     """
 
     engine_id: str
@@ -32,70 +33,75 @@ class Flight(NamedTuple):
 
 
 @dataclass
-class _Flying:
+class _SimulatedEngine:
     number: int
     engine: Engine
     cycle: int = 0
 
-    def fly(self, seed: int, row: Readings, past: bool = False) -> Flight:
+    def next_flight(self, seed: int, row: Readings, past: bool = False) -> ReplayFlight:
         self.cycle += 1
         failed_at = self.cycle if self.engine.failed else None
-        return Flight(engine_id(self.number, seed), self.cycle, row, failed_at, past)
+        return ReplayFlight(engine_id(self.number, seed), self.cycle, row, failed_at, past)
 
 
-def simulated(engines: int, seed: int, planted: Planted, endless: bool, retired: int | None) -> Iterator[Flight]:
-    """A simulated fleet, some of whose engines fly at sea level only.
+def simulated_flights(
+    engines: int, seed: int, drift: Planted, endless: bool, retired: int | None
+) -> Iterator[ReplayFlight]:
+    """Yield the flights of a simulated fleet. Some of its engines fly at sea level only.
 
     Args:
-        engines: how many fly at a time.
-        seed: with which the same fleet flies again.
-        planted: drift; flights are counted from the first that is not past.
-        endless: whether a new engine takes the place of one that failed.
-        retired: None for a fleet of new engines; else its engines are of any age, and as many failed before.
+        engines: number of engines that fly at the same time.
+        seed: the same seed gives the same fleet.
+        drift: injected drift. Its flights are counted from the first that is not past.
+        endless: whether a new engine replaces each that failed.
+        retired: None for a fleet of new engines. Else the engines are of any age, and this number failed before.
     """
     numbers = count()
     if retired is not None:
         for number in (next(numbers) for _ in range(retired)):
-            yield from _past(_Flying(number, Engine(number, seed, mixed=True)), seed, None)
-    fleet = [_Flying(number, Engine(number, seed, mixed=True)) for number in (next(numbers) for _ in range(engines))]
-    ages = np.random.default_rng((seed, AGE)).random(engines)
-    for one, age in zip(fleet, ages, strict=True):
+            yield from _past_flights(_SimulatedEngine(number, Engine(number, seed, mixed=True)), seed, None)
+    fleet = [
+        _SimulatedEngine(number, Engine(number, seed, mixed=True)) for number in (next(numbers) for _ in range(engines))
+    ]
+    ages = np.random.default_rng((seed, AGE_SEED)).random(engines)
+    for simulated, age in zip(fleet, ages, strict=True):
         if retired is not None:
-            yield from _past(one, seed, int(age * one.engine.remaining))
+            yield from _past_flights(simulated, seed, int(age * simulated.engine.remaining))
     flight = 0
     while fleet:
-        for one in fleet:
-            row = one.engine.fly(1, planted.pace(flight))[0]
-            yield one.fly(seed, planted.disturbed(row, flight, (seed, one.number, one.cycle)))
+        for simulated in fleet:
+            row = simulated.engine.fly(1, drift.pace(flight))[0]
+            yield simulated.next_flight(seed, drift.disturbed(row, flight, (seed, simulated.number, simulated.cycle)))
             flight += 1
-        failed = sum(one.engine.failed for one in fleet)
-        fleet = [one for one in fleet if not one.engine.failed]
+        failed = sum(simulated.engine.failed for simulated in fleet)
+        fleet = [simulated for simulated in fleet if not simulated.engine.failed]
         fleet += [
-            _Flying(k, Engine(k, seed, mixed=True)) for k in (next(numbers) for _ in range(failed if endless else 0))
+            _SimulatedEngine(k, Engine(k, seed, mixed=True))
+            for k in (next(numbers) for _ in range(failed if endless else 0))
         ]
 
 
-def _past(one: _Flying, seed: int, flights: int | None) -> Iterator[Flight]:
-    """So many flights of an engine, or its whole life."""
-    while flights is None or one.cycle < flights:
-        rows = one.engine.fly(1)
+def _past_flights(simulated: _SimulatedEngine, seed: int, flights: int | None) -> Iterator[ReplayFlight]:
+    """Yield `flights` past flights of an engine, or all until its failure."""
+    while flights is None or simulated.cycle < flights:
+        rows = simulated.engine.fly(1)
         if not len(rows):
             return
-        yield one.fly(seed, rows[0], past=True)
+        yield simulated.next_flight(seed, rows[0], past=True)
 
 
-def recorded(engines: Sequence[History], seed: int, planted: Planted) -> Iterator[Flight]:
-    """Histories, a flight of each in turn. An engine's end is known where the RUL of its last flight is."""
+def recorded_flights(engines: Sequence[History], seed: int, drift: Planted) -> Iterator[ReplayFlight]:
+    """Yield one flight of each history in turn. The failure cycle is known where the RUL of the last flight is."""
     flight = 0
-    for place in range(max(len(engine.cycle) for engine in engines)):
+    for index in range(max(len(engine.cycle) for engine in engines)):
         for number, engine in enumerate(engines):
-            if place < len(engine.cycle):
-                cycle, last = int(engine.cycle[place]), place == len(engine.cycle) - 1
-                row = planted.disturbed(engine.telemetry[place], flight, (seed, number, cycle))
-                yield Flight(engine.engine_id, cycle, row, _end(engine) if last else None)
+            if index < len(engine.cycle):
+                cycle, is_last = int(engine.cycle[index]), index == len(engine.cycle) - 1
+                row = drift.disturbed(engine.telemetry[index], flight, (seed, number, cycle))
+                yield ReplayFlight(engine.engine_id, cycle, row, _failure_cycle(engine) if is_last else None)
                 flight += 1
 
 
-def _end(engine: History) -> int | None:
-    left = None if engine.rul is None else engine.rul[-1]
-    return None if left is None or not np.isfinite(left) else int(engine.cycle[-1]) + round(float(left))
+def _failure_cycle(engine: History) -> int | None:
+    rul = None if engine.rul is None else engine.rul[-1]
+    return None if rul is None or not np.isfinite(rul) else int(engine.cycle[-1]) + round(float(rul))

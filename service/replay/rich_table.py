@@ -1,76 +1,77 @@
-"""The live table of a replay, drawn by rich: the fleet, worst first. The only rich of the service."""
+"""Live table of a replay on a terminal, worst engine first. The only module of the replay that imports `rich`."""
 
 import time
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table as Grid
+from rich.table import Table
 from rich.text import Text
 
-from service.replay.display import Lines, Prediction, Tally
+from service.replay.display import LogDisplay, PredictionJson, ReplayState
 
-BAR = 12  # characters of a probability of one
-AROUND = 6  # lines of a screen that hold no engine
+BAR_WIDTH = 12  # characters of the bar of probability 1
+NON_ENGINE_LINES = 6  # lines of the screen that show no engine
 REDRAW_SECONDS = 0.2
-RISING = ("green", "yellow", "red")  # of the first classes, those between, the last
+SEVERITY_COLOURS = ("green", "yellow", "red")  # first class, classes in between, last class
 
 
-class Table(Lines):
-    """As `Lines`, with the fleet below what was said."""
+class TableDisplay(LogDisplay):
+    """Events as in the log, above a table of the fleet."""
 
-    def __init__(self, tally: Tally, console: Console | None = None) -> None:
-        super().__init__(tally)
+    def __init__(self, state: ReplayState, console: Console | None = None) -> None:
+        super().__init__(state)
         self._console = console or Console()
-        self._live = Live(console=self._console, auto_refresh=False, get_renderable=self.drawn)
-        self._drawn = 0.0
+        self._live = Live(console=self._console, auto_refresh=False, get_renderable=self.render)
+        self._drawn_at = 0.0
 
     def start(self) -> None:
-        """Take the terminal."""
+        """Take over the terminal."""
         self._live.start()
 
     def stop(self) -> None:
-        """Give the terminal back, with the last picture on it."""
+        """Release the terminal. The last table stays on it."""
         self._live.stop()
 
-    def say(self, text: str) -> None:
-        """One line above the table."""
+    def print_line(self, text: str) -> None:
+        """Print one line above the table."""
         self._console.print(Text(text))
 
     def refresh(self) -> None:
-        """Draw again, if it is time."""
-        if time.monotonic() - self._drawn >= REDRAW_SECONDS:
-            self._drawn = time.monotonic()
+        """Redraw the table if the last drawing is older than `REDRAW_SECONDS`."""
+        if time.monotonic() - self._drawn_at >= REDRAW_SECONDS:
+            self._drawn_at = time.monotonic()
             self._live.refresh()
 
-    def drawn(self) -> Group:
-        """The table and the line below it."""
-        tally = self.tally
-        grid = Grid(box=None, pad_edge=False, header_style="bold")
+    def render(self) -> Group:
+        """Return the table and the summary below it."""
+        state = self.state
+        table = Table(box=None, pad_edge=False, header_style="bold")
         for name, justify in (("engine", "left"), ("cycle", "right"), ("health", "left")):
-            grid.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]  # two of its literals
-        if tally.classes:
-            grid.add_column(f"P({tally.classes[-1]})", no_wrap=True)
-        grid.add_column("RUL", justify="right", no_wrap=True)
-        grid.add_column("prediction set", no_wrap=True)
-        room = max(1, self._console.height - AROUND)
-        engines = tally.worst_first()
-        for found in engines[:room]:
-            grid.add_row(*self._row(found))
-        more = f"and {len(engines) - room} engines more; " if len(engines) > room else ""
-        last = Text(f"{more}{tally.speed:.1f} flights/s; {tally.summary()}", style="dim")
-        waits = [Text(f"waiting for {tally.url}: {tally.trouble}", style="red")] if tally.trouble else []
-        return Group(grid, last, *waits)
+            table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]  # two of its literals
+        if state.classes:
+            table.add_column(f"P({state.classes[-1]})", no_wrap=True)
+        table.add_column("RUL", justify="right", no_wrap=True)
+        table.add_column("prediction set", no_wrap=True)
+        max_rows = max(1, self._console.height - NON_ENGINE_LINES)
+        predictions = state.rank_predictions()
+        for prediction in predictions[:max_rows]:
+            table.add_row(*self._format_row(prediction))
+        hidden = f"and {len(predictions) - max_rows} engines more; " if len(predictions) > max_rows else ""
+        summary = Text(f"{hidden}{state.flights_per_second:.1f} flights/s; {state.format_summary()}", style="dim")
+        outage = [Text(f"waiting for {state.url}: {state.outage}", style="red")] if state.outage else []
+        return Group(table, summary, *outage)
 
-    def _row(self, found: Prediction) -> list[Text]:
-        classes, health = self.tally.classes, found["health"]
-        style = RISING[0] if health == classes[0] else RISING[2] if health == classes[-1] else RISING[1]
-        p = float(found["probabilities"][classes[-1]])
-        bar = "█" * round(BAR * p)
+    def _format_row(self, prediction: PredictionJson) -> list[Text]:
+        classes, health = self.state.classes, prediction["health"]
+        healthy, medium, severe = SEVERITY_COLOURS
+        style = healthy if health == classes[0] else severe if health == classes[-1] else medium
+        probability = float(prediction["probabilities"][classes[-1]])
+        bar = "█" * round(BAR_WIDTH * probability)
         return [
-            Text(found["engine_id"]),
-            Text(str(found["cycle"])),
+            Text(prediction["engine_id"]),
+            Text(str(prediction["cycle"])),
             Text(health, style),
-            Text(f"{p:5.3f} ") + Text(f"{bar:<{BAR}}", RISING[2]),
-            Text("" if found.get("rul") is None else f"{found['rul']:.0f}"),
-            Text(", ".join(found.get("prediction_set") or [])),
+            Text(f"{probability:5.3f} ") + Text(f"{bar:<{BAR_WIDTH}}", severe),
+            Text("" if prediction.get("rul") is None else f"{prediction['rul']:.0f}"),
+            Text(", ".join(prediction.get("prediction_set") or [])),
         ]

@@ -1,5 +1,6 @@
-"""The replay itself: flights to a service when their time has come, then the ends of engines that failed."""
+"""The replay: send each flight to a service when it is due, then the failures of engines."""
 
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,153 +12,170 @@ from model.data import telemetry
 from model.data.cmapss import DataError
 from model.data.simulator.drift_injection import Planted
 from service.errors import InvalidInput
-from service.replay.client import CallFailed, Client
-from service.replay.display import Lines, Tally, board
-from service.replay.flights import Flight, recorded, simulated
-from service.replay.options import SIMULATED, Options
+from service.replay.client import CallFailed, RetryingClient
+from service.replay.display import LogDisplay, ReplayState
+from service.replay.flights import ReplayFlight, recorded_flights, simulated_flights
+from service.replay.options import SIMULATED, ReplayOptions
 
-AT_ONCE = 500  # flights of one call, where so many are due
-EARLY_SECONDS = 10.0  # that flights may come too early which are told together with known ones
+MAX_FLIGHTS_PER_CALL = 500
+EARLY_SECONDS = 10.0  # how far flights may be sent ahead of time in one call with flights that the service has stored
 
 
-def replay(options: Options) -> int:
-    """Send a fleet; 0 when all was told or one was told to stop, 1 if the service knew flights otherwise.
+def replay_fleet(options: ReplayOptions) -> int:
+    """Send a fleet to a service. Return 0 when all flights were sent or the user interrupted the replay.
 
     Raises:
-        CallFailed: the service refuses, or did not answer for too long.
-        InvalidInput: a file that cannot be read, or drift that it cannot have.
+        CallFailed: the service rejected a call, was unavailable for too long, or has other flights for the same cycles.
+        InvalidInput: the file cannot be read, or the drift does not apply to the fleet.
     """
-    tally = Tally(options.url, drifts=tuple((drift.since, drift.text) for drift in options.drifts))
-    shown = board(tally)
-    client = Client(options.url, options.key, options.patience, shown.wait, shown.trouble)
-    shown.start()
+    state = ReplayState(options.url, drifts=tuple((drift.since, drift.text) for drift in options.drifts))
+    display = open_display(state)
+    client = RetryingClient(options.url, options.key, options.patience, display.wait, display.show_outage)
+    display.start()
     try:
-        about = client.call("GET", "/v1/model").body
-        channels, most = _understood(options.url, about, tally)
-        flights = limited(_flights(options, channels), options.count)
-        for chunk in due(flights, options.speed, most, shown, tally):
-            send(client, chunk, tally, shown)
+        model_info = client.call("GET", "/v1/model").body
+        channels, max_instances = _read_model_info(options.url, model_info, state)
+        flights = limit_flights(_open_fleet(options, channels), options.count)
+        for group in group_due_flights(flights, options.speed, max_instances, display, state):
+            send_flights(client, group, state, display)
     except KeyboardInterrupt:
-        shown.say("stopped; the same command goes on from the beginning and changes nothing that is known")
+        display.print_line("stopped; run the same command to continue: flights that are stored are not changed")
     finally:
-        shown.stop()
+        display.stop()
         client.close()
-    print(tally.summary(), flush=True)
-    if tally.conflicts:
-        raise CallFailed(f"{tally.conflicts} conflicts with what is remembered, the first: {tally.first_conflict}")
+    print(state.format_summary(), flush=True)
+    if state.conflicts:
+        raise CallFailed(f"{state.conflicts} conflicts with stored flights, the first: {state.first_conflict}")
     return 0
 
 
-def _understood(url: str, about: Any, tally: Tally) -> tuple[tuple[str, ...], int]:
-    """The channels of a model and the most flights of a call, from what the service says of itself."""
+def open_display(state: ReplayState) -> LogDisplay:
+    """Return a live table on a terminal, or a log where there is no terminal or `rich` is not installed."""
+    if sys.stdout.isatty():
+        try:
+            from service.replay.rich_table import TableDisplay
+        except ImportError:
+            return LogDisplay(state)
+        return TableDisplay(state)
+    return LogDisplay(state)
+
+
+def _read_model_info(url: str, model_info: Any, state: ReplayState) -> tuple[tuple[str, ...], int]:
+    """Return the channels of the model and the maximum number of flights of a call."""
     try:
-        tally.classes = tuple(about["classes"])
-        return tuple(channel["name"] for channel in about["channels"]), int(about["limits"]["max_instances"])
+        state.classes = tuple(model_info["classes"])
+        channels = tuple(channel["name"] for channel in model_info["channels"])
+        return channels, int(model_info["limits"]["max_instances"])
     except (KeyError, TypeError, ValueError):
-        raise CallFailed(f"{url}: what answers there is no engine-health") from None
+        raise CallFailed(f"{url}: the server at this URL is not engine-health") from None
 
 
-def _flights(options: Options, channels: tuple[str, ...]) -> Iterator[Flight]:
-    planted = Planted(options.drifts)
+def _open_fleet(options: ReplayOptions, channels: tuple[str, ...]) -> Iterator[ReplayFlight]:
+    drift = Planted(options.drifts)
     if options.drifts and channels != CHANNELS:
-        raise InvalidInput("--drift: the model that answers does not read C-MAPSS's channels")
+        raise InvalidInput("--drift: the model of the service does not use the C-MAPSS channels")
     if options.fleet == SIMULATED:
         if channels != CHANNELS:
-            raise InvalidInput("--fleet simulated: the model that answers does not read C-MAPSS's channels")
-        return simulated(options.engines or 20, options.seed, planted, options.endless, options.past)
-    if planted.wears:
-        raise InvalidInput("--drift wear: what has been recorded wears no faster; only a simulated fleet does")
+            raise InvalidInput("--fleet simulated: the model of the service does not use the C-MAPSS channels")
+        return simulated_flights(options.engines or 20, options.seed, drift, options.endless, options.past)
+    if drift.wears:
+        raise InvalidInput("--drift wear: not possible for recorded flights; use --fleet simulated")
     try:
-        return recorded(telemetry.read(options.fleet, channels)[: options.engines], options.seed, planted)
+        return recorded_flights(telemetry.read(options.fleet, channels)[: options.engines], options.seed, drift)
     except DataError as error:
         raise InvalidInput(str(error)) from None
 
 
-def limited(flights: Iterator[Flight], count: int | None) -> Iterator[Flight]:
-    """Not more than so many flights that are not past."""
-    left = count
+def limit_flights(flights: Iterator[ReplayFlight], count: int | None) -> Iterator[ReplayFlight]:
+    """Stop after `count` flights, past ones not counted."""
+    remaining = count
     for flight in flights:
-        if left is not None and not flight.past:
-            if left <= 0:
+        if remaining is not None and not flight.past:
+            if remaining <= 0:
                 return
-            left -= 1
+            remaining -= 1
         yield flight
 
 
-def due(flights: Iterator[Flight], speed: float, most: int, shown: Lines, tally: Tally) -> Iterator[list[Flight]]:
-    """Flights in groups, each when its time has come: one by one, or together where the service is behind.
+def group_due_flights(
+    flights: Iterator[ReplayFlight], speed: float, max_group: int, display: LogDisplay, state: ReplayState
+) -> Iterator[list[ReplayFlight]]:
+    """Yield flights when they are due: single flights, or groups where the service is slower than `speed`.
 
     Args:
-        flights: in their order; past ones are due at once, and so are the first ones as long as they are known.
-        speed: flights a second.
-        most: flights of a group.
-        shown: what waits.
-        tally: what became of those before.
+        flights: in order. Past flights are due immediately, as are leading flights that the service has stored.
+        speed: flights per second.
+        max_group: maximum number of flights of a group.
+        display: waits until the next flight is due.
+        state: result of the flights sent so far.
     """
-    group: list[Flight] = []
-    began, flown, most = 0.0, 0, min(most, AT_ONCE)
-    together = max(1, int(min(most, speed * EARLY_SECONDS)))
+    group: list[ReplayFlight] = []
+    started_at, sent, max_group = 0.0, 0, min(max_group, MAX_FLIGHTS_PER_CALL)
+    max_stored_group = max(1, int(min(max_group, speed * EARLY_SECONDS)))
     for flight in flights:
-        apart = group and not flight.past and (group[-1].past or _ahead(began, flown, speed) > 0)
-        if apart and not tally.again:
+        starts_group = group and not flight.past and (group[-1].past or _seconds_until_due(started_at, sent, speed) > 0)
+        if starts_group and not state.catching_up:
             yield group
             group = []
-        if tally.again:  # time begins with what was not told before
-            began, flown = time.monotonic(), len(group)
+        if state.catching_up:  # the schedule starts with the first flight that is new to the service
+            started_at, sent = time.monotonic(), len(group)
         elif not flight.past:
-            began = began or time.monotonic()
-            shown.wait(_ahead(began, flown, speed))
-        flown += not flight.past
+            started_at = started_at or time.monotonic()
+            display.wait(_seconds_until_due(started_at, sent, speed))
+        sent += not flight.past
         group.append(flight)
-        if len(group) >= (together if tally.again else most):
+        if len(group) >= (max_stored_group if state.catching_up else max_group):
             yield group
             group = []
     if group:
         yield group
 
 
-def _ahead(began: float, flown: int, speed: float) -> float:
-    """Seconds until the next flight is due."""
-    return began + flown / speed - time.monotonic()
+def _seconds_until_due(started_at: float, sent: int, speed: float) -> float:
+    return started_at + sent / speed - time.monotonic()
 
 
-def send(client: Client, flights: list[Flight], tally: Tally, shown: Lines) -> None:
-    """Tell a service of flights, and of the ends among them once all of them are told."""
-    if tally.began is None and not flights[-1].past:
-        tally.began = time.monotonic()
+def send_flights(client: RetryingClient, flights: list[ReplayFlight], state: ReplayState, display: LogDisplay) -> None:
+    """Send flights in one call, then the failures among them."""
+    if state.started_at is None and not flights[-1].past:
+        state.started_at = time.monotonic()
     rows = [{"engine_id": f.engine_id, "cycle": f.cycle, "telemetry": f.telemetry} for f in flights]
-    answer = client.call("POST", "/v1/cycles", orjson.dumps({"cycles": rows}, option=orjson.OPT_SERIALIZE_NUMPY))
-    results = answer.body.get("results")
+    response = client.call("POST", "/v1/cycles", orjson.dumps({"cycles": rows}, option=orjson.OPT_SERIALIZE_NUMPY))
+    results = response.body.get("results")
     if results is None:
-        raise CallFailed(f"{client.url}: {answer.body.get('detail')}")
-    predictions = answer.body.get("predictions") or [None] * len(flights)
-    for flight, result, found in zip(flights, results, predictions, strict=True):
-        tally.known += not flight.past and tally.known == tally.live and result["result"] == "unchanged"
-        tally.flights, tally.live = tally.flights + 1, tally.live + (not flight.past)
-        if found is not None:
-            tally.latest[flight.engine_id] = found
+        raise CallFailed(f"{client.url}: {response.body.get('detail')}")
+    predictions = response.body.get("predictions") or [None] * len(flights)
+    for flight, result, prediction in zip(flights, results, predictions, strict=True):
+        unchanged = result["result"] == "unchanged"
+        state.stored_flights += not flight.past and unchanged and state.stored_flights == state.live_flights
+        state.flights, state.live_flights = state.flights + 1, state.live_flights + (not flight.past)
+        if prediction is not None:
+            state.latest[flight.engine_id] = prediction
         if result["result"] == "conflict":
-            _conflict(tally, f"engine {flight.engine_id}, cycle {flight.cycle}")
-    tally.repeated = client.repeated
+            _record_conflict(state, f"engine {flight.engine_id}, cycle {flight.cycle}")
+    state.retries = client.retries
     for flight in flights:
         if flight.failed_at is not None:
-            _end(client, flight, flight.failed_at, tally, shown)
-    shown.refresh()
+            _send_failure(client, flight, flight.failed_at, state, display)
+    display.refresh()
 
 
-def _end(client: Client, last: Flight, failed_at: int, tally: Tally, shown: Lines) -> None:
-    told = orjson.dumps({"engine_id": last.engine_id, "failed_at_cycle": failed_at})
-    answer = client.call("POST", "/v1/outcomes", told)
-    tally.latest.pop(last.engine_id, None)
-    if answer.status == 409:
-        _conflict(tally, f"the end of engine {last.engine_id} at cycle {failed_at}")
+def _send_failure(
+    client: RetryingClient, last_flight: ReplayFlight, failed_at: int, state: ReplayState, display: LogDisplay
+) -> None:
+    engine_id = last_flight.engine_id
+    outcome = orjson.dumps({"engine_id": engine_id, "failed_at_cycle": failed_at})
+    response = client.call("POST", "/v1/outcomes", outcome)
+    state.latest.pop(engine_id, None)
+    if response.status == 409:
+        _record_conflict(state, f"failure of engine {engine_id} at cycle {failed_at}")
         return
-    tally.ends += 1
-    if not last.past:
-        labelled = answer.body.get("labelled")
-        shown.say(f"{last.engine_id} failed at cycle {failed_at}; {labelled} more predictions have their truth")
+    state.failures += 1
+    if not last_flight.past:
+        labelled = response.body.get("labelled")
+        display.print_line(f"{engine_id} failed at cycle {failed_at}; {labelled} more predictions are labelled")
 
 
-def _conflict(tally: Tally, what: str) -> None:
-    tally.conflicts += 1
-    tally.first_conflict = tally.first_conflict or what
+def _record_conflict(state: ReplayState, description: str) -> None:
+    state.conflicts += 1
+    state.first_conflict = state.first_conflict or description

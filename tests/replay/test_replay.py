@@ -25,12 +25,12 @@ from model.data.cmapss import DataError
 from model.data.simulator import fleet as simulate
 from model.data.simulator.drift_injection import Planted
 from service import cli
-from service.replay.client import CallFailed, Client
+from service.replay.client import CallFailed, RetryingClient
 from service.replay.demo import main as demo_main
-from service.replay.display import Lines, Tally
-from service.replay.flights import simulated
-from service.replay.rich_table import Table
-from service.replay.run import limited
+from service.replay.display import LogDisplay, ReplayState
+from service.replay.flights import simulated_flights
+from service.replay.rich_table import TableDisplay
+from service.replay.run import limit_flights
 from tests.support.files import as_csv, as_text
 from tests.support.processes import Service, running, serving, start
 
@@ -66,7 +66,7 @@ def test_a_fleet_flies_until_it_has_failed(kept: Service, capsys: pytest.Capture
     for _ in range(2):
         assert 0 == replayed(kept, "--engines", "2", "--seed", "11")
         said = capsys.readouterr().out
-        assert "2 ends told" in said
+        assert "2 failures sent" in said
         assert "conflict" not in said
     for number in range(2):
         life = int(simulate.Engine(number, 11, mixed=True).remaining)
@@ -81,10 +81,10 @@ def test_what_is_known_is_not_waited_for(kept: Service, monkeypatch: pytest.Monk
     fleet = ("--engines", "3", "--seed", "23", "--past", "2")
     assert 0 == replayed(kept, *fleet, "--count", "60")
     waits: list[float] = []
-    monkeypatch.setattr(Lines, "wait", lambda _, seconds: waits.append(seconds))
+    monkeypatch.setattr(LogDisplay, "wait", lambda _, seconds: waits.append(seconds))
     assert 0 == replayed(kept, *fleet, "--count", "64", "--speed", "2/min")
     assert 3 == sum(seconds > 0 for seconds in waits)  # 64 - 60 new ones, of which nobody waits for the first
-    flown = list(limited(simulated(3, 23, Planted(), endless=False, retired=2), 64))
+    flown = list(limit_flights(simulated_flights(3, 23, Planted(), endless=False, retired=2), 64))
     assert len(flown) == sum(len(history(kept, engine)) for engine in {flight.engine_id for flight in flown})
 
 
@@ -160,7 +160,7 @@ def test_nothing_is_lost_and_nothing_said_twice(kept: Service, capsys: pytest.Ca
     """Behind a service that refuses, breaks off and loses answers, every flight arrives once and as it was."""
     with serving(Unreliable(url_of(kept))) as url:
         assert 0 == cli.main(["replay", "--url", url, *FAST, "--engines", "3", "--seed", "14", "--count", "2000"])
-    assert "calls repeated" in capsys.readouterr().out
+    assert "calls retried" in capsys.readouterr().out
     for number in range(3):
         rows = simulate.Engine(number, 14, mixed=True).fly(1000)
         found = history(kept, f"sim14-{number}")
@@ -220,7 +220,7 @@ def test_contradictions_are_told_and_end_in_one_line(kept: Service, capsys: pyte
     assert 1 == replayed(kept, *flags, "--drift", "sensor_11:+2sd@30")
     said = capsys.readouterr()
     assert "40 flights; 2 engines" in said.out
-    assert "engine-health: 10 conflicts with what is remembered, the first: engine sim15-0, cycle 16\n" == said.err
+    assert "engine-health: 10 conflicts with stored flights, the first: engine sim15-0, cycle 16\n" == said.err
     assert before == history(kept, "sim15-1")
 
 
@@ -240,7 +240,7 @@ def test_planted_drift_is_seen_before_any_label() -> None:
 
 def test_a_fleet_in_service_has_a_past() -> None:
     """With `--past` engines that failed before come first, whole; then engines of any age; nobody waits for these."""
-    fleet = list(limited(simulated(4, 0, Planted(), endless=True, retired=2), 400))
+    fleet = list(limit_flights(simulated_flights(4, 0, Planted(), endless=True, retired=2), 400))
     past = [flight for flight in fleet if flight.past]
     assert fleet[: len(past)] == past
     assert ["sim0-0", "sim0-1"] == [flight.engine_id for flight in past if flight.failed_at is not None]
@@ -260,15 +260,15 @@ def test_what_cannot_be_replayed_is_said_in_a_line(
     with running(ENGINE_HEALTH_DATABASE_URL="", ENGINE_HEALTH_API_KEYS="secret,other") as stateless:
         url, key = ("--url", url_of(stateless)), ("--key", "other")
         table: list[tuple[tuple[str, ...], str]] = [
-            (("--url", "http://127.0.0.1:9", "--patience", "0"), "no answer for 0 s: Connection refused"),
-            (("--url", "nowhere"), "is no address"),
-            (("--url", "http://nowhere.invalid", "--patience", "0"), "no answer for 0 s"),
+            (("--url", "http://127.0.0.1:9", "--patience", "0"), "no response for 0 s: Connection refused"),
+            (("--url", "nowhere"), "is not the URL of a service"),
+            (("--url", "http://nowhere.invalid", "--patience", "0"), "no response for 0 s"),
             (url, "/v1/model answered 401: a key is needed"),
-            ((*url, "--key", "wrong"), "answered 401: this key is not known; --key KEY"),
+            ((*url, "--key", "wrong"), "answered 401: this key is not known; set one with --key KEY"),
             ((*url, *key), "/v1/cycles answered 501"),
             (("--url", url_of(stateless) + "/v2", *key), "answered 404"),
             ((*url, *key, "--fleet", str(wrong)), "no column 'op_setting_1'"),
-            ((*url, *key, "--fleet", str(wrong), "--drift", "wear:x2"), "wears no faster"),
+            ((*url, *key, "--fleet", str(wrong), "--drift", "wear:x2"), "not possible for recorded flights"),
         ]
         for flags, why in table:
             assert 1 == cli.main(["replay", *flags])
@@ -317,14 +317,14 @@ def test_interrupting_is_no_failure(kept: Service) -> None:
 
 def test_the_live_table_shows_the_worst_first() -> None:
     """On a terminal the fleet is a table, worst engine first, health in words, and what is planted below."""
-    tally = Tally("http://here", drifts=((0, "sensor_11:+2sd"),))
+    state = ReplayState("http://here", drifts=((0, "sensor_11:+2sd"),))
     console = Console(file=io.StringIO(), width=120, height=40, force_terminal=True, color_system=None)
-    table = Table(tally, console)  # when nothing is known yet
-    tally.classes, tally.flights, tally.live = ("normal", "degrading", "critical"), 7, 7
+    table = TableDisplay(state, console)  # when nothing is known yet
+    state.classes, state.flights, state.live_flights = ("normal", "degrading", "critical"), 7, 7
     for name, p in (("calm", 0.1), ("grave", 0.9), ("ill", 0.5)):
         found = {"normal": (1 - p) / 2, "degrading": (1 - p) / 2, "critical": p}
-        tally.latest[name] = {"engine_id": name, "cycle": 3, "health": "critical", "probabilities": found, "rul": 12.4}
-    console.print(table.drawn())
+        state.latest[name] = {"engine_id": name, "cycle": 3, "health": "critical", "probabilities": found, "rul": 12.4}
+    console.print(table.render())
     text = console.file.getvalue()  # type: ignore[attr-defined]  # it is the text buffer given above
     assert sorted(("calm", "grave", "ill"), key=text.index) == ["grave", "ill", "calm"]
     assert "0.900" in text
@@ -388,7 +388,7 @@ def test_a_demo_disturbs_no_other_service(
         port = other.getsockname()[1]
         monkeypatch.setenv("ENGINE_HEALTH_PORT", str(port))
         assert 1 == demo_main([])
-    assert capsys.readouterr().err.startswith(f"demo: port {port} is taken")
+    assert capsys.readouterr().err.startswith(f"demo: port {port} is in use")
     assert [] == list(tmp_path.iterdir())
 
 
@@ -410,8 +410,8 @@ def _get(url: str) -> bytes:
 )
 def test_an_address_or_a_key_that_no_call_can_have_is_one_line(url: str, key: str) -> None:
     """What cannot stand in a request is refused at once, and not tried again for a minute."""
-    with pytest.raises(CallFailed, match=r"is no address of a service|a key is printable ASCII"):
-        Client(url, key, 60.0)
+    with pytest.raises(CallFailed, match=r"is not the URL of a service|expected printable ASCII"):
+        RetryingClient(url, key, 60.0)
 
 
 def test_a_negative_rul_is_no_end(tmp_path: Path) -> None:
