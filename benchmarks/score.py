@@ -26,7 +26,7 @@ from model.contract import CHANNELS
 from model.windows import every_window
 from service.inference import model_loader
 from service.inference.cpu import allowed_cores
-from service.scoring.scorer import BATCH
+from service.scoring.scorer import BATCH_WINDOWS
 from service.settings import BUNDLED
 
 BUILD = Path("build")
@@ -129,7 +129,7 @@ def alone(threads: int) -> Alone:
         for _ in range(ALONE_ROWS // 256)
     ]
     windows = np.concatenate([every_window(history, 100) for history in histories])
-    batches = [windows[i : i + BATCH] for i in range(0, len(windows), BATCH)]
+    batches = [windows[i : i + BATCH_WINDOWS] for i in range(0, len(windows), BATCH_WINDOWS)]
     wide, narrow = model_loader.open_model(BUNDLED, threads=threads), model_loader.open_model(BUNDLED, threads=1)
     with ThreadPoolExecutor(threads) as pool:
         ways = (lambda: [wide.run(one) for one in batches], lambda: list(pool.map(narrow.run, batches)))
@@ -196,7 +196,7 @@ def on_ray(source: Path, workers: list[int]) -> Iterator[str]:
     yield f"local: {ours(source).seconds:.1f} s"
     expected = target.read_bytes()
     for number in workers:
-        seconds = ours(source, "--engine", "ray", "--workers", str(number)).seconds
+        seconds = ours(source, "--backend", "ray", "--workers", str(number)).seconds
         yield f"{number} workers of Ray: {seconds:.1f} s, the same bytes: {target.read_bytes() == expected}"
 
 

@@ -80,17 +80,17 @@ def replay(parser: argparse.ArgumentParser, **flags: Any) -> int:
 def score(flags: dict[str, Any]) -> int:
     """Score a file to a file."""
     settings = read_settings(model=flags.pop("model"), threads=flags.pop("threads"))
-    options = score_command.options_of(flags)
+    options = score_command.build_options(flags)
     logs.configure(settings)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         from service.scoring import job  # what serving has no need of
 
-        return job.score(options, settings)
+        return job.score_files(options, settings)
     except ModuleNotFoundError as error:
-        if error.name not in score_command.PACKAGES:
+        if error.name not in score_command.EXTRA_OF_PACKAGE:
             raise
-        return _failed(f"score needs {error.name}: install engine-health[{score_command.PACKAGES[error.name]}]")
+        return _failed(f"score needs {error.name}: install engine-health[{score_command.EXTRA_OF_PACKAGE[error.name]}]")
 
 
 def serve(settings: Settings) -> int:
@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     replay_options.add_replay_flags(
         commands.add_parser("replay", help="send a fleet to a running service, flight by flight")
     )
-    score_command.add_to(commands, _temperature)
+    score_command.add_score_command(commands, _temperature)
     return parser
 
 

@@ -1,1 +1,1 @@
-"""Batch scoring, file to file: what `engine-health score` does. Knows files and the model, no HTTP and no database."""
+"""Batch scoring of files to files (`engine-health score`). Independent of HTTP and of the store."""

@@ -1,23 +1,23 @@
-"""The words of `engine-health score`. Imports nothing that only scoring needs."""
+"""Flags of `engine-health score`. Imports only packages that every command requires."""
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from service.scoring.options import HORIZON, INTERVAL, PART_ROWS, STDIN, Options
+from service.scoring.options import HORIZON_ROWS, LOG_INTERVAL_SECONDS, PART_ROWS, STDIN, Options
 
-MOST_ROWS = 2**30
-PACKAGES = {"pyarrow": "score", "rich": "score", "plotly": "score", "ray": "ray"}
+MAX_ROWS = 2**30
+EXTRA_OF_PACKAGE = {"pyarrow": "score", "rich": "score", "plotly": "score", "ray": "ray"}
 
 
-def add_to(commands: Any, temperature: Callable[[str], float]) -> None:
-    """The command and its flags; `temperature` reads one."""
+def add_score_command(commands: Any, temperature: Callable[[str], float]) -> None:
+    """Add the command and its flags. `temperature` parses the flag of that name."""
     command = commands.add_parser(
         "score",
         help="score a file of flights to a file",
-        description="Score every flight of a file, or the newest of each engine, to a file. Killed and started again "
-        "it goes on where it stopped. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done with rejected rows.",
+        description="Score every flight of a file, or the newest flight of each engine, to a file. The same "
+        "command resumes a killed job. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done with rejected rows.",
     )
     add = command.add_argument
     add(
@@ -32,115 +32,120 @@ def add_to(commands: Any, temperature: Callable[[str], float]) -> None:
         metavar="OUTPUT",
         help=".parquet, .csv, or a folder of Parquet parts; rejected rows go to OUTPUT.errors.parquet",
     )
-    add("--engine-column", default="engine_id", help="of the engine's id [%(default)s]")
-    add("--cycle-column", default="cycle", help="of the cycle [%(default)s]")
+    add("--engine-column", default="engine_id", help="column of the engine id [%(default)s]")
+    add("--cycle-column", default="cycle", help="column of the cycle [%(default)s]")
     add(
         "--map",
         action="append",
         default=[],
         dest="columns",
-        type=_pair,
+        type=_parse_mapping,
         metavar="CHANNEL=COLUMN",
-        help="where a channel has another name: sensor_2=T24",
+        help="column of a channel that has another name: sensor_2=T24",
     )
     add(
         "--missing",
         choices=("reject", "hold"),
         default="reject",
-        help="reject a row with a missing value, or hold the last seen one [%(default)s]",
+        help="reject a row with a missing value, or hold the last value [%(default)s]",
     )
-    add("--latest", action="store_true", help="one row for each engine: its newest cycle")
-    truth = command.add_mutually_exclusive_group()
-    truth.add_argument("--labels", metavar="COLUMN", help="true classes, names or indices: adds the loss")
-    truth.add_argument(
-        "--rul", metavar="COLUMN", help="true RUL in cycles, from which the class follows: adds the loss"
+    add("--latest", action="store_true", help="write one row per engine: its newest cycle")
+    label = command.add_mutually_exclusive_group()
+    label.add_argument("--labels", metavar="COLUMN", help="true classes, names or indices; adds the loss")
+    label.add_argument(
+        "--rul", metavar="COLUMN", help="true RUL in cycles, from which the class follows; adds the loss"
     )
     add("--report", type=Path, metavar="FILE", help="evaluate the labelled rows: .html or .json")
-    add("--temperature", type=temperature, help="in place of the model's own")
-    add("--model", type=Path, help="artefact; the configured one if not given")
-    add("--threads", type=_whole("threads", 1, 1024), help="inferences at once; the allowed cores if not given")
+    add("--temperature", type=temperature, help="replaces the temperature of the model")
+    add("--model", type=Path, help="artefact; default: ENGINE_HEALTH_MODEL")
+    add(
+        "--threads",
+        type=_integer_parser("threads", 1, 1024),
+        help="concurrent inferences; default: the available cores",
+    )
     add(
         "--horizon",
-        type=_whole("rows", 0, MOST_ROWS),
-        default=HORIZON,
+        type=_integer_parser("rows", 0, MAX_ROWS),
+        default=HORIZON_ROWS,
         metavar="ROWS",
-        help="by how many rows a cycle may come too late [%(default)s]",
+        help="rows by which a cycle may come late [%(default)s]",
     )
     add(
         "--part-rows",
-        type=_whole("rows", 1, MOST_ROWS),
+        type=_integer_parser("rows", 1, MAX_ROWS),
         default=PART_ROWS,
         metavar="ROWS",
-        help="of a part: what a killed job does again at most [%(default)s]",
+        help="rows of a part, the maximum that a killed job repeats [%(default)s]",
     )
+    backends = ("local", "ray")
+    add("--backend", choices=backends, default="local", help="run on this machine or on a Ray cluster [%(default)s]")
+    add("--engine", choices=backends, default=argparse.SUPPRESS, dest="backend", help=argparse.SUPPRESS)  # former name
+    add("--address", help="address of the Ray cluster; default: RAY_ADDRESS, or a cluster started on this machine")
     add(
-        "--engine",
-        choices=("local", "ray"),
-        default="local",
-        help="where it runs: on this machine, or on a Ray cluster",
+        "--workers",
+        type=_integer_parser("actors", 1, 10_000),
+        help="Ray actors; default: one per core except one",
     )
-    add("--address", help="of the Ray cluster; RAY_ADDRESS, or one on this machine, if not given")
-    add("--workers", type=_whole("actors", 1, 10_000), help="actors of Ray; one for each core but one if not given")
     add("--strict", action="store_true", help="fail at the first rejected row")
-    add("--quiet", action="store_true", help="say nothing but what goes wrong")
+    add("--quiet", action="store_true", help="print only errors")
     add(
         "--interval",
-        type=_seconds,
-        default=INTERVAL,
+        type=_parse_seconds,
+        default=LOG_INTERVAL_SECONDS,
         metavar="SECONDS",
-        help="between log lines where there is no terminal [%(default)g]",
+        help="time between log lines without a terminal [%(default)g]",
     )
-    add("--restart", action="store_true", help="forget what an earlier, unfinished job to OUTPUT has done")
+    add("--restart", action="store_true", help="discard the parts of an unfinished job with the same OUTPUT")
     command.set_defaults(parser=command)
 
 
-def options_of(flags: dict[str, Any]) -> Options:
-    """The options, of which some contradict others; those exit with 2."""
+def build_options(flags: dict[str, Any]) -> Options:
+    """Return the flags as options. Exit with 2 if flags contradict each other."""
     parser = flags.pop("parser")
     flags["columns"] = dict(flags["columns"])
     options = Options(**{**flags, "inputs": tuple(flags["inputs"])})
     if options.engine_column == options.cycle_column:
-        parser.error("--engine-column and --cycle-column are two columns")
+        parser.error("--engine-column and --cycle-column must differ")
     if "" in (options.engine_column, options.cycle_column, options.labels, options.rul):
-        parser.error("a column needs a name")
+        parser.error("the name of a column is empty")
     if options.report and not options.truth_column:
         parser.error("--report needs --labels or --rul")
-    if options.engine == "local" and (options.address or options.workers):
-        parser.error("--address and --workers go with --engine ray")
+    if options.backend == "local" and (options.address or options.workers):
+        parser.error("--address and --workers need --backend ray")
     if options.report and options.report.suffix.lower() not in (".html", ".json"):
-        parser.error(f"--report {options.report}: write .html or .json")
+        parser.error(f"--report {options.report}: expected a name that ends in .html or .json")
     if "" in options.inputs or options.output.name in ("", ".."):
-        parser.error("INPUT and OUTPUT need names")
+        parser.error("the name of INPUT or OUTPUT is empty")
     if str(options.output) == STDIN:
-        parser.error("-: a job that can be killed and go on writes to a file, not to standard output")
+        parser.error("-: OUTPUT must be a file or folder, not standard output, so that the job can be resumed")
     try:
         f"{options.output}{options.report}".encode()
     except UnicodeEncodeError:
-        parser.error("OUTPUT and --report: a name that is no UTF-8")
+        parser.error("OUTPUT and --report: the name is not UTF-8")
     if options.output.suffix.lower() not in (".parquet", ".csv", ""):
-        parser.error(f"{options.output}: write .parquet, .csv, or a folder, whose name has no ending")
+        parser.error(f"{options.output}: expected .parquet, .csv, or a folder, whose name has no suffix")
     return options
 
 
-def _pair(text: str) -> tuple[str, str]:
+def _parse_mapping(text: str) -> tuple[str, str]:
     channel, equals, column = text.partition("=")
     if not (channel and equals and column):
         raise argparse.ArgumentTypeError(f"expected CHANNEL=COLUMN, got {text!r}")
     return channel, column
 
 
-def _whole(what: str, least: int, most: int) -> Callable[[str], int]:
-    """What reads a whole number within bounds."""
+def _integer_parser(unit: str, minimum: int, maximum: int) -> Callable[[str], int]:
+    """Return a parser of whole numbers within bounds."""
 
-    def read(text: str) -> int:
-        if not (text.isascii() and text.isdecimal() and least <= int(text) <= most):
-            raise argparse.ArgumentTypeError(f"expected {what} from {least} to {most}, got {text!r}")
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and minimum <= int(text) <= maximum):
+            raise argparse.ArgumentTypeError(f"expected {unit} from {minimum} to {maximum}, got {text!r}")
         return int(text)
 
-    return read
+    return parse
 
 
-def _seconds(text: str) -> float:
+def _parse_seconds(text: str) -> float:
     try:
         value = float(text)
     except ValueError:

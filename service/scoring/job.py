@@ -1,4 +1,4 @@
-"""The job: reading, inference and writing at once, resumed where an earlier run stopped. Knows every other room."""
+"""Run a scoring job: read, infer and write concurrently, and resume an interrupted job. Imports all other modules."""
 
 import os
 import shutil
@@ -20,141 +20,155 @@ from service.inference.model_loader import Model
 from service.inference.overlap_graph import open_histories
 from service.inference.predictions import Answers
 from service.scoring import outputs, scorer
-from service.scoring.checkpoint import Job, Part, errors_of, fingerprint
-from service.scoring.engine_states import States
+from service.scoring.checkpoint import Checkpoint, PartRecord, compute_fingerprint, rejected_rows_path
+from service.scoring.engine_states import EngineStates
 from service.scoring.options import STDIN, Options
 from service.scoring.progress import Progress
-from service.scoring.readers import whole_numbers
+from service.scoring.readers import engine_ids_are_integers
 from service.scoring.rows import Layout, Reject
 from service.scoring.scorer import Scored, Scorer
-from service.scoring.sources import Source, find, means
-from service.scoring.window_assembly import Unit, units
+from service.scoring.sources import Source, find_sources, input_contains
+from service.scoring.window_assembly import WorkUnit, assemble_units
 from service.settings import Settings
 
-DONE, REJECTED = 0, 3
-AHEAD = 2  # units whose batches wait for the model, so that it never waits for them
+EXIT_DONE, EXIT_REJECTED = 0, 3
+UNITS_AHEAD = 2  # queued for the model, so that it is never idle
 
 
-def score(options: Options, settings: Settings) -> int:
-    """Score a file to a file; returns the exit code: 0 done, 3 done with rejected rows.
+def score_files(options: Options, settings: Settings) -> int:
+    """Score files to an output. Return the exit code: 0 done, 3 done with rejected rows.
 
     Raises:
-        ServiceError: the job cannot go on; what was done of it is kept.
+        ServiceError: the job failed. Its finished parts stay in the checkpoint.
     """
-    proof = (settings.model, settings.model_digest, 1, scorer.BATCH, settings.deterministic)
-    model = model_loader.open_model(*proof)
+    model_arguments = (settings.model, settings.model_digest, 1, scorer.BATCH_WINDOWS, settings.deterministic)
+    model = model_loader.open_model(*model_arguments)
     layout, temperature = Layout(options, model), options.temperature or model.manifest.temperature
-    job = Job(options.output)
+    checkpoint = Checkpoint(options.output)
     try:
-        _check(options)
-        with job:
-            sources = find(options.inputs, _spooled(options, job.folder))
-            identity = _identity(options, sources, model, temperature) | {"deterministic": settings.deterministic}
-            code = _already(options, identity)
-            if code is not None:
-                job.forget(identity)
+        _check_output(options)
+        with checkpoint:
+            sources = find_sources(options.inputs, _spool_stdin(options, checkpoint.folder))
+            identity = _build_identity(options, sources, model, temperature) | {"deterministic": settings.deterministic}
+            exit_code = _finished_exit_code(options, identity)
+            if exit_code is not None:
+                checkpoint.discard_finished(identity)
             else:
-                job.begin(identity, options.restart)
-                code = _Run(options, job, model, layout, sources, temperature, settings).run()
-            return code
+                checkpoint.resume_or_start(identity, options.restart)
+                job = _ScoringJob(options, checkpoint, model, layout, sources, temperature, settings)
+                exit_code = job.run()
+            return exit_code
     except KeyboardInterrupt:
-        kept = "; the same command goes on from here" if job.folder.exists() else ""
-        raise ServiceError(f"stopped{kept}") from None
+        hint = "; run the same command to resume" if checkpoint.folder.exists() else ""
+        raise ServiceError(f"stopped{hint}") from None
     except OSError as error:
         raise ServiceError(f"{error.filename or options.output}: {error.strerror or error}") from None
 
 
-class _Run:
-    """One run of a job."""
+class _ScoringJob:
+    """One run of a job, from its checkpoint to its output."""
 
     def __init__(
         self,
         options: Options,
-        job: Job,
+        checkpoint: Checkpoint,
         model: Model,
         layout: Layout,
         sources: list[Source],
         temperature: float,
         settings: Settings,
     ) -> None:
-        self.options, self.job, self.model, self.layout, self.sources = options, job, model, layout, sources
+        self.options, self.checkpoint, self.model = options, checkpoint, model
+        self.layout, self.sources = layout, sources
         self.files = [source.name for source in sources]
-        here = options.engine != "ray"  # else every actor opens its own
-        self.scorer = Scorer(model, temperature, open_histories(settings.model, model) if here else None)
+        local = options.backend != "ray"  # on Ray every actor opens its own graph
+        self.scorer = Scorer(model, temperature, open_histories(settings.model, model) if local else None)
         self.settings = settings
-        self.whole_numbers = whole_numbers(sources, options.engine_column)
+        self.integer_ids = engine_ids_are_integers(sources, options.engine_column)
         self.labelled = options.truth_column is not None
-        self.rejected = outputs.Rejected(job.folder / "rejected.parquet", fingerprint(job.identity))
+        rejected_path = checkpoint.folder / "rejected.parquet"
+        self.rejected = outputs.RejectedRowsFile(rejected_path, compute_fingerprint(checkpoint.identity))
         self.progress = Progress(options.quiet, options.interval)
         self._tables: dict[str, list[Any]] = {}
-        self._part = Part(0, 0)
-        self._writing: Future[None] | None = None
+        self._part = PartRecord(0, 0)
+        self._pending_write: Future[None] | None = None
         self._bins = DriftBins(self.model.manifest, self.model.input_shape)
 
     def run(self) -> int:
-        """Everything, in order; returns the exit code."""
+        """Score all units in order, publish the output, and return the exit code."""
         with self.progress, ThreadPoolExecutor(1) as self._writer:
-            for scored in self._scored():
-                self._keep(scored)
-            if self._part.units or not self.job.parts:
-                self._close_part()
-            self._written()
+            for scored in self._score_units():
+                self._append_unit(scored)
+            if self._part.units or not self.checkpoint.parts:
+                self._submit_part()
+            self._wait_for_part()
         self.rejected.close()
-        about = self._about | {"fingerprint": fingerprint(self.job.identity), "rejected": str(self.rejected.count)}
+        metadata = self._metadata | {
+            "fingerprint": compute_fingerprint(self.checkpoint.identity),
+            "rejected": str(self.rejected.count),
+        }
         if self.options.report:
             self._report(self.options.report)
-        self.job.finish(about, self.rejected.path if self.rejected.count else None)
-        self.progress.done(str(self.options.output))
-        return REJECTED if self.rejected.count else DONE
+        self.checkpoint.publish(metadata, self.rejected.path if self.rejected.count else None)
+        self.progress.log_finished(str(self.options.output))
+        return EXIT_REJECTED if self.rejected.count else EXIT_DONE
 
-    def _scored(self) -> Iterator[Scored]:
-        """Every unit that stands in no part yet, with its answers."""
-        done, unanswered = self.job.units, self.job.unanswered()
-        with closing(self._answered(done)) as answered:
-            for number, (unit, found) in enumerate(answered):
-                if found is None:
-                    self._skip(unit, unanswered.get(number, []))
+    def _score_units(self) -> Iterator[Scored]:
+        """Yield every unit that is in no finished part, with its answers."""
+        finished_units, unanswered = self.checkpoint.finished_units, self.checkpoint.unanswered_rows()
+        with closing(self._answer_units(finished_units)) as answered:
+            for number, (unit, answers) in enumerate(answered):
+                if answers is None:
+                    self._skip_unit(unit, unanswered.get(number, []))
                 else:
-                    yield self.scorer.end(unit, found, self.files, self.labelled)
+                    yield self.scorer.finish_unit(unit, answers, self.files, self.labelled)
 
-    def _answered(self, done: int) -> Generator[tuple[Unit, Answers | None]]:
-        if self.options.engine == "ray":
+    def _answer_units(self, finished_units: int) -> Generator[tuple[WorkUnit, Answers | None]]:
+        if self.options.backend == "ray":
             from service.scoring import ray_job
 
-            about = (self.settings.model, self.settings.deterministic, self.scorer.temperature, done)
-            return ray_job.answered(self.options, self.sources, *about)
-        return self._locally(done)
+            settings = (self.settings.model, self.settings.deterministic, self.scorer.temperature, finished_units)
+            return ray_job.stream_answers(self.options, self.sources, *settings)
+        return self._answer_locally(finished_units)
 
-    def _locally(self, done: int) -> Generator[tuple[Unit, Answers | None]]:
-        """One thread reads, some infer, and whoever asks here writes."""
-        waiting = deque[tuple[Unit, list[Future[Answers]] | None]]()
+    def _answer_locally(self, finished_units: int) -> Generator[tuple[WorkUnit, Answers | None]]:
+        """Read units in one thread and answer them in a pool. The caller writes them."""
+        queue = deque[tuple[WorkUnit, list[Future[Answers]] | None]]()
         reader, pool = ThreadPoolExecutor(1), ThreadPoolExecutor(self.settings.threads or allowed_cores())
-        with closing(States.of(self.model, self.job.folder)) as states:
+        with closing(EngineStates.for_model(self.model, self.checkpoint.folder)) as states:
             try:
-                found = units(self.options, self.layout, self.sources, states)
-                for number, unit in enumerate(_prefetched(reader, found)):
-                    begun = None if number < done else [pool.submit(call) for call in self.scorer.batches(unit)]
-                    waiting.append((unit, begun))
-                    if len(waiting) > AHEAD:
-                        yield self._waited(*waiting.popleft())
-                while waiting:
-                    yield self._waited(*waiting.popleft())
+                assembled = assemble_units(self.options, self.layout, self.sources, states)
+                for number, unit in enumerate(_prefetch_units(reader, assembled)):
+                    futures = None
+                    if number >= finished_units:
+                        futures = [pool.submit(call) for call in self.scorer.inference_calls(unit)]
+                    queue.append((unit, futures))
+                    if len(queue) > UNITS_AHEAD:
+                        yield self._wait_for_answers(*queue.popleft())
+                while queue:
+                    yield self._wait_for_answers(*queue.popleft())
             finally:
                 pool.shutdown(cancel_futures=True)
                 reader.shutdown(cancel_futures=True)
 
-    def _waited(self, unit: Unit, begun: list[Future[Answers]] | None) -> tuple[Unit, Answers | None]:
-        return unit, None if begun is None else self.scorer.together(unit, [future.result() for future in begun])
+    def _wait_for_answers(
+        self, unit: WorkUnit, futures: list[Future[Answers]] | None
+    ) -> tuple[WorkUnit, Answers | None]:
+        if futures is None:
+            return unit, None
+        return unit, self.scorer.join_answers(unit, [future.result() for future in futures])
 
-    def _skip(self, unit: Unit, unanswered: list[Reject]) -> None:
-        self._reject([*unit.rejects, *unanswered])
-        self.progress.skip(len(unit.starts) - len(unanswered), unit.engines, self.rejected.count, unit.fraction)
+    def _skip_unit(self, unit: WorkUnit, unanswered: list[Reject]) -> None:
+        self._add_rejected([*unit.rejects, *unanswered])
+        self.progress.skip_rows(
+            len(unit.starts) - len(unanswered), unit.engine_count, self.rejected.count, unit.input_fraction
+        )
 
-    def _keep(self, scored: Scored) -> None:
-        """Put a unit into the part that is being filled."""
+    def _append_unit(self, scored: Scored) -> None:
+        """Append a unit to the current part."""
         unit = scored.unit
-        self._reject([*unit.rejects, *scored.unanswered])
-        tables = {"part": self._table(scored).replace_schema_metadata(self._about)}
+        self._add_rejected([*unit.rejects, *scored.unanswered])
+        tables = {"part": self._output_table(scored).replace_schema_metadata(self._metadata)}
         if self.options.report:
             tables["report"] = self._side(scored)
         for kind, table in tables.items():
@@ -163,34 +177,34 @@ class _Run:
             self._part.unanswered[str(self._part.units)] = [list(row) for row in scored.unanswered]
         self._part.units += 1
         self._part.rows += len(scored.kept)
-        self.progress.tell(len(scored.kept), unit.engines, self.rejected.count, unit.fraction)
+        self.progress.advance(len(scored.kept), unit.engine_count, self.rejected.count, unit.input_fraction)
         if self._part.rows >= self.options.part_rows:
-            self._close_part()
+            self._submit_part()
 
-    def _table(self, scored: Scored) -> Any:
+    def _output_table(self, scored: Scored) -> Any:
         options = self.options
-        columns = (options.engine_column, options.cycle_column, self.whole_numbers)
-        return scorer.table(scored, self.model, *columns)
+        columns = (options.engine_column, options.cycle_column, self.integer_ids)
+        return scorer.output_table(scored, self.model, *columns)
 
-    def _close_part(self) -> None:
-        """Have the part written, once the one before it is."""
+    def _submit_part(self) -> None:
+        """Submit the current part to the writer thread, after the previous part is written."""
         import pyarrow as pa
 
-        self._written()
+        self._wait_for_part()
         tables, part = self._tables, self._part
-        self._tables, self._part = {}, Part(0, 0)
-        joined = {kind: pa.concat_tables(those).combine_chunks() for kind, those in tables.items()}
-        self._writing = self._writer.submit(self.job.add, joined, part)
+        self._tables, self._part = {}, PartRecord(0, 0)
+        joined = {kind: pa.concat_tables(unit_tables).combine_chunks() for kind, unit_tables in tables.items()}
+        self._pending_write = self._writer.submit(self.checkpoint.add_part, joined, part)
 
-    def _written(self) -> None:
-        if self._writing is not None:
-            self._writing.result()
+    def _wait_for_part(self) -> None:
+        if self._pending_write is not None:
+            self._pending_write.result()
 
-    def _reject(self, rejects: list[Reject]) -> None:
+    def _add_rejected(self, rejects: list[Reject]) -> None:
         if rejects and self.options.strict:
-            first = rejects[0]
-            raise InvalidInput(f"{first.file}, row {first.row}: {first.reason}")
-        self.rejected.add(rejects)
+            rejected = rejects[0]
+            raise InvalidInput(f"{rejected.file}, row {rejected.row}: {rejected.reason}")
+        self.rejected.add_rows(rejects)
 
     def _side(self, scored: Scored) -> Any:
         from service.scoring import report  # what only a report needs
@@ -203,84 +217,93 @@ class _Run:
         from service.scoring import report
 
         context = report.context_of(self.model, self.scorer.temperature, self._bins)
-        table = pa.concat_tables([outputs.read_part(self.job.part(k, "report")) for k in range(len(self.job.parts))])
+        paths = [self.checkpoint.part_path(k, "report") for k in range(len(self.checkpoint.parts))]
+        table = pa.concat_tables([outputs.read_part(path) for path in paths])
         source = "outcome" if self.options.rul else "inspection"
-        body = report.measured(table, context, source) | {"fingerprint": fingerprint(self.job.identity)}
+        fingerprint = compute_fingerprint(self.checkpoint.identity)
+        body = report.measured(table, context, source) | {"fingerprint": fingerprint}
         report.write(path, body, self.model.manifest.classes)
 
     @property
-    def _about(self) -> dict[str, str]:
+    def _metadata(self) -> dict[str, str]:
         manifest = self.model.manifest
-        names = {"model_name": manifest.name, "model_version": manifest.version, "model_digest": self.model.digest}
-        return names | {"temperature": repr(self.scorer.temperature), "command": self.options.command}
+        model_fields = {
+            "model_name": manifest.name,
+            "model_version": manifest.version,
+            "model_digest": self.model.digest,
+        }
+        return model_fields | {"temperature": repr(self.scorer.temperature), "command": self.options.command}
 
 
-def _prefetched(reader: ThreadPoolExecutor, units: Iterator[Unit]) -> Iterator[Unit]:
-    """The same, each fetched while the one before is worked on."""
-    following = reader.submit(next, units, None)
-    while (unit := following.result()) is not None:
-        following = reader.submit(next, units, None)
+def _prefetch_units(reader: ThreadPoolExecutor, units: Iterator[WorkUnit]) -> Iterator[WorkUnit]:
+    """Yield the units, each read while the caller processes the previous one."""
+    next_unit = reader.submit(next, units, None)
+    while (unit := next_unit.result()) is not None:
+        next_unit = reader.submit(next, units, None)
         yield unit
 
 
-def _check(options: Options) -> None:
-    """Refuse an output that could not be written, or that would be read next time."""
+def _check_output(options: Options) -> None:
+    """Reject an output that cannot be written, or that the next run would read as input."""
     output = options.output
-    if not output.suffix and output.exists() and not outputs.is_ours(output):
-        raise InvalidInput(f"{output}: is no folder that a job wrote; it is left as it is")
-    if options.report in (outputs.about_path(output), errors_of(output)) or _within(options.report, output):
-        raise InvalidInput(f"{options.report}: is a name of the output's own; the report needs another one")
-    for path in _left(options):
+    if not output.suffix and output.exists() and not outputs.is_job_output(output):
+        raise InvalidInput(f"{output}: the folder has files that no job wrote; it is not replaced")
+    used_paths = (outputs.metadata_path(output), rejected_rows_path(output))
+    if options.report in used_paths or _is_inside(options.report, output):
+        raise InvalidInput(f"{options.report}: the output uses this name; choose another name for the report")
+    for path in _output_files(options):
         if path.is_dir() and (path != output or output.suffix):
             raise InvalidInput(f"{path}: is a folder")
         if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
-            raise InvalidInput(f"{path}: its folder is not there, or cannot be written to")
+            raise InvalidInput(f"{path}: its folder does not exist or is not writable")
         for name in options.inputs:
-            if name != STDIN and means(name, path):
-                raise InvalidInput(f"{path}: lies in the input {name}, and would be read the next time")
+            if name != STDIN and input_contains(name, path):
+                raise InvalidInput(f"{path}: is part of the input {name}, so the next run would read it")
 
 
-def _left(options: Options) -> list[Path]:
-    """The files that a job leaves."""
-    beside = [] if options.report is None else [options.report]
-    about = [outputs.about_path(options.output)] if options.form == ".csv" else []
-    return [options.output, errors_of(options.output), *about, *beside]
+def _output_files(options: Options) -> list[Path]:
+    """Return the files that a job writes."""
+    report = [] if options.report is None else [options.report]
+    metadata = [outputs.metadata_path(options.output)] if options.output_format == ".csv" else []
+    return [options.output, rejected_rows_path(options.output), *metadata, *report]
 
 
-def _within(report: Path | None, folder: Path) -> bool:
-    """Whether a report would lie in an output that is a folder, and is replaced as a whole."""
+def _is_inside(report: Path | None, folder: Path) -> bool:
+    """Return whether a report is in an output folder, which is replaced as a whole."""
     return report is not None and not folder.suffix and report.resolve().is_relative_to(folder.resolve())
 
 
-def _spooled(options: Options, folder: Path) -> Path:
-    """Where standard input is kept, if it is an input: it can be read twice then, and told from another."""
-    kept = folder / "stdin"
+def _spool_stdin(options: Options, folder: Path) -> Path:
+    """Copy standard input, if it is an input, to a file, which can be read twice and has a digest."""
+    path = folder / "stdin"
     if STDIN in options.inputs:
         if sys.stdin is None:
             raise InvalidInput("standard input: is closed")
-        with kept.open("wb") as file:
+        with path.open("wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
-    return kept
+    return path
 
 
-def _identity(options: Options, sources: list[Source], model: Model, temperature: float) -> dict[str, Any]:
-    """Everything that the result depends on."""
+def _build_identity(options: Options, sources: list[Source], model: Model, temperature: float) -> dict[str, Any]:
+    """Return everything that the result depends on."""
     import pyarrow as pa
 
-    read = [[source.name, source.size, source.digest()] for source in sources]
+    files = [[source.name, source.size, source.digest()] for source in sources]
     software = f"onnxruntime {ort.__version__}, pyarrow {pa.__version__}"
-    about = {"model": model.digest, "temperature": temperature, "input": read}
-    return about | options.deciding | {"software": software, "command": options.command}
+    values = {"model": model.digest, "temperature": temperature, "input": files}
+    return values | options.result_options | {"software": software, "command": options.command}
 
 
-def _already(options: Options, identity: dict[str, Any]) -> int | None:
-    """The exit code of this very job, if its whole result is there already."""
-    about, mark = outputs.about_of(options.output), fingerprint(identity)
-    if options.restart or about.get("fingerprint") != mark or not options.output.exists():
+def _finished_exit_code(options: Options, identity: dict[str, Any]) -> int | None:
+    """Return the exit code of this job if its result exists, else None."""
+    metadata, fingerprint = outputs.read_metadata(options.output), compute_fingerprint(identity)
+    if options.restart or metadata.get("fingerprint") != fingerprint or not options.output.exists():
         return None
-    if options.report and not (options.report.exists() and mark in options.report.read_text(errors="replace")):
+    if options.report and not (options.report.exists() and fingerprint in options.report.read_text(errors="replace")):
         return None
-    errors = errors_of(options.output)
-    if about.get("rejected") == "0":  # else they are of a job that was killed before its output had its name
-        return None if errors.exists() else DONE
-    return None if options.strict or outputs.about_of(errors).get("fingerprint") != mark else REJECTED
+    rejected = rejected_rows_path(options.output)
+    if metadata.get("rejected") == "0":  # a job that was killed before it published its output may have left some
+        return None if rejected.exists() else EXIT_DONE
+    if options.strict or outputs.read_metadata(rejected).get("fingerprint") != fingerprint:
+        return None
+    return EXIT_REJECTED

@@ -1,4 +1,4 @@
-"""What a scoring job is asked for: its options, those that the result depends on, and the command as it is kept."""
+"""Options of a scoring job, the subset that determines its result, and the command stored with the output."""
 
 import shlex
 from dataclasses import dataclass, field
@@ -6,44 +6,44 @@ from pathlib import Path
 from typing import Any, Literal
 
 STDIN = "-"
-HORIZON = 2**18  # rows by which a row may come after a later cycle of its engine; 32 MB of pending rows
-PART_ROWS = 2**17  # of a part, and of a row group of Parquet: what a killed job loses at most
-INTERVAL = 10.0  # seconds between two log lines where there is no terminal
+HORIZON_ROWS = 2**18  # rows by which a row may come after a later cycle of its engine; 32 MB of pending rows
+PART_ROWS = 2**17  # of a part and of a Parquet row group; a killed job loses at most one part
+LOG_INTERVAL_SECONDS = 10.0  # between two log lines without a terminal
 
 
 @dataclass(frozen=True)
 class Options:
-    """A job. Of two jobs with the same `deciding` options, model and input the results are the same bytes."""
+    """Options of a job. Equal `result_options`, model and input give output with the same bytes."""
 
     inputs: tuple[str, ...]
     output: Path
     engine_column: str = "engine_id"
     cycle_column: str = "cycle"
-    columns: dict[str, str] = field(default_factory=dict)  # of channels that stand under another name
+    columns: dict[str, str] = field(default_factory=dict)  # column of each channel that has another name
     missing: Literal["reject", "hold"] = "reject"
     latest: bool = False
     labels: str | None = None
     rul: str | None = None
     temperature: float | None = None
-    horizon: int = HORIZON
+    horizon: int = HORIZON_ROWS
     part_rows: int = PART_ROWS
     report: Path | None = None
     strict: bool = False
     quiet: bool = False
     restart: bool = False
-    interval: float = INTERVAL
-    engine: Literal["local", "ray"] = "local"
+    interval: float = LOG_INTERVAL_SECONDS
+    backend: Literal["local", "ray"] = "local"
     address: str | None = None
     workers: int | None = None
 
     @property
     def truth_column(self) -> str | None:
-        """The column that holds what is true, if one does."""
+        """Column of labels or true RUL, if there is one."""
         return self.labels or self.rul
 
     @property
-    def deciding(self) -> dict[str, Any]:
-        """What the result depends on, beside model and input."""
+    def result_options(self) -> dict[str, Any]:
+        """Flags that determine the result, together with the model and the input."""
         return {
             "--engine-column": self.engine_column,
             "--cycle-column": self.cycle_column,
@@ -56,21 +56,21 @@ class Options:
             "--horizon": self.horizon,
             "--part-rows": self.part_rows,
             "--report": self.report is not None,
-            "OUTPUT": self.form,
+            "OUTPUT": self.output_format,
         }
 
     @property
-    def form(self) -> str:
-        """What is written: `.parquet`, `.csv`, or nothing for a folder."""
+    def output_format(self) -> str:
+        """Suffix of the output: `.parquet`, `.csv`, or empty for a folder."""
         return self.output.suffix.lower()
 
     @property
     def command(self) -> str:
-        """The command that gives this result, without what changes no answer: the output's own name, for one."""
-        usual = Options(self.inputs, self.output).deciding
-        words = ["engine-health", "score", *self.inputs, "OUTPUT" + self.form]
-        for flag, value in self.deciding.items():
-            if flag.startswith("--") and value != usual[flag] and flag != "--report":
-                for one in value if isinstance(value, list) else [value]:
-                    words += [flag] if one is True else [flag, str(one)]
+        """Command that gives this result, without flags and names that do not affect it."""
+        defaults = Options(self.inputs, self.output).result_options
+        words = ["engine-health", "score", *self.inputs, "OUTPUT" + self.output_format]
+        for flag, value in self.result_options.items():
+            if flag.startswith("--") and value != defaults[flag] and flag != "--report":
+                for item in value if isinstance(value, list) else [value]:
+                    words += [flag] if item is True else [flag, str(item)]
         return shlex.join(words)

@@ -1,4 +1,4 @@
-"""How far a job is: a bar on a terminal, a line of the log now and then elsewhere, or nothing. Knows no files."""
+"""Progress of a job: a bar on a terminal, else a log line every `interval` seconds, or nothing."""
 
 import sys
 import time
@@ -12,17 +12,17 @@ log = structlog.get_logger()
 
 
 class Progress:
-    """Counts what is done. Rows a second are those of this run: what an earlier one did took no time."""
+    """Counts of a job. Rates cover only this run, without the rows of an earlier run."""
 
     def __init__(self, quiet: bool, interval: float) -> None:
         self.rows = self.engines = self.rejected = self.resumed = 0
-        self._fraction, self._begun_at, self._quiet, self._interval = 0.0, 0.0, quiet, interval
-        self._begun = self._told = time.monotonic()
+        self._fraction, self._start_fraction, self._quiet, self._interval = 0.0, 0.0, quiet, interval
+        self._started_at = self._logged_at = time.monotonic()
         self._bar: Any = None
 
     def __enter__(self) -> "Progress":
         if not self._quiet and sys.stderr.isatty():
-            self._bar = _bar()
+            self._bar = _create_bar()
             self._bar.start()
             self._task = self._bar.add_task("scoring", total=1.0, rate="", engines=0, rejected=0, rows="0")
         return self
@@ -33,53 +33,55 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def skip(self, rows: int, engines: int, rejected: int, fraction: float) -> None:
-        """Rows that an earlier run scored; the rest as in `tell`."""
+    def skip_rows(self, rows: int, engines: int, rejected: int, fraction: float) -> None:
+        """Count the rows of a unit that an earlier run scored. Arguments as in `advance`."""
         self.resumed += rows
         self.engines, self.rejected = engines, rejected
-        self._fraction = self._begun_at = fraction
-        self._begun = time.monotonic()
+        self._fraction = self._start_fraction = fraction
+        self._started_at = time.monotonic()
 
-    def tell(self, rows: int, engines: int, rejected: int, fraction: float) -> None:
-        """So many rows more; engines, rejected rows and the fraction of the input so far."""
+    def advance(self, rows: int, engines: int, rejected: int, fraction: float) -> None:
+        """Add scored rows, and set the total engines, rejected rows and fraction of the input."""
         self.rows += rows
         self.engines, self.rejected, self._fraction = engines, rejected, fraction
         if self._bar is not None:
-            about = {"rate": f"{self.rate:,.0f}", "engines": f"{engines:,}", "rejected": f"{rejected:,}"}
-            self._bar.update(self._task, completed=fraction, rows=f"{self.resumed + self.rows:,}", **about)
-        elif not self._quiet and time.monotonic() - self._told >= self._interval:
-            self._told = time.monotonic()
-            log.info("scoring", **self.about, seconds_left=self.seconds_left)
+            columns = {"rate": f"{self.rows_per_second:,.0f}", "engines": f"{engines:,}", "rejected": f"{rejected:,}"}
+            self._bar.update(self._task, completed=fraction, rows=f"{self.resumed + self.rows:,}", **columns)
+        elif not self._quiet and time.monotonic() - self._logged_at >= self._interval:
+            self._logged_at = time.monotonic()
+            log.info("scoring", **self.counts, seconds_left=self.seconds_left)
 
-    def done(self, output: str) -> None:
-        """The last word."""
+    def log_finished(self, output: str) -> None:
+        """Log the totals."""
         if not self._quiet:
-            log.info("scored", output=output, **self.about, seconds=round(time.monotonic() - self._begun, 1))
+            log.info("scored", output=output, **self.counts, seconds=round(time.monotonic() - self._started_at, 1))
 
     @property
-    def rate(self) -> float:
-        """Rows a second."""
-        return self.rows / max(time.monotonic() - self._begun, 1e-9)
+    def rows_per_second(self) -> float:
+        """Rows scored by this run per second."""
+        return self.rows / max(time.monotonic() - self._started_at, 1e-9)
 
     @property
-    def about(self) -> dict[str, int]:
-        """What is told of a job."""
-        counts = {"rows": self.resumed + self.rows, "rows_per_second": round(self.rate)}
+    def counts(self) -> dict[str, int]:
+        """Fields of a log line."""
+        counts = {"rows": self.resumed + self.rows, "rows_per_second": round(self.rows_per_second)}
         return counts | {"engines": self.engines, "rejected": self.rejected}
 
     @property
     def seconds_left(self) -> int | None:
-        """If the rest is as fast; None while nothing can be said."""
-        done = self._fraction - self._begun_at
-        return round((time.monotonic() - self._begun) * (1 - self._fraction) / done) if done > 0 else None
+        """Estimated remaining time at a constant rate; None before the first scored rows."""
+        scored_fraction = self._fraction - self._start_fraction
+        if scored_fraction <= 0:
+            return None
+        return round((time.monotonic() - self._started_at) * (1 - self._fraction) / scored_fraction)
 
 
-def _bar() -> Any:
+def _create_bar() -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+    from rich.progress import Progress as RichProgress
 
-    text = ", ".join(f"{{task.fields[{field}]}} {what}" for field, what in FIELDS)
+    text = ", ".join(f"{{task.fields[{field}]}} {label}" for field, label in FIELDS)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -87,4 +89,4 @@ def _bar() -> Any:
         TextColumn(text),
         TimeRemainingColumn(),
     )
-    return Bar(*columns, console=Console(stderr=True))
+    return RichProgress(*columns, console=Console(stderr=True))

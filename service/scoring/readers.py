@@ -1,6 +1,6 @@
-"""Files to chunks of columns, whatever their form; nothing is read whole. The only room that parses.
+"""Read files of any format in chunks of columns of bounded size.
 
-A chunk holds what stands in the file, as Arrow arrays; a line that cannot be read at all is a row with a reason.
+A chunk has the values of the file as Arrow arrays. A malformed line is a row with the reason of its rejection.
 """
 
 from collections.abc import Iterator
@@ -13,40 +13,40 @@ from service.errors import InvalidInput
 from service.scoring import text_formats
 from service.scoring.sources import Source
 
-ROWS = 2**16  # of a chunk of Parquet
-BUFFER = 2**18  # bytes that are read ahead of each Parquet column, so that a row group of any size has room
-PIECE = 2**23  # bytes of a chunk of text
-LONGEST = 2**26  # bytes of a line; beyond it the file is no text of rows
+CHUNK_ROWS = 2**16  # maximum rows of a chunk of Parquet
+COLUMN_BUFFER_BYTES = 2**18  # read ahead for each Parquet column, so that RAM is independent of row groups
+CHUNK_BYTES = 2**23  # of text
+MAX_LINE_BYTES = 2**26  # longer lines mean that the file is not text
 
 
 @dataclass
 class Chunk:
-    """Some rows of one file, in order: columns of Arrow values, the number of the first row, unreadable rows."""
+    """Consecutive rows of one file: Arrow columns, the number of the first row, and malformed rows."""
 
     columns: dict[str, Any]
     rows: int
     first: int
-    reasons: dict[int, str] = field(default_factory=dict)  # by row of this chunk
-    fraction: float = 1.0  # of the file, read with it
+    reasons: dict[int, str] = field(default_factory=dict)  # by row within this chunk
+    fraction: float = 1.0  # share of the file that is read after this chunk
 
 
-def chunks(source: Source, wanted: list[str]) -> Iterator[Chunk]:
-    """The rows of a file.
+def chunks(source: Source, required: list[str]) -> Iterator[Chunk]:
+    """Yield the rows of a file.
 
     Args:
         source: the file.
-        wanted: columns that must be there.
+        required: names of required columns.
 
     Raises:
-        InvalidInput: the file is not what it says it is, or lacks a column.
+        InvalidInput: the file is malformed or lacks a column.
     """
-    read = _parquet if source.kind == "parquet" else _text
-    with told_of(source):
-        yield from read(source, wanted)
+    read = _read_parquet if source.kind == "parquet" else _read_text
+    with name_source_in_errors(source):
+        yield from read(source, required)
 
 
-def whole_numbers(sources: list[Source], column: str) -> bool:
-    """Whether the ids of engines are whole numbers by their type, in every file: they are written as such then.
+def engine_ids_are_integers(sources: list[Source], column: str) -> bool:
+    """Return whether every file has engine ids of an integer type, so that the output has it too.
 
     Raises:
         InvalidInput: a file cannot be read.
@@ -57,17 +57,19 @@ def whole_numbers(sources: list[Source], column: str) -> bool:
     for source in sources:
         if source.kind != "parquet" or column in source.partition:
             return False
-        with told_of(source):
+        with name_source_in_errors(source):
             schema = pq.read_schema(source.path)
-            kind = schema.field(column).type if column in schema.names else None
-            if kind is None or not pa.types.is_integer(kind) or kind == pa.uint64():  # whose largest fit no int64
+            column_type = schema.field(column).type if column in schema.names else None
+            if column_type is None or not pa.types.is_integer(column_type):
+                return False
+            if column_type == pa.uint64():  # the output has int64, which cannot hold its largest values
                 return False
     return True
 
 
 @contextmanager
-def told_of(source: Source) -> Iterator[None]:
-    """What goes wrong, in one line with the name of the file."""
+def name_source_in_errors(source: Source) -> Iterator[None]:
+    """Raise errors as InvalidInput, in one line with the name of the file."""
     import pyarrow as pa
 
     try:
@@ -77,87 +79,89 @@ def told_of(source: Source) -> Iterator[None]:
         raise InvalidInput(f"{source.name}: {reason[:300]}") from None
 
 
-def _parquet(source: Source, wanted: list[str]) -> Iterator[Chunk]:
+def _read_parquet(source: Source, required: list[str]) -> Iterator[Chunk]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(source.path, buffer_size=BUFFER, pre_buffer=False) as file:
+    with pq.ParquetFile(source.path, buffer_size=COLUMN_BUFFER_BYTES, pre_buffer=False) as file:
         names = file.schema_arrow.names
-        _check(source, names, wanted)
+        _check_columns(source, names, required)
         first, total = 0, max(file.metadata.num_rows, 1)
         for batch in file.iter_batches(
-            ROWS, columns=[name for name in wanted if name not in source.partition], use_threads=False
+            CHUNK_ROWS, columns=[name for name in required if name not in source.partition], use_threads=False
         ):
             columns = {name: batch.column(name) for name in batch.schema.names}
-            columns |= {k: pa.array([v] * len(batch), pa.string()) for k, v in source.partition.items() if k in wanted}
+            columns |= {
+                k: pa.array([v] * len(batch), pa.string()) for k, v in source.partition.items() if k in required
+            }
             yield Chunk(columns, len(batch), first, fraction=(first + len(batch)) / total)
             first += len(batch)
 
 
-def _text(source: Source, wanted: list[str]) -> Iterator[Chunk]:
+def _read_text(source: Source, required: list[str]) -> Iterator[Chunk]:
     import pyarrow as pa
 
     first = 0
     with pa.OSFile(str(source.path)) as file:
-        stream = file if source.packed is None else pa.CompressedInputStream(file, source.packed)
-        pieces = whole_lines(stream)
+        stream = file if source.compression is None else pa.CompressedInputStream(file, source.compression)
+        text_chunks = read_whole_lines(stream)
         parse: Any = None
-        for piece in pieces:
+        for text_chunk in text_chunks:
             if parse is None:
-                parse, piece = _parser(source, piece, wanted)  # without its header
-            columns, rows, reasons = parse(piece)
-            given = {k: pa.array([v] * rows, pa.string()) for k, v in source.partition.items() if k in wanted}
-            yield Chunk(columns | given, rows, first, reasons, file.tell() / max(source.size, 1))
+                parse, text_chunk = _choose_parser(source, text_chunk, required)  # without the header
+            columns, rows, reasons = parse(text_chunk)
+            partition = {k: pa.array([v] * rows, pa.string()) for k, v in source.partition.items() if k in required}
+            yield Chunk(columns | partition, rows, first, reasons, file.tell() / max(source.size, 1))
             first += rows
         if parse is None:
             raise ValueError("is empty")
 
 
-def _parser(source: Source, piece: bytes, wanted: list[str]) -> tuple[Any, bytes]:
-    """What parses the pieces of a text, and the first piece without its header."""
+def _choose_parser(source: Source, text_chunk: bytes, required: list[str]) -> tuple[Any, bytes]:
+    """Return the parser of the chunks of a text, and the first chunk without its header."""
     if source.kind == "cmapss":
-        return partial(text_formats.numbers, wanted=wanted), piece
-    within = [name for name in wanted if name not in source.partition]
+        return partial(text_formats.numbers, wanted=required), text_chunk
+    file_columns = [name for name in required if name not in source.partition]
     if source.kind == "json":
-        _check(source, text_formats.keys_of_first(piece), wanted)
-        return partial(text_formats.json, wanted=within), piece
-    head, _, rest = piece.removeprefix(b"\xef\xbb\xbf").lstrip(b"\r\n").partition(b"\n")
+        _check_columns(source, text_formats.keys_of_first(text_chunk), required)
+        return partial(text_formats.json, wanted=file_columns), text_chunk
+    head, _, rest = text_chunk.removeprefix(b"\xef\xbb\xbf").lstrip(b"\r\n").partition(b"\n")
     delimiter = "\t" if source.kind == "tsv" else ","
     names = text_formats.fields(head, delimiter)
-    _check(source, names, wanted)
-    return partial(text_formats.csv, names=names, wanted=within, delimiter=delimiter), rest
+    _check_columns(source, names, required)
+    return partial(text_formats.csv, names=names, wanted=file_columns, delimiter=delimiter), rest
 
 
-def _check(source: Source, names: list[str], wanted: list[str]) -> None:
-    """Refuse a file in which a column is absent, or there twice."""
-    there = [*(name for name in names if name not in source.partition), *source.partition]
-    absent = [name for name in wanted if name not in there]
+def _check_columns(source: Source, names: list[str], required: list[str]) -> None:
+    """Reject a file that lacks a column or has it more than once."""
+    available = [*(name for name in names if name not in source.partition), *source.partition]
+    absent = [name for name in required if name not in available]
     if absent:
-        more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
-        hint = "--map, --engine-column and --cycle-column name others"
-        raise InvalidInput(f"{source.name}: no column {absent[0]!r}{more}; {hint}")
-    twice = [name for name in wanted if there.count(name) > 1]
-    if twice:
-        raise InvalidInput(f"{source.name}: more than one column {twice[0]!r}")
+        others = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
+        hint = "use --map, --engine-column or --cycle-column if it has another name"
+        raise InvalidInput(f"{source.name}: no column {absent[0]!r}{others}; {hint}")
+    duplicates = [name for name in required if available.count(name) > 1]
+    if duplicates:
+        raise InvalidInput(f"{source.name}: more than one column {duplicates[0]!r}")
 
 
-def whole_lines(stream: Any, size: int = PIECE) -> Iterator[bytes]:
-    """The content of a stream in pieces that end with a line.
+def read_whole_lines(stream: Any, size: int = CHUNK_BYTES) -> Iterator[bytes]:
+    """Yield the content of a stream in chunks of whole lines.
 
     Raises:
-        ValueError: a line without end.
+        ValueError: a line is longer than `MAX_LINE_BYTES`.
     """
-    left = b""
+    pending = b""
     while True:
-        read: bytes = stream.read(size)
-        if not read:
+        content: bytes = stream.read(size)
+        if not content:
             break
-        left += read
-        end = left.rfind(b"\n") + 1
+        pending += content
+        end = pending.rfind(b"\n") + 1
         if end:
-            yield left[:end]
-            left = left[end:]
-        elif len(left) > LONGEST:
-            raise ValueError(f"a line of more than {LONGEST} bytes")
-    if left:
-        yield left
+            yield pending[:end]
+            pending = pending[end:]
+        elif len(pending) > MAX_LINE_BYTES:
+            raise ValueError(f"a line of more than {MAX_LINE_BYTES} bytes")
+    if pending:
+        yield pending

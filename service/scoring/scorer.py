@@ -1,6 +1,6 @@
-"""The score function: a unit of rows to columns of answers, by the arithmetic of the service. Knows no files.
+"""Score units of rows with the arithmetic of the service. Independent of files.
 
-Each batch runs on one thread, and several run at once: so the same rows give the same bits on any number of cores.
+Each batch runs on one thread, and several batches run concurrently. So results do not depend on the number of cores.
 """
 
 from collections.abc import Callable
@@ -19,122 +19,127 @@ from service.inference.overlap_graph import LARGE, TOGETHER, Histories
 from service.inference.predictions import Answers, answer, answers_of, calibrated, joined, picked
 from service.inference.predictor import FLOAT32
 from service.scoring.rows import Reject
-from service.scoring.window_assembly import Integers, Unit
+from service.scoring.window_assembly import Integers, WorkUnit
 
-BATCH = 64  # windows of one inference, as in the service: no other size is faster for the bundled model
-ROWS_EACH = 16  # rows laid out for a window, beyond which running each window by itself is quicker
+BATCH_WINDOWS = 64  # of one inference, as in the service; the fastest size for the bundled model
+MAX_ROWS_PER_WINDOW = 16  # with more rows per window, separate windows are faster
 NO_ANSWER = "the model has no finite answer for these readings"
 
 
 @dataclass
 class Scored:
-    """A unit with its answers; rows without a finite one are left out, and named."""
+    """A unit with its answers. Rows without finite answers are excluded and listed."""
 
-    unit: Unit
+    unit: WorkUnit
     answers: Answers
-    loss: Floats | None  # (N,) NaN without a label; None if no labels were asked for
-    kept: Integers  # which rows of the unit the answers are of
+    loss: Floats | None  # (N,) NaN without a label; None if the job has no labels
+    kept: Integers  # rows of the unit that have answers
     unanswered: list[Reject]
 
 
 class Scorer:
-    """A model at one temperature, and its graph over histories if it has one: same bits with and without."""
+    """Model at one temperature, with its overlap graph if it has one. Both give the same bits."""
 
-    def __init__(self, model: Model, temperature: float, histories: Histories | None = None) -> None:
-        self.model, self.temperature, self.histories = model, temperature, histories
+    def __init__(self, model: Model, temperature: float, overlap_graph: Histories | None = None) -> None:
+        self.model, self.temperature, self.overlap_graph = model, temperature, overlap_graph
 
-    def batches(self, unit: Unit) -> "list[Callable[[], Answers]]":
-        """Calls that answer a unit between them, each on a thread of its choice; `together` takes what they give."""
-        if self._shares(unit):
-            return [partial(self._overlapping, unit.flat, starts) for starts in _near(np.sort(unit.starts))]
+    def inference_calls(self, unit: WorkUnit) -> "list[Callable[[], Answers]]":
+        """Return calls that together answer a unit, each on any thread. `join_answers` takes their results in order."""
+        if self._uses_overlap_graph(unit):
+            return [
+                partial(self._answer_overlapping, unit.flat, starts) for starts in _group_starts(np.sort(unit.starts))
+            ]
         windows = overlapping(unit.flat, self.model.manifest.window or 1)
-        return [partial(self._alone, windows, unit.starts[i : i + BATCH]) for i in _cuts(unit.starts, BATCH)]
+        return [
+            partial(self._answer_windows, windows, unit.starts[i : i + BATCH_WINDOWS])
+            for i in _slice_starts(unit.starts, BATCH_WINDOWS)
+        ]
 
-    def together(self, unit: Unit, parts: list[Answers]) -> Answers:
-        """The answers of a unit, in the order of its rows."""
-        found = joined(parts or [self._nothing()])
-        if not self._shares(unit):
-            return found
+    def join_answers(self, unit: WorkUnit, parts: list[Answers]) -> Answers:
+        """Return the answers of a unit in the order of its rows."""
+        answers = joined(parts or [self._empty_answers()])
+        if not self._uses_overlap_graph(unit):
+            return answers
         order = np.argsort(unit.starts, kind="stable")
         if (order[1:] > order[:-1]).all():
-            return found
-        place = np.empty_like(order)
-        place[order] = np.arange(len(order))
-        return picked(found, place)
+            return answers
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        return picked(answers, rank)
 
-    def _shares(self, unit: Unit) -> bool:
-        return self.histories is not None and len(unit.flat) <= ROWS_EACH * len(unit.starts)
+    def _uses_overlap_graph(self, unit: WorkUnit) -> bool:
+        return self.overlap_graph is not None and len(unit.flat) <= MAX_ROWS_PER_WINDOW * len(unit.starts)
 
-    def _alone(self, windows: Batch, starts: Integers) -> Answers:
-        """Lay out some windows and answer them."""
+    def _answer_windows(self, windows: Batch, starts: Integers) -> Answers:
+        """Copy separate windows into one batch and answer it."""
         shape = (len(starts), *self.model.input_shape)
         return answer(self.model, np.ascontiguousarray(windows[starts]).reshape(shape), self.temperature)
 
-    def _overlapping(self, flat: Batch, starts: Integers) -> Answers:
-        """Answer windows that begin one behind another in the rows of a unit."""
-        assert self.histories is not None  # asked before
-        begin, end = starts[0], starts[-1] + self.histories.window
-        outputs = self.histories.answers(flat[begin:end], starts - begin, BATCH)
+    def _answer_overlapping(self, flat: Batch, starts: Integers) -> Answers:
+        """Answer overlapping windows, sorted by start, with the overlap graph."""
+        assert self.overlap_graph is not None  # _uses_overlap_graph
+        begin, end = starts[0], starts[-1] + self.overlap_graph.window
+        outputs = self.overlap_graph.answers(flat[begin:end], starts - begin, BATCH_WINDOWS)
         return answers_of(self.model, outputs, self.temperature)
 
-    def end(self, unit: Unit, found: Answers, files: list[str], labelled: bool) -> Scored:
-        """A unit with its answers, and the losses of labelled rows."""
-        kept = np.flatnonzero(found.finite)
-        lacking = np.flatnonzero(~found.finite).tolist()
-        unanswered = [Reject(int(unit.row[i]), files[unit.file[i]], NO_ANSWER) for i in lacking]
-        if lacking:
-            found = picked(found, kept)
-        loss = self._losses(found, unit.label[kept]) if labelled else None
-        return Scored(unit, found, loss, kept, unanswered)
+    def finish_unit(self, unit: WorkUnit, answers: Answers, files: list[str], labelled: bool) -> Scored:
+        """Return a unit with its finite answers and the losses of labelled rows."""
+        kept = np.flatnonzero(answers.finite)
+        not_finite = np.flatnonzero(~answers.finite).tolist()
+        unanswered = [Reject(int(unit.row[i]), files[unit.file[i]], NO_ANSWER) for i in not_finite]
+        if not_finite:
+            answers = picked(answers, kept)
+        loss = self._compute_losses(answers, unit.label[kept]) if labelled else None
+        return Scored(unit, answers, loss, kept, unanswered)
 
-    def _nothing(self) -> Answers:
+    def _empty_answers(self) -> Answers:
         manifest = self.model.manifest
         rul = None if manifest.rul_thresholds is None else np.empty(0, np.float32)
         logits = np.empty((0, len(manifest.classes)), np.float32)
         return calibrated(self.model, logits, rul, np.empty(0, np.bool_), self.temperature)
 
-    def _losses(self, found: Answers, label: Integers) -> Floats:
-        known = label >= 0
+    def _compute_losses(self, answers: Answers, label: Integers) -> Floats:
+        labelled = label >= 0
         loss = np.full(len(label), np.nan)
-        each = numerics.cross_entropy(found.logits[known], label[known], self.temperature, reduction="none")
-        loss[known] = np.minimum(each, FLOAT32)
+        losses = numerics.cross_entropy(answers.logits[labelled], label[labelled], self.temperature, reduction="none")
+        loss[labelled] = np.minimum(losses, FLOAT32)
         return loss
 
 
-def _cuts(starts: Integers, size: int) -> range:
+def _slice_starts(starts: Integers, size: int) -> range:
     return range(0, len(starts), size)
 
 
-def _near(starts: Integers) -> list[Integers]:
-    """Sorted starts in calls: of so many windows at most, and within so many rows, which bounds what a call takes."""
+def _group_starts(starts: Integers) -> list[Integers]:
+    """Group sorted starts by call, with bounded numbers of windows and rows, which bounds the RAM of a call."""
     blocks = np.split(starts, np.flatnonzero(np.diff(starts // LARGE)) + 1)
-    return [block[i : i + TOGETHER] for block in blocks for i in _cuts(block, TOGETHER)]
+    return [block[i : i + TOGETHER] for block in blocks for i in _slice_starts(block, TOGETHER)]
 
 
-def table(scored: Scored, model: Model, engine: str, cycle: str, whole_numbers: bool) -> Any:
-    """A unit's rows of the output (pyarrow), engine and cycle under the names that they have in the input."""
+def output_table(scored: Scored, model: Model, engine_column: str, cycle_column: str, integer_ids: bool) -> Any:
+    """Return the output rows of a unit as a pyarrow table. Engine and cycle columns have the names of the input."""
     import pyarrow as pa
 
     answers, unit, classes = scored.answers, scored.unit, model.manifest.classes
-    names = unit.names.take(pa.array(scored.kept))
+    engine_ids = unit.engine_ids.take(pa.array(scored.kept))
     columns: dict[str, Any] = {
-        engine: names.cast(pa.int64()) if whole_numbers else names,
-        cycle: unit.cycle[scored.kept],
+        engine_column: engine_ids.cast(pa.int64()) if integer_ids else engine_ids,
+        cycle_column: unit.cycle[scored.kept],
         "health": pa.array(classes, pa.string()).take(pa.array(answers.logits.argmax(axis=1))),
     }
     columns |= {f"p_{name}": np.ascontiguousarray(answers.probabilities[:, k]) for k, name in enumerate(classes)}
     if answers.rul is not None:
         columns["rul"] = answers.rul
     if answers.sets is not None:
-        columns["prediction_set"] = sets(answers.sets, classes)
+        columns["prediction_set"] = prediction_set_column(answers.sets, classes)
     columns["expected_loss"] = answers.expected_loss
     if scored.loss is not None:
-        columns["loss"] = pa.array(scored.loss, from_pandas=True)  # NaN is null: there is no label
+        columns["loss"] = pa.array(scored.loss, from_pandas=True)  # NaN, which means no label, becomes null
     return pa.table(columns)
 
 
-def sets(mask: npt.NDArray[np.bool_], classes: tuple[str, ...]) -> Any:
-    """Prediction sets (N, C) as lists of names."""
+def prediction_set_column(mask: npt.NDArray[np.bool_], classes: tuple[str, ...]) -> Any:
+    """Return prediction sets (N, C) as a column of lists of class names."""
     import pyarrow as pa
 
     ends = np.concatenate([[0], np.cumsum(mask.sum(axis=1))]).astype(np.int32)

@@ -1,7 +1,7 @@
-"""Rows of many engines, as they come, to windows: in the order of their cycles, laid behind what was before them.
+"""Assemble windows from rows of many engines: sort the rows of each engine by cycle and prepend its earlier rows.
 
-A row waits until `horizon` more rows were read: rows of its engine with earlier cycles may still come before it.
-Answers are wanted in the order of the rows. Memory is bounded by the horizon and a number of states, not by the rows.
+A row is pending until `horizon` more rows were read, because earlier cycles of its engine may still follow. Windows
+have the order of the rows. RAM is bounded by the horizon and by the number of engine states, not by the input.
 """
 
 from collections.abc import Iterator
@@ -12,42 +12,42 @@ import numpy as np
 import numpy.typing as npt
 
 from model.windows import Readings, hold_last
-from service.scoring.engine_states import States
+from service.scoring.engine_states import EngineStates
 from service.scoring.options import Options
 from service.scoring.rows import Layout, Reject, Rows
 from service.scoring.sources import Source
 
 Integers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
-BLOCK = 2**16  # rows after which it is looked whether others have waited long enough
-UNIT = 2**14  # rows of a unit
-FLAT = 2**18  # rows that it may lay out, those before its own included
-NO_VALUE = "a value is missing, and no earlier one of its channel was there to hold"
+RELEASE_ROWS = 2**16  # pending rows beyond the horizon that are released together
+MAX_UNIT_ROWS = 2**14  # scored rows of a work unit
+MAX_LAID_OUT_ROWS = 2**18  # rows of a work unit, earlier rows of its engines included
+NO_EARLIER_VALUE = "a value is missing, and its channel has no earlier value to hold"
 
 
 @dataclass
-class Unit:
+class WorkUnit:
     """Rows that are scored together, in the order of the output.
 
-    The window of row i is `flat[starts[i] : starts[i] + window]`: overlapping ones lie there once.
+    The window of row i is `flat[starts[i] : starts[i] + window]`. Overlapping windows share their rows.
     """
 
     flat: Readings  # (M, C)
     starts: Integers  # (N,)
-    names: Any  # (N,) engine ids, Arrow
-    engine: Integers  # (N,) their numbers, by first appearance
+    engine_ids: Any  # (N,) Arrow strings
+    engine: Integers  # (N,) engine numbers, by first appearance
     cycle: Integers
-    label: Integers  # -1 without one
+    label: Integers  # class index, -1 without a label
     file: Integers
     row: Integers
-    rejects: list[Reject] = field(default_factory=list)  # that became known since the unit before
-    engines: int = 0  # seen so far
-    fraction: float = 0.0  # of the input, as far as it is known
+    rejects: list[Reject] = field(default_factory=list)  # rejected since the previous unit
+    engine_count: int = 0  # engines read so far
+    input_fraction: float = 0.0  # share of the input that is read and released
 
 
 @dataclass
-class Waiting:
-    """Columns of the rows that wait, in the order in which they were read."""
+class PendingRows:
+    """Columns of pending rows, in the order in which they were read."""
 
     readings: Readings
     engine: Integers
@@ -55,191 +55,201 @@ class Waiting:
     label: Integers
     file: Integers
     row: Integers
-    position: Integers  # among all rows that ever waited
+    position: Integers  # among all rows of the job
 
     def __len__(self) -> int:
         return len(self.engine)
 
-    def followed_by(self, other: "Waiting") -> "Waiting":
-        """These, and others after them."""
-        return Waiting(*(np.concatenate([mine, other.__dict__[name]]) for name, mine in self.__dict__.items()))
+    def concatenate(self, other: "PendingRows") -> "PendingRows":
+        """Return these rows followed by others."""
+        return PendingRows(*(np.concatenate([column, other.__dict__[name]]) for name, column in self.__dict__.items()))
 
-    def at(self, which: Integers | Mask) -> "Waiting":
-        """Some of them."""
-        return Waiting(*(column[which] for column in self.__dict__.values()))
+    def select(self, index: Integers | Mask) -> "PendingRows":
+        """Return a subset of the rows."""
+        return PendingRows(*(column[index] for column in self.__dict__.values()))
 
 
-class Gatherer:
-    """Rows in, units out. With `latest` units of rows come at the end only: the newest window of each engine."""
+class WindowAssembler:
+    """Collect rows and release work units.
 
-    def __init__(self, states: States, files: list[str], options: Options) -> None:
+    With the option `latest`, it releases only the newest window of each engine, after the last row.
+    """
+
+    def __init__(self, states: EngineStates, files: list[str], options: Options) -> None:
         self.states, self.files, self.horizon, self.latest = states, files, options.horizon, options.latest
-        self._most = min(UNIT, options.part_rows)
-        self.window, channels = states.kind["rows"].shape
-        self._none = Waiting(np.empty((0, channels), np.float32), *[np.empty(0, np.int64)] * 6)
-        self._waiting, self._count = self._none, 0
-        self._numbers: dict[str, int] = {}
-        self._names: list[str] = []
+        self._max_unit_rows = min(MAX_UNIT_ROWS, options.part_rows)
+        self.window, channels = states.dtype["window"].shape
+        self._no_rows = PendingRows(np.empty((0, channels), np.float32), *[np.empty(0, np.int64)] * 6)
+        self._pending, self._row_count = self._no_rows, 0
+        self._engine_numbers: dict[str, int] = {}
+        self._engine_ids: list[str] = []
         self._rejects: list[Reject] = []
         self._fraction = 0.0
 
-    def add(self, rows: Rows, file: int, rejects: list[Reject], fraction: float) -> Iterator[Unit]:
-        """Take rows of one file, and give those that have waited long enough."""
+    def add_rows(self, rows: Rows, file: int, rejects: list[Reject], fraction: float) -> Iterator[WorkUnit]:
+        """Add rows of one file. Yield the units of the rows that leave the horizon."""
         self._rejects += rejects
         self._fraction = fraction
-        engine, n, done, most = self._numbered(rows.names), len(rows.cycle), 0, self.horizon + BLOCK
-        files, positions = np.full(n, file), self._count + np.arange(n)
-        new = Waiting(rows.readings, engine, rows.cycle, rows.label, files, rows.row, positions)
-        self._count += n
-        while done < n:
-            taken = slice(done, done + most - len(self._waiting))
-            self._waiting = self._waiting.followed_by(new.at(taken))  # type: ignore[arg-type]  # a slice is as good
-            done = min(taken.stop, n)
-            if len(self._waiting) == most:
-                yield from self._units(BLOCK)
-        if len(self._rejects) >= BLOCK:
-            yield self._unit(self._none, self._none.readings, self._none.engine)
+        engine, n, added = self._number_engines(rows.names), len(rows.cycle), 0
+        max_pending = self.horizon + RELEASE_ROWS
+        files, positions = np.full(n, file), self._row_count + np.arange(n)
+        new = PendingRows(rows.readings, engine, rows.cycle, rows.label, files, rows.row, positions)
+        self._row_count += n
+        while added < n:
+            next_rows = slice(added, added + max_pending - len(self._pending))
+            self._pending = self._pending.concatenate(new.select(next_rows))  # type: ignore[arg-type]  # a slice works too
+            added = min(next_rows.stop, n)
+            if len(self._pending) == max_pending:
+                yield from self._release_first(RELEASE_ROWS)
+        if len(self._rejects) >= RELEASE_ROWS:
+            yield self._build_unit(self._no_rows, self._no_rows.readings, self._no_rows.engine)
 
-    def end(self) -> Iterator[Unit]:
-        """Give what is left."""
-        yield from self._units(len(self._waiting))
+    def flush(self) -> Iterator[WorkUnit]:
+        """Yield the units of all pending rows."""
+        yield from self._release_first(len(self._pending))
         if self.latest:
-            yield from self._newest()
-        yield self._unit(self._none, self._none.readings, self._none.engine)
+            yield from self._newest_units()
+        yield self._build_unit(self._no_rows, self._no_rows.readings, self._no_rows.engine)
 
-    def _numbered(self, names: Any) -> Integers:
-        coded = names.dictionary_encode()
-        texts = coded.dictionary.to_pylist()
-        for text in texts:
-            if text not in self._numbers:
-                self._numbers[text] = len(self._names)
-                self._names.append(text)
-        numbers = np.array([self._numbers[text] for text in texts], dtype=np.int64)
-        return np.asarray(numbers[coded.indices.to_numpy(zero_copy_only=False)])
+    def _number_engines(self, engine_ids: Any) -> Integers:
+        encoded = engine_ids.dictionary_encode()
+        unique_ids = encoded.dictionary.to_pylist()
+        for engine_id in unique_ids:
+            if engine_id not in self._engine_numbers:
+                self._engine_numbers[engine_id] = len(self._engine_ids)
+                self._engine_ids.append(engine_id)
+        numbers = np.array([self._engine_numbers[engine_id] for engine_id in unique_ids], dtype=np.int64)
+        return np.asarray(numbers[encoded.indices.to_numpy(zero_copy_only=False)])
 
-    def _units(self, count: int) -> Iterator[Unit]:
-        """The first `count` rows that wait, and with them what must come before them."""
+    def _release_first(self, count: int) -> Iterator[WorkUnit]:
+        """Yield units of the first `count` pending rows and of the earlier cycles of their engines."""
         if not count:
             return
-        until = self._waiting.position[count - 1]
-        while len(self._waiting) and self._waiting.position[0] <= until:
-            due = int(np.searchsorted(self._waiting.position, until, side="right"))
-            due = min(due, self._most)
-            yield self._release(self._fitting(due))
+        last_position = self._pending.position[count - 1]
+        while len(self._pending) and self._pending.position[0] <= last_position:
+            due = int(np.searchsorted(self._pending.position, last_position, side="right"))
+            due = min(due, self._max_unit_rows)
+            yield self._release_rows(self._count_fitting(due))
 
-    def _fitting(self, count: int) -> int:
-        """How many rows, at most `count`, can be laid out with what their engines need before them."""
+    def _count_fitting(self, count: int) -> int:
+        """Return how many of the first `count` rows fit into one unit with the earlier rows of their engines."""
         new = np.zeros(count, np.int64)
-        new[np.unique(self._waiting.engine[:count], return_index=True)[1]] = 1
+        new[np.unique(self._pending.engine[:count], return_index=True)[1]] = 1
         engines = np.cumsum(new)
-        fits = (engines * (self.window - 1) + np.arange(1, count + 1) <= FLAT) & (engines <= self.states.places)
+        fits = (engines * (self.window - 1) + np.arange(1, count + 1) <= MAX_LAID_OUT_ROWS) & (
+            engines <= self.states.capacity
+        )
         return max(int(np.count_nonzero(fits)), 1)
 
-    def _release(self, count: int) -> Unit:
-        rows = self._taken(count)
+    def _release_rows(self, count: int) -> WorkUnit:
+        rows = self._take_rows(count)
         engines, index = np.unique(rows.engine, return_inverse=True)
-        records = self.states.records_of(engines)
-        scored = records["cycle"]
-        late = rows.cycle <= scored[index]
-        twice = np.zeros(len(rows), np.bool_)
-        twice[1:] = (np.diff(rows.engine) == 0) & (np.diff(rows.cycle) == 0)
-        empty = self._held(rows, records, index, ~late & ~twice)
-        for wrong, reason in ((late, self._late), (twice & ~late, self._twice), (empty, lambda *_: NO_VALUE)):
-            for i in np.flatnonzero(wrong).tolist():
-                place = int(rows.row[i]), self.files[rows.file[i]]
-                self._rejects.append(Reject(*place, reason(int(rows.cycle[i]), int(scored[index[i]]))))
-        fit = ~(late | twice | empty)
-        unit = self._laid_out(rows.at(fit), records, index[fit])
-        self.states.keep(engines, records)
+        records = self.states.load_records(engines)
+        last_scored = records["cycle"]
+        late = rows.cycle <= last_scored[index]
+        duplicate = np.zeros(len(rows), np.bool_)
+        duplicate[1:] = (np.diff(rows.engine) == 0) & (np.diff(rows.cycle) == 0)
+        incomplete = self._hold_missing(rows, records, index, ~late & ~duplicate)
+        faults = (
+            (late, self._late_reason),
+            (duplicate & ~late, self._duplicate_reason),
+            (incomplete, lambda *_: NO_EARLIER_VALUE),
+        )
+        for rejected, reason in faults:
+            for i in np.flatnonzero(rejected).tolist():
+                message = reason(int(rows.cycle[i]), int(last_scored[index[i]]))
+                self._rejects.append(Reject(int(rows.row[i]), self.files[rows.file[i]], message))
+        valid = ~(late | duplicate | incomplete)
+        unit = self._lay_out(rows.select(valid), records, index[valid])
+        self.states.store_records(engines, records)
         return unit
 
-    def _taken(self, count: int) -> Waiting:
-        """The first rows that wait, and earlier cycles of their engines, by engine and cycle; they wait no more."""
-        waiting, last = self._waiting, np.full(len(self._names), -1, np.int64)
-        np.maximum.at(last, waiting.engine[:count], waiting.cycle[:count])
-        taken = waiting.cycle <= last[waiting.engine]
-        self._waiting = waiting.at(~taken)
-        rows = waiting.at(taken)
-        return rows.at(np.lexsort((rows.position, rows.cycle, rows.engine)))
+    def _take_rows(self, count: int) -> PendingRows:
+        """Remove and return the first pending rows and earlier cycles of their engines, sorted by engine and cycle."""
+        pending, last = self._pending, np.full(len(self._engine_ids), -1, np.int64)
+        np.maximum.at(last, pending.engine[:count], pending.cycle[:count])
+        due = pending.cycle <= last[pending.engine]
+        self._pending = pending.select(~due)
+        rows = pending.select(due)
+        return rows.select(np.lexsort((rows.position, rows.cycle, rows.engine)))
 
-    def _late(self, cycle: int, scored: int) -> str:
-        if cycle == scored:
-            return self._twice(cycle, scored)
-        return (
-            f"cycle {cycle} comes after cycle {scored} of its engine, by more than the horizon of {self.horizon} rows"
-        )
+    def _late_reason(self, cycle: int, last_scored: int) -> str:
+        if cycle == last_scored:
+            return self._duplicate_reason(cycle, last_scored)
+        horizon = f"by more than the horizon of {self.horizon} rows"
+        return f"cycle {cycle} comes after cycle {last_scored} of its engine, {horizon}"
 
-    def _twice(self, cycle: int, _: int) -> str:
-        return f"cycle {cycle} of its engine stands in an earlier row"
+    def _duplicate_reason(self, cycle: int, _: int) -> str:
+        return f"cycle {cycle} of its engine is a duplicate of an earlier row"
 
-    def _held(self, rows: Waiting, records: Any, index: Integers, fit: Mask) -> Mask:
-        """Fill missing values with the last seen ones; which rows lack one still."""
-        missing = np.isnan(rows.readings).any(axis=1) & fit
-        lacking = np.zeros(len(rows), np.bool_)
+    def _hold_missing(self, rows: PendingRows, records: Any, index: Integers, valid: Mask) -> Mask:
+        """Replace missing values by the last ones of their channels. Return which valid rows remain incomplete."""
+        missing = np.isnan(rows.readings).any(axis=1) & valid
+        incomplete = np.zeros(len(rows), np.bool_)
         for k in np.unique(index[missing]).tolist():
             begin, end = np.searchsorted(index, (k, k + 1))
-            mine = begin + np.flatnonzero(fit[begin:end])
-            filled = hold_last(np.concatenate([records["seen"][k][None], rows.readings[mine]]))[0][1:]
-            rows.readings[mine], lacking[mine] = filled, np.isnan(filled).any(axis=1)
-        last = np.flatnonzero(fit)[::-1]
-        who, first = np.unique(index[last], return_index=True)
-        records["seen"][who] = rows.readings[last[first]]
-        return lacking
+            own_rows = begin + np.flatnonzero(valid[begin:end])
+            filled = hold_last(np.concatenate([records["last_values"][k][None], rows.readings[own_rows]]))[0][1:]
+            rows.readings[own_rows], incomplete[own_rows] = filled, np.isnan(filled).any(axis=1)
+        last = np.flatnonzero(valid)[::-1]
+        indices, first = np.unique(index[last], return_index=True)
+        records["last_values"][indices] = rows.readings[last[first]]
+        return incomplete
 
-    def _laid_out(self, rows: Waiting, records: Any, index: Integers) -> Unit:
-        """Rows behind the windows of their engines so far; the windows of the newest rows are the next ones' past."""
-        before = self.window - 1
-        who, begin, counts = np.unique(index, return_index=True, return_counts=True)
-        starts = np.arange(len(rows)) + np.repeat(np.arange(len(who)), counts) * before
-        flat = np.empty((len(rows) + len(who) * before, rows.readings.shape[1]), np.float32)
-        flat[starts + before] = rows.readings
-        prefix = records["rows"][who, 1:]
-        new = records["cycle"][who] < 0
+    def _lay_out(self, rows: PendingRows, records: Any, index: Integers) -> WorkUnit:
+        """Place rows after the newest windows of their engines, and update these windows."""
+        overlap = self.window - 1
+        indices, begin, counts = np.unique(index, return_index=True, return_counts=True)
+        starts = np.arange(len(rows)) + np.repeat(np.arange(len(indices)), counts) * overlap
+        flat = np.empty((len(rows) + len(indices) * overlap, rows.readings.shape[1]), np.float32)
+        flat[starts + overlap] = rows.readings
+        prefix = records["window"][indices, 1:]
+        new = records["cycle"][indices] < 0
         prefix[new] = rows.readings[begin[new], None]
-        flat[starts[begin][:, None] + np.arange(before)] = prefix
+        flat[starts[begin][:, None] + np.arange(overlap)] = prefix
         last = begin + counts - 1
-        records["rows"][who] = flat[starts[last][:, None] + np.arange(self.window)]
+        records["window"][indices] = flat[starts[last][:, None] + np.arange(self.window)]
         for name, column in (("cycle", rows.cycle), ("label", rows.label), ("file", rows.file), ("row", rows.row)):
-            records[name][who] = column[last]
+            records[name][indices] = column[last]
         if self.latest:
-            return self._unit(self._none, self._none.readings, self._none.engine)
+            return self._build_unit(self._no_rows, self._no_rows.readings, self._no_rows.engine)
         order = np.argsort(rows.position, kind="stable")
-        return self._unit(rows.at(order), flat, starts[order])
+        return self._build_unit(rows.select(order), flat, starts[order])
 
-    def _newest(self) -> Iterator[Unit]:
-        """The newest window of each engine, by first appearance."""
-        size = max(min(FLAT // self.window, self.states.places), 1)
-        for begin in range(0, self.states.engines, size):
-            engines = np.arange(begin, min(begin + size, self.states.engines))
-            records = self.states.records_of(engines)
+    def _newest_units(self) -> Iterator[WorkUnit]:
+        """Yield units of the newest window of each engine, by first appearance."""
+        size = max(min(MAX_LAID_OUT_ROWS // self.window, self.states.capacity), 1)
+        for begin in range(0, self.states.engine_count, size):
+            engines = np.arange(begin, min(begin + size, self.states.engine_count))
+            records = self.states.load_records(engines)
             engines, records = engines[records["cycle"] >= 0], records[records["cycle"] >= 0]
             columns = [np.ascontiguousarray(records[name]) for name in ("cycle", "label", "file", "row")]
-            flat = np.ascontiguousarray(records["rows"]).reshape(-1, records["rows"].shape[-1])
+            flat = np.ascontiguousarray(records["window"]).reshape(-1, records["window"].shape[-1])
             cycle, label, file, row = columns
-            rows = Waiting(flat, engines, cycle, label, file, row, engines)
-            yield self._unit(rows, flat, np.arange(len(engines)) * self.window)
+            rows = PendingRows(flat, engines, cycle, label, file, row, engines)
+            yield self._build_unit(rows, flat, np.arange(len(engines)) * self.window)
 
-    def _unit(self, rows: Waiting, flat: Readings, starts: Integers) -> Unit:
+    def _build_unit(self, rows: PendingRows, flat: Readings, starts: Integers) -> WorkUnit:
         import pyarrow as pa
 
-        known, index = np.unique(rows.engine, return_inverse=True)
-        names = pa.array([self._names[k] for k in known.tolist()], pa.string()).take(pa.array(index))
+        engines, index = np.unique(rows.engine, return_inverse=True)
+        engine_ids = pa.array([self._engine_ids[k] for k in engines.tolist()], pa.string()).take(pa.array(index))
         rejects, self._rejects = self._rejects, []
-        scored = 1 - len(self._waiting) / max(self._count, 1)
-        about = (rejects, len(self._names), self._fraction * scored)
-        return Unit(flat, starts, names, rows.engine, rows.cycle, rows.label, rows.file, rows.row, *about)
+        released = 1 - len(self._pending) / max(self._row_count, 1)
+        progress = (rejects, len(self._engine_ids), self._fraction * released)
+        return WorkUnit(flat, starts, engine_ids, rows.engine, rows.cycle, rows.label, rows.file, rows.row, *progress)
 
 
-def units(options: Options, layout: Layout, sources: list[Source], states: States) -> Iterator[Unit]:
-    """All units of a job, in order.
+def assemble_units(options: Options, layout: Layout, sources: list[Source], states: EngineStates) -> Iterator[WorkUnit]:
+    """Yield all units of a job, in order.
 
     Raises:
         InvalidInput: a file cannot be read.
     """
-    gatherer = Gatherer(states, [source.name for source in sources], options)
-    total, before = sum(source.size for source in sources), 0
+    assembler = WindowAssembler(states, [source.name for source in sources], options)
+    total, read = sum(source.size for source in sources), 0
     for k, source in enumerate(sources):
         for rows, rejects, fraction in layout.read(source):
-            yield from gatherer.add(rows, k, rejects, (before + fraction * source.size) / total)
-        before += source.size
-    yield from gatherer.end()
+            yield from assembler.add_rows(rows, k, rejects, (read + fraction * source.size) / total)
+        read += source.size
+    yield from assembler.flush()

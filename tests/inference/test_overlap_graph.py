@@ -199,7 +199,7 @@ def test_a_graph_that_fails_on_some_rows_leaves_them_to_the_network(bundled: Ope
 def test_calls_are_no_larger_than_what_was_proven(some: list[int], more: int) -> None:
     """However engines of one flight and of many lie in a unit: its windows in turn, few at once, and close together."""
     starts = np.union1d(np.array(some, np.int64), np.arange(more))
-    calls = scorer._near(starts)
+    calls = scorer._group_starts(starts)
     np.testing.assert_array_equal(starts, np.concatenate(calls))
     assert all(len(one) <= overlap_graph.TOGETHER and np.ptp(one) < overlap_graph.LARGE for one in calls if len(one))
 

@@ -2,6 +2,7 @@ import gzip
 import io
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from model.contract import CHANNELS
 from model.windows import Readings
 from service.errors import InvalidInput
 from service.scoring import readers
-from service.scoring.sources import means
+from service.scoring.sources import input_contains
 from tests.support.scoring import flights, read, rejected, score, write
 
 ROW = 5  # where something is wrong
@@ -128,7 +129,7 @@ def test_pieces_of_any_size_are_the_same_file(
         path.write_text(path.read_text().replace("\n", "\n?\n", 120))
         score(path, tmp_path / "expected.parquet", restart=True)
         expected, rows = read(tmp_path / "expected.parquet"), rejected(tmp_path / "expected.parquet")
-        monkeypatch.setattr(readers, "whole_lines", lambda stream, whole=readers.whole_lines: whole(stream, 777))
+        monkeypatch.setattr(readers, "read_whole_lines", partial(readers.read_whole_lines, size=777))
         score(path, tmp_path / "out.parquet", restart=True)
         monkeypatch.undo()
         assert expected.equals(read(tmp_path / "out.parquet"))
@@ -233,7 +234,7 @@ def test_standard_input_is_a_file_like_any_other(
 
 def test_a_folder_is_its_data_and_not_its_notes(cmapss_dir: Path, tmp_path: Path) -> None:
     """Notes, sums and truths are passed over; NASA's own folder has two kinds of engines of one name: refused."""
-    with pytest.raises(InvalidInput, match="its units are not those of"):
+    with pytest.raises(InvalidInput, match="its engines differ from those of"):
         score(cmapss_dir, tmp_path / "out.parquet")
     for name in ("readme.txt", "RUL_FD001.txt.gz", "SHA256SUMS", "test_FD001.txt.gz"):
         (tmp_path / "folder").mkdir(exist_ok=True)
@@ -297,19 +298,19 @@ UNUSABLE = [
     (named("in.csv.gz", b"\x1f\x8b\x08\x00"), "in.csv.gz: "),
     (named("in.csv", b"\xff\xfe\x00,\n"), "in.csv: not UTF-8"),
     (followed("in.csv.gz"), "in.csv.gz: zlib"),
-    (named("\udcff.csv", b"a,b\n1,2\n"), "a name that is no UTF-8"),
+    (named("\udcff.csv", b"a,b\n1,2\n"), "the name is not UTF-8"),
     (cut("in.csv.gz"), "in.csv.gz: "),
     (cut("in.parquet"), "in.parquet: "),
     (cut("in.jsonl.zst"), "in.jsonl.zst: "),
     (twice, "sensor_"),
     (lambda _table, folder: folder / "none.csv", "none.csv: No such file"),
-    (lambda _table, folder: folder / "no*.csv", "no file that could be scored"),
-    (lambda _table, folder: folder, "lies in the input"),
-    (lambda _table, folder: folder / "*.parquet", "lies in the input"),
-    (lambda _table, folder: folder / "**", "lies in the input"),
+    (lambda _table, folder: folder / "no*.csv", "no file that can be scored"),
+    (lambda _table, folder: folder, "is part of the input"),
+    (lambda _table, folder: folder / "*.parquet", "is part of the input"),
+    (lambda _table, folder: folder / "**", "is part of the input"),
     (named("in.csv.gz", gzip.compress(b"")), "in.csv.gz: is empty"),
     (named("in", gzip.compress(b"")), "in: is empty"),
-    (pipe, "is no regular file; - reads what is piped in"),
+    (pipe, "is not a regular file; use - to read from a pipe"),
 ]
 
 
@@ -325,14 +326,14 @@ def test_a_file_that_cannot_be_read_is_one_line(make: Any, said: str, windows: R
 
 def test_one_large_row_group_is_read_in_pieces(tmp_path: Path) -> None:
     """A Parquet file of one row group is never in memory as a whole: its chunks are of a bounded number of rows."""
-    n = 3 * readers.ROWS + 5
+    n = 3 * readers.CHUNK_ROWS + 5
     table = pa.table({name: np.arange(n) for name in ("engine_id", "cycle", *CHANNELS)})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=n)
-    from service.scoring.sources import find
+    from service.scoring.sources import find_sources
 
-    source = find((str(tmp_path / "a.parquet"),), tmp_path)[0]
+    source = find_sources((str(tmp_path / "a.parquet"),), tmp_path)[0]
     sizes = [chunk.rows for chunk in readers.chunks(source, ["engine_id", "cycle", *CHANNELS])]
-    assert [readers.ROWS] * 3 + [5] == sizes
+    assert [readers.CHUNK_ROWS] * 3 + [5] == sizes
 
 
 def test_a_glob_of_any_depth_holds_its_own_folder(tmp_path: Path) -> None:
@@ -344,4 +345,4 @@ def test_a_glob_of_any_depth_holds_its_own_folder(tmp_path: Path) -> None:
         ("a/**/o.*", "o.csv", False),
         ("*.parquet", "a/o.parquet", False),
     ):
-        assert expected == means(str(tmp_path / pattern), tmp_path / name)
+        assert expected == input_contains(str(tmp_path / pattern), tmp_path / name)

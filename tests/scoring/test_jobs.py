@@ -1,3 +1,4 @@
+import argparse
 import fcntl
 import json
 import os
@@ -114,7 +115,7 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(fleet: Path, tmp_path: Path) 
                 time.sleep(0.01)
             process.send_signal(number)
             _, said = process.communicate(timeout=60)
-        assert (1, "engine-health: stopped; the same command goes on from here\n") == (process.returncode, said)
+        assert (1, "engine-health: stopped; run the same command to resume\n") == (process.returncode, said)
         assert not output.exists()
         seen = len(parts_of(output))
     assert 3 == finished(fleet, output, "--part-rows", PART)[0]
@@ -186,12 +187,12 @@ def test_another_option_is_noticed_and_refused(said: str, begun: Path) -> None:
     with pytest.raises(InvalidInput) as refused:
         score(begun.with_name("a.parquet"), begun, **({"part_rows": 100} | CHANGES[said]))
     assert said in refused.value.detail
-    assert "--restart begins anew" in refused.value.detail
+    assert "--restart starts over" in refused.value.detail
     assert before == parts_of(begun)
 
 
 def test_a_changed_input_is_noticed_and_refused(begun: Path, windows: Readings) -> None:
-    """One byte changed, size and time as before: the job does not go on; with --restart it begins anew."""
+    """One byte changed, size and time as before: the job does not go on; with --restart it starts over."""
     path = begun.with_name("a.parquet")
     times, content = path.stat(), bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -254,7 +255,7 @@ def test_a_folder_with_other_things_in_it_is_left_alone(windows: Readings, tmp_p
     path = write(flights(windows), tmp_path / "a.parquet")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    with pytest.raises(InvalidInput, match="it is left as it is"):
+    with pytest.raises(InvalidInput, match="it is not replaced"):
         score(path, tmp_path / "out")
     assert "years of work" == (tmp_path / "out" / "thesis.txt").read_text()
 
@@ -263,10 +264,10 @@ def test_what_somebody_put_beside_the_parts_is_left_alone(windows: Readings, tmp
     """A folder that a job wrote is not replaced once there is anything else in it, and no report is written into it."""
     path = write(flights(windows), tmp_path / "a.parquet")
     assert 0 == score(path, tmp_path / "out")
-    with pytest.raises(InvalidInput, match="the report needs another one"):
+    with pytest.raises(InvalidInput, match="choose another name for the report"):
         score(path, tmp_path / "out", labels="cycle", report=tmp_path / "out" / "r.json")
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    with pytest.raises(InvalidInput, match="it is left as it is"):
+    with pytest.raises(InvalidInput, match="it is not replaced"):
         score(path, tmp_path / "out", latest=True)
     assert "years of work" == (tmp_path / "out" / "thesis.txt").read_text()
 
@@ -306,7 +307,7 @@ def test_a_csv_without_its_metadata_is_no_finished_job(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as broken:
-        broken.setattr(outputs, "write_about", full)
+        broken.setattr(outputs, "write_metadata", full)
         with pytest.raises(ServiceError, match="No space left"):
             score(path, output, latest=True)
     with pytest.raises(InvalidInput, match="--latest was true, now it is false"):
@@ -336,13 +337,13 @@ def test_where_nothing_can_be_written_a_job_does_not_begin(windows: Readings, tm
     path = write(flights(windows), tmp_path / "a.parquet")
     before = path.read_bytes()
     for output, report, said in (
-        (tmp_path / "none" / "out.parquet", None, "none/out.parquet: its folder is not there"),
-        (tmp_path / "out.parquet", tmp_path / "none" / "r.json", "none/r.json: its folder is not there"),
-        (path, None, "a.parquet: lies in the input"),
-        (tmp_path / "out.parquet", path, "a.parquet: lies in the input"),
+        (tmp_path / "none" / "out.parquet", None, "none/out.parquet: its folder does not exist"),
+        (tmp_path / "out.parquet", tmp_path / "none" / "r.json", "none/r.json: its folder does not exist"),
+        (path, None, "a.parquet: is part of the input"),
+        (tmp_path / "out.parquet", path, "a.parquet: is part of the input"),
         (tmp_path / ("x" * 244 + ".parquet"), None, "File name too long"),
         (tmp_path / "out.parquet", tmp_path, "is a folder"),
-        (tmp_path / "out.csv", tmp_path / "out.csv-metadata.json", "the report needs another one"),
+        (tmp_path / "out.csv", tmp_path / "out.csv-metadata.json", "choose another name for the report"),
     ):
         with pytest.raises(ServiceError, match=said):
             score(path, output, report=report, labels="cycle")
@@ -366,7 +367,7 @@ def test_two_jobs_cannot_write_one_output(windows: Readings, tmp_path: Path) -> 
     folder.mkdir()
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(InvalidInput, match="another job is writing it"):
+        with pytest.raises(InvalidInput, match="another job is writing this output"):
             score(write(flights(windows), tmp_path / "a.parquet"), tmp_path / "out.parquet")
 
 
@@ -384,22 +385,22 @@ def test_strict_makes_the_first_rejected_row_fatal(windows: Readings, tmp_path: 
 USAGE = [
     ((), "the following arguments are required"),
     (("in.csv",), "the following arguments are required"),
-    (("in.csv", "out.xlsx"), "write .parquet, .csv, or a folder"),
+    (("in.csv", "out.xlsx"), "expected .parquet, .csv, or a folder"),
     (("in.csv", "out.csv", "--missing", "guess"), "invalid choice: 'guess'"),
     (("in.csv", "out.csv", "--map", "sensor_2"), "expected CHANNEL=COLUMN"),
     (("in.csv", "out.csv", "--labels", "a", "--rul", "b"), "not allowed with argument"),
     (("in.csv", "out.csv", "--report", "r.json"), "--report needs --labels or --rul"),
-    (("in.csv", "out.csv", "--labels", "a", "--report", "r.pdf"), "write .html or .json"),
+    (("in.csv", "out.csv", "--labels", "a", "--report", "r.pdf"), "expected a name that ends in .html or .json"),
     (("in.csv", "out.csv", "--horizon", "-1"), "expected rows from 0"),
     (("in.csv", "out.csv", "--part-rows", "0"), "expected rows from 1"),
     (("in.csv", "out.csv", "--threads", "x"), "expected threads from 1 to 1024, got 'x'"),
-    (("in.csv", "-"), "not to standard output"),
-    (("", "out.csv"), "INPUT and OUTPUT need names"),
-    (("in.csv", "."), "INPUT and OUTPUT need names"),
-    (("in.csv", "out.csv", "--engine-column", "cycle"), "are two columns"),
-    (("in.csv", "out.csv", "--labels", ""), "a column needs a name"),
-    (("in.csv", "out\udcff.csv"), "a name that is no UTF-8"),
-    (("in.csv", "out.csv", "--workers", "2"), "go with --engine ray"),
+    (("in.csv", "-"), "not standard output"),
+    (("", "out.csv"), "the name of INPUT or OUTPUT is empty"),
+    (("in.csv", "."), "the name of INPUT or OUTPUT is empty"),
+    (("in.csv", "out.csv", "--engine-column", "cycle"), "must differ"),
+    (("in.csv", "out.csv", "--labels", ""), "the name of a column is empty"),
+    (("in.csv", "out\udcff.csv"), "the name is not UTF-8"),
+    (("in.csv", "out.csv", "--workers", "2"), "need --backend ray"),
     (("in.csv", "out.csv", "--interval", "0"), "expected seconds above 0"),
     (("in.csv", "out.csv", "--temperature", "0"), "expected a number from 0.01"),
 ]
@@ -416,6 +417,25 @@ def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...], said: str, capsy
     assert said in capsys.readouterr().err
 
 
+def test_backend_flag_keeps_its_former_name(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--engine` still selects the backend, like `--backend`, but the help does not show it."""
+    from service.cli import main
+    from service.scoring.command import add_score_command
+
+    parser = argparse.ArgumentParser()
+    add_score_command(parser.add_subparsers(), float)
+    backends = [
+        parser.parse_args(["score", "in.csv", "out.csv", *flags]).backend
+        for flags in ((), ("--backend", "ray"), ("--engine", "ray"), ("--backend", "local"))
+    ]
+    assert ["local", "ray", "ray", "local"] == backends
+    with pytest.raises(SystemExit):
+        main(["score", "--help"])
+    usage = capsys.readouterr().out
+    assert "--backend {local,ray}" in usage
+    assert "--engine {" not in usage
+
+
 def test_closed_standard_input_is_one_line(tmp_path: Path) -> None:
     """`<&-`: both commands that read standard input say that it is closed."""
     for command in (["score", "-", str(tmp_path / "out.csv")], ["predict", "-"]):
@@ -427,8 +447,8 @@ def test_closed_standard_input_is_one_line(tmp_path: Path) -> None:
 def test_rows_of_an_earlier_run_are_counted_as_well() -> None:
     """A job that finds everything done tells the engines and rejected rows of the whole, not of its own run."""
     progress = Progress(quiet=True, interval=1.0)
-    progress.skip(10, 2, 3, 1.0)
-    assert (10, 2, 3) == tuple(progress.about[name] for name in ("rows", "engines", "rejected"))
+    progress.skip_rows(10, 2, 3, 1.0)
+    assert (10, 2, 3) == tuple(progress.counts[name] for name in ("rows", "engines", "rejected"))
 
 
 def test_a_failed_job_is_exit_code_1_and_one_line(tmp_path: Path) -> None:
@@ -504,7 +524,7 @@ def test_rows_without_a_finite_answer_are_rejected(
     assert 150 in {one["row"] for one in found}
     assert {"the model has no finite answer for these readings"} == {one["reason"] for one in found}
     output.unlink()
-    monkeypatch.setattr(outputs, "assemble", full_disk)
+    monkeypatch.setattr(outputs, "assemble_output", full_disk)
     with pytest.raises(ServiceError, match="No space left"):
         score(path, output, part_rows=100)
     monkeypatch.undo()  # nothing is scored again, so that nobody overflows

@@ -62,7 +62,7 @@ def local(fleet: Path) -> Path:
 
 def test_a_cluster_gives_the_bytes_of_one_machine(fleet: Path, local: Path, cluster: str, tmp_path: Path) -> None:
     """On a local cluster of two workers output and rejected rows are those of one machine, byte for byte."""
-    code, said = score(fleet, tmp_path / "ray.parquet", "--engine", "ray", "--address", cluster, "--workers", "2")
+    code, said = score(fleet, tmp_path / "ray.parquet", "--backend", "ray", "--address", cluster, "--workers", "2")
     assert 3 == code, said  # Ray's own processes may say something
     for suffix in ("", ".errors.parquet"):
         assert Path(f"{local}{suffix}").read_bytes() == (tmp_path / f"ray.parquet{suffix}").read_bytes()
@@ -70,7 +70,7 @@ def test_a_cluster_gives_the_bytes_of_one_machine(fleet: Path, local: Path, clus
 
 def test_an_address_without_a_cluster_is_one_line(fleet: Path, tmp_path: Path) -> None:
     """Where no cluster answers the job fails with exit code 1, and leaves nothing."""
-    code, said = score(fleet, tmp_path / "ray.parquet", "--engine", "ray", "--address", "127.0.0.1:9")
+    code, said = score(fleet, tmp_path / "ray.parquet", "--backend", "ray", "--address", "127.0.0.1:9")
     assert 1 == code
     assert said.splitlines()[-1].startswith("engine-health: Ray, 127.0.0.1:9: ")
     assert "Traceback" not in said
@@ -87,7 +87,9 @@ def workers() -> list[int]:
 def test_a_killed_actor_costs_a_retry_and_nothing_else(fleet: Path, local: Path, cluster: str, tmp_path: Path) -> None:
     """One of two actors killed with SIGKILL at work: the job ends as if nothing had happened, with the same bytes."""
     output = tmp_path / "ray.parquet"
-    process = start("score", str(fleet), str(output), "--engine", "ray", "--address", cluster, "--workers", "2", *FLAGS)
+    process = start(
+        "score", str(fleet), str(output), "--backend", "ray", "--address", cluster, "--workers", "2", *FLAGS
+    )
     journal = tmp_path / "ray.parquet.partial" / "journal"
     while not journal.exists() or not workers():
         assert process.poll() is None, process.communicate()

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from model.windows import Readings, hold_last, pad_left
 from service.scoring import window_assembly
-from service.scoring.engine_states import States
+from service.scoring.engine_states import EngineStates
 from service.scoring.options import Options
 from service.scoring.rows import Reject, Rows
-from service.scoring.window_assembly import Gatherer, Unit
+from service.scoring.window_assembly import WindowAssembler, WorkUnit
 
 WINDOW, CHANNELS = 4, 2
 Flight = tuple[str, int]
@@ -30,8 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks and units of a few rows, so that every boundary is crossed."""
-    monkeypatch.setattr(window_assembly, "BLOCK", 5)
-    monkeypatch.setattr(window_assembly, "FLAT", 30)
+    monkeypatch.setattr(window_assembly, "RELEASE_ROWS", 5)
+    monkeypatch.setattr(window_assembly, "MAX_LAID_OUT_ROWS", 30)
 
 
 def reading(engine: str, cycle: int) -> list[float]:
@@ -47,43 +47,43 @@ def units(
     places: int = 3,
     piece: int = 7,
     readings: Readings | None = None,
-) -> list[Unit]:
+) -> list[WorkUnit]:
     """The units of some flights, read in pieces, with room for the states of three engines."""
     size = 8 * 4 + 4 * CHANNELS * (1 + WINDOW)  # bytes of a state
-    with closing(States(WINDOW, CHANNELS, folder, places * size)) as states:
+    with closing(EngineStates(WINDOW, CHANNELS, folder, places * size)) as states:
         return _units(
-            Gatherer(states, ["file"], Options(("file",), folder, horizon=horizon, latest=latest, part_rows=6)),
+            WindowAssembler(states, ["file"], Options(("file",), folder, horizon=horizon, latest=latest, part_rows=6)),
             flights,
             piece,
             readings,
         )
 
 
-def _units(gatherer: Gatherer, flights: list[Flight], piece: int, readings: Readings | None) -> list[Unit]:
+def _units(assembler: WindowAssembler, flights: list[Flight], piece: int, readings: Readings | None) -> list[WorkUnit]:
     values = np.array([reading(*one) for one in flights], np.float32) if readings is None else readings
 
-    def every() -> Iterator[Unit]:
+    def every() -> Iterator[WorkUnit]:
         for i in range(0, len(flights), piece):
             some = flights[i : i + piece]
             names, cycles = pa.array([e for e, _ in some], pa.string()), np.array([c for _, c in some])
-            yield from gatherer.add(
+            yield from assembler.add_rows(
                 Rows(names, cycles, values[i : i + piece].copy(), cycles * 0 - 1, i + np.arange(len(some))), 0, [], 0.0
             )
-        yield from gatherer.end()
+        yield from assembler.flush()
 
     return list(every())
 
 
-def windows_of(found: list[Unit]) -> list[tuple[Flight, Readings]]:
+def windows_of(found: list[WorkUnit]) -> list[tuple[Flight, Readings]]:
     """Each row's engine and cycle with its window, in order."""
     return [
-        ((unit.names[i].as_py(), int(unit.cycle[i])), unit.flat[start : start + WINDOW])
+        ((unit.engine_ids[i].as_py(), int(unit.cycle[i])), unit.flat[start : start + WINDOW])
         for unit in found
         for i, start in enumerate(unit.starts)
     ]
 
 
-def rejects_of(found: list[Unit]) -> list[Reject]:
+def rejects_of(found: list[WorkUnit]) -> list[Reject]:
     """All rejected rows."""
     return [one for unit in found for one in unit.rejects]
 
@@ -186,7 +186,7 @@ def test_of_two_rows_of_one_cycle_the_first_counts(tmp_path: Path) -> None:
     flights = [("a", 1), ("a", 2), ("a", 2), *[("b", cycle) for cycle in range(20)], ("a", 2), ("a", 3)]
     found = units(flights, tmp_path)
     assert [2, 23] == [one.row for one in rejects_of(found)]
-    assert {"cycle 2 of its engine stands in an earlier row"} == {one.reason for one in rejects_of(found)}
+    assert {"cycle 2 of its engine is a duplicate of an earlier row"} == {one.reason for one in rejects_of(found)}
     assert [1, 2, 3] == [cycle for (engine, cycle), _ in windows_of(found) if engine == "a"]
 
 
@@ -204,4 +204,7 @@ def test_more_engines_than_places_are_kept_in_a_file(tmp_path: Path) -> None:
 def test_a_unit_lays_out_no_more_than_its_limit(tmp_path: Path) -> None:
     """However many engines wait, the rows of a unit with those before them stay below the limit."""
     flights = [(chr(200 + k), cycle) for cycle in range(4) for k in range(50)]
-    assert max(len(unit.flat) for unit in units(flights, tmp_path, horizon=60, places=50)) <= window_assembly.FLAT
+    assert (
+        max(len(unit.flat) for unit in units(flights, tmp_path, horizon=60, places=50))
+        <= window_assembly.MAX_LAID_OUT_ROWS
+    )

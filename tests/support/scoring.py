@@ -57,7 +57,7 @@ def _json(row: dict[str, Any]) -> str:
 def score(inputs: Path | Sequence[Path | str], output: Path, **options: Any) -> int:
     """A job in this process; its exit code."""
     names = [inputs] if isinstance(inputs, Path) else inputs
-    return job.score(Options(tuple(map(str, names)), output, quiet=True, **options), read_settings())
+    return job.score_files(Options(tuple(map(str, names)), output, quiet=True, **options), read_settings())
 
 
 def read(output: Path) -> pa.Table:
