@@ -2,6 +2,7 @@ import ast
 import re
 import signal
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,27 +11,80 @@ from model.evaluation.evaluate import ARTEFACT, open_artefact, table
 from tests.support.processes import running
 
 ROOT = Path(__file__).parent.parent
+TEST_MODULES = sorted((ROOT / "tests").rglob("test_*.py"))
 FILES = [ROOT / name for name in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()]
+
+
+def children(folder: Path) -> set[str]:
+    """The modules and packages directly in a package."""
+    packages = {path.parent.name for path in folder.glob("*/__init__.py")}
+    return packages | {path.stem for path in folder.glob("*.py")} - {"__init__"}
+
+
+def functions_of(path: Path) -> list[ast.FunctionDef]:
+    """The test functions of a module."""
+    body = ast.parse(path.read_text()).body
+    return [node for node in body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
 
 
 def test_every_test_opens_with_its_promise() -> None:
     """Every test function has a sentence that says what it promises."""
-    silent = [
-        f"{path.name}:{node.lineno}"
-        for path in (ROOT / "tests").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and not ast.get_docstring(node)
-    ]
-    assert [] == silent
+    functions = [(path, node) for path in TEST_MODULES for node in functions_of(path)]
+    assert len(functions) > 700
+    assert [] == [f"{path.name}:{node.lineno}" for path, node in functions if not ast.get_docstring(node)]
+
+
+def test_layers_name_every_package_and_module() -> None:
+    """The layers that import-linter checks are the children of each root package, and it lets none be missing."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = {c["containers"][0]: c for c in contracts if c["type"] == "layers"}
+    assert {"service", "model", "export"} == set(layers)
+    for root, contract in layers.items():
+        named = {name.strip() for layer in contract["layers"] for name in layer.split("|")}
+        assert contract["exhaustive"] is True
+        assert children(ROOT / root) == {name for name in named if not name.startswith("(")}
+
+
+def test_top_level_of_the_service_has_only_entry_points_and_utilities() -> None:
+    """Every other module of the service is in a package."""
+    allowed = ["cli", "serve", "app", "lifecycle", "settings", "errors", "metrics", "logs", "tracing", "ids"]
+    assert set(allowed) == {path.stem for path in (ROOT / "service").glob("*.py")} - {"__init__"}
+
+
+def test_packages_have_at_most_25_modules() -> None:
+    """No package of the service, the model or the export has more than 25 modules."""
+    counts = {
+        str(path.parent.relative_to(ROOT)): len(list(path.parent.glob("*.py"))) - 1
+        for root in ("service", "model", "export")
+        for path in (ROOT / root).rglob("__init__.py")
+    }
+    assert len(counts) > 10
+    assert {} == {name: count for name, count in counts.items() if count > 25}
+
+
+def test_no_test_module_imports_another() -> None:
+    """Helpers of several tests are in tests/support; benchmarks, documents and tests import no test module."""
+    sources = [path for root in ("tests", "benchmarks", "docs", "ops") for path in (ROOT / root).rglob("*.py")]
+    assert len(sources) > 100
+    pattern = re.compile(r"^\s*(?:from|import) tests\.(?!support)", re.MULTILINE)
+    assert [] == [str(path.relative_to(ROOT)) for path in sources if pattern.search(path.read_text())]
+
+
+def test_tests_mirror_the_packages() -> None:
+    """Each package of the service has a folder of tests."""
+    packages = {path.parent.name for path in (ROOT / "service").glob("*/__init__.py")}
+    assert len(packages) > 7
+    assert packages <= {path.parent.name for path in (ROOT / "tests").glob("*/__init__.py")}
 
 
 def test_no_file_names_a_package_registry_or_holds_data() -> None:
     """Locks and scripts name no registry host, and nothing of the data set is in the repository."""
     hosts = re.compile(rb"pypi\.org|pythonhosted|registry\.npmjs|deb\.debian\.org|download\.pytorch|conda\.anaconda")
-    for path in FILES:
-        if path.exists() and path != Path(__file__):
-            assert not hosts.search(path.read_bytes()), path
-            assert not re.match(r"(train|test|RUL)_FD00\d", path.name)
+    checked = [path for path in FILES if path.exists() and path != Path(__file__)]
+    assert len(checked) > 300
+    for path in checked:
+        assert not hosts.search(path.read_bytes()), path
+        assert not re.match(r"(train|test|RUL)_FD00\d", path.name)
 
 
 def test_the_production_lock_is_hashed_and_has_no_torch() -> None:

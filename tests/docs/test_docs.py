@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
@@ -32,11 +33,50 @@ def exists(path: str, folder: Path) -> bool:
     return any(place.exists() for place in places)
 
 
+def links(text: str) -> list[str]:
+    """The targets of the links of a document."""
+    return re.findall(r"\]\(([^)\s]+)\)", text)
+
+
+def files_named(text: str) -> set[str]:
+    """Paths with a folder and a known ending."""
+    return set(re.findall(rf"(?<![\w./:$-])((?:[\w-]+/)+[\w.-]+\.(?:{SUFFIXES}))\b", text))
+
+
+def settings_named(text: str) -> set[str]:
+    """Environment variables of the service."""
+    return set(re.findall(rf"\b{PREFIX}[A-Z_]+[A-Z]\b", text))
+
+
+def targets_named(text: str) -> set[str]:
+    """Targets of commands like `make test`."""
+    return {word for words in re.findall(r"`make ([a-z][a-z -]*)", text) for word in words.split()}
+
+
+def calls_named(text: str) -> list[str]:
+    """Paths below /v1 and /v2."""
+    return re.findall(r"(?<![\w/.])/v[12](?:/[\w-]+)*", text)
+
+
+def metrics_named(text: str) -> set[str]:
+    """Metrics of the service."""
+    return set(re.findall(r"\bengine_health_[a-z0-9_]+\b", text))
+
+
+@pytest.mark.parametrize(
+    ("find", "least"),
+    [(links, 15), (files_named, 25), (settings_named, 20), (targets_named, 15), (calls_named, 60), (metrics_named, 3)],
+)
+def test_patterns_find_names_in_the_documents(find: Callable[[str], Collection[str]], least: int) -> None:
+    """The patterns of the tests below find names in the documents: an empty derivation proves nothing."""
+    assert least <= len(find("\n".join((ROOT / name).read_text() for name in DOCUMENTS if name != "CHANGELOG.md")))
+
+
 @each_document
 def test_links_lead_somewhere(name: str) -> None:
     """Every link of a document that is not to another host is to a tracked file, and its anchor to a heading."""
     path = ROOT / name
-    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+    for link in links(path.read_text()):
         if link.startswith(("http://", "https://")):
             continue
         target, _, anchor = link.partition("#")
@@ -48,8 +88,7 @@ def test_links_lead_somewhere(name: str) -> None:
 @now
 def test_files_that_are_named_exist(name: str) -> None:
     """A path with a folder and a known ending is a file of the repository; what lies in build and data is made."""
-    text = (ROOT / name).read_text()
-    named = set(re.findall(rf"(?<![\w./:$-])((?:[\w-]+/)+[\w.-]+\.(?:{SUFFIXES}))\b", text))
+    named = files_named((ROOT / name).read_text())
     made = ("build/", "data/", "secrets/", "etc/")
     assert [] == sorted(one for one in named if not one.startswith(made) and not exists(one, (ROOT / name).parent))
 
@@ -59,10 +98,9 @@ def test_settings_and_commands_that_are_named_exist(name: str) -> None:
     """Every ENGINE_HEALTH_ variable is a setting, and every `make` target is in the Makefile."""
     text = (ROOT / name).read_text()
     known = {PREFIX + field.upper() for field in Settings.model_fields}
-    assert set() == set(re.findall(rf"\b{PREFIX}[A-Z_]+[A-Z]\b", text)) - known
+    assert set() == settings_named(text) - known
     targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    said = [words.split() for words in re.findall(r"`make ([a-z][a-z -]*)", text)]
-    assert set() == {word for words in said for word in words} - targets
+    assert set() == targets_named(text) - targets
 
 
 def test_every_command_is_a_command() -> None:
@@ -78,8 +116,7 @@ def test_calls_that_are_named_exist(name: str) -> None:
     """Every path below /v1 and /v2 that a document names is one of the service, or the beginning of one."""
     paths = [re.sub(r"\{\w+\}", "x", path) for path in create_app(read_settings(), print).api.openapi()["paths"]]
     text = re.sub(r"There is no `[^`]*`", "", (ROOT / name).read_text())
-    named = re.findall(r"(?<![\w/.])/v[12](?:/[\w-]+)*", text)
-    placed = {re.sub(r"(models|versions|engines)/[\w-]+", r"\1/x", one) for one in named}
+    placed = {re.sub(r"(models|versions|engines)/[\w-]+", r"\1/x", call) for call in calls_named(text)}
     assert [] == sorted(one for one in placed if not any(path == one or path.startswith(one + "/") for path in paths))
 
 
@@ -87,7 +124,7 @@ def test_calls_that_are_named_exist(name: str) -> None:
 def test_metrics_that_are_named_exist(name: str) -> None:
     """Every metric that a document names is in the source that makes or records it."""
     sources = "".join((ROOT / path).read_text() for path in TRACKED if path.startswith(("service/", "ops/")))
-    named = set(re.findall(r"\bengine_health_[a-z0-9_]+\b", (ROOT / name).read_text()))
+    named = metrics_named((ROOT / name).read_text())
     settings = {PREFIX.lower() + field for field in Settings.model_fields}
     assert [] == sorted(one for one in named - settings if one.removeprefix(PREFIX.lower()) not in sources)
 

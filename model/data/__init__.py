@@ -1,0 +1,1 @@
+"""Data: C-MAPSS, fleet files and simulated engines."""

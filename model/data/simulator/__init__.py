@@ -1,0 +1,1 @@
+"""A simulator of turbofan fleets, fitted to C-MAPSS."""
