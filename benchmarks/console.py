@@ -27,7 +27,7 @@ import orjson
 from playwright.sync_api import Browser, Page
 
 from benchmarks.load import CLIENT_CORE, JSON_HEADERS, SERVER_CORE, free_port, served
-from model.data.simulator.fleet import histories
+from model.data.simulator.fleet import simulate_histories
 from tests.support.browser import chromium
 
 ENGINES, SENDERS = 1000, 8
@@ -53,7 +53,7 @@ class Fleet:
 
     def __init__(self, port: int, per_second: int) -> None:
         self._port, self._rate, self._sent = port, per_second, 0
-        self._engines = list(histories(ENGINES, mixed=True))
+        self._engines = list(simulate_histories(ENGINES, mixed=True))
         self._begins = [(37 * k) % max(1, len(one.cycle) - LEFT) for k, one in enumerate(self._engines)]
 
     def first(self) -> None:

@@ -21,8 +21,15 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from model import contract
 from model.data import cmapss
-from model.evaluation.evaluate import ARTEFACT, by_subset, cells, header, open_artefact, runner
-from model.evaluation.evaluation_metrics import of_classes, of_rul, rows_of
+from model.evaluation.evaluate import (
+    ARTEFACT,
+    format_cells,
+    format_header,
+    onnx_runner,
+    open_artefact,
+    predict_test_engines,
+)
+from model.evaluation.evaluation_metrics import class_metrics, concatenate_rows, rul_metrics
 from model.windows import Readings, every_window
 
 BATCHES = (1, 16, 32, 64, 128, 256)
@@ -121,14 +128,16 @@ def table(artefact: Path) -> Iterator[str]:
             sessions[name] = ort.InferenceSession(blob, plain_options(), providers=["CPUExecutionProvider"])
             loads[name], sizes[name] = time.perf_counter() - started, len(blob)
     found = speeds(sessions, training_windows(window))
-    yield from header("form", {"KiB": 0, "load, ms": 0, "one window, µs": 0, "windows/s": 0, "at batch": 0} | COLUMNS)
+    yield from format_header(
+        "form", {"KiB": 0, "load, ms": 0, "one window, µs": 0, "windows/s": 0, "at batch": 0} | COLUMNS
+    )
     for name, session in sessions.items():
-        rows = rows_of(by_subset(runner(session), window, folder)["all"], last_only=False)
+        rows = concatenate_rows(predict_test_engines(onnx_runner(session), window, folder)["all"], last_only=False)
         rate, batch = max((batch / took, batch) for batch, took in found[name].items())
-        line = of_classes(rows, manifest.temperature) | of_rul(rows)
+        line = class_metrics(rows, manifest.temperature) | rul_metrics(rows)
         yield (
             f"| {name} | {sizes[name] / 1024:.0f} | {loads[name] * 1e3:.0f} | {found[name][1] * 1e6:.0f} "
-            f"| {rate:.0f} | {batch} | {cells(line, COLUMNS)} |"
+            f"| {rate:.0f} | {batch} | {format_cells(line, COLUMNS)} |"
         )
 
 

@@ -79,7 +79,7 @@ def moving(stream: Stream) -> bool:
     """Whether the state of the newest labels alone, which begins anew at every look, ever alarms."""
     for end in range(MOVING, len(stream.label) + 1, MOVING_EVERY):
         k = slice(end - MOVING, end)
-        found = calibration_report.labelled(stream.z[k], stream.label[k], stream.engine[k])
+        found = calibration_report.measure_rows(stream.z[k], stream.label[k], stream.engine[k])
         if state(found.engines.count, *evidences(found)) != "calibrated":
             return True
     return False

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from model import numerics
 from model.evaluation import sequential
-from model.evaluation.cluster_bootstrap import ENOUGH_ENGINES
+from model.evaluation.cluster_bootstrap import MIN_ENGINES
 from model.evaluation.sequential import Deviations
 from model.numerics import Floats
 from service.calibration.statistics import ALPHA_CLASSES, ALPHA_GAP, Rows, calibration
@@ -126,7 +126,7 @@ def looks(stream: Stream) -> Looks:
     losses = sequential.of_losses(stream.z, loss, numerics.entropy(stream.z), numerics.loss_variance(stream.z))
     gap = running(losses, stream.engine)
     classes = [running(sequential.of_class(p[:, k], q[:, k]), stream.engine).log_e() for k in range(3)]
-    enough = np.cumsum(_within(stream.engine, np.ones(len(p)))[0] == 1) >= ENOUGH_ENGINES
+    enough = np.cumsum(_within(stream.engine, np.ones(len(p)))[0] == 1) >= MIN_ENGINES
     return Looks(gap, gap.log_e(), sequential.mean_of_e(np.stack(classes, axis=-1)), enough)
 
 

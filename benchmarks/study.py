@@ -21,18 +21,18 @@ from model import numerics
 from model.contract import RUL_CAP, RUL_THRESHOLDS
 from model.data import cmapss
 from model.data.cmapss import History
-from model.evaluation.evaluate import Run, answers
-from model.evaluation.evaluation_metrics import of_classes, of_rul, rows_of
-from model.model_card import RESULTS, torch_runner
+from model.evaluation.evaluate import RunWindows, predict_histories
+from model.evaluation.evaluation_metrics import class_metrics, concatenate_rows, rul_metrics
+from model.model_card import RESULT_COLUMNS, torch_runner
 from model.training.backbones import RollingMlp
-from model.training.calibrate import calibrate
-from model.training.cross_fit import load
-from model.training.train import Knobs, build, train, windows_of
+from model.training.calibrate import calibrate_checkpoint
+from model.training.cross_fit import load_checkpoint
+from model.training.train import TrainingConfig, build_network, build_windows, train_network
 from model.windows import Readings
 
 STUDY = Path(__file__).parent.parent / "docs" / "study.json"
 HELD_BACK = 0.1
-TEXTBOOK = Knobs(
+TEXTBOOK = TrainingConfig(
     window=30,
     backbone="cnn-bilstm-attention",
     dropout=0.2,
@@ -53,19 +53,19 @@ BOOSTING = {
 Line = dict[str, float | str]
 
 
-def lines_of(network: str, run: Run, window: int, temperature: float, subsets: tuple[str, ...]) -> list[Line]:
+def lines_of(network: str, run: RunWindows, window: int, temperature: float, subsets: tuple[str, ...]) -> list[Line]:
     """Every measure on the official test engines: each subset and all of them, every cycle and last cycles."""
     folder = cmapss.data_folder()
-    found = {subset: answers(run, window, cmapss.read_test(folder, subset)) for subset in subsets}
+    found = {subset: predict_histories(run, window, cmapss.read_test(folder, subset)) for subset in subsets}
     if len(found) > 1:
         found["all"] = [part for parts in found.values() for part in parts]
     lines: list[Line] = []
     for rows, last_only in (("every cycle", False), ("last cycle", True)):
         for subset, parts in found.items():
-            picked = rows_of(parts, last_only)
+            picked = concatenate_rows(parts, last_only)
             before = {"cross-entropy before T": float(numerics.cross_entropy(picked.logits, picked.labels))}
             line: Line = {"network": network, "rows": rows, "subset": subset}
-            line.update(before | of_classes(picked, temperature) | of_rul(picked))
+            line.update(before | class_metrics(picked, temperature) | rul_metrics(picked))
             lines.append(line)
     return lines
 
@@ -74,55 +74,57 @@ def seeds(paths: list[Path]) -> list[Line]:
     """Mean, and largest less smallest, of every measure over checkpoints."""
     each = []
     for path in paths:
-        network, checkpoint = load(path)
+        network, checkpoint = load_checkpoint(path)
         held = checkpoint["held_out"]
         engines = [h for subset in checkpoint["subsets"] for h in cmapss.read_train(cmapss.data_folder(), subset)]
         telemetry = np.concatenate([history.telemetry for history in engines]).astype(np.float64)
-        t = calibrate(checkpoint, telemetry)["temperature"]
+        t = calibrate_checkpoint(checkpoint, telemetry)["temperature"]
         print(path, f"T {t:.3f}, held-out rows {len(held['rul'])}", flush=True)
         each.append(lines_of("", torch_runner(network), network.config.window, t, cmapss.SUBSETS))
     merged: list[Line] = []
     for name, merge in ((f"mean of {len(paths)} seeds", np.mean), ("spread (largest less smallest)", np.ptp)):
         for same in zip(*each, strict=True):
-            figures = {column: float(merge([line[column] for line in same])) for column in RESULTS}
+            figures = {column: float(merge([line[column] for line in same])) for column in RESULT_COLUMNS}
             merged.append({"network": name, "rows": same[0]["rows"], "subset": same[0]["subset"]} | figures)
     return merged
 
 
 def _engines(subsets: tuple[str, ...]) -> tuple[list[History], list[History]]:
-    parts = [cmapss.split(cmapss.read_train(cmapss.data_folder(), s), (1 - HELD_BACK, HELD_BACK), 0) for s in subsets]
+    parts = [
+        cmapss.split_engines(cmapss.read_train(cmapss.data_folder(), s), (1 - HELD_BACK, HELD_BACK), 0) for s in subsets
+    ]
     return [h for part in parts for h in part[0]], [h for part in parts for h in part[1]]
 
 
-def _temperature(run: Run, window: int, engines: list[History]) -> float:
-    held = rows_of(answers(run, window, engines), last_only=False)
+def _temperature(run: RunWindows, window: int, engines: list[History]) -> float:
+    held = concatenate_rows(predict_histories(run, window, engines), last_only=False)
     weights = np.concatenate([cmapss.cutoff_weights(history) for history in engines])
     return numerics.fit_temperature(held.logits, held.labels, weights)
 
 
 def textbook(hidden: int, epochs: int, subsets: tuple[str, ...]) -> list[Line]:
     """The textbook network at a width, trained on nine tenths of the engines."""
-    knobs = Knobs(**vars(TEXTBOOK) | {"hidden": hidden, "epochs": epochs})
+    config = TrainingConfig(**vars(TEXTBOOK) | {"hidden": hidden, "epochs": epochs})
     learn, held = _engines(subsets)
-    network = build(learn, knobs)
-    train(network, windows_of(learn, network), knobs, f"textbook {hidden}")
+    network = build_network(learn, config)
+    train_network(network, build_windows(learn, network), config, f"textbook {hidden}")
     run = torch_runner(network)
-    name = f"textbook, width {hidden}, {epochs} epochs, window {knobs.window}"
-    return lines_of(name, run, knobs.window, _temperature(run, knobs.window, held), subsets)
+    name = f"textbook, width {hidden}, {epochs} epochs, window {config.window}"
+    return lines_of(name, run, config.window, _temperature(run, config.window, held), subsets)
 
 
 def boosting(subsets: tuple[str, ...]) -> list[Line]:
     """Gradient boosting on the compact network's own features: normalised rolling means and their changes."""
     learn, held = _engines(subsets)
-    network = build(learn, Knobs(folds=0))
-    means, windows = network.backbone, windows_of(learn, network)
+    network = build_network(learn, TrainingConfig(folds=0))
+    means, windows = network.backbone, build_windows(learn, network)
     assert isinstance(means, RollingMlp)
     with torch.inference_mode():
         picks = torch.split(torch.arange(len(windows.first)), 4096)
-        x = torch.cat([means.features(windows.take(picked)) for picked in picks]).numpy()
+        x = torch.cat([means.features(windows.select(picked)) for picked in picks]).numpy()
     rul, weights = windows.rul.numpy(), windows.weight.numpy()
     remaining = HistGradientBoostingRegressor(**BOOSTING).fit(x, np.minimum(rul, RUL_CAP), weights)
-    health = HistGradientBoostingClassifier(**BOOSTING).fit(x, cmapss.health(rul, RUL_THRESHOLDS), weights)
+    health = HistGradientBoostingClassifier(**BOOSTING).fit(x, cmapss.health_classes(rul, RUL_THRESHOLDS), weights)
 
     def run(telemetry: Readings) -> tuple[Readings, Readings]:
         raw = torch.tensor(telemetry)

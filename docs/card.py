@@ -14,7 +14,7 @@ from tables import replaced
 from model import model_card
 from model.data import cmapss
 from model.evaluation import robustness
-from model.evaluation.evaluate import ARTEFACT, by_subset, open_artefact, runner
+from model.evaluation.evaluate import ARTEFACT, onnx_runner, open_artefact, predict_test_engines
 
 CARD, STUDY = (Path(__file__).parent / name for name in ("model-card.md", "study.json"))
 
@@ -22,16 +22,16 @@ CARD, STUDY = (Path(__file__).parent / name for name in ("model-card.md", "study
 def made() -> Iterator[tuple[str, Iterator[str]]]:
     """Every table by its marker."""
     folder, (session, manifest) = cmapss.data_folder(), open_artefact(ARTEFACT)
-    found = by_subset(runner(session), manifest.window or 1, folder)
-    yield "results", model_card.results(found, manifest.temperature)
-    yield "results-80-30", model_card.other_thresholds(ARTEFACT, manifest, folder)
-    yield "coverage", model_card.coverage(found, manifest)
-    yield "scalings", model_card.scalings(manifest)
-    yield "telling", model_card.limits_of_telling(found)
-    yield "robustness", robustness.table(folder, session, manifest)
-    yield "attribution", model_card.attribution(session, manifest, folder)
+    found = predict_test_engines(onnx_runner(session), manifest.window or 1, folder)
+    yield "results", model_card.results_table(found, manifest.temperature)
+    yield "results-80-30", model_card.other_thresholds_table(ARTEFACT, manifest, folder)
+    yield "coverage", model_card.coverage_table(found, manifest)
+    yield "scalings", model_card.scalings_table(manifest)
+    yield "telling", model_card.separability_table(found)
+    yield "robustness", robustness.robustness_table(folder, session, manifest)
+    yield "attribution", model_card.attribution_table(session, manifest, folder)
     for name, lines in json.loads(STUDY.read_text()).items():
-        yield name, model_card.study(lines)
+        yield name, model_card.study_table(lines)
 
 
 def main() -> None:

@@ -142,9 +142,9 @@ def _rank(values: list[int], share: float) -> int:
 def results() -> Iterator[str]:
     """The results of the bundled artefact on the official test engines."""
     from model.data import cmapss
-    from model.evaluation.evaluate import ARTEFACT, open_artefact, table
+    from model.evaluation.evaluate import ARTEFACT, open_artefact, results_table
 
-    yield from table(cmapss.data_folder(), *open_artefact(ARTEFACT))
+    yield from results_table(cmapss.data_folder(), *open_artefact(ARTEFACT))
 
 
 def replaced(text: str, name: str, lines: Iterator[str]) -> str:

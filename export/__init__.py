@@ -1,1 +1,1 @@
-"""From a trained checkpoint to the artefact, and the proof that they answer alike."""
+"""Export trained checkpoints and foreign classifiers to artefacts, and verify them."""

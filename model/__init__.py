@@ -1,1 +1,1 @@
-"""The network, the arithmetic and the artefact: everything that is true without a server."""
+"""The network, the arithmetic and the artefact. Independent of serving."""

@@ -1,6 +1,6 @@
-"""Whether a network gives a row the same output in any batch: measured once for exporters, attached files and serving.
+"""Measure batch invariance: whether a row has the same output in any batch. Used by export, attach and serving.
 
-Exporters have frozen batch sizes and recurrent states without a warning. Independent of ONNX Runtime and of torch.
+Exporters may fix batch sizes and recurrent states without a warning. Independent of ONNX Runtime and torch.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -10,17 +10,17 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
-Run = Callable[[npt.NDArray[np.float32]], Sequence[Array]]
+RunBatch = Callable[[npt.NDArray[np.float32]], Sequence[Array]]
 
 
-def run_alone(run: Run, rows: npt.NDArray[np.float32]) -> list[Array]:
+def run_alone(run: RunBatch, rows: npt.NDArray[np.float32]) -> list[Array]:
     """Return the outputs of N rows, each run as a batch of one, concatenated over rows."""
     parts = [run(rows[i : i + 1]) for i in range(len(rows))]
     return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 
 def max_difference(
-    run: Run,
+    run: RunBatch,
     rows: npt.NDArray[np.float32],
     expected: Sequence[Array],
     batches: Iterable[npt.NDArray[np.integer]],
@@ -39,10 +39,10 @@ def max_difference(
         NaN if any output is NaN; infinity if an output has another shape than expected.
     """
     worst = 0.0
-    for which in batches:
-        for output, own, unit in zip(run(rows[which]), expected, units, strict=True):
-            if output.shape != own[which].shape:
+    for indices in batches:
+        for output, target, unit in zip(run(rows[indices]), expected, units, strict=True):
+            if output.shape != target[indices].shape:
                 return float("inf")
-            scale = unit if isinstance(unit, float | int) else unit[which]
-            worst = float(np.maximum(worst, np.abs((output.astype(np.float64) - own[which]) / scale).max()))
+            scale = unit if isinstance(unit, float | int) else unit[indices]
+            worst = float(np.maximum(worst, np.abs((output.astype(np.float64) - target[indices]) / scale).max()))
     return worst

@@ -1,8 +1,8 @@
-"""The artefact: what the one ONNX file says of itself, and how that is read, written and sealed.
+"""The artefact: the manifest in the ONNX file, and how it is read, written and sealed.
 
-The manifest is JSON under `metadata_props["manifest"]`. Beside it stands a seal: the sha256 of the whole file with the
-seal's own digits read as zeros, so that a byte changed by accident anywhere is found without a second file.
-Knows nobody in this project, and onnx only to write.
+The manifest is JSON under `metadata_props["manifest"]`. `metadata_props["seal"]` is the sha256 of the whole file with
+the digits of the seal read as zeros, so any changed byte is detected without a second file.
+Imports nothing else from this project. Needs onnx only for writing.
 """
 
 import base64
@@ -19,7 +19,7 @@ INPUT, LOGITS, RUL = "telemetry", "logits", "rul"
 STARTS, EXACT = (
     "starts",
     "exact",
-)  # of the second graph: where windows begin, and whether their answers are the network's
+)  # of the overlap graph: first rows of windows, and whether their outputs equal the network's
 CLASSES = ("normal", "degrading", "critical")
 RUL_THRESHOLDS = (125.0, 50.0)  # normal above the first, critical at or below the last
 RUL_CAP = 125.0
@@ -46,10 +46,10 @@ CHANNELS = tuple(name for name, _, _ in CHANNEL_TABLE)
 SETTINGS, SENSORS = CHANNELS[:3], CHANNELS[3:]
 
 MANIFEST_KEY, SEAL_KEY = "manifest", "seal"
-# Graphs beside the network's own, base64, with its bits; the file is whole without them.
-PLAN_KEY, HISTORIES_KEY = "plan", "histories"  # laid out for speed; for windows that overlap
+# Optional graphs in base64, with the same output bits as the network's own.
+PLAN_KEY, HISTORIES_KEY = "plan", "histories"  # channel-major graph; overlap graph
 UNSEALED = b"0" * 64
-SEALED = b'"sealed":true'  # in the manifest, so that a damaged seal is not taken for none
+SEALED = b'"sealed":true'  # in the manifest, so a damaged seal is not mistaken for a missing one
 # metadata_props is a protobuf map entry: field 1 the key, field 2 the value, each preceded by its length (64 = "@")
 _SEAL = re.compile(rb"\x0a\x04seal\x12\x40([0-9a-f]{64})")
 
@@ -82,7 +82,7 @@ class Conformal(Part):
 
 
 class Golden(Part):
-    """A window and what the network answered when it was exported."""
+    """A window and the output of the network at export."""
 
     telemetry: list[Any]
     logits: list[float]
@@ -103,7 +103,7 @@ class Histogram(Part):
 
 
 class Reference(Part):
-    """What held-out engines look like without labels: the baseline of drift."""
+    """Label-free statistics of held-out engines, the reference of drift."""
 
     confidence: Histogram | None = None
     entropy_nats: Histogram | None = None
@@ -111,7 +111,7 @@ class Reference(Part):
 
 
 class Conditions(Part):
-    """What is usual in each operating condition, in physical units: an answer is explained against it."""
+    """Baselines of each operating condition in physical units, used for attribution."""
 
     setting_scales: tuple[float, ...]  # units of each setting in which the nearest condition is sought
     usual: tuple[tuple[float, ...], ...]  # a row of all channels for each condition, settings first
@@ -119,7 +119,7 @@ class Conditions(Part):
 
 
 class Manifest(Part):
-    """Everything that the file says of itself. Only `classes` and the names are required of a foreign classifier."""
+    """The manifest of an artefact. A foreign classifier requires only `classes`, `name` and `version`."""
 
     schema_version: int = SCHEMA_VERSION
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -134,7 +134,7 @@ class Manifest(Part):
     golden: tuple[Golden, ...] = ()
     reference: Reference | None = None
     conditions: Conditions | None = None
-    sealed: bool = False  # a seal stands beside this manifest
+    sealed: bool = False  # whether the file has a seal
     training: dict[str, Any] = {}
     metrics: dict[str, Any] = {}
 
@@ -176,7 +176,7 @@ def digest(content: bytes) -> str:
 
 def seal_of(content: bytes) -> str:
     """The seal that a file should carry: its sha256 with the seal's digits read as zeros."""
-    return digest(_SEAL.sub(lambda found: found[0].replace(found[1], UNSEALED), content))
+    return digest(_SEAL.sub(lambda match: match[0].replace(match[1], UNSEALED), content))
 
 
 def check_seal(content: bytes) -> None:
@@ -190,13 +190,13 @@ def check_seal(content: bytes) -> None:
         raise ContractError("the file changed after it was written (its seal does not fit its content)")
 
 
-def graph_beside(kept: Mapping[str, str], key: str) -> bytes | None:
-    """A graph beside the network's own, from the metadata of a file; None if there is none.
+def graph_beside(metadata: Mapping[str, str], key: str) -> bytes | None:
+    """Return an optional graph from the metadata of a file, or None.
 
     Raises:
-        binascii.Error: it is no base64.
+        binascii.Error: it is not base64.
     """
-    text = kept.get(key)
+    text = metadata.get(key)
     return None if text is None else base64.b64decode(text, validate=True)
 
 
@@ -210,14 +210,14 @@ def write(
     import onnx
 
     proto = onnx.load_model_from_string(source)
-    kept = {entry.key: entry.value for entry in proto.metadata_props if entry.key not in (MANIFEST_KEY, SEAL_KEY)}
-    kept[MANIFEST_KEY] = manifest.model_copy(update={"sealed": True}).model_dump_json()
-    kept |= {
+    metadata = {entry.key: entry.value for entry in proto.metadata_props if entry.key not in (MANIFEST_KEY, SEAL_KEY)}
+    metadata[MANIFEST_KEY] = manifest.model_copy(update={"sealed": True}).model_dump_json()
+    metadata |= {
         key: base64.b64encode(graph).decode()
         for key, graph in ((HISTORIES_KEY, histories), (PLAN_KEY, plan))
         if graph is not None
     }
-    onnx.helper.set_model_props(proto, kept | {SEAL_KEY: UNSEALED.decode()})
+    onnx.helper.set_model_props(proto, metadata | {SEAL_KEY: UNSEALED.decode()})
     content = proto.SerializeToString(deterministic=True)
     content = content.replace(b"\x12\x40" + UNSEALED, b"\x12\x40" + seal_of(content).encode())
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 Every function takes **logits**, never probabilities, and divides them by a temperature first.
 Shapes: `logits` (N, C) or (C,); `targets` (N,) integers or (N, C) distributions over the classes.
-Knows numpy and nothing of this project. Bad values raise `ValueError`.
+Imports nothing else from this project. Invalid values raise `ValueError`.
 """
 
 from dataclasses import dataclass
@@ -70,7 +70,7 @@ def softmax(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
 
 
 def posterior(logits: npt.NDArray[np.floating], temperature: float) -> tuple[Floats, Floats]:
-    """Probabilities (N, C) and their entropies (N,) in nats, for who answers many: nothing is looked at twice.
+    """Probabilities (N, C) and their entropies (N,) in nats, for many rows, without input checks.
 
     The bits of `exp(log_softmax(logits, temperature))`, for logits (N, C) that are known to be finite float32 and a
     temperature known to be in its bounds.

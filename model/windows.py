@@ -1,6 +1,6 @@
 """Histories to windows: padding on the left, missing values held. Training, serving and batch scoring share it.
 
-Knows numpy and nothing of this project. A missing value is NaN. Time runs along the first axis, oldest row first.
+Imports nothing else from this project. A missing value is NaN. Time runs along the first axis, oldest row first.
 """
 
 import numpy as np
@@ -30,7 +30,7 @@ def every_window(history: Readings, window: int) -> Readings:
 
 
 def overlapping(rows: Readings, window: int) -> Readings:
-    """Every window that lies in rows (M, C), (M - window + 1, window, C): a read-only view, none if they are fewer."""
+    """Every window within rows (M, C), (M - window + 1, window, C): a read-only view, none if they are fewer."""
     if len(rows) < window:
         return np.empty((0, window, rows.shape[1]), np.float32)
     return np.lib.stride_tricks.sliding_window_view(rows, window, axis=0).transpose(0, 2, 1)

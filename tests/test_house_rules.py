@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from model.evaluation.evaluate import ARTEFACT, open_artefact, table
+from model.evaluation.evaluate import ARTEFACT, open_artefact, results_table
 from tests.support.processes import running
 
 ROOT = Path(__file__).parent.parent
@@ -99,7 +99,7 @@ def test_the_production_lock_is_hashed_and_has_no_torch() -> None:
 
 def test_the_readme_results_are_the_artefacts(cmapss_dir: Path) -> None:
     """The results table in the README is what the committed artefact reaches on the official test engines."""
-    printed = list(table(cmapss_dir, *open_artefact(ARTEFACT)))
+    printed = list(results_table(cmapss_dir, *open_artefact(ARTEFACT)))
     shown = (ROOT / "README.md").read_text().split("<!-- results -->")[1].split("<!-- /results -->")[0].splitlines()
     numbers = [[float(x) for x in re.findall(r"\d+\.?\d*", line)] for line in (*printed[2:], *shown[3:])]
     half = len(numbers) // 2
@@ -110,7 +110,7 @@ def test_the_readme_results_are_the_artefacts(cmapss_dir: Path) -> None:
 
 def test_calibration_helps_on_engines_that_it_never_saw(cmapss_dir: Path) -> None:
     """On all cycles of the test engines, cross-entropy after temperature is below 0.45 and no higher than before."""
-    lines = [line.split("|") for line in table(cmapss_dir, *open_artefact(ARTEFACT))]
+    lines = [line.split("|") for line in results_table(cmapss_dir, *open_artefact(ARTEFACT))]
     before, after = (float(cells[7]) for cells in lines if cells[1:3] == [" every cycle ", " all "])
     assert after < 0.45
     assert after <= before

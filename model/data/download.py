@@ -1,8 +1,8 @@
-"""Fetch C-MAPSS: one zip from NASA's Prognostics Center of Excellence, nested archives unpacked, every sum checked.
+"""Download C-MAPSS: one zip from NASA's Prognostics Center of Excellence. Unpack nested archives, check sha256.
 
     python -m model.data.download URL [FOLDER]          # = make data
 
-Needs nothing but Python, so that it runs before any environment exists.
+Uses only the standard library, so it runs before any environment exists.
 """
 
 import argparse
@@ -15,9 +15,9 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-TIMEOUT = 60  # seconds without a byte
-MOST = 200 * 2**20  # bytes of the download, and of each file in it; the real ones are 12 MB and under 10 MB
-SUMS = {
+TIMEOUT_SECONDS = 60  # without receiving a byte
+MAX_BYTES = 200 * 2**20  # of the download and of each file in it; the published sizes are 12 MB and below 10 MB
+CHECKSUMS = {
     "RUL_FD001.txt": "a19c8ec94931949d0485bdc35118206e9c81c4547b422efb9cf86f4ceddbceca",
     "RUL_FD002.txt": "c851dd96a6ea6998d3c4a8f834d3c8013aa90e93a6ed950dc826ad0655b2906b",
     "RUL_FD003.txt": "df1e0566306b174a2de41c67a3e7a51877889598b78643fc3e5685259091b7cb",
@@ -33,64 +33,64 @@ SUMS = {
 }
 
 
-class FetchError(Exception):
-    """The data could not be had, or are not NASA's; nothing was written."""
+class DownloadError(Exception):
+    """The download failed or its content differs from the published data. No file was written."""
 
 
-def fetch(url: str, folder: Path) -> None:
-    """Download, check and write the twelve files; all of them or none.
+def download(url: str, folder: Path) -> None:
+    """Download, check and write the twelve files, or none of them.
 
     Raises:
-        FetchError: no answer, no zip, a file missing, or a sum that does not fit.
+        DownloadError: no response, content that is not a zip, a missing file or another sha256.
     """
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
-            content = answer.read(MOST + 1)
+        with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
+            content = response.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise FetchError(f"{url}: {error}") from None
-    if len(content) > MOST:
-        raise FetchError(f"{url}: more than {MOST} bytes")
+        raise DownloadError(f"{url}: {error}") from None
+    if len(content) > MAX_BYTES:
+        raise DownloadError(f"{url}: more than {MAX_BYTES} bytes")
     try:
-        found = dict(unpack(content))
+        files = dict(unpack_archive(content))
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
-        raise FetchError(f"{url}: {error}") from None
-    for name, expected in SUMS.items():
-        if name not in found:
-            raise FetchError(f"{url}: {name} is not in it")
-        actual = hashlib.sha256(found[name]).hexdigest()
+        raise DownloadError(f"{url}: {error}") from None
+    for name, expected in CHECKSUMS.items():
+        if name not in files:
+            raise DownloadError(f"{url}: {name} is missing in the archive")
+        actual = hashlib.sha256(files[name]).hexdigest()
         if actual != expected:
-            raise FetchError(f"{url}: {name} has sha256 {actual}, expected {expected}")
+            raise DownloadError(f"{url}: {name} has sha256 {actual}, expected {expected}")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in SUMS:
+    for name in CHECKSUMS:
         partial = folder / f".{name}.partial"
-        partial.write_bytes(found[name])
+        partial.write_bytes(files[name])
         os.replace(partial, folder / name)
 
 
-def unpack(content: bytes, depth: int = 3) -> Iterator[tuple[str, bytes]]:
-    """Name and content of every wanted file of a zip, archives within archives opened up to a depth."""
+def unpack_archive(content: bytes, depth: int = 3) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of each listed file of a zip. Nested archives are opened up to `depth` levels."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         for entry in archive.infolist():
             name = Path(entry.filename).name
-            if entry.file_size > MOST:
-                raise FetchError(f"{entry.filename} claims {entry.file_size} bytes")
-            if name in SUMS:
+            if entry.file_size > MAX_BYTES:
+                raise DownloadError(f"{entry.filename} claims {entry.file_size} bytes")
+            if name in CHECKSUMS:
                 yield name, archive.read(entry)
             elif name.lower().endswith(".zip") and depth:
-                yield from unpack(archive.read(entry), depth - 1)
+                yield from unpack_archive(archive.read(entry), depth - 1)
 
 
 def main() -> None:
-    """Fetch from the given address into data/cmapss."""
-    parser = argparse.ArgumentParser(description="Fetch NASA's C-MAPSS and check it.")
+    """Download from the given URL into the folder."""
+    parser = argparse.ArgumentParser(description="Download NASA's C-MAPSS and check it.")
     parser.add_argument("url")
     parser.add_argument("folder", type=Path, nargs="?", default=Path(os.environ.get("CMAPSS_DIR") or "data/cmapss"))
     flags = parser.parse_args()
     try:
-        fetch(flags.url, flags.folder)
-    except FetchError as error:
+        download(flags.url, flags.folder)
+    except DownloadError as error:
         raise SystemExit(f"data: {error}") from None
-    print(f"wrote {len(SUMS)} files to {flags.folder}, every sha256 as published")
+    print(f"wrote {len(CHECKSUMS)} files to {flags.folder}, every sha256 as published")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""How far what is seen now is from what held-out engines looked like: no label needed. numpy only.
+"""Distances of current values from a reference of held-out engines, without labels. numpy only.
 
-Both distances compare counts per bin with the shares of a reference. Rows of one engine resemble each other, so the
-noise given here, which counts rows, is the least that there is.
+Both distances compare counts per bin with the shares of a reference. Rows of one engine are correlated, so the noise
+returned here, which assumes independent rows, is a lower bound.
 """
 
 import numpy as np
@@ -10,36 +10,36 @@ import numpy.typing as npt
 from model.contract import Histogram
 from model.numerics import Floats
 
-HALF_A_ROW = 0.5  # for each bin, added to the counts, spread as the reference is: an empty bin is rare, not impossible
-RAREST = 1e-6  # a reference bin that held-out engines never filled counts as the last decimal of the manifest's shares
+SMOOTHING_ROWS_PER_BIN = 0.5  # rows per bin, added to the counts with the shares of the reference
+MIN_REFERENCE_SHARE = 1e-6  # the last decimal of the manifest's shares, used for empty reference bins
 Distances = dict[str, float | int | None]
 
 
-def counts_of(values: Floats, bins: Histogram) -> npt.NDArray[np.int64]:
-    """How many values (N,) fall in each bin; a value on an edge belongs to the bin below it, as in the reference."""
+def count_bins(values: Floats, bins: Histogram) -> npt.NDArray[np.int64]:
+    """Count values (N,) per bin. A value on an edge belongs to the lower bin, as in the reference."""
     return np.bincount(np.searchsorted(bins.edges, values), minlength=len(bins.shares)).astype(np.int64)
 
 
 def psi(shares: Floats, counts: Floats) -> float:
-    """Population stability index Σ (q - p) ln (q / p), natural logarithm; q from the counts, p the reference.
+    """Return the population stability index Σ (q - p) ln (q / p); q is from the counts, p is the reference.
 
-    Smoothing: p is no less than `RAREST` (then scaled to 1), and q = (counts + m p) / (n + m), m half a row a bin, so
-    that no logarithm is infinite and few rows are near the reference rather than far from it. n >= 1.
+    Smoothing: p is at least `MIN_REFERENCE_SHARE` (then scaled to sum 1), and q = (counts + m p) / (n + m), where m is
+    half a row per bin. Logarithms are then finite, and few rows give a small distance. n >= 1.
     """
-    p = np.maximum(shares, RAREST)
+    p = np.maximum(shares, MIN_REFERENCE_SHARE)
     p /= p.sum()
-    m = HALF_A_ROW * len(p)
+    m = SMOOTHING_ROWS_PER_BIN * len(p)
     q = (counts + m * p) / (counts.sum() + m)
     return float(((q - p) * np.log(q / p)).sum())
 
 
 def psi_noise(shares: Floats, n: float) -> float:
-    """The mean of PSI over n rows without any drift: χ² of the filled bins over n, (bins - 1) / n."""
+    """Return the expected PSI of n rows without drift: χ² of the filled bins over n, (bins - 1) / n."""
     return float(max(int(np.count_nonzero(shares)) - 1, 0) / n)
 
 
 def jensen_shannon(shares: Floats, counts: Floats) -> float:
-    """½ KL(p ‖ m) + ½ KL(q ‖ m), m = (p + q) / 2, nats: from 0 to ln 2, whatever bins are empty. n >= 1."""
+    """Return ½ KL(p ‖ m) + ½ KL(q ‖ m), m = (p + q) / 2, in nats, 0..ln 2. Bins may be empty. n >= 1."""
     p, q = shares / shares.sum(), counts / counts.sum()
     middle = np.where(p + q > 0, (p + q) / 2, 1.0)
     parts = (share * np.log(np.where(share > 0, share / middle, 1.0)) for share in (p, q))
@@ -47,20 +47,20 @@ def jensen_shannon(shares: Floats, counts: Floats) -> float:
 
 
 def distances(reference: Histogram, counts: npt.ArrayLike, name: str) -> Distances:
-    """PSI, its noise, Jensen-Shannon and n of one histogram; null without rows.
+    """Return PSI, its noise, Jensen-Shannon and n of one histogram; null without rows.
 
     Raises:
-        ValueError: not one count >= 0 for each share of the reference; says of which histogram.
+        ValueError: `counts` has not one count >= 0 per share of the reference. The message contains `name`.
     """
-    seen, shares = np.asarray(counts, dtype=np.float64), np.asarray(reference.shares)
-    if seen.shape != shares.shape or not (np.isfinite(seen) & (seen >= 0)).all():
-        raise ValueError(f"{name}: expected {len(shares)} counts >= 0, got shape {seen.shape}")
-    n = seen.sum()
+    bin_counts, shares = np.asarray(counts, dtype=np.float64), np.asarray(reference.shares)
+    if bin_counts.shape != shares.shape or not (np.isfinite(bin_counts) & (bin_counts >= 0)).all():
+        raise ValueError(f"{name}: expected {len(shares)} counts >= 0, got shape {bin_counts.shape}")
+    n = bin_counts.sum()
     if n == 0 or shares.sum() == 0:
         return {"psi": None, "noise": None, "jensen_shannon": None, "n": int(n)}
     return {
-        "psi": psi(shares, seen),
+        "psi": psi(shares, bin_counts),
         "noise": psi_noise(shares, n),
-        "jensen_shannon": jensen_shannon(shares, seen),
+        "jensen_shannon": jensen_shannon(shares, bin_counts),
         "n": int(n),
     }

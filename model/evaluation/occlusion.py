@@ -1,7 +1,7 @@
-"""Attribution by occlusion: what an answer would be if one channel told nothing. numpy only, knows no network.
+"""Attribution by occlusion: the change of a prediction if one channel is replaced by its baseline. numpy only.
 
-A sensor is occluded by what is usual in the operating condition of each row, which is how the network was taught to
-read a silent sensor. One window becomes a batch of one a channel (Zeiler and Fergus 2014, on channels).
+The baseline is the mean in the operating condition of each row, which the network is trained to treat as a missing
+sensor. One window becomes a batch with one copy per channel (Zeiler and Fergus 2014, applied to channels).
 """
 
 from collections.abc import Sequence
@@ -13,66 +13,66 @@ import numpy.typing as npt
 Readings = npt.NDArray[np.float32]
 
 
-class Usual(NamedTuple):
-    """What is usual in each of K operating conditions, in physical units.
+class ConditionBaselines(NamedTuple):
+    """Baselines of K operating conditions: mean readings in physical units.
 
-    Rows belong to the condition whose centre is nearest, each setting being measured in its own scale.
+    A row belongs to the condition with the nearest centre. Each setting is divided by its scale.
     """
 
     scales: npt.NDArray[np.float64]  # (settings,)
     rows: npt.NDArray[np.float64]  # (K, channels), settings first
 
     @classmethod
-    def of(cls, scales: Sequence[float], rows: Sequence[Sequence[float]]) -> "Usual":
-        """From the lists of a manifest."""
+    def from_lists(cls, scales: Sequence[float], rows: Sequence[Sequence[float]]) -> "ConditionBaselines":
+        """Convert the lists of a manifest."""
         return cls(np.asarray(scales, dtype=np.float64), np.asarray(rows, dtype=np.float64))
 
-    def condition(self, telemetry: Readings) -> npt.NDArray[np.int64]:
-        """The operating condition of each row of telemetry (..., channels)."""
+    def nearest(self, telemetry: Readings) -> npt.NDArray[np.int64]:
+        """Return the operating condition of each row of telemetry (..., channels)."""
         n = len(self.scales)
         gap = (telemetry[..., None, :n].astype(np.float64) - self.rows[:, :n]) / self.scales  # (..., K, settings)
         return np.asarray((gap**2).sum(-1).argmin(-1))
 
-    def like(self, telemetry: Readings) -> Readings:
-        """The usual row for each row of telemetry (..., channels)."""
-        return np.asarray(self.rows[self.condition(telemetry)], dtype=np.float32)
+    def matching_rows(self, telemetry: Readings) -> Readings:
+        """Return the baseline row for each row of telemetry (..., channels)."""
+        return np.asarray(self.rows[self.nearest(telemetry)], dtype=np.float32)
 
 
-def occluded(window: Readings, usual: Usual) -> Readings:
-    """One copy of a window (T, C) for each channel, that channel replaced by what is usual: (C, T, C)."""
+def occlude_channels(window: Readings, baselines: ConditionBaselines) -> Readings:
+    """Return copies (C, T, C) of a window (T, C), each with one channel replaced by its baseline."""
     channels = window.shape[1]
-    copies, every = np.repeat(window[None], channels, axis=0), np.arange(channels)
-    copies[every, :, every] = usual.like(window).T
+    copies, index = np.repeat(window[None], channels, axis=0), np.arange(channels)
+    copies[index, :, index] = baselines.matching_rows(window).T
     return copies
 
 
-class Shift(NamedTuple):
-    """What one channel did to an answer."""
+class ChannelAttribution(NamedTuple):
+    """The effect of one channel on a prediction."""
 
     channel: int
-    shift: float  # total variation distance of the distributions with and without it, 0..1
-    toward: int  # the class whose probability it raised most
-    rul: float | None  # cycles that it added
+    shift: float  # total variation distance between the distributions with and without the channel, 0..1
+    toward: int  # class whose probability the channel raises most
+    rul: float | None  # cycles that the channel adds
 
 
-def shifts(
+def attribute_channels(
     probabilities: npt.NDArray[Any],
     rul: float | None,
     without: npt.NDArray[Any],
     rul_without: npt.NDArray[Any] | None,
-) -> list[Shift]:
-    """What each channel did to an answer, the strongest first.
+) -> list[ChannelAttribution]:
+    """Return the effect of each channel on a prediction, sorted by descending shift.
 
     Args:
-        probabilities: (classes,) of the answer.
-        rul: its RUL, if the network has one.
-        without: (C, classes) with each channel occluded.
-        rul_without: (C,) likewise.
+        probabilities: (classes,) of the prediction.
+        rul: RUL of the prediction in cycles, if the network returns it.
+        without: (C, classes) probabilities with each channel occluded.
+        rul_without: (C,) RUL with each channel occluded.
     """
     change = probabilities - without  # (C, classes)
     distance = np.abs(change).sum(axis=1) / 2
     return [
-        Shift(
+        ChannelAttribution(
             int(k),
             float(distance[k]),
             int(change[k].argmax()),

@@ -1,6 +1,7 @@
-"""How far an engine's sensors are from what is usual in the operating condition of each flight. numpy only.
+"""Sensor shift: deviations of an engine's sensors from the baselines of operating conditions. numpy only.
 
-Altitude and speed move a raw reading most; less what is usual in the flight's condition, wear is what remains.
+Altitude and speed have the largest effect on raw readings. After subtraction of the baseline of the condition, the
+effect of wear remains.
 """
 
 from typing import NamedTuple
@@ -8,32 +9,37 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from model.evaluation.occlusion import Usual
+from model.evaluation.occlusion import ConditionBaselines
 from model.numerics import Floats
 from model.windows import Readings
 
-RECENT = 10  # flights whose mean says where a sensor is now
+RECENT_FLIGHTS = 10  # newest flights, whose mean deviation is the shift
 
 
-class Moved(NamedTuple):
-    """One sensor of one engine, in deviations of the flight's operating condition."""
+class SensorShift(NamedTuple):
+    """One sensor of one engine, in standard deviations of the operating condition of each flight."""
 
     channel: int
-    away: Floats  # (N,) how far each reading is from the usual one
-    moved: float  # mean of the last ten
+    deviations: Floats  # (N,) of each reading from the baseline
+    shift: float  # mean deviation of the newest flights
 
 
-def moved(flights: Readings, usual: Usual, deviations: npt.ArrayLike) -> list[Moved]:
-    """Each sensor of flights (N, channels), N >= 1, in the order of their cycles, the most moved first.
+def sensor_shifts(
+    flights: Readings, baselines: ConditionBaselines, standard_deviations: npt.ArrayLike
+) -> list[SensorShift]:
+    """Return the shift of each sensor over flights, sorted by descending absolute shift.
 
     Args:
-        flights: raw readings, settings first.
-        usual: of K operating conditions.
-        deviations: (K, sensors) of each sensor in each condition; where it is 0, the sensor has not moved.
+        flights: (N, channels) raw readings in the order of cycles, settings first, N >= 1.
+        baselines: of K operating conditions.
+        standard_deviations: (K, sensors) of each sensor in each condition. Where it is 0, deviations are 0.
     """
-    settings, condition = len(usual.scales), usual.condition(flights)
-    spread = np.asarray(deviations, dtype=np.float64)[condition]  # (N, sensors)
-    apart = (flights.astype(np.float64) - usual.rows[condition])[:, settings:]
-    away = np.divide(apart, spread, out=np.zeros_like(apart), where=spread > 0)
-    recent = away[-RECENT:].mean(axis=0)
-    return [Moved(settings + int(k), away[:, k], float(recent[k])) for k in np.argsort(-abs(recent), kind="stable")]
+    settings, condition = len(baselines.scales), baselines.nearest(flights)
+    spread = np.asarray(standard_deviations, dtype=np.float64)[condition]  # (N, sensors)
+    differences = (flights.astype(np.float64) - baselines.rows[condition])[:, settings:]
+    deviations = np.divide(differences, spread, out=np.zeros_like(differences), where=spread > 0)
+    recent = deviations[-RECENT_FLIGHTS:].mean(axis=0)
+    return [
+        SensorShift(settings + int(k), deviations[:, k], float(recent[k]))
+        for k in np.argsort(-abs(recent), kind="stable")
+    ]

@@ -7,7 +7,7 @@ or q_k - p_k. Of their total T and a variance process V, Robbins' normal mixture
 
 which reaches 1/α at any look, ever, with probability α at most (Ville's inequality). V is the largest of
 
-* Σ (x² + 2 var x) / 3 over rows: exact, at every n, if each truth falls as its row says whatever came before
+* Σ (x² + 2 var x) / 3 over rows: exact, at every n, if each label follows its row's probabilities, given all before
   (Delyon 2009; Bercu and Touati 2019);
 * Σ S² over engines, S an engine's sum: windows of one engine overlap and err together (self-normalised sums: Howard et
   al. 2021; asymptotic: Waudby-Smith et al. 2024), **plus a surprise not yet seen**. Where errors are rare, engines
@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model import numerics
-from model.evaluation.cluster_bootstrap import Engines
+from model.evaluation.cluster_bootstrap import EngineGroups
 from model.numerics import Floats
 
 SCALES = (3.0, 100.0, 3e3, 1e5)  # of V, nats²: from a few dozen rows to a fleet's year, each a factor of 30 apart
@@ -58,7 +58,7 @@ def of_losses(logits: npt.ArrayLike, loss: Floats, expected: Floats, variance: F
 
 
 def of_class(p: Floats, q: Floats) -> Deviations:
-    """q_k - p_k of one class: how much more often it was true than said. p, q: (N,)."""
+    """q_k - p_k of one class: observed minus predicted frequency. p, q: (N,)."""
     return Deviations(q - p, p * (1 - p), p * (1 - p) ** 4, (1 - p) * p**4)
 
 
@@ -77,7 +77,7 @@ class Evidence:
         return float(log_e(self.total, self.variance_above if self.total > 0 else self.variance_below))
 
     def mean_within(self, alpha: float) -> tuple[float, float]:
-        """Confidence sequence: at any look, ever, the mean lies within, but for probability alpha.
+        """Confidence sequence: at any look, ever, it contains the mean with probability 1 - alpha.
 
         It leaves zero out exactly when the e-value reaches 1/alpha. Infinite without rows.
         """
@@ -87,14 +87,16 @@ class Evidence:
         return (self.total - above) / self.n, (self.total + below) / self.n
 
 
-def evidence(found: Deviations, engines: Engines) -> Evidence:
+def evidence(deviations: Deviations, engines: EngineGroups) -> Evidence:
     """Weigh the deviations of rows, with rows and with engines as the unit."""
-    rows = float((found.x**2 + 2 * found.variance).sum()) / 3
-    squares = float((engines.sums(found.x) ** 2).sum())
-    together = float((engines.sums(np.sqrt(found.variance)) ** 2).sum()) or 1.0
-    above, below = (float((engines.sums(tail**0.25) ** 4).sum()) / together for tail in (found.above, found.below))
-    total = float(found.x.sum())
-    return Evidence(len(found.x), total, max(rows, squares + below), max(rows, squares + above))
+    rows = float((deviations.x**2 + 2 * deviations.variance).sum()) / 3
+    squares = float((engines.sum_rows(deviations.x) ** 2).sum())
+    together = float((engines.sum_rows(np.sqrt(deviations.variance)) ** 2).sum()) or 1.0
+    above, below = (
+        float((engines.sum_rows(tail**0.25) ** 4).sum()) / together for tail in (deviations.above, deviations.below)
+    )
+    total = float(deviations.x.sum())
+    return Evidence(len(deviations.x), total, max(rows, squares + below), max(rows, squares + above))
 
 
 def log_e(total: npt.ArrayLike, variance: npt.ArrayLike) -> Floats:

@@ -1,6 +1,6 @@
-"""A temperature fitted anew on labelled answers, and what engines left out say of it. numpy only.
+"""Fit a temperature on labelled predictions, with cross-validation by engine. numpy only.
 
-Nothing is applied here: the fit says what would change, or is refused with the reason.
+The fit is not applied here. The result contains the expected changes of metrics; a refusal contains the reason.
 """
 
 from dataclasses import dataclass
@@ -10,17 +10,23 @@ import numpy as np
 import numpy.typing as npt
 
 from model import numerics
-from model.evaluation.cluster_bootstrap import ENOUGH_ENGINES, Engines, engines_of, interval, resampled
+from model.evaluation.cluster_bootstrap import (
+    MIN_ENGINES,
+    EngineGroups,
+    central_interval,
+    group_by_engine,
+    resample_sums,
+)
 from model.numerics import RELIABILITY_BINS, Floats
 
-ENOUGH_ROWS = 100  # the logarithm of the temperature is then known to about a fifth, were all rows independent
+MIN_ROWS = 100  # the standard error of ln T is then about 0.2 for independent rows
 FOLDS = 5
-FOLD_TOLERANCE = 1e-6  # in ln T: losses are flat there, and five fits need not be finer
+FOLD_TOLERANCE = 1e-6  # in ln T; the loss is flat at its minimum
 Reason = Literal["too_few_engines", "too_few_rows", "one_class", "no_finite_temperature", "held_out_loss_does_not_fall"]
 
 
-class RefitRefused(ValueError):
-    """There is no better temperature in these labels; the message is a sentence, `reason` names the case."""
+class FitRefused(ValueError):
+    """These labels do not support another temperature. The message is a sentence, `reason` is the case."""
 
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)
@@ -28,8 +34,8 @@ class RefitRefused(ValueError):
 
 
 @dataclass(frozen=True)
-class Change:
-    """A measure on engines left out: before, after, and 90 % of the difference (after - before), engines resampled."""
+class MetricChange:
+    """A metric on held-out engines before and after, and the 90 % interval of after - before by engine bootstrap."""
 
     before: float
     after: float
@@ -38,78 +44,78 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Refit:
-    """The temperature from all rows; the measures are of temperatures that never saw the engine they are scored on."""
+class TemperatureFit:
+    """The temperature fitted to all rows. Metrics are of the cross-validation, on held-out engines."""
 
     temperature: float
     rows: int
     engines: int
     held_out_temperatures: tuple[float, ...]
-    cross_entropy: Change
-    ece: Change
+    cross_entropy: MetricChange
+    ece: MetricChange
 
     @property
-    def sure(self) -> bool:
-        """Whether all of the interval is a gain; if not, what is corrected may be noise."""
+    def significant(self) -> bool:
+        """Whether the whole interval of cross-entropy is below zero. If not, the gain may be noise."""
         return self.cross_entropy.interval[1] < 0
 
 
-def refit(
+def cross_validate_temperature(
     logits: npt.ArrayLike, labels: npt.ArrayLike, engine: npt.ArrayLike, temperature: npt.ArrayLike, folds: int = FOLDS
-) -> Refit:
-    """Fit a temperature and compare it, on engines left out, with the one that answered.
+) -> TemperatureFit:
+    """Fit a temperature and compare it on held-out engines with the temperature in use.
 
-    The order of rows does not matter: engines are dealt to the folds in the order of their ids.
+    The order of rows has no effect: engines are assigned to folds in the order of their ids.
 
     Args:
-        logits: (N, C) as the network gave them.
+        logits: (N, C), not divided by a temperature.
         labels: (N,) class indices or (N, C) distributions.
         engine: (N,) ids.
-        temperature: what answered, one for all or (N,).
-        folds: parts of the engines, each left out once.
+        temperature: in use, a number or one per row (N,).
+        folds: number of folds; each engine is held out once.
 
     Raises:
-        RefitRefused: too few engines or rows, one class only, no finite temperature, no gain on engines left out.
-        ValueError: anything that `numerics.fit_temperature` refuses, or lengths that differ.
+        FitRefused: too few engines or rows, a single class, no finite temperature, no gain on held-out engines.
+        ValueError: as `numerics.fit_temperature`, or lengths differ.
     """
-    z, engines = np.atleast_2d(numerics.scaled(logits)), engines_of(engine)
+    z, engines = np.atleast_2d(numerics.scaled(logits)), group_by_engine(engine)
     q = numerics.as_distributions(labels, z.shape[1])
     before = numerics.scaled_rows(z, temperature)
     if not len(z) == len(q) == len(engines.index):
         raise ValueError(f"{len(z)} rows of logits, {len(q)} labels and {len(engines.index)} engines do not fit")
     _check_enough(engines, q)
-    held_out, parts = z.copy(), []
+    held_out, fold_temperatures = z.copy(), []
     for fold in range(folds):
-        left_out = engines.index % folds == fold
-        t = numerics.fit_temperature(z[~left_out], q[~left_out], tolerance=FOLD_TOLERANCE)
-        held_out[left_out] /= t
-        parts.append(t)
-    fitted = _fitted(z, q)
-    losses = _losses(before, held_out, q, engines)
+        in_fold = engines.index % folds == fold
+        t = numerics.fit_temperature(z[~in_fold], q[~in_fold], tolerance=FOLD_TOLERANCE)
+        held_out[in_fold] /= t
+        fold_temperatures.append(t)
+    fitted = _fit_finite_temperature(z, q)
+    losses = _loss_change(before, held_out, q, engines)
     if losses.difference >= 0:
-        raise RefitRefused("held_out_loss_does_not_fall", _no_gain(losses, fitted))
-    return Refit(fitted, len(z), engines.count, tuple(parts), losses, _eces(before, held_out, q, engines))
+        raise FitRefused("held_out_loss_does_not_fall", _no_gain_message(losses, fitted))
+    return TemperatureFit(
+        fitted, len(z), engines.count, tuple(fold_temperatures), losses, _ece_change(before, held_out, q, engines)
+    )
 
 
-def _check_enough(engines: Engines, q: Floats) -> None:
-    if engines.count < ENOUGH_ENGINES:
-        raise RefitRefused(
-            "too_few_engines", f"labels of {engines.count} engines are too few: a fit needs {ENOUGH_ENGINES}"
-        )
-    if len(q) < ENOUGH_ROWS:
-        raise RefitRefused("too_few_rows", f"{len(q)} labelled predictions are too few: a fit needs {ENOUGH_ROWS}")
+def _check_enough(engines: EngineGroups, q: Floats) -> None:
+    if engines.count < MIN_ENGINES:
+        raise FitRefused("too_few_engines", f"labels of {engines.count} engines are too few: a fit needs {MIN_ENGINES}")
+    if len(q) < MIN_ROWS:
+        raise FitRefused("too_few_rows", f"{len(q)} labelled predictions are too few: a fit needs {MIN_ROWS}")
     if np.count_nonzero(q.sum(axis=0)) < 2:
-        raise RefitRefused("one_class", "all labels are of one class: a temperature from them would be certain of it")
+        raise FitRefused("one_class", "all labels are of one class: a temperature from them would be certain of it")
 
 
-def _fitted(z: Floats, q: Floats) -> float:
+def _fit_finite_temperature(z: Floats, q: Floats) -> float:
     t = numerics.fit_temperature(z, q)
     if t in (numerics.MIN_TEMPERATURE, numerics.MAX_TEMPERATURE):
-        raise RefitRefused("no_finite_temperature", f"the loss still falls at the bound of temperatures, {t:g}")
+        raise FitRefused("no_finite_temperature", f"the loss still falls at the bound of temperatures, {t:g}")
     return t
 
 
-def _no_gain(losses: Change, fitted: float) -> str:
+def _no_gain_message(losses: MetricChange, fitted: float) -> str:
     low, high = losses.interval
     return (
         f"on engines left out a temperature fitted to the others (about {fitted:.3g}) raises cross-entropy by "
@@ -117,19 +123,21 @@ def _no_gain(losses: Change, fitted: float) -> str:
     )
 
 
-def _losses(before: Floats, after: Floats, q: Floats, engines: Engines) -> Change:
-    was, becomes = (numerics.cross_entropy(z, q, reduction="none") for z in (before, after))
-    drawn = resampled(np.column_stack([engines.sums(becomes - was), engines.sums(np.ones(len(q)))]))
-    means = float(was.mean()), float(becomes.mean())
-    return Change(*means, means[1] - means[0], interval(drawn[:, 0] / drawn[:, 1]))
+def _loss_change(before: Floats, after: Floats, q: Floats, engines: EngineGroups) -> MetricChange:
+    loss_before, loss_after = (numerics.cross_entropy(z, q, reduction="none") for z in (before, after))
+    totals = resample_sums(
+        np.column_stack([engines.sum_rows(loss_after - loss_before), engines.sum_rows(np.ones(len(q)))])
+    )
+    means = float(loss_before.mean()), float(loss_after.mean())
+    return MetricChange(*means, means[1] - means[0], central_interval(totals[:, 0] / totals[:, 1]))
 
 
-def _eces(before: Floats, after: Floats, q: Floats, engines: Engines) -> Change:
+def _ece_change(before: Floats, after: Floats, q: Floats, engines: EngineGroups) -> MetricChange:
     columns = []
     for z in (before, after):
         top = numerics.softmax(z).max(axis=1)
-        columns.append(engines.sums_of_bins(top - numerics.correct(z, q), numerics.bin_of(top), RELIABILITY_BINS))
-    drawn = resampled(np.column_stack([*columns, engines.sums(np.ones(len(q)))]))
-    was, becomes = (abs(part).sum(axis=1) / drawn[:, -1] for part in np.split(drawn[:, :-1], 2, axis=1))
+        columns.append(engines.sum_rows_by_bin(top - numerics.correct(z, q), numerics.bin_of(top), RELIABILITY_BINS))
+    totals = resample_sums(np.column_stack([*columns, engines.sum_rows(np.ones(len(q)))]))
+    ece_before, ece_after = (abs(part).sum(axis=1) / totals[:, -1] for part in np.split(totals[:, :-1], 2, axis=1))
     values = [float(abs(column.sum(axis=0)).sum() / len(q)) for column in columns]
-    return Change(values[0], values[1], values[1] - values[0], interval(becomes - was))
+    return MetricChange(values[0], values[1], values[1] - values[0], central_interval(ece_after - ece_before))

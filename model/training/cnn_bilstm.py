@@ -1,7 +1,7 @@
-"""The textbook backbone: convolutions, two bidirectional LSTM layers, self-attention, a funnel, deep heads.
+"""The CNN-BiLSTM-attention backbone: convolutions, two bidirectional LSTM layers, self-attention, deep heads.
 
-Fifty times the parameters of the compact network; the anchor that the compact network is measured against.
-B = batch, T = window, C = 17 inputs, H = hidden width of a direction.
+Has 50 times the parameters of the compact network, which is compared with it.
+B = batch, T = window, C = 17 inputs, H = hidden width of each direction.
 """
 
 import itertools
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from model.contract import RUL_CAP
-from model.training.backbones import Rows
+from model.training.backbones import WindowRows
 
 CONVOLUTIONS = (64, 128, 64)
 HEADS = 8
 FEATURES = 32
 
 
-def funnel(*widths: int, dropout: float) -> nn.Sequential:
-    """Linear layers through the widths, each but the last followed by ReLU and dropout."""
+def build_funnel(*widths: int, dropout: float) -> nn.Sequential:
+    """Return linear layers of the given widths; ReLU and dropout follow every layer except the last."""
     layers: list[nn.Module] = []
     for i, (wide, narrow) in enumerate(itertools.pairwise(widths)):
         layers += [nn.Linear(wide, narrow), *([nn.ReLU(), nn.Dropout(dropout)] if i < len(widths) - 2 else [])]
@@ -31,17 +31,17 @@ class CnnBiLstmAttention(nn.Module):
     def __init__(self, inputs: int, hidden: int, dropout: float) -> None:
         super().__init__()
         blocks: list[nn.Module] = []
-        for before, after in zip((inputs, *CONVOLUTIONS[:-1]), CONVOLUTIONS, strict=True):
-            blocks += [nn.Conv1d(before, after, 3, padding=1), nn.BatchNorm1d(after), nn.ReLU()]
+        for channels, outputs in zip((inputs, *CONVOLUTIONS[:-1]), CONVOLUTIONS, strict=True):
+            blocks += [nn.Conv1d(channels, outputs, 3, padding=1), nn.BatchNorm1d(outputs), nn.ReLU()]
         self.local = nn.Sequential(*blocks)
         self.lstm = nn.LSTM(CONVOLUTIONS[-1], hidden, 2, batch_first=True, dropout=dropout, bidirectional=True)
         self.attention = nn.MultiheadAttention(2 * hidden, HEADS, dropout=dropout, batch_first=True)
         self.norm = nn.LayerNorm(2 * hidden)
-        self.funnel = funnel(2 * hidden, hidden, hidden // 4, FEATURES, dropout=dropout)
+        self.funnel = build_funnel(2 * hidden, hidden, hidden // 4, FEATURES, dropout=dropout)
 
-    def forward(self, rows: Rows) -> Tensor:  # (B, T, C) -> (B, 32)
-        """What the window shows, as one vector."""
-        local = self.local(rows.normal.transpose(1, 2)).transpose(1, 2)  # (B, T, 64)
+    def forward(self, rows: WindowRows) -> Tensor:  # (B, T, C) -> (B, 32)
+        """Encode each window as one vector."""
+        local = self.local(rows.normalised.transpose(1, 2)).transpose(1, 2)  # (B, T, 64)
         states, _ = self.lstm(local)  # (B, T, 2H)
         attended, _ = self.attention(states, states, states, need_weights=False)  # (B, T, 2H)
         features: Tensor = torch.relu(self.funnel(self.norm(states + attended).mean(1)))
@@ -49,13 +49,13 @@ class CnnBiLstmAttention(nn.Module):
 
 
 class DeepHeads(nn.Module):
-    """Classes through 32-32-16-C, RUL through 32-64-32-16-1."""
+    """Two heads: 32-32-16-C for the classes, 32-64-32-16-1 for RUL."""
 
     def __init__(self, classes: int, dropout: float) -> None:
         super().__init__()
-        self.health = funnel(FEATURES, 32, 16, classes, dropout=dropout)
-        self.remaining = funnel(FEATURES, 64, 32, 16, 1, dropout=dropout)
+        self.health = build_funnel(FEATURES, 32, 16, classes, dropout=dropout)
+        self.remaining = build_funnel(FEATURES, 64, 32, 16, 1, dropout=dropout)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:  # (B, 32) -> (B, classes), (B,)
-        """Logits, and RUL squeezed into 0..125."""
+        """Return logits and RUL, limited to 0..125 cycles."""
         return self.health(features), RUL_CAP * torch.sigmoid(self.remaining(features).squeeze(-1))

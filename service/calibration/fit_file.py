@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from model.evaluation.temperature_fit import Refit, RefitRefused, refit
+from model.evaluation.temperature_fit import FitRefused, TemperatureFit, cross_validate_temperature
 from model.numerics import Floats
 from service.codecs.instances import label_distribution
 from service.errors import InvalidInput
@@ -29,7 +29,7 @@ class Rows(NamedTuple):
     engines: list[str]
 
 
-def from_file(path: Path, classes: Sequence[str], temperature: float) -> Refit:
+def from_file(path: Path, classes: Sequence[str], temperature: float) -> TemperatureFit:
     """Fit a temperature to a file.
 
     Args:
@@ -45,8 +45,8 @@ def from_file(path: Path, classes: Sequence[str], temperature: float) -> Refit:
     names = sorted(set(rows.engines))
     engine = np.searchsorted(names, rows.engines)
     try:
-        return refit(rows.logits, rows.labels, engine, temperature)
-    except RefitRefused as refused:
+        return cross_validate_temperature(rows.logits, rows.labels, engine, temperature)
+    except FitRefused as refused:
         raise InvalidInput(f"{path}: {refused}") from None
 
 
@@ -116,7 +116,7 @@ def _engine(given: Any) -> str:
     return str(given)
 
 
-def lines(found: Refit, temperature: float) -> Iterator[str]:
+def lines(found: TemperatureFit, temperature: float) -> Iterator[str]:
     """A fit in words."""
     yield f"{found.rows} labelled predictions of {found.engines} engines"
     yield f"temperature {found.temperature:.4f}, compared with {temperature:.4f}; measured on engines left out:"

@@ -18,8 +18,8 @@ from model import numerics
 from model.contract import Reference
 from model.evaluation import calibration_report, sequential
 from model.evaluation import drift as distance
-from model.evaluation.calibration_report import Json, Labelled, finite, mean
-from model.evaluation.cluster_bootstrap import ENOUGH_ENGINES
+from model.evaluation.calibration_report import Json, LabelledRows, mean_or_nan, replace_non_finite
+from model.evaluation.cluster_bootstrap import MIN_ENGINES
 from model.evaluation.sequential import Evidence
 from model.numerics import Floats
 
@@ -81,19 +81,19 @@ def calibration(
     if z.shape[1] != len(classes) or not (abs(z) <= MAX_SCALED).all():
         raise ValueError(f"logits of shape {z.shape} are too many or too large for {len(classes)} classes")
     known: Mask = ~np.isnan(rows.label[:, 0])
-    found = calibration_report.labelled(z[known], rows.label[known], rows.engine[known])
+    found = calibration_report.measure_rows(z[known], rows.label[known], rows.engine[known])
     gap, frequencies = evidences(found)
     body: Json = {"window": window, "n": len(found.z), "engines": found.engines.count}
     told = known & (rows.source != SOURCES.index("survival"))  # survivors alone tell of one class
     body["state"] = state(len(np.unique(rows.engine[told])), gap, frequencies)
     body["evidence"] = _evidence(gap, frequencies)
-    body |= calibration_report.sections(found, classes)
+    body |= calibration_report.report_sections(found, classes)
     for section, one in zip(body["classes"], frequencies, strict=True):
         section["log10_e"] = one.log_e / np.log(10)
     body["conformal"] = None if level is None else _conformal(rows, known, level)
     body["labels"] = _labels(rows, known, now)
     body["label_free"] = _label_free(z, found)
-    return {key: finite(value) for key, value in body.items()}
+    return {key: replace_non_finite(value) for key, value in body.items()}
 
 
 def over_time(rows: Rows, periods: int) -> list[Json]:
@@ -116,15 +116,15 @@ def over_time(rows: Rows, periods: int) -> list[Json]:
             "from": float(edges[k]),
             "to": float(edges[k + 1]),
             "n": int(n[k]),
-            "realised": finite(calibration_report.ratio(realised[k], n[k])),
-            "expected": finite(calibration_report.ratio(expected[k], n[k])),
-            "noise": finite(calibration_report.ratio(float(np.sqrt(variance[k])), n[k])),
+            "realised": replace_non_finite(calibration_report.ratio_or_nan(realised[k], n[k])),
+            "expected": replace_non_finite(calibration_report.ratio_or_nan(expected[k], n[k])),
+            "noise": replace_non_finite(calibration_report.ratio_or_nan(float(np.sqrt(variance[k])), n[k])),
         }
         for k in range(periods)
     ]
 
 
-def evidences(found: Labelled) -> tuple[Evidence, list[Evidence]]:
+def evidences(found: LabelledRows) -> tuple[Evidence, list[Evidence]]:
     """Evidence that the loss is not what the model expects, and that each class is not as frequent as it says."""
     losses = sequential.of_losses(found.z, found.loss, found.entropy, found.variance)
     classes = [sequential.of_class(p, q) for p, q in zip(found.p.T, found.q.T, strict=True)]
@@ -133,7 +133,7 @@ def evidences(found: Labelled) -> tuple[Evidence, list[Evidence]]:
 
 def state(engines: int, gap: Evidence, frequencies: list[Evidence]) -> State:
     """The verdict. `drifting`: the loss is as expected, the frequency of a class is not; no temperature mends that."""
-    if engines < ENOUGH_ENGINES:
+    if engines < MIN_ENGINES:
         return "insufficient_data"
     if gap.log_e >= -np.log(ALPHA_GAP):
         return "overconfident" if gap.total > 0 else "underconfident"
@@ -171,7 +171,7 @@ def _together(frequencies: list[Evidence]) -> float:
 def _evidence(gap: Evidence, frequencies: list[Evidence]) -> Json:
     """How near an alarm is: log10 of the e-values and where they alarm, the always-valid range of the mean loss gap."""
     return {
-        "engines_needed": ENOUGH_ENGINES,
+        "engines_needed": MIN_ENGINES,
         "gap": {
             "log10_e": gap.log_e / np.log(10),
             "alarm_at": -np.log10(ALPHA_GAP),
@@ -184,12 +184,12 @@ def _evidence(gap: Evidence, frequencies: list[Evidence]) -> Json:
 
 def _conformal(rows: Rows, known: Mask, level: float) -> Json:
     covered, sizes = (column[known & ~np.isnan(column)] for column in (rows.covered, rows.set_size))
-    return {"level": level, "coverage": mean(covered), "mean_size": mean(sizes)}
+    return {"level": level, "coverage": mean_or_nan(covered), "mean_size": mean_or_nan(sizes)}
 
 
 def _labels(rows: Rows, known: Mask, now: float) -> Json:
     """What share is labelled, after how long, by whom. A label that came before its prediction has no lag."""
-    share = mean(known)
+    share = mean_or_nan(known)
     lag = np.maximum(rows.labelled_at[known] - rows.made_at[known], 0)
     p50, p90 = np.quantile(lag, [0.5, 0.9]) if len(lag) else (np.nan, np.nan)
     return {
@@ -205,19 +205,19 @@ def _by_age(age: Floats, known: Mask) -> list[Json]:
     band, ends = np.searchsorted(AGES, age, side="right") - 1, (*AGES[1:], None)
     held = [known[band == k] for k in range(len(AGES))]
     return [
-        {"from_seconds": begins, "to_seconds": end, "n": len(within), "share": mean(within)}
+        {"from_seconds": begins, "to_seconds": end, "n": len(within), "share": mean_or_nan(within)}
         for begins, end, within in zip(AGES, ends, held, strict=True)
     ]
 
 
-def _label_free(z: Floats, found: Labelled) -> Json:
+def _label_free(z: Floats, found: LabelledRows) -> Json:
     """Accuracy and cross-entropy that all predictions expect; `error`: expected less realised of the labelled ones."""
     errors = {
-        "accuracy": mean(found.top) - mean(found.correct),
-        "cross_entropy": mean(found.entropy) - mean(found.loss),
+        "accuracy": mean_or_nan(found.top) - mean_or_nan(found.correct),
+        "cross_entropy": mean_or_nan(found.entropy) - mean_or_nan(found.loss),
     }
     return {
-        "accuracy": mean(numerics.softmax(z).max(axis=1)),
-        "cross_entropy": mean(numerics.entropy(z)),
+        "accuracy": mean_or_nan(numerics.softmax(z).max(axis=1)),
+        "cross_entropy": mean_or_nan(numerics.entropy(z)),
         "error": errors if len(found.z) else None,
     }

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from model import numerics
 from model.evaluation import conformal, drift
-from model.evaluation.temperature_fit import Change, RefitRefused, refit
+from model.evaluation.temperature_fit import FitRefused, MetricChange, cross_validate_temperature
 from service.calibration import statistics
 from service.errors import Conflict, Fault, InvalidInput
 from service.ids import prediction_ids
@@ -84,8 +84,8 @@ async def fit(memory: Memory, predictor: Predictor, window: str | None) -> dict[
     known = ~np.isnan(found.label[:, 0])
     rows = (found.logits[known], found.label[known], found.engine[known], found.temperature[known])
     try:
-        fitted = await asyncio.to_thread(refit, *rows)
-    except RefitRefused as refused:
+        fitted = await asyncio.to_thread(cross_validate_temperature, *rows)
+    except FitRefused as refused:
         raise Conflict(str(refused)) from None
     name = prediction_ids(1, now)[0]
     result = {
@@ -96,7 +96,7 @@ async def fit(memory: Memory, predictor: Predictor, window: str | None) -> dict[
         "active_temperature": predictor.temperature,
         "n": fitted.rows,
         "engines": fitted.engines,
-        "sure": fitted.sure,  # whether all of the held-out interval is a gain
+        "sure": fitted.significant,  # whether all of the held-out interval is a gain
         "held_out": {
             "temperatures": fitted.held_out_temperatures,
             "cross_entropy": _change(fitted.cross_entropy),
@@ -123,7 +123,7 @@ async def temper(
     return await memory.change_temperature(asked)
 
 
-def _change(change: Change) -> dict[str, Any]:
+def _change(change: MetricChange) -> dict[str, Any]:
     return {
         "before": change.before,
         "after": change.after,
@@ -154,7 +154,7 @@ def _rows(found: queries.Found, model: Model) -> statistics.Rows:
     covered = sizes = np.full(len(found.made), np.nan)
     rule = model.manifest.conformal
     if rule is not None and len(found.made):
-        sets = conformal.sets(found.logits, model.manifest.temperature, rule.threshold, rule.method)
+        sets = conformal.prediction_sets(found.logits, model.manifest.temperature, rule.threshold, rule.method)
         covered, sizes = (found.label * sets).sum(axis=1), sets.sum(axis=1).astype(np.float64)
     columns = (found.logits, found.temperature, found.label, found.engine, covered, sizes)
     return statistics.Rows(*columns, found.made, found.labelled, found.source)
@@ -169,8 +169,8 @@ def _drift(found: queries.Found, context: CalibrationContext) -> dict[str, Any] 
     own = found.logits / context.model.manifest.temperature
     top = numerics.softmax(own).max(axis=1) if len(own) else np.empty(0)
     expected = numerics.entropy(own) if len(own) else np.empty(0)
-    confidence: npt.ArrayLike = drift.counts_of(top, reference.confidence) if reference.confidence else []
-    entropy: npt.ArrayLike = drift.counts_of(expected, reference.entropy_nats) if reference.entropy_nats else []
+    confidence: npt.ArrayLike = drift.count_bins(top, reference.confidence) if reference.confidence else []
+    entropy: npt.ArrayLike = drift.count_bins(expected, reference.entropy_nats) if reference.entropy_nats else []
     bins = np.frombuffer(found.inputs, dtype=np.uint8).reshape(-1, max(1, len(context.channels)))
     channels = {
         name: np.bincount(bins[:, k], minlength=len(reference.channels[name].shares))

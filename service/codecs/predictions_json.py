@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from model.evaluation.occlusion import Shift
+from model.evaluation.occlusion import ChannelAttribution
 from service.inference.model_loader import Model
 from service.inference.predictions import Answers, Evaluation, Prediction
 from service.inference.predictor import Predictor
@@ -123,7 +123,7 @@ def _number(value: int | None) -> bytes:
     return NONE if value is None else b"%d" % value
 
 
-def _explanation(shifts: list[Shift], model: Model) -> bytes:
+def _explanation(shifts: list[ChannelAttribution], model: Model) -> bytes:
     channels, classes = model.channels, model.manifest.classes
     told: list[dict[str, Any]] = []
     for shift in shifts:

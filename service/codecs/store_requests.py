@@ -13,8 +13,8 @@ import numpy as np
 from model import numerics
 from model.contract import Manifest
 from model.evaluation import conformal
-from model.evaluation.occlusion import Usual
-from model.evaluation.sensor_shift import moved
+from model.evaluation.occlusion import ConditionBaselines
+from model.evaluation.sensor_shift import sensor_shifts
 from model.numerics import Floats
 from model.windows import Readings
 from service.codecs import requests
@@ -204,9 +204,9 @@ def sensors_json(manifest: Manifest, cycles: Sequence[int], flights: Readings) -
     conditions, names = manifest.conditions, manifest.channel_names
     if conditions is None or not conditions.deviations:
         return None
-    usual = Usual.of(conditions.setting_scales, conditions.usual)
-    found = moved(flights, usual, conditions.deviations) if len(cycles) else []
-    rows = [{"channel": names[one.channel], "moved": one.moved, "away": one.away.round(4)} for one in found]
+    usual = ConditionBaselines.from_lists(conditions.setting_scales, conditions.usual)
+    found = sensor_shifts(flights, usual, conditions.deviations) if len(cycles) else []
+    rows = [{"channel": names[one.channel], "moved": one.shift, "away": one.deviations.round(4)} for one in found]
     return {"cycles": cycles, "channels": rows}
 
 
@@ -265,7 +265,7 @@ class Group(NamedTuple):
         rule, classes = self.kind.conformal, self.kind.classes
         if rule is None:
             return None
-        inside = conformal.sets(self.logits, self.kind.temperature, rule.threshold, rule.method).tolist()
+        inside = conformal.prediction_sets(self.logits, self.kind.temperature, rule.threshold, rule.method).tolist()
         return [[name for name, held in zip(classes, row, strict=True) if held] for row in inside]
 
 

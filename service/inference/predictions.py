@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from model import numerics
 from model.evaluation import conformal
-from model.evaluation.occlusion import Shift
+from model.evaluation.occlusion import ChannelAttribution
 from model.numerics import Floats
 from service.inference.batcher import Piece
 from service.inference.model_loader import Batch, Model, Outputs
@@ -73,7 +73,7 @@ class Prediction:
     pieces: Pieces
     loss: Floats | None = None
     evaluation: Evaluation | None = None
-    moved: list[list[Shift]] | None = None
+    moved: list[list[ChannelAttribution]] | None = None
     labelled: Labelled | None = None
 
     @cached_property
@@ -108,7 +108,7 @@ def calibrated(model: Model, logits: Batch, rul: Batch | None, finite: Mask, tem
     rule, sets = manifest.conformal, None
     if rule is not None:
         own = p if temperature == manifest.temperature else numerics.softmax(logits, manifest.temperature)
-        sets = conformal.sets_of(own, rule.threshold, rule.method)
+        sets = conformal.sets_from_probabilities(own, rule.threshold, rule.method)
     return Answers(logits, rul, p, entropy, sets, finite)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model import numerics
-from model.evaluation.occlusion import Usual, occluded, shifts
+from model.evaluation.occlusion import ConditionBaselines, attribute_channels, occlude_channels
 from model.numerics import Floats
 from service.errors import Fault, InvalidInput
 from service.inference.admission import Admission, Ticket
@@ -51,7 +51,7 @@ class Predictor:
         self.drift_bins = DriftBins(model.manifest, model.input_shape)
         self._metrics = metrics
         conditions = model.manifest.conditions
-        self._usual = Usual.of(conditions.setting_scales, conditions.usual) if conditions else None
+        self._usual = ConditionBaselines.from_lists(conditions.setting_scales, conditions.usual) if conditions else None
         self._observer = BatchObserver(model, metrics, self.drift_bins)
         self._batcher = Batcher(
             self._run, self._observer, settings.max_batch_rows, settings.max_queue_rows, settings.max_queue_seconds
@@ -130,7 +130,7 @@ class Predictor:
         rows = len(telemetry) * (1 + telemetry.shape[-1])
         self._batcher.check_room(rows, self._admission.shedder.other_delay)
         return await asyncio.to_thread(
-            lambda: np.concatenate([telemetry, *(occluded(window, usual) for window in telemetry)])
+            lambda: np.concatenate([telemetry, *(occlude_channels(window, usual) for window in telemetry)])
         )
 
     def _run(self, rows: Rows) -> Inference:
@@ -157,7 +157,9 @@ def _explained(found: Answers, prediction: Prediction) -> Prediction:
         part = slice(n + i * channels, n + (i + 1) * channels)
         without = numerics.softmax(found.logits[part], prediction.temperature)
         rul = None if answers.rul is None else float(answers.rul[i])
-        moved.append(shifts(answers.probabilities[i], rul, without, None if found.rul is None else found.rul[part]))
+        moved.append(
+            attribute_channels(answers.probabilities[i], rul, without, None if found.rul is None else found.rul[part])
+        )
     return replace(prediction, moved=moved)
 
 

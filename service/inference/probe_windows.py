@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.contract import Conditions, Manifest
-from model.evaluation.occlusion import Usual
+from model.evaluation.occlusion import ConditionBaselines
 from model.windows import overlapping
 
 Rows = npt.NDArray[np.float32]
@@ -57,10 +57,10 @@ def flown(manifest: Manifest) -> Rows:
 
 def _border(rows: Rows, conditions: Conditions, random: np.random.Generator) -> Rows:
     """Rows so far from their conditions that the last bit of a sum tells whether they are of them."""
-    usual = Usual.of(conditions.setting_scales, conditions.usual)
+    usual = ConditionBaselines.from_lists(conditions.setting_scales, conditions.usual)
     away = random.standard_normal((len(rows), len(usual.scales)))
     away *= BORDER * usual.scales / np.linalg.norm(away, axis=1, keepdims=True)
-    settings = usual.like(rows)[:, : len(usual.scales)] + away
+    settings = usual.matching_rows(rows)[:, : len(usual.scales)] + away
     return np.concatenate([settings, rows[:, len(usual.scales) :]], axis=1, dtype=np.float32)
 
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from model.data.cmapss import History
-from model.data.simulator.drift_injection import Planted
-from model.data.simulator.fleet import Engine, engine_id
+from model.data.simulator.drift_injection import DriftInjector
+from model.data.simulator.fleet import SimulatedEngine, engine_id
 from model.windows import Readings
 
 AGE_SEED = 1  # added to the seed of a fleet for the draw of its ages
@@ -35,7 +35,7 @@ class ReplayFlight(NamedTuple):
 @dataclass
 class _SimulatedEngine:
     number: int
-    engine: Engine
+    engine: SimulatedEngine
     cycle: int = 0
 
     def next_flight(self, seed: int, row: Readings, past: bool = False) -> ReplayFlight:
@@ -45,23 +45,24 @@ class _SimulatedEngine:
 
 
 def simulated_flights(
-    engines: int, seed: int, drift: Planted, endless: bool, retired: int | None
+    engines: int, seed: int, injector: DriftInjector, endless: bool, retired: int | None
 ) -> Iterator[ReplayFlight]:
     """Yield the flights of a simulated fleet. Some of its engines fly at sea level only.
 
     Args:
         engines: number of engines that fly at the same time.
         seed: the same seed gives the same fleet.
-        drift: injected drift. Its flights are counted from the first that is not past.
+        injector: injected drift. Its flights are counted from the first that is not past.
         endless: whether a new engine replaces each that failed.
         retired: None for a fleet of new engines. Else the engines are of any age, and this number failed before.
     """
     numbers = count()
     if retired is not None:
         for number in (next(numbers) for _ in range(retired)):
-            yield from _past_flights(_SimulatedEngine(number, Engine(number, seed, mixed=True)), seed, None)
+            yield from _past_flights(_SimulatedEngine(number, SimulatedEngine(number, seed, mixed=True)), seed, None)
     fleet = [
-        _SimulatedEngine(number, Engine(number, seed, mixed=True)) for number in (next(numbers) for _ in range(engines))
+        _SimulatedEngine(number, SimulatedEngine(number, seed, mixed=True))
+        for number in (next(numbers) for _ in range(engines))
     ]
     ages = np.random.default_rng((seed, AGE_SEED)).random(engines)
     for simulated, age in zip(fleet, ages, strict=True):
@@ -70,13 +71,13 @@ def simulated_flights(
     flight = 0
     while fleet:
         for simulated in fleet:
-            row = simulated.engine.fly(1, drift.pace(flight))[0]
-            yield simulated.next_flight(seed, drift.disturbed(row, flight, (seed, simulated.number, simulated.cycle)))
+            row = simulated.engine.fly(1, injector.wear_rate(flight))[0]
+            yield simulated.next_flight(seed, injector.inject(row, flight, (seed, simulated.number, simulated.cycle)))
             flight += 1
         failed = sum(simulated.engine.failed for simulated in fleet)
         fleet = [simulated for simulated in fleet if not simulated.engine.failed]
         fleet += [
-            _SimulatedEngine(k, Engine(k, seed, mixed=True))
+            _SimulatedEngine(k, SimulatedEngine(k, seed, mixed=True))
             for k in (next(numbers) for _ in range(failed if endless else 0))
         ]
 
@@ -90,14 +91,14 @@ def _past_flights(simulated: _SimulatedEngine, seed: int, flights: int | None) -
         yield simulated.next_flight(seed, rows[0], past=True)
 
 
-def recorded_flights(engines: Sequence[History], seed: int, drift: Planted) -> Iterator[ReplayFlight]:
+def recorded_flights(engines: Sequence[History], seed: int, injector: DriftInjector) -> Iterator[ReplayFlight]:
     """Yield one flight of each history in turn. The failure cycle is known where the RUL of the last flight is."""
     flight = 0
     for index in range(max(len(engine.cycle) for engine in engines)):
         for number, engine in enumerate(engines):
             if index < len(engine.cycle):
                 cycle, is_last = int(engine.cycle[index]), index == len(engine.cycle) - 1
-                row = drift.disturbed(engine.telemetry[index], flight, (seed, number, cycle))
+                row = injector.inject(engine.telemetry[index], flight, (seed, number, cycle))
                 yield ReplayFlight(engine.engine_id, cycle, row, _failure_cycle(engine) if is_last else None)
                 flight += 1
 

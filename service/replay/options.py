@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.data.simulator.drift_injection import Drift, DriftError, parse
+from model.data.simulator.drift_injection import Drift, DriftError, parse_drift
 from service.settings import Settings
 
 SIMULATED = "simulated"
@@ -108,7 +108,7 @@ def _parse_speed(text: str) -> float:
 
 def _parse_drift(text: str) -> Drift:
     try:
-        return parse(text)
+        return parse_drift(text)
     except DriftError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -10,7 +10,7 @@ import orjson
 from model.contract import CHANNELS
 from model.data import telemetry
 from model.data.cmapss import DataError
-from model.data.simulator.drift_injection import Planted
+from model.data.simulator.drift_injection import DriftInjector
 from service.errors import InvalidInput
 from service.replay.client import CallFailed, RetryingClient
 from service.replay.display import LogDisplay, ReplayState
@@ -71,17 +71,19 @@ def _read_model_info(url: str, model_info: Any, state: ReplayState) -> tuple[tup
 
 
 def _open_fleet(options: ReplayOptions, channels: tuple[str, ...]) -> Iterator[ReplayFlight]:
-    drift = Planted(options.drifts)
+    injector = DriftInjector(options.drifts)
     if options.drifts and channels != CHANNELS:
         raise InvalidInput("--drift: the model of the service does not use the C-MAPSS channels")
     if options.fleet == SIMULATED:
         if channels != CHANNELS:
             raise InvalidInput("--fleet simulated: the model of the service does not use the C-MAPSS channels")
-        return simulated_flights(options.engines or 20, options.seed, drift, options.endless, options.past)
-    if drift.wears:
+        return simulated_flights(options.engines or 20, options.seed, injector, options.endless, options.past)
+    if injector.changes_wear:
         raise InvalidInput("--drift wear: not possible for recorded flights; use --fleet simulated")
     try:
-        return recorded_flights(telemetry.read(options.fleet, channels)[: options.engines], options.seed, drift)
+        return recorded_flights(
+            telemetry.read_histories(options.fleet, channels)[: options.engines], options.seed, injector
+        )
     except DataError as error:
         raise InvalidInput(str(error)) from None
 

@@ -51,7 +51,7 @@ def answers_of(
     if model.manifest.window is None:
         raise InvalidInput(f"{model.manifest.name} takes no windows of readings: there is nothing to read from a table")
     try:
-        engines = telemetry.read(name, model.channels, hold)
+        engines = telemetry.read_histories(name, model.channels, hold)
     except DataError as error:
         raise InvalidInput(str(error)) from None
     seen = np.stack([_window(engine, model.channels, model.manifest.window, hold) for engine in engines])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from model import numerics
-from model.evaluation.calibration_report import Json, Labelled, finite, labelled
+from model.evaluation.calibration_report import Json, LabelledRows, measure_rows, replace_non_finite
 from service.calibration.statistics import SOURCES
 from service.calibration.use_cases import CalibrationContext, watched
 from service.inference.drift_bins import DriftBins
@@ -63,18 +63,20 @@ def measured(table: Any, context: CalibrationContext, source: str) -> Json:
     inputs = b"".join(one.buffers()[1].to_pybytes() for one in binned)
     about = (logits, np.full(n, context.temperature), label, table["engine"].to_numpy(), at, at, kind, inputs)
     known = index >= 0
-    found = labelled(numerics.scaled(logits[known], context.temperature), index[known], about[3][known])
+    found = measure_rows(numerics.scaled(logits[known], context.temperature), index[known], about[3][known])
     curves = {"confusion": confusion(found), "risk_coverage": risk_coverage(found)}
-    return watched(Found(*about), context, 0.0, None) | {key: finite(value) for key, value in curves.items()}
+    return watched(Found(*about), context, 0.0, None) | {
+        key: replace_non_finite(value) for key, value in curves.items()
+    }
 
 
-def confusion(found: Labelled) -> list[list[int]]:
+def confusion(found: LabelledRows) -> list[list[int]]:
     """Rows by true class and, within, by predicted class."""
     predicted = np.eye(found.z.shape[1])[found.z.argmax(axis=1)]
     return [[int(n) for n in row] for row in found.q.T @ predicted]
 
 
-def risk_coverage(found: Labelled) -> list[Json]:
+def risk_coverage(found: LabelledRows) -> list[Json]:
     """Error of the most confident rows, by the share of rows that they are (El-Yaniv and Wiener 2010)."""
     order = np.argsort(-found.top, kind="stable")
     risk = np.cumsum(1 - found.correct[order]) / np.arange(1, len(order) + 1)

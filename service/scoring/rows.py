@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from model.data.cmapss import COLUMNS, health
+from model.data.cmapss import COLUMNS, health_classes
 from service.codecs import faults
 from service.codecs.requests import CONTROL, MOST_CYCLE, MOST_NAME
 from service.errors import InvalidInput
@@ -63,7 +63,7 @@ class Layout:
             raise InvalidInput("--rul: this model knows no RUL, so that no class follows from it")
         self.what = "true RUL" if options.rul else f"class among {', '.join(self.classes[:20])}"
         self.truth: Callable[[Any], tuple[Integers, columns.Mask]] = (
-            (lambda column: columns.classes_of_rul(column, lambda rul: health(rul, thresholds or ())))
+            (lambda column: columns.classes_of_rul(column, lambda rul: health_classes(rul, thresholds or ())))
             if options.rul
             else (lambda column: columns.classes(column, self.classes))
         )

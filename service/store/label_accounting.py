@@ -58,6 +58,6 @@ class LabelAccounting:
             logits = np.frombuffer(b"".join(row.logits for row in group), np.float32).reshape(len(group), -1)
             labels = np.frombuffer(b"".join(row.label for row in group)).reshape(len(group), -1)
             rule = kind.conformal
-            sets = conformal.sets(logits, kind.temperature, rule.threshold, rule.method) if rule else None
+            sets = conformal.prediction_sets(logits, kind.temperature, rule.threshold, rule.method) if rule else None
             self._metrics.labelled_answers(score_labels(logits, labels, temperature, sets))
             observe_all(self._metrics.label_lag, np.array([row.labelled - row.made for row in group]))

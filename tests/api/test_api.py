@@ -7,13 +7,13 @@ import jsonschema
 import numpy as np
 import pytest
 
-from export.verify import torch_answers
+from export.verify import run_torch
 from model import contract, numerics
 from model.contract import Manifest
 from model.data import cmapss
 from model.evaluation.evaluate import ARTEFACT, open_artefact
-from model.evaluation.occlusion import Usual
-from model.training.cross_fit import load
+from model.evaluation.occlusion import ConditionBaselines
+from model.training.cross_fit import load_checkpoint
 from model.windows import Readings, every_window
 from service.app import create_app
 from service.settings import read_settings
@@ -57,7 +57,7 @@ def test_predict_answers_as_the_golden_windows(service: Service, manifest: Manif
 
 def test_a_thousand_real_windows_answer_as_torch(service: Service, cmapss_dir: Path) -> None:
     """1,000 windows of real test engines: logits and probabilities are torch's to 1e-5, RUL to 1e-5 of its size."""
-    network, _ = load(ARTEFACT.with_suffix(".pt"))
+    network, _ = load_checkpoint(ARTEFACT.with_suffix(".pt"))
     engines = [history for subset in cmapss.SUBSETS for history in cmapss.read_test(cmapss_dir, subset)[:2]]
     real = np.concatenate([every_window(history.telemetry, WINDOW) for history in engines])[:1000]
     assert 1000 == len(real)
@@ -66,7 +66,7 @@ def test_a_thousand_real_windows_answer_as_torch(service: Service, cmapss_dir: P
         for part in np.split(real, 4)
         for row in service.predict([instance(window) for window in part])["predictions"]
     ]
-    logits, rul = torch_answers(network, np.ascontiguousarray(real))
+    logits, rul = run_torch(network, np.ascontiguousarray(real))
     np.testing.assert_allclose(logits, [row["logits"] for row in rows], rtol=0, atol=1e-5)
     np.testing.assert_allclose(rul, [row["rul"] for row in rows], rtol=1e-5, atol=1e-5)
     p = numerics.softmax(logits, service.client.get("/v1/model").json()["temperature"])
@@ -119,7 +119,7 @@ def test_what_lies_before_the_window_may_be_missing(service: Service, windows: R
 def test_an_explanation_says_what_each_channel_did(service: Service, manifest: Manifest, windows: Readings) -> None:
     """Each channel's shift is how far the answer lies from the one with that channel as usual; nothing else changes."""
     assert manifest.conditions is not None
-    usual = Usual.of(manifest.conditions.setting_scales, manifest.conditions.usual)
+    usual = ConditionBaselines.from_lists(manifest.conditions.setting_scales, manifest.conditions.usual)
     asked = [instance(window) for window in windows]
     plain, told = (service.predict(asked, explain=flag)["predictions"] for flag in (False, True))
     for window, before, row in zip(windows, plain, told, strict=True):
@@ -131,7 +131,7 @@ def test_an_explanation_says_what_each_channel_did(service: Service, manifest: M
         strongest = moved[0]
         without = window.copy()
         k = contract.CHANNELS.index(strongest["channel"])
-        without[:, k] = usual.like(window)[:, k]
+        without[:, k] = usual.matching_rows(window)[:, k]
         other = service.predict([instance(without)])["predictions"][0]
         change = {name: p - other["probabilities"][name] for name, p in row["probabilities"].items()}
         assert sum(abs(c) for c in change.values()) / 2 == pytest.approx(strongest["shift"], abs=1e-5)

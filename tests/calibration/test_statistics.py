@@ -11,8 +11,8 @@ from benchmarks.streams import Stream, agrees, alike, fleet, independent, looks
 from model import numerics
 from model.contract import CHANNELS, Manifest
 from model.data import cmapss
-from model.evaluation.evaluate import ARTEFACT, answers, open_artefact, runner
-from model.evaluation.evaluation_metrics import of_classes, rows_of
+from model.evaluation.evaluate import ARTEFACT, onnx_runner, open_artefact, predict_histories
+from model.evaluation.evaluation_metrics import class_metrics, concatenate_rows
 from model.windows import Readings, every_window
 from service.calibration.statistics import AGES, DAY, REPRESENTATIVE_SHARE, Rows, calibration, over_time
 
@@ -308,8 +308,8 @@ def test_rows_that_do_not_fit_are_refused(change: dict[str, Any], words: str) ->
 def replayed(folder: Path, manifest: Manifest, make: Callable[[Readings, int], Readings]) -> tuple[Rows, Any]:
     """The test engines of FD001 and FD003 as the artefact answers them, every cycle labelled by its outcome."""
     engines = [history for subset in ("FD001", "FD003") for history in cmapss.read_test(folder, subset)]
-    parts = answers(runner(open_artefact(ARTEFACT)[0]), manifest.window or 1, engines, make=make)
-    found = rows_of(parts, last_only=False)
+    parts = predict_histories(onnx_runner(open_artefact(ARTEFACT)[0]), manifest.window or 1, engines, make=make)
+    found = concatenate_rows(parts, last_only=False)
     engine = np.repeat(np.arange(len(parts)), [len(part.labels) for part in parts])
     made = rows(found.logits, found.labels, engine, temperature=np.full(len(engine), manifest.temperature))
     return made, found
@@ -318,7 +318,7 @@ def replayed(folder: Path, manifest: Manifest, make: Callable[[Readings, int], R
 def test_real_engines_are_calibrated_and_say_what_evaluate_says(cmapss_dir: Path, manifest: Manifest) -> None:
     """On the official test engines of FD001 and FD003 the monitor is quiet, and its figures are the evaluation's."""
     made, found = replayed(cmapss_dir, manifest, every_window)
-    live, table = said(made), of_classes(found, manifest.temperature)
+    live, table = said(made), class_metrics(found, manifest.temperature)
     assert "calibrated" == live["state"]
     losses = live["cross_entropy"]
     assert (table["cross-entropy"], table["entropy"]) == pytest.approx(

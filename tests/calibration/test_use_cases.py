@@ -11,8 +11,8 @@ import pytest
 from model.contract import Manifest
 from model.data import cmapss
 from model.data.cmapss import History
-from model.evaluation.evaluate import ARTEFACT, by_subset, open_artefact, runner
-from model.evaluation.evaluation_metrics import of_classes, rows_of
+from model.evaluation.evaluate import ARTEFACT, onnx_runner, open_artefact, predict_test_engines
+from model.evaluation.evaluation_metrics import class_metrics, concatenate_rows
 from model.windows import Readings
 from service.calibration.use_cases import seconds_of
 from service.errors import InvalidInput
@@ -43,7 +43,7 @@ def replay(service: Service, engines: list[History], prefix: str = "", shift: Re
 def ends(service: Service, engines: list[History], prefix: str = "") -> None:
     """When each engine failed."""
     for engine in engines:
-        failed = int(engine.cycle[-1] + engine.known_rul()[-1])
+        failed = int(engine.cycle[-1] + engine.require_rul()[-1])
         body = {"engine_id": prefix + engine.engine_id, "failed_at_cycle": failed}
         assert 200 == service.client.post("/v1/outcomes", json=body).status_code
 
@@ -69,8 +69,8 @@ def replayed(cmapss_dir: Path) -> Iterator[Service]:
 def test_the_live_figures_are_those_of_the_evaluation(replayed: Service, cmapss_dir: Path, manifest: Manifest) -> None:
     """FD001 and FD003 replayed as traffic, then their ends: cross-entropy, Brier, accuracy and ECE as evaluated."""
     session, _ = open_artefact(ARTEFACT)
-    parts = by_subset(runner(session), manifest.window or 1, cmapss_dir, manifest.rul_thresholds or ())
-    expected = of_classes(rows_of([*parts["FD001"], *parts["FD003"]], False), manifest.temperature)
+    parts = predict_test_engines(onnx_runner(session), manifest.window or 1, cmapss_dir, manifest.rul_thresholds or ())
+    expected = class_metrics(concatenate_rows([*parts["FD001"], *parts["FD003"]], False), manifest.temperature)
     found = calibration(replayed)
     assert (29692, 200) == (found["n"], found["engines"])
     assert expected["cross-entropy"] == pytest.approx(found["cross_entropy"]["realised"], abs=1e-6)

@@ -311,7 +311,7 @@ def test_what_torch_exports_for_one_image_is_freed_or_refused(kinds: Trained, tm
     np.testing.assert_allclose(Trained(mean, kinds.inputs, []).logits(), model.run(kinds.inputs).logits, atol=1e-4)
     frozen = exported(kinds.network, kinds.inputs, tmp_path / "frozen.onnx", free=False)
     said = refusal(frozen, tmp_path / "m.onnx", "--logits", "linear", "--classes", f"@{names}")
-    assert "the batch is frozen at 1" in said
+    assert "the batch size is fixed at 1" in said
 
 
 def test_an_input_of_free_size_is_refused_with_the_tool_that_fixes_it(kinds: Trained, tmp_path: Path) -> None:
@@ -342,7 +342,7 @@ def test_weights_beside_a_file_are_taken_in_or_refused(digits: Trained, tmp_path
     kept = data.read_bytes()
     with data.open("r+b") as file:
         file.truncate(2**31)  # no byte of it is on the disk
-    assert "one file can have" in refusal(source, tmp_path / "m.onnx", *flags)
+    assert "the maximum is" in refusal(source, tmp_path / "m.onnx", *flags)
     data.write_bytes(kept[:100])
     assert "weights" in refusal(source, tmp_path / "m.onnx", *flags)
     data.unlink()
@@ -355,5 +355,5 @@ def test_weights_beside_a_file_are_taken_in_or_refused(digits: Trained, tmp_path
             if entry.key == "location":
                 entry.value = "../in.onnx.data"
     (tmp_path / "inner" / "in.onnx").write_bytes(proto.SerializeToString())
-    assert "weights beside it" in refusal(tmp_path / "inner" / "in.onnx", tmp_path / "m.onnx", *flags)
+    assert "external weights" in refusal(tmp_path / "inner" / "in.onnx", tmp_path / "m.onnx", *flags)
     assert not (tmp_path / "m.onnx").exists()

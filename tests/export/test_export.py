@@ -10,11 +10,11 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from export.to_onnx import to_onnx
-from export.verify import VerifyError, measure, synthetic_windows, torch_answers
+from export.to_onnx import export_network
+from export.verify import VerifyError, measure_difference, run_torch, synthetic_windows
 from model.data import cmapss
 from model.evaluation.evaluate import ARTEFACT, open_artefact
-from model.training.cross_fit import load
+from model.training.cross_fit import load_checkpoint
 from model.training.network import EngineHealth, NetworkConfig
 from model.windows import Readings, every_window, pad_left
 from service.inference.model_loader import open_model
@@ -32,7 +32,7 @@ def network() -> EngineHealth:
 @pytest.fixture(scope="module")
 def exported(network: EngineHealth) -> bytes:
     """That network as ONNX."""
-    return to_onnx(network, network.config.window)
+    return export_network(network, network.config.window)
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +49,15 @@ def session(proto: onnx.ModelProto) -> ort.InferenceSession:
 
 def test_the_export_answers_as_torch_at_every_batch(network: EngineHealth, exported: bytes, inputs: Readings) -> None:
     """At batches of 1, 2, 7 and 64, whole and singly, ONNX Runtime's answers are torch's."""
-    assert measure(network, session(onnx.load_model_from_string(exported)), inputs) < 1e-5
+    assert measure_difference(network, session(onnx.load_model_from_string(exported)), inputs) < 1e-5
 
 
 def test_the_textbook_backbone_exports_like_the_compact_one() -> None:
     """Bidirectional LSTM and attention answer in ONNX Runtime as in torch, at every batch."""
     torch.manual_seed(1)
     textbook = EngineHealth(NetworkConfig(window=9, backbone="cnn-bilstm-attention", hidden=8)).eval()
-    proto = onnx.load_model_from_string(to_onnx(textbook, 9))
-    assert measure(textbook, session(proto), synthetic_windows(textbook, 64)) < 1e-5
+    proto = onnx.load_model_from_string(export_network(textbook, 9))
+    assert measure_difference(textbook, session(proto), synthetic_windows(textbook, 64)) < 1e-5
     assert 2 == sum(node.op_type == "LSTM" for node in proto.graph.node)
 
 
@@ -66,13 +66,13 @@ def test_the_rolling_means_export_like_the_recurrent_network(network: EngineHeal
     torch.manual_seed(2)
     rolling = EngineHealth(NetworkConfig(window=12, hidden=8)).eval()
     rolling.normalise.load_state_dict(network.normalise.state_dict())
-    proto = onnx.load_model_from_string(to_onnx(rolling, 12))
+    proto = onnx.load_model_from_string(export_network(rolling, 12))
     inputs = synthetic_windows(rolling, 64)
     inputs[::3, ::2, 0] += 5
-    assert measure(rolling, session(proto), inputs) < 1e-5
+    assert measure_difference(rolling, session(proto), inputs) < 1e-5
     assert not {"GRU", "LSTM", "Loop", "Scan"} & {node.op_type for node in proto.graph.node}
     longer = EngineHealth(NetworkConfig(window=19, hidden=8)).eval()
-    assert len(proto.graph.node) == len(onnx.load_model_from_string(to_onnx(longer, 19)).graph.node)
+    assert len(proto.graph.node) == len(onnx.load_model_from_string(export_network(longer, 19)).graph.node)
 
 
 def test_the_graph_is_one_file_with_a_free_batch_and_no_unrolled_loop(exported: bytes) -> None:
@@ -95,7 +95,7 @@ def test_a_recurrent_state_frozen_at_batch_1_is_caught(
     proto.graph.initializer.append(numpy_helper.from_array(np.zeros((1, 1, 8), np.float32), "frozen_state"))
     gru.input[5] = "frozen_state"
     with pytest.raises(VerifyError, match="batch 2"):
-        measure(network, session(proto), inputs)
+        measure_difference(network, session(proto), inputs)
 
 
 def test_a_reset_gate_applied_at_the_wrong_side_is_caught(
@@ -106,7 +106,7 @@ def test_a_reset_gate_applied_at_the_wrong_side_is_caught(
     gru = next(node for node in proto.graph.node if node.op_type == "GRU")
     next(attribute for attribute in gru.attribute if attribute.name == "linear_before_reset").i = 0
     with pytest.raises(VerifyError, match="differs from torch"):
-        measure(network, session(proto), inputs)
+        measure_difference(network, session(proto), inputs)
 
 
 def test_rows_that_answer_for_each_other_are_caught(network: EngineHealth, exported: bytes, inputs: Readings) -> None:
@@ -122,7 +122,7 @@ def test_rows_that_answer_for_each_other_are_caught(network: EngineHealth, expor
         ]
     )
     with pytest.raises(VerifyError, match=r"batch (1|2)"):
-        measure(network, session(proto), inputs)
+        measure_difference(network, session(proto), inputs)
 
 
 def test_answers_that_are_not_finite_are_caught(network: EngineHealth, exported: bytes, inputs: Readings) -> None:
@@ -131,18 +131,18 @@ def test_answers_that_are_not_finite_are_caught(network: EngineHealth, exported:
     bias = next(weight for weight in proto.graph.initializer if weight.name == "head.bins.bias")
     bias.CopyFrom(numpy_helper.from_array(np.full(26, np.nan, np.float32), bias.name))
     with pytest.raises(VerifyError, match="nan"):
-        measure(network, session(proto), inputs)
+        measure_difference(network, session(proto), inputs)
 
 
 def test_the_committed_artefact_is_the_committed_network(cmapss_dir: Path) -> None:
     """On real windows of all subsets the bundled ONNX file answers as the bundled torch weights."""
-    network, _ = load(ARTEFACT.with_suffix(".pt"))
+    network, _ = load_checkpoint(ARTEFACT.with_suffix(".pt"))
     onnx_session, manifest = open_artefact(ARTEFACT)
     assert manifest.window is not None
     for subset in cmapss.SUBSETS:
         history = cmapss.read_test(cmapss_dir, subset)[1]
         real = np.ascontiguousarray(every_window(history.telemetry, manifest.window))
-        logits, rul = torch_answers(network, real)
+        logits, rul = run_torch(network, real)
         found = onnx_session.run(["logits", "rul"], {"telemetry": real})
         np.testing.assert_allclose(logits, found[0], rtol=0, atol=1e-5)
         np.testing.assert_allclose(rul, found[1], rtol=1e-5, atol=1e-5)

@@ -161,11 +161,11 @@ def test_the_bundled_network_is_a_classifier_like_any_other(tmp_path: Path) -> N
 ABC = ("--classes", "a,b,c")
 OUT = ("--logits", "out")
 FLAGS: list[tuple[tuple[str, ...], str]] = [
-    (("--logits", "nope", *ABC), "no tensor 'nope' is computed; outputs are 'out'"),
-    (("--logits", "x", *ABC), "no tensor 'x' is computed"),
-    ((*OUT, "--classes", "a,b"), "3 values an instance, --classes names 2"),
-    ((*OUT, "--classes", "a,b,a"), "'a' stands twice, as 0 and 2"),
-    ((*OUT, "--classes", "a,b,"), "class 2 '' is no name"),
+    (("--logits", "nope", *ABC), "no tensor 'nope'; outputs are 'out'"),
+    (("--logits", "x", *ABC), "no tensor 'x'"),
+    ((*OUT, "--classes", "a,b"), "3 values per instance, --classes has 2 names"),
+    ((*OUT, "--classes", "a,b,a"), "duplicate class 'a', at 0 and 2"),
+    ((*OUT, "--classes", "a,b,"), "class 2 '' is empty"),
     ((*OUT, "--classes", "a,b,c\td"), "not printable"),
     ((*OUT, "--classes", "a,b,\udcff"), "not printable"),
     ((*OUT, "--classes", "@nowhere.txt"), "nowhere.txt: No such file"),
@@ -188,7 +188,7 @@ def test_a_flag_that_does_not_fit_is_refused_in_one_line(tmp_path: Path, flags: 
     ("content", "said"),
     [
         (None, "No such file"),
-        (b"", "holds no network"),
+        (b"", "has no nodes"),
         (b"hello, I am no model\n", "not an ONNX file"),
         (ARTEFACT.read_bytes()[:9999], "not an ONNX file"),
     ],
@@ -257,14 +257,14 @@ def of_logarithms(path: Path) -> Path:
 
 
 GRAPHS: list[tuple[Callable[[Path], Path], str]] = [
-    (mixing, "who else is in the batch"),
-    (frozen, "the batch is frozen inside"),
-    (folded, "the batch is frozen inside"),
+    (mixing, "the other rows of the batch"),
+    (frozen, "the batch size is fixed inside"),
+    (folded, "the batch size is fixed inside"),
     (deep, "has shape [1, 1, 3]"),
     (of_time, "for a batch of 4"),
     (of_bytes, "'x' is uint8"),
     (of_two_inputs, "computed from 'x', 'y'"),
-    (of_nothing, "no input at all"),
+    (of_nothing, "computed from no input"),
     (in_double, "tensor(double)"),
     (unknown_step, "ONNX Runtime cannot use it"),
     (of_logarithms, "not finite"),

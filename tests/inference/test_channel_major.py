@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.to_onnx import plan_to_onnx, to_onnx
-from export.verify import VerifyError, check_plan, synthetic_windows, torch_answers
+from export.to_onnx import export_channel_major, export_network
+from export.verify import VerifyError, run_torch, synthetic_windows, verify_channel_major
 from model import contract
 from model.data import cmapss
 from model.evaluation.evaluate import ARTEFACT, open_artefact
-from model.training.channel_major import Plan
-from model.training.network import SAME_CONDITION, EngineHealth, NetworkConfig
+from model.training.channel_major import ChannelMajorNetwork
+from model.training.network import CONDITION_RADIUS, EngineHealth, NetworkConfig
 from model.windows import Readings, every_window
 from service.inference import model_loader, probe_windows
 from service.inference.model_loader import open_model
@@ -48,7 +48,7 @@ def test_it_says_what_the_network_says(network: EngineHealth, data: st.DataObjec
         rows[place, data.draw(st.integers(0, 16))] = data.draw(st.sampled_from([1e30, -1e6, -0.0, 0.0, 3e38]))
     for k, begin in enumerate(data.draw(st.lists(st.integers(0, WINDOW - 1), max_size=4))):
         windows[k, :begin] = windows[k, begin]
-    assert bits(torch_answers(network, windows)) == bits(torch_answers(Plan(network), windows))
+    assert bits(run_torch(network, windows)) == bits(run_torch(ChannelMajorNetwork(network), windows))
 
 
 def test_windows_of_real_engines_have_the_networks_bits(cmapss_dir: Path) -> None:
@@ -68,8 +68,8 @@ def test_windows_of_real_engines_have_the_networks_bits(cmapss_dir: Path) -> Non
 
 def test_only_rolling_means_have_one() -> None:
     """A recurrent backbone has no plan, and a window whose sums could be rounded has none."""
-    assert plan_to_onnx(EngineHealth(NetworkConfig(window=12, backbone="conv-gru", hidden=8))) is None
-    assert plan_to_onnx(EngineHealth(NetworkConfig(window=4096, hidden=8))) is None
+    assert export_channel_major(EngineHealth(NetworkConfig(window=12, backbone="conv-gru", hidden=8))) is None
+    assert export_channel_major(EngineHealth(NetworkConfig(window=4096, hidden=8))) is None
 
 
 def test_conditions_too_near_each_other_have_none() -> None:
@@ -77,7 +77,7 @@ def test_conditions_too_near_each_other_have_none() -> None:
     network = EngineHealth(NetworkConfig(window=WINDOW, conditions=2, hidden=8))
     for apart, made in ((0.9, False), (1.1, True)):
         network.normalise.centres[1] = network.normalise.scales * torch.tensor([0.0, apart, 0.0])
-        assert made == (plan_to_onnx(network) is not None)
+        assert made == (export_channel_major(network) is not None)
 
 
 @pytest.mark.parametrize("conditions", [1, 2, 6])
@@ -87,25 +87,27 @@ def test_rows_at_the_border_of_a_condition_are_of_it_or_not_for_both(conditions:
     network = EngineHealth(NetworkConfig(window=WINDOW, conditions=conditions, hidden=8)).eval()
     usual, random = network.normalise, np.random.default_rng(0)
     usual.centres.copy_(torch.linspace(1, 9, conditions)[:, None] * usual.scales * torch.tensor([0.9, 0.5, 0.7]))
-    made = plan_to_onnx(network)
+    made = export_channel_major(network)
     assert made is not None
     windows = random.standard_normal((64, WINDOW, 17))
-    away = windows[..., :3] / np.linalg.norm(windows[..., :3], axis=-1, keepdims=True) * SAME_CONDITION
+    away = windows[..., :3] / np.linalg.norm(windows[..., :3], axis=-1, keepdims=True) * CONDITION_RADIUS
     of = random.integers(conditions, size=windows.shape[:2])
     windows[..., :3] = usual.centres.numpy()[of] + away * usual.scales.numpy()
-    check_plan(
-        model_loader.session(to_onnx(network, WINDOW), 1), model_loader.session(made, 1), windows.astype(np.float32)
+    verify_channel_major(
+        model_loader.session(export_network(network, WINDOW), 1),
+        model_loader.session(made, 1),
+        windows.astype(np.float32),
     )
 
 
 @pytest.mark.parametrize("factor", [1.1, 1 + 1e-4, 1 - 1e-4])
 def test_a_plan_with_the_border_elsewhere_is_not_used(tmp_path: Path, factor: float) -> None:
     """A condition that ends a ten-thousandth later or sooner is found out; the trials know where it ends."""
-    assert probe_windows.BORDER == SAME_CONDITION
+    assert probe_windows.BORDER == CONDITION_RADIUS
     changed = plan()
     ends = next(node.input[1] for node in changed.graph.node if node.op_type == "LessOrEqual")
     bound = next(one for one in changed.graph.initializer if one.name == ends)
-    bound.CopyFrom(onnx.numpy_helper.from_array(np.array(SAME_CONDITION**2 * factor, np.float32), ends))
+    bound.CopyFrom(onnx.numpy_helper.from_array(np.array(CONDITION_RADIUS**2 * factor, np.float32), ends))
     contract.write(
         ARTEFACT.read_bytes(), open_artefact(ARTEFACT)[1], tmp_path / "m.onnx", plan=changed.SerializeToString()
     )
@@ -118,7 +120,7 @@ def test_no_plan_is_believed(tmp_path: Path) -> None:
     expected = open_model(ARTEFACT).run(probes).logits
     torch.manual_seed(3)
     other = EngineHealth(NetworkConfig(hidden=8)).eval()
-    for k, content in enumerate([b"", b"no graph", to_onnx(other, 100), renamed(), without_rul()]):
+    for k, content in enumerate([b"", b"no graph", export_network(other, 100), renamed(), without_rul()]):
         path = tmp_path / f"{k}.onnx"
         contract.write(ARTEFACT.read_bytes(), manifest, path, plan=content)
         model = open_model(path)
@@ -143,16 +145,18 @@ def test_a_plan_that_forgets_something_is_not_used(tmp_path: Path, kind: str, ke
 
 def test_a_network_that_someone_else_trains_has_its_plan_used(network: EngineHealth, tmp_path: Path) -> None:
     """Another window, another width: exported and opened as the bundled one is."""
-    contract.write(to_onnx(network, WINDOW), manifest_of(network), tmp_path / "m.onnx", plan=plan_to_onnx(network))
+    contract.write(
+        export_network(network, WINDOW), manifest_of(network), tmp_path / "m.onnx", plan=export_channel_major(network)
+    )
     assert open_model(tmp_path / "m.onnx").planned
 
 
 def test_an_export_with_a_plan_of_another_network_is_refused() -> None:
     """`make export` does not write a file whose plan would only be laid aside."""
     session, _ = open_artefact(ARTEFACT)
-    other = model_loader.session(to_onnx(EngineHealth(NetworkConfig(hidden=8)).eval(), 100), 1)
-    with pytest.raises(VerifyError, match="the plan answers otherwise"):
-        check_plan(session, other, probe_windows.flown(open_artefact(ARTEFACT)[1])[:400].reshape(4, 100, 17))
+    other = model_loader.session(export_network(EngineHealth(NetworkConfig(hidden=8)).eval(), 100), 1)
+    with pytest.raises(VerifyError, match="channel-major graph differ from the network"):
+        verify_channel_major(session, other, probe_windows.flown(open_artefact(ARTEFACT)[1])[:400].reshape(4, 100, 17))
 
 
 def test_whether_it_is_used_is_told(service: Service) -> None:

@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.to_onnx import histories_to_onnx, to_onnx
+from export.to_onnx import export_network, export_overlap_graph
 from export.verify import synthetic_windows
 from model import contract
 from model.data import cmapss
 from model.evaluation.evaluate import ARTEFACT, open_artefact
 from model.training.network import EngineHealth, NetworkConfig
-from model.training.overlap import Histories
+from model.training.overlap import OverlapNetwork
 from model.windows import Readings, pad_left
 from service.errors import ArtefactRejected
 from service.inference import model_loader, overlap_graph
@@ -48,7 +48,7 @@ def shared(network: EngineHealth, rows: Readings) -> tuple[Readings, Readings, R
     starts = np.arange(len(rows) - network.config.window + 1)
     windows = np.lib.stride_tricks.sliding_window_view(rows, network.config.window, axis=0).transpose(0, 2, 1)
     with torch.inference_mode():
-        logits, _, exact = Histories(network).eval()(torch.from_numpy(rows), torch.from_numpy(starts))
+        logits, _, exact = OverlapNetwork(network).eval()(torch.from_numpy(rows), torch.from_numpy(starts))
         own, _ = network(torch.from_numpy(windows.copy()))
     return logits.numpy(), exact.numpy(), own.numpy()
 
@@ -85,8 +85,8 @@ def test_it_vouches_for_short_histories_and_for_spells_inside(network: EngineHea
 
 def test_only_rolling_means_share_work() -> None:
     """A recurrent backbone has no second graph, and a window whose sums could be rounded has none."""
-    assert histories_to_onnx(EngineHealth(NetworkConfig(window=12, backbone="conv-gru", hidden=8))) is None
-    assert histories_to_onnx(EngineHealth(NetworkConfig(window=4096, hidden=8))) is None
+    assert export_overlap_graph(EngineHealth(NetworkConfig(window=12, backbone="conv-gru", hidden=8))) is None
+    assert export_overlap_graph(EngineHealth(NetworkConfig(window=4096, hidden=8))) is None
 
 
 def test_real_histories_have_the_bits_of_real_windows(bundled: Opened, cmapss_dir: Path) -> None:
@@ -133,7 +133,7 @@ def test_no_second_graph_is_believed(windows: Readings, tmp_path: Path, monkeypa
     manifest = open_artefact(ARTEFACT)[1]
     torch.manual_seed(3)
     other = EngineHealth(NetworkConfig(hidden=8)).eval()
-    strange = [b"", b"no graph", histories_to_onnx(other), to_onnx(other, 100)]
+    strange = [b"", b"no graph", export_overlap_graph(other), export_network(other, 100)]
     for k, content in enumerate(strange):
         path = tmp_path / f"{k}.onnx"
         contract.write(ARTEFACT.read_bytes(), manifest, path, content)
@@ -160,7 +160,7 @@ def test_a_graph_that_forgets_something_is_not_used(tmp_path: Path, kind: str, k
 
 def test_a_network_with_a_short_window_shares_work_too(network: EngineHealth, tmp_path: Path) -> None:
     """Whoever trains one has its second graph used: the proof asks for bits, and for a share that all can reach."""
-    graphs = to_onnx(network, WINDOW), histories_to_onnx(network)
+    graphs = export_network(network, WINDOW), export_overlap_graph(network)
     contract.write(graphs[0], manifest_of(network), tmp_path / "m.onnx", graphs[1])
     assert open_histories(tmp_path / "m.onnx", model_loader.open_model(tmp_path / "m.onnx")) is not None
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model import numerics
-from model.evaluation.calibration_report import cross_entropy, labelled, of_class, sections
+from model.evaluation.calibration_report import class_section, cross_entropy_section, measure_rows, report_sections
 from model.evaluation.sequential import evidence, of_losses
 
 SETS = 10_000
@@ -82,18 +82,18 @@ def bin_of(p: float) -> int:
 
 
 def ours(z: np.ndarray, q: np.ndarray, engine: np.ndarray) -> dict[str, float]:
-    found = labelled(z, q, engine)
-    losses, seen = cross_entropy(found), of_losses(found.z, found.loss, found.entropy, found.variance)
+    found = measure_rows(z, q, engine)
+    losses, seen = cross_entropy_section(found), of_losses(found.z, found.loss, found.entropy, found.variance)
     flat = {name: losses[name] for name in ("realised", "expected", "z", "z_engines")} | {
         "brier": float(numerics.brier(z, q).mean()),
         "accuracy": float(found.correct.mean()),
         "ece": numerics.ece(found.z, found.q),
         "T²": evidence(seen, found.engines).total ** 2,
         "rows": float((seen.x**2 + 2 * seen.variance).sum() / 3),
-        "squares": float((found.engines.sums(seen.x) ** 2).sum()),
+        "squares": float((found.engines.sum_rows(seen.x) ** 2).sum()),
     }
     for k in range(z.shape[1]):
-        one = of_class(found, k, str(k))
+        one = class_section(found, k, str(k))
         flat |= {f"{name} of {k}": one[name] for name in ("ece", "recall", "precision")}
     return flat
 
@@ -118,7 +118,7 @@ def test_figures_agree_with_torchmetrics_and_torch() -> None:
     from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
     z, y = many()
-    said = sections(labelled(z, y, np.arange(len(y))), ("a", "b", "c"))
+    said = report_sections(measure_rows(z, y, np.arange(len(y))), ("a", "b", "c"))
     p, true = torch.softmax(torch.tensor(z), 1), torch.tensor(y)
     assert float(MulticlassCalibrationError(3, n_bins=15, norm="l1")(p, true)) == pytest.approx(
         said["ece"]["value"], abs=1e-6
@@ -146,13 +146,13 @@ def test_z_of_engines_is_what_resampling_them_gives() -> None:
     random = np.random.default_rng(0)
     engine = random.integers(0, 60, 4000)
     z = random.normal(0, 2, (4000, 3)) + random.normal(0, 1, (60, 3))[engine]
-    found = labelled(z, random.integers(0, 3, 4000), engine)
+    found = measure_rows(z, random.integers(0, 3, 4000), engine)
     x = found.loss - found.entropy
     sums, sizes = np.bincount(engine, x), np.bincount(engine)
     drawn = random.integers(0, 60, (10_000, 60))
     means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
     assert x.mean() / means.std() == pytest.approx(
-        sections(found, ("a", "b", "c"))["cross_entropy"]["z_engines"], rel=0.02
+        report_sections(found, ("a", "b", "c"))["cross_entropy"]["z_engines"], rel=0.02
     )
 
 
@@ -160,8 +160,8 @@ def test_windows_of_one_engine_widen_the_interval() -> None:
     """Every row three times, under the same engine, changes neither the figures nor the engines' interval."""
     random = np.random.default_rng(1)
     z, y, engine = random.normal(0, 2, (600, 3)), random.integers(0, 3, 600), random.integers(0, 60, 600)
-    once = sections(labelled(z, y, engine), ("a", "b", "c"))
-    thrice = sections(labelled(np.tile(z, (3, 1)), np.tile(y, 3), np.tile(engine, 3)), ("a", "b", "c"))
+    once = report_sections(measure_rows(z, y, engine), ("a", "b", "c"))
+    thrice = report_sections(measure_rows(np.tile(z, (3, 1)), np.tile(y, 3), np.tile(engine, 3)), ("a", "b", "c"))
     for name in ("realised", "expected", "z_engines"):
         assert once["cross_entropy"][name] == pytest.approx(thrice["cross_entropy"][name])
     assert once["cross_entropy"]["interval"] == pytest.approx(thrice["cross_entropy"]["interval"])

@@ -34,9 +34,9 @@ def test_every_engine_of_nasa_is_read(cmapss_dir: Path, subset: str) -> None:
     assert TEST_ENGINES[subset] == len(test)
     for history in (*train, *test):
         assert (len(history.cycle), 17) == history.telemetry.shape
-        assert (np.diff(history.known_rul()) == -1).all()
-    assert all(history.known_rul()[-1] == 0 for history in train)
-    assert all(history.known_rul()[-1] > 0 for history in test)
+        assert (np.diff(history.require_rul()) == -1).all()
+    assert all(history.require_rul()[-1] == 0 for history in train)
+    assert all(history.require_rul()[-1] > 0 for history in test)
 
 
 def test_the_first_reading_of_fd001_is_in_its_place(cmapss_dir: Path) -> None:
@@ -73,7 +73,7 @@ def test_plain_and_gzipped_files_read_alike(tmp_path: Path) -> None:
 def test_test_engines_count_down_to_their_truth(tmp_path: Path) -> None:
     """RUL of a cut-off engine ends at the value of the truth file."""
     history = cmapss.read_test(small(tmp_path, line(1, 1, 0) + line(1, 2, 0)), "FD001")[0]
-    assert [8, 7] == history.known_rul().tolist()
+    assert [8, 7] == history.require_rul().tolist()
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_long_tables_are_grouped_and_sorted(tmp_path: Path, suffix: str) -> None
     for history in found:
         assert [1, 2] == history.cycle.tolist()
         assert [1, 2] == history.telemetry[:, 0].tolist()
-        assert [1, 0] == history.known_rul().tolist()
+        assert [1, 0] == history.require_rul().tolist()
 
 
 @pytest.mark.parametrize(
@@ -146,24 +146,28 @@ def test_a_table_that_is_none_is_named(tmp_path: Path) -> None:
 
 def test_health_follows_the_true_rul() -> None:
     """Classes begin exactly at the thresholds, and `normal` exists only because RUL is not capped."""
-    assert [0, 0, 1, 1, 2, 2] == cmapss.health([300, 125.5, 125, 51, 50, 0]).tolist()
-    assert [0, 1, 2] == cmapss.health([81, 80, 30], (80, 30)).tolist()
+    assert [0, 0, 1, 1, 2, 2] == cmapss.health_classes([300, 125.5, 125, 51, 50, 0]).tolist()
+    assert [0, 1, 2] == cmapss.health_classes([81, 80, 30], (80, 30)).tolist()
 
 
 def test_a_history_without_truth_says_so() -> None:
     """Asking for a RUL that nobody knows is an error that names the engine."""
     with pytest.raises(DataError, match="E7"):
-        History("E7", np.array([1]), np.zeros((1, 17), np.float32)).known_rul()
+        History("E7", np.array([1]), np.zeros((1, 17), np.float32)).require_rul()
 
 
 def test_splits_are_by_engine_and_repeat() -> None:
     """No engine is in two parts, none is lost, the same seed deals the same, another seed otherwise."""
     fleet = [History(str(i), np.array([1]), np.zeros((1, 17), np.float32)) for i in range(50)]
-    names = [[history.engine_id for history in part] for part in cmapss.split(fleet, (0.8, 0.1, 0.1), 0)]
+    names = [[history.engine_id for history in part] for part in cmapss.split_engines(fleet, (0.8, 0.1, 0.1), 0)]
     assert [40, 5, 5] == [len(part) for part in names]
     assert 50 == len({name for part in names for name in part})
-    assert names == [[history.engine_id for history in part] for part in cmapss.split(fleet, (0.8, 0.1, 0.1), 0)]
-    assert names != [[history.engine_id for history in part] for part in cmapss.split(fleet, (0.8, 0.1, 0.1), 1)]
+    assert names == [
+        [history.engine_id for history in part] for part in cmapss.split_engines(fleet, (0.8, 0.1, 0.1), 0)
+    ]
+    assert names != [
+        [history.engine_id for history in part] for part in cmapss.split_engines(fleet, (0.8, 0.1, 0.1), 1)
+    ]
 
 
 def test_cutoff_weights_are_how_often_a_cut_leaves_a_row() -> None:

@@ -4,7 +4,14 @@ import pytest
 from model import numerics
 from model.evaluation import conformal
 from model.evaluation.conformal import Method
-from model.evaluation.evaluation_metrics import Answers, macro_f1, nasa_score, of_classes, of_rul, of_sets
+from model.evaluation.evaluation_metrics import (
+    EvaluatedRows,
+    class_metrics,
+    macro_f1,
+    nasa_score,
+    rul_metrics,
+    set_metrics,
+)
 from model.training.calibrate import safe_threshold
 
 
@@ -19,17 +26,17 @@ def calibrated(n: int, seed: int) -> tuple[numerics.Floats, np.ndarray]:
 def test_sets_cover_as_often_as_they_say(method: Method) -> None:
     """A threshold from one half covers nine in ten of the other; never leaving a set empty may cover a little more."""
     logits, labels = calibrated(40_000, 0)
-    limit = conformal.threshold(logits[::2], labels[::2], np.ones(20_000), 1.0, 0.9, method)
-    sets = conformal.sets(logits[1::2], 1.0, limit, method)
-    assert 0.89 <= of_sets(labels[1::2], sets)["coverage"] <= 0.93
+    limit = conformal.fit_threshold(logits[::2], labels[::2], np.ones(20_000), 1.0, 0.9, method)
+    sets = conformal.prediction_sets(logits[1::2], 1.0, limit, method)
+    assert 0.89 <= set_metrics(labels[1::2], sets)["coverage"] <= 0.93
     assert sets[np.arange(20_000), logits[1::2].argmax(axis=1)].all()
 
 
 def test_scores_by_hand() -> None:
     """For p = 0.5, 0.3, 0.2: LAC scores 1 - p, APS the mass down to the class."""
     logits = np.log([[0.5, 0.3, 0.2]])
-    np.testing.assert_allclose([[0.5, 0.7, 0.8]], conformal.scores(logits, 1.0, "lac"))
-    np.testing.assert_allclose([[0.5, 0.8, 1.0]], conformal.scores(logits, 1.0, "aps"))
+    np.testing.assert_allclose([[0.5, 0.7, 0.8]], conformal.class_scores(logits, 1.0, "lac"))
+    np.testing.assert_allclose([[0.5, 0.8, 1.0]], conformal.class_scores(logits, 1.0, "aps"))
 
 
 def test_lac_sets_are_the_smaller_ones() -> None:
@@ -37,15 +44,15 @@ def test_lac_sets_are_the_smaller_ones() -> None:
     logits, labels = calibrated(20_000, 1)
     size = {}
     for method in ("lac", "aps"):
-        limit = conformal.threshold(logits, labels, np.ones(len(labels)), 1.0, 0.9, method)
-        size[method] = conformal.sets(logits, 1.0, limit, method).sum(axis=1).mean()
+        limit = conformal.fit_threshold(logits, labels, np.ones(len(labels)), 1.0, 0.9, method)
+        size[method] = conformal.prediction_sets(logits, 1.0, limit, method).sum(axis=1).mean()
     assert size["lac"] < size["aps"]
 
 
 def test_the_safe_threshold_is_above_the_plain_one_and_nears_it_with_more_engines() -> None:
     """Few engines leave the threshold of sets unsure, and what is unsure is covered; rows do not help, engines do."""
     logits, labels = calibrated(20_000, 3)
-    plain = conformal.threshold(logits, labels, np.ones(20_000), 1.0, 0.9)
+    plain = conformal.fit_threshold(logits, labels, np.ones(20_000), 1.0, 0.9)
     few, many = (
         safe_threshold(logits, labels, np.ones(20_000), np.arange(20_000) % engines, 1.0, draws=50)
         for engines in (10, 5000)
@@ -62,17 +69,17 @@ def test_weights_count_as_repeated_rows() -> None:
     """A row of weight three moves the threshold as three rows do."""
     logits, labels = calibrated(500, 2)
     weights = np.random.default_rng(0).integers(1, 4, 500)
-    repeated = conformal.threshold(
+    repeated = conformal.fit_threshold(
         np.repeat(logits, weights, 0), np.repeat(labels, weights), np.ones(weights.sum()), 1, 0.9
     )
-    assert repeated == conformal.threshold(logits, labels, weights.astype(float), 1.0, 0.9)
+    assert repeated == conformal.fit_threshold(logits, labels, weights.astype(float), 1.0, 0.9)
 
 
 def test_measures_by_hand() -> None:
     """Four rows: one two-step error, one critical of two found, late RUL costs more than early."""
     logits = np.log([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.8, 0.1, 0.1], [0.1, 0.1, 0.8]])
-    found = Answers(logits, np.array([0, 1, 2, 2]), np.array([125.0, 90, 60, 10]), np.array([200.0, 100, 40, 10]))
-    line = of_classes(found, 1.0) | of_rul(found)
+    found = EvaluatedRows(logits, np.array([0, 1, 2, 2]), np.array([125.0, 90, 60, 10]), np.array([200.0, 100, 40, 10]))
+    line = class_metrics(found, 1.0) | rul_metrics(found)
     assert (0.75, 0.25, 0.5) == (line["accuracy"], line["two-step errors"], line["critical recall"])
     assert -np.mean(np.log([0.8, 0.8, 0.1, 0.8])) == pytest.approx(line["cross-entropy"])
     assert np.sqrt((0 + 100 + 400 + 0) / 4) == pytest.approx(line["RUL RMSE"])

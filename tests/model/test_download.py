@@ -44,8 +44,8 @@ def served(content: bytes, status: int = 200) -> Iterator[str]:
 @pytest.fixture
 def files(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """Twelve small files under NASA's names, and their sums in place of NASA's."""
-    found = {name: f"content of {name}".encode() for name in download.SUMS}
-    monkeypatch.setattr(download, "SUMS", {name: hashlib.sha256(data).hexdigest() for name, data in found.items()})
+    found = {name: f"content of {name}".encode() for name in download.CHECKSUMS}
+    monkeypatch.setattr(download, "CHECKSUMS", {name: hashlib.sha256(data).hexdigest() for name, data in found.items()})
     return found
 
 
@@ -61,7 +61,7 @@ def test_nasas_own_files_pass_their_sums(cmapss_dir: Path, tmp_path: Path) -> No
     if not real:
         pytest.skip("this C-MAPSS is not gzipped; the sums are checked on small files above")
     with served(nasa_zip(real)) as url:
-        download.fetch(url, tmp_path / "cmapss")
+        download.download(url, tmp_path / "cmapss")
     assert real == {path.name: path.read_bytes() for path in (tmp_path / "cmapss").iterdir()}
 
 
@@ -69,27 +69,28 @@ def test_a_file_with_another_sum_leaves_nothing(files: dict[str, bytes], tmp_pat
     """One changed byte in one file, and nothing is written."""
     with (
         served(nasa_zip(files | {"train_FD003.txt": b"changed"})) as url,
-        pytest.raises(download.FetchError, match=r"train_FD003\.txt has sha256"),
+        pytest.raises(download.DownloadError, match=r"train_FD003\.txt has sha256"),
     ):
-        download.fetch(url, tmp_path / "cmapss")
+        download.download(url, tmp_path / "cmapss")
     assert not (tmp_path / "cmapss").exists()
 
 
 @pytest.mark.parametrize(
-    ("content", "status", "said"), [(b"<html>", 200, "zip"), (b"", 404, "404"), (zipped({}), 200, "not in it")]
+    ("content", "status", "said"),
+    [(b"<html>", 200, "zip"), (b"", 404, "404"), (zipped({}), 200, "missing in the archive")],
 )
 def test_what_is_no_data_is_refused(
     files: dict[str, bytes], tmp_path: Path, content: bytes, status: int, said: str
 ) -> None:
     """A web page, an error or an empty archive is one line with the address."""
     assert files
-    with served(content, status) as url, pytest.raises(download.FetchError, match=said):
-        download.fetch(url, tmp_path)
+    with served(content, status) as url, pytest.raises(download.DownloadError, match=said):
+        download.download(url, tmp_path)
 
 
 def test_an_address_without_a_server_is_named(tmp_path: Path) -> None:
     """No answer is one line with the address."""
     with served(b"") as url:
         pass
-    with pytest.raises(download.FetchError, match=r"127\.0\.0\.1"):
-        download.fetch(url, tmp_path)
+    with pytest.raises(download.DownloadError, match=r"127\.0\.0\.1"):
+        download.download(url, tmp_path)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 
 from model.contract import Histogram, Manifest, Reference
-from model.evaluation.drift import counts_of, distances, jensen_shannon, psi, psi_noise
+from model.evaluation.drift import count_bins, distances, jensen_shannon, psi, psi_noise
 from service.calibration.statistics import drift
 
 SHARES = np.array([0.1, 0.2, 0.3, 0.4])
@@ -48,7 +48,7 @@ def test_noise_is_the_mean_of_psi_without_drift(n: int) -> None:
 def test_counts_fall_as_in_the_reference() -> None:
     """A value on an edge belongs to the bin below; the outer bins are open."""
     bins = Histogram(edges=[1.0, 2.0], shares=[0.3, 0.3, 0.4])
-    assert [2, 1, 1] == counts_of(np.array([-9.0, 1.0, 2.0, 99.0]), bins).tolist()
+    assert [2, 1, 1] == count_bins(np.array([-9.0, 1.0, 2.0, 99.0]), bins).tolist()
 
 
 def test_no_rows_are_no_drift() -> None:

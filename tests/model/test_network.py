@@ -7,15 +7,25 @@ import torch
 
 from model.data import cmapss
 from model.data.cmapss import History
-from model.training.backbones import RollingMlp, Rows, real_rows
-from model.training.calibrate import calibrate
-from model.training.cross_fit import fit, load
+from model.training.backbones import RollingMlp, WindowRows, observed_rows
+from model.training.calibrate import calibrate_checkpoint
+from model.training.cross_fit import load_checkpoint, train_checkpoint
 from model.training.losses import balanced_weights, bin_loss, health_loss, rul_loss, weighted_mean
 from model.training.network import EngineHealth, NetworkConfig, bin_edges, find_conditions
-from model.training.train import Knobs, batches, begin_late, build, disturb, forget, predict, train, windows_of
+from model.training.train import (
+    TrainingConfig,
+    add_noise,
+    build_network,
+    build_windows,
+    drop_rows,
+    late_start,
+    predict_windows,
+    sample_batches,
+    train_network,
+)
 from model.windows import every_window
 
-QUICK = Knobs(window=20, hidden=8, epochs=1, windows_per_epoch=600, batch=64, folds=2, seed=3)
+QUICK = TrainingConfig(window=20, hidden=8, epochs=1, windows_per_epoch=600, batch=64, folds=2, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +48,9 @@ def test_normalised_sensors_have_mean_0_and_deviation_1_in_every_condition(fleet
     engines = [history for subset in fleet for history in subset]
     rows = np.concatenate([history.telemetry for history in engines])
     with torch.inference_mode():
-        seen = build(engines, QUICK).normalise(torch.from_numpy(rows[None]))
-    sensors = seen.normal[0].numpy()
-    assert float(seen.says.mean()) > 0.99
+        seen = build_network(engines, QUICK).normalise(torch.from_numpy(rows[None]))
+    sensors = seen.normalised[0].numpy()
+    assert float(seen.valid.mean()) > 0.99
     _, condition = find_conditions(rows[:, :3])
     for k in range(6):
         np.testing.assert_allclose(0, sensors[condition == k].mean(axis=0), atol=0.02)
@@ -50,82 +60,84 @@ def test_normalised_sensors_have_mean_0_and_deviation_1_in_every_condition(fleet
 
 def test_a_broken_sensor_is_silent(fleet: list[list[History]]) -> None:
     """A sensor further off than wear can bring it says nothing: the network sees what is usual in its place."""
-    network, row = build(fleet[1], QUICK), torch.from_numpy(fleet[1][0].telemetry[None, :20].copy())
+    network, row = build_network(fleet[1], QUICK), torch.from_numpy(fleet[1][0].telemetry[None, :20].copy())
     row[:, :, 5] = 1e30
     seen = network.normalise(row)
-    assert (0.0, 0.0) == (float(seen.normal[..., 2].abs().max()), float(seen.says[..., 2].max()))
-    assert 0.0 < float(seen.normal[..., 3].abs().max())
-    assert 1.0 == float(seen.says[..., 3:].mean())
+    assert (0.0, 0.0) == (float(seen.normalised[..., 2].abs().max()), float(seen.valid[..., 2].max()))
+    assert 0.0 < float(seen.normalised[..., 3].abs().max())
+    assert 1.0 == float(seen.valid[..., 3:].mean())
 
 
 def test_a_sensor_that_stands_still_says_nothing(fleet: list[list[History]]) -> None:
     """Of five or more equal readings in a row the first was measured; the others were held and do not count."""
-    network, row = build(fleet[0], QUICK), torch.from_numpy(fleet[0][0].telemetry[None, :20].copy())
+    network, row = build_network(fleet[0], QUICK), torch.from_numpy(fleet[0][0].telemetry[None, :20].copy())
     row[:, 10:, 5] = row[:, 9, None, 5]
     row[:, 5:9, 6] = row[:, 5, None, 6]
-    says = network.normalise(row).says[0]
-    torch.testing.assert_close(torch.tensor([1.0] * 10 + [0.0] * 10), says[:, 2])
-    torch.testing.assert_close(torch.ones(20), says[:, 3])
+    valid = network.normalise(row).valid[0]
+    torch.testing.assert_close(torch.tensor([1.0] * 10 + [0.0] * 10), valid[:, 2])
+    torch.testing.assert_close(torch.ones(20), valid[:, 3])
 
 
 def test_an_unknown_operating_condition_says_nothing(fleet: list[list[History]]) -> None:
     """Rows flown in a condition that training never saw do not count; if none counts, no engine is like another."""
-    network = build(fleet[1], QUICK).eval()
+    network = build_network(fleet[1], QUICK).eval()
     first, second = (torch.from_numpy(history.telemetry[None, -20:].copy()) for history in fleet[1][:2])
     with torch.inference_mode():
         for window in (first, second):
             window[:, :, 0] += 5.0  # kft
-            assert 0.0 == float(network.normalise(window).says.max())
+            assert 0.0 == float(network.normalise(window).valid.max())
         torch.testing.assert_close(network(first), network(second))
         first[:, ::2, 0] -= 5.0
-        assert 0.5 == float(network.normalise(first).says.mean())
+        assert 0.5 == float(network.normalise(first).valid.mean())
 
 
 def test_settings_beyond_any_flight_do_not_overflow(fleet: list[list[History]]) -> None:
     """The largest floats as settings are an unknown condition like any other."""
-    network = build(fleet[1], QUICK)
+    network = build_network(fleet[1], QUICK)
     window = torch.full((1, 20, 17), 3e38)
     window[:, ::2] *= -1
     seen = network.normalise(window)
-    assert (0.0, 0.0) == (float(seen.normal.abs().max()), float(seen.says.max()))
+    assert (0.0, 0.0) == (float(seen.normalised.abs().max()), float(seen.valid.max()))
 
 
 def test_padding_is_recognised() -> None:
     """Copies of the oldest row before it do not count, the oldest itself does; equal rows later on do."""
     rows = torch.randn(1, 6, 17)
     rows[0, :3] = rows[0, 3]
-    torch.testing.assert_close(torch.tensor([[0.0, 0.0, 0.0, 1.0, 1.0, 1.0]]), real_rows(rows))
+    torch.testing.assert_close(torch.tensor([[0.0, 0.0, 0.0, 1.0, 1.0, 1.0]]), observed_rows(rows))
     rows[0, 5] = rows[0, 4]
-    torch.testing.assert_close(torch.tensor([[0.0, 0.0, 0.0, 1.0, 1.0, 1.0]]), real_rows(rows))
-    torch.testing.assert_close(torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 1.0]]), real_rows(rows[:, :1].expand(1, 6, 17)))
+    torch.testing.assert_close(torch.tensor([[0.0, 0.0, 0.0, 1.0, 1.0, 1.0]]), observed_rows(rows))
+    torch.testing.assert_close(
+        torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 1.0]]), observed_rows(rows[:, :1].expand(1, 6, 17))
+    )
 
 
 def test_rolling_means_are_means_of_what_counts() -> None:
     """Each span gives the mean of its newest readings that count, else that of the next longer span, else zero."""
     backbone, x, ones = RollingMlp(6, 2, 8, 0.0), torch.arange(12.0).reshape(1, 6, 2), torch.ones(1, 6)
-    says = torch.ones(1, 6, 2)
-    whole = backbone.features(Rows(x, says, ones))[0]
+    valid = torch.ones(1, 6, 2)
+    whole = backbone.features(WindowRows(x, valid, ones))[0]
     expected = torch.stack([x[0, -n:].mean(0) for n in (1, 3, 5, 6)]).flatten()
     torch.testing.assert_close(torch.cat([expected, torch.ones(2)]), whole)
     late = torch.tensor([[0.0, 0.0, 0.0, 0.0, 1.0, 1.0]])
-    short = backbone.features(Rows(x, says * late[..., None], late))[0]
+    short = backbone.features(WindowRows(x, valid * late[..., None], late))[0]
     torch.testing.assert_close(x[0, -2:].mean(0), short[6:8])
     assert 2 * np.log(3) / np.log(7) - 1 == pytest.approx(float(short[-2]))
     assert 1.0 == float(short[-1])
-    says[0, 1:, 0] = 0
-    held = backbone.features(Rows(x, says, ones))[0]
+    valid[0, 1:, 0] = 0
+    held = backbone.features(WindowRows(x, valid, ones))[0]
     torch.testing.assert_close(x[0, 0, 0].expand(4), held[[0, 2, 4, 6]])  # no span but the longest has any
-    assert 0.0 == float(backbone.features(Rows(x, says * 0, ones))[0, :8].abs().max())
+    assert 0.0 == float(backbone.features(WindowRows(x, valid * 0, ones))[0, :8].abs().max())
 
 
 def test_training_sees_windows_as_serving_does(fleet: list[list[History]]) -> None:
     """Rows normalised once and gathered answer as the raw windows do, padding included."""
     engines = fleet[1][:2]
-    network = build(engines, QUICK).eval()
+    network = build_network(engines, QUICK).eval()
     raw = np.concatenate([every_window(history.telemetry, 20) for history in engines])
     with torch.inference_mode():
         logits, rul = network(torch.from_numpy(raw))
-    answer = predict(network, windows_of(engines, network))
+    answer = predict_windows(network, build_windows(engines, network))
     torch.testing.assert_close(logits, answer.logits, rtol=0, atol=1e-5)
     torch.testing.assert_close(rul, answer.rul, rtol=0, atol=1e-3)
 
@@ -168,9 +180,11 @@ def test_the_rul_loss_caps_the_truth() -> None:
 
 def test_an_epoch_draws_rows_as_a_live_fleet_shows_them(fleet: list[list[History]]) -> None:
     """Rows near failure are drawn as rarely as a random cut-off leaves them visible."""
-    windows = windows_of(fleet[0], build(fleet[0], QUICK))
-    knobs = replace(QUICK, windows_per_epoch=len(windows.first), batch=500)
-    drawn = torch.cat([torch.cat(list(batches(windows, knobs, torch.Generator().manual_seed(i)))) for i in range(40)])
+    windows = build_windows(fleet[0], build_network(fleet[0], QUICK))
+    config = replace(QUICK, windows_per_epoch=len(windows.first), batch=500)
+    drawn = torch.cat(
+        [torch.cat(list(sample_batches(windows, config, torch.Generator().manual_seed(i)))) for i in range(40)]
+    )
     share = (windows.label[drawn] == 2).float().mean()
     expected = weighted_mean((windows.label == 2).float(), windows.weight)
     assert float(expected) == pytest.approx(float(share), rel=0.1)
@@ -179,13 +193,13 @@ def test_an_epoch_draws_rows_as_a_live_fleet_shows_them(fleet: list[list[History
 def test_disturbing_adds_noise_and_bias_and_silences_sensors() -> None:
     """A bias stays the same through a window, noise does not; of silent sensors half are so throughout."""
     generator, still = torch.Generator().manual_seed(0), replace(QUICK, noise=0.0, bias=0.0, channel_dropout=0.0)
-    rows = Rows(torch.zeros(2000, 5, 3), torch.ones(2000, 5, 3), torch.ones(2000, 5))
-    bias = disturb(rows, replace(still, bias=0.5), generator).normal
+    rows = WindowRows(torch.zeros(2000, 5, 3), torch.ones(2000, 5, 3), torch.ones(2000, 5))
+    bias = add_noise(rows, replace(still, bias=0.5), generator).normalised
     assert 0.0 == float((bias - bias[:, :1]).abs().max())
     assert 0.5 == pytest.approx(float(bias[:, 0].std()), rel=0.05)
-    noise = disturb(rows, replace(still, noise=0.2), generator).normal
+    noise = add_noise(rows, replace(still, noise=0.2), generator).normalised
     assert 0.2 == pytest.approx(float(noise.std()), rel=0.05)
-    silent = disturb(rows, replace(still, channel_dropout=0.4), generator).says == 0
+    silent = add_noise(rows, replace(still, channel_dropout=0.4), generator).valid == 0
     assert bool((silent[:, 1:] >= silent[:, :-1]).all())
     assert 0.4 == pytest.approx(float(silent[:, -1].float().mean()), abs=0.03)
     assert 0.24 == pytest.approx(float(silent[:, 0].float().mean()), abs=0.03)
@@ -193,8 +207,8 @@ def test_disturbing_adds_noise_and_bias_and_silences_sensors() -> None:
 
 def test_disturbing_leaves_settings_as_they_are() -> None:
     """For a backbone that reads settings before the sensors, only the sensors get noise."""
-    rows = Rows(torch.zeros(3, 9, 17), torch.ones(3, 9, 14), torch.ones(3, 9))
-    found = disturb(rows, QUICK, torch.Generator().manual_seed(0)).normal
+    rows = WindowRows(torch.zeros(3, 9, 17), torch.ones(3, 9, 14), torch.ones(3, 9))
+    found = add_noise(rows, QUICK, torch.Generator().manual_seed(0)).normalised
     assert not found[..., :3].any()
     assert found[..., 3:].any()
 
@@ -204,10 +218,10 @@ def test_classes_are_the_mass_of_the_rul_distribution(thresholds: tuple[float, .
     """Class probabilities are sums of bin probabilities between thresholds, RUL is their mean: they cannot disagree."""
     network = EngineHealth(NetworkConfig(window=20, thresholds=thresholds)).eval()
     with torch.inference_mode():
-        answer = network.heads(Rows(torch.randn(9, 20, 14), torch.ones(9, 20, 14), torch.ones(9, 20)))
+        answer = network.predict_rows(WindowRows(torch.randn(9, 20, 14), torch.ones(9, 20, 14), torch.ones(9, 20)))
     assert answer.bins is not None
     p, ends = answer.bins.exp(), torch.cat([bin_edges(network.config), torch.tensor([1000.0])])
-    labels = torch.from_numpy(cmapss.health(ends.numpy(), thresholds))
+    labels = torch.from_numpy(cmapss.health_classes(ends.numpy(), thresholds))
     expected = torch.stack([p[:, labels == k].sum(1) for k in range(len(thresholds) + 1)], dim=1)
     torch.testing.assert_close(expected, torch.softmax(answer.logits, dim=1))
     torch.testing.assert_close(p @ torch.cat([torch.arange(2.5, 125, 5), torch.tensor([125.0])]), answer.rul)
@@ -254,13 +268,13 @@ def test_training_repeats_learns_and_holds_out(
     fleet: list[list[History]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The same seed gives the same network; every engine is answered for by a network that never saw it."""
-    first, second = fit(fleet, QUICK), fit(fleet, QUICK)
+    first, second = train_checkpoint(fleet, QUICK), train_checkpoint(fleet, QUICK)
     for name, weight in first["weights"].items():
         torch.testing.assert_close(weight, second["weights"][name], rtol=0, atol=0)
     assert sum(len(h.cycle) for subset in fleet for h in subset) == len(first["held_out"]["logits"])
     assert "fold 2" in capfd.readouterr().out
     torch.save(first, tmp_path / "c.pt")
-    network, checkpoint = load(tmp_path / "c.pt")
+    network, checkpoint = load_checkpoint(tmp_path / "c.pt")
     assert not network.training
     assert QUICK.seed == checkpoint["knobs"]["seed"]
     assert {"shipped": [24, 0], "fold 1": [12, 12], "fold 2": [12, 12]} == checkpoint["split"]
@@ -270,15 +284,15 @@ def test_training_teaches_engines_that_it_never_saw(
     fleet: list[list[History]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A few epochs on nine engines lower the loss on three others, and a line an epoch says how far it is."""
-    knobs = replace(QUICK, epochs=6, average=0.9, windows_per_epoch=2000)
-    network = build(fleet[0][:9], knobs)
-    learn, check = windows_of(fleet[0][:9], network), windows_of(fleet[0][9:], network)
+    config = replace(QUICK, epochs=6, average=0.9, windows_per_epoch=2000)
+    network = build_network(fleet[0][:9], config)
+    learn, check = build_windows(fleet[0][:9], network), build_windows(fleet[0][9:], network)
 
     def loss() -> float:
-        return float(weighted_mean(health_loss(predict(network, check).logits, check.label), check.weight))
+        return float(weighted_mean(health_loss(predict_windows(network, check).logits, check.label), check.weight))
 
     untrained = loss()
-    train(network, learn, knobs, "test")
+    train_network(network, learn, config, "test")
     assert loss() < 0.8 * untrained
     assert not network.training
     assert 6 == len(capsys.readouterr().out.splitlines())
@@ -287,31 +301,33 @@ def test_training_teaches_engines_that_it_never_saw(
 def test_late_starts_and_forgotten_rows_stop_counting() -> None:
     """A window cut short is padded with its new oldest row; a forgotten row says nothing but keeps its place."""
     generator, normal = torch.Generator().manual_seed(0), torch.randn(400, 20, 14)
-    rows = Rows(normal, torch.ones(400, 20, 14), torch.ones(400, 20))
-    cut = begin_late(rows, replace(QUICK, late_start=1.0), generator)
-    begins = (cut.real == 0).sum(1)
+    rows = WindowRows(normal, torch.ones(400, 20, 14), torch.ones(400, 20))
+    cut = late_start(rows, replace(QUICK, late_start=1.0), generator)
+    begins = (cut.observed == 0).sum(1)
     assert {0, 19} <= set(begins.tolist())
     for k in range(50):
-        torch.testing.assert_close(normal[k, begins[k] :], cut.normal[k, begins[k] :])
-        torch.testing.assert_close(cut.normal[k, begins[k]].expand(int(begins[k]), 14), cut.normal[k, : begins[k]])
-    torch.testing.assert_close(cut.real.unsqueeze(-1).expand_as(cut.says), cut.says)
-    kept = forget(rows, replace(QUICK, unknown_rows=0.5), generator)
-    share = kept.says.mean((1, 2))
+        torch.testing.assert_close(normal[k, begins[k] :], cut.normalised[k, begins[k] :])
+        torch.testing.assert_close(
+            cut.normalised[k, begins[k]].expand(int(begins[k]), 14), cut.normalised[k, : begins[k]]
+        )
+    torch.testing.assert_close(cut.observed.unsqueeze(-1).expand_as(cut.valid), cut.valid)
+    kept = drop_rows(rows, replace(QUICK, unknown_rows=0.5), generator)
+    share = kept.valid.mean((1, 2))
     assert 0.73 == pytest.approx(float(share.mean()), abs=0.05)
     assert float((share == 0).float().mean()) > 0.01
-    assert bool((kept.real == 1).all())
+    assert bool((kept.observed == 1).all())
 
 
 def test_knobs_that_no_run_can_follow_are_refused() -> None:
     """One fold holds nothing out, thresholds must fall, and nothing trains for no epochs."""
     for wrong in ({"folds": 1}, {"near_threshold": 130.0}, {"epochs": 0}):
         with pytest.raises(ValueError, match=r"folds|thresholds|at least 1"):
-            Knobs(**wrong)
+            TrainingConfig(**wrong)
 
 
 def test_without_folds_there_is_nothing_to_calibrate_by(fleet: list[list[History]]) -> None:
     """Training without folds makes a network and holds no engine out; calibrating it is refused."""
-    checkpoint = fit([fleet[0][:3]], replace(QUICK, folds=0))
+    checkpoint = train_checkpoint([fleet[0][:3]], replace(QUICK, folds=0))
     assert {"shipped": [3, 0]} == checkpoint["split"]
     with pytest.raises(cmapss.DataError, match="folds"):
-        calibrate(checkpoint, np.zeros((1, 17)))
+        calibrate_checkpoint(checkpoint, np.zeros((1, 17)))

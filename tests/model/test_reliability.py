@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 
 from benchmarks.streams import Stream, fleet, independent
 from model import numerics
-from model.evaluation.cluster_bootstrap import engines_of
-from model.evaluation.reliability import brier_parts, class_ece, ece_interval, equal_mass_ece
+from model.evaluation.cluster_bootstrap import group_by_engine
+from model.evaluation.reliability import class_ece, decompose_brier, ece_interval, equal_mass_ece
 
 
 def test_equal_mass_by_hand() -> None:
@@ -42,7 +42,7 @@ def test_brier_parts_by_hand() -> None:
     """Two kinds of forecast of two classes: the parts are what paper gives, and there is no residual."""
     p = np.array([[0.8, 0.2]] * 4 + [[0.3, 0.7]] * 2)
     q = np.eye(2)[[0, 0, 0, 1, 1, 1]]
-    found = brier_parts(p, q)
+    found = decompose_brier(p, q)
     assert 2 * (4 * 0.05**2 + 2 * 0.3**2) / 6 == pytest.approx(found.reliability)
     assert 2 * (4 * 0.25**2 + 2 * 0.5**2) / 6 == pytest.approx(found.resolution)
     assert 2 * 0.5 * 0.5 == pytest.approx(found.uncertainty)
@@ -55,7 +55,7 @@ def test_brier_parts_add_up(seed: int, classes: int, rows: int, soft: bool) -> N
     random = np.random.default_rng(seed)
     p = random.dirichlet(np.ones(classes), rows)
     q = random.dirichlet(np.ones(classes), rows) if soft else np.eye(classes)[random.integers(0, classes, rows)]
-    found = brier_parts(p, q)
+    found = decompose_brier(p, q)
     total = found.reliability - found.resolution + found.uncertainty + found.residual
     assert ((p - q) ** 2).sum() / rows == pytest.approx(total, abs=1e-12)
     assert min(found.reliability, found.resolution, found.uncertainty) >= 0
@@ -69,7 +69,7 @@ def test_the_interval_of_ece_holds_the_truth(sharpness: float, kind: str) -> Non
     for seed in range(60):
         stream = _stream(kind, seed, sharpness)
         top = numerics.softmax(stream.z).max(axis=1)
-        low, high = ece_interval(top, numerics.correct(stream.z, stream.label), engines_of(stream.engine))
+        low, high = ece_interval(top, numerics.correct(stream.z, stream.label), group_by_engine(stream.engine))
         assert low <= numerics.ece(stream.z, stream.label) <= high
         covered += low <= truth <= high
     assert covered >= 48  # 54 expected at 90 %; 48 or fewer of 60 come once in 50 at that

@@ -6,9 +6,9 @@ import pytest
 from model import numerics
 from model.contract import CHANNELS, Manifest
 from model.data import cmapss
-from model.evaluation.evaluate import ARTEFACT, answers, open_artefact, runner
-from model.evaluation.evaluation_metrics import rows_of
-from model.evaluation.robustness import HELD_ROWS, STRONGEST, Disturbances, only_newest, scenarios
+from model.evaluation.evaluate import ARTEFACT, onnx_runner, open_artefact, predict_histories
+from model.evaluation.evaluation_metrics import concatenate_rows
+from model.evaluation.robustness import HELD_ROWS, STRONGEST, Disturbances, build_scenarios, keep_newest
 from model.windows import every_window
 
 HELD = CHANNELS.index(STRONGEST[0])
@@ -25,13 +25,13 @@ def test_disturbances_touch_what_they_name(engines: list[cmapss.History], manife
     assert manifest.conditions is not None
     raw, window = engines[0].telemetry, manifest.window or 1
     clean, made = every_window(raw, window), Disturbances(manifest.conditions)
-    held = made.held(STRONGEST[:1])(raw, window)
+    held = made.hold_sensors(STRONGEST[:1])(raw, window)
     assert (held[:, -HELD_ROWS:, HELD] == clean[:, [-HELD_ROWS - 1], HELD]).all()
     np.testing.assert_array_equal(np.delete(clean, HELD, axis=2), np.delete(held, HELD, axis=2))
-    moved = made.biased(STRONGEST[:1], 2.0)(raw, window)[..., HELD] - clean[..., HELD]
-    np.testing.assert_allclose(2 * made.deviation(raw)[-1, HELD - 3], moved, rtol=1e-3)
-    assert (only_newest(5)(raw, window)[:, :-5] == clean[:, [-5]]).all()
-    noisy = made.noise_doubled(raw, window)
+    moved = made.bias_sensors(STRONGEST[:1], 2.0)(raw, window)[..., HELD] - clean[..., HELD]
+    np.testing.assert_allclose(2 * made.row_deviations(raw)[-1, HELD - 3], moved, rtol=1e-3)
+    assert (keep_newest(5)(raw, window)[:, :-5] == clean[:, [-5]]).all()
+    noisy = made.double_noise(raw, window)
     np.testing.assert_array_equal(clean[..., :3], noisy[..., :3])
     assert (clean[..., 3:] != noisy[..., 3:]).any(axis=(0, 1)).all()
 
@@ -39,9 +39,9 @@ def test_disturbances_touch_what_they_name(engines: list[cmapss.History], manife
 def test_uncertainty_grows_where_accuracy_falls(engines: list[cmapss.History], manifest: Manifest) -> None:
     """Whatever disturbance costs accuracy raises the model's own expectation of its loss."""
     assert manifest.conditions is not None
-    run, found = runner(open_artefact(ARTEFACT)[0]), {}
-    for name, make in scenarios(manifest.conditions).items():
-        rows = rows_of(answers(run, manifest.window or 1, engines, make=make), last_only=False)
+    run, found = onnx_runner(open_artefact(ARTEFACT)[0]), {}
+    for name, make in build_scenarios(manifest.conditions).items():
+        rows = concatenate_rows(predict_histories(run, manifest.window or 1, engines, make=make), last_only=False)
         accuracy = float((rows.logits.argmax(1) == rows.labels).mean())
         found[name] = accuracy, float(numerics.entropy(rows.logits, manifest.temperature).mean())
     accuracy, entropy = found.pop("as measured")

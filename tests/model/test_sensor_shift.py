@@ -4,35 +4,43 @@ import numpy as np
 
 from model.contract import CHANNELS, Manifest
 from model.data import cmapss
-from model.evaluation.occlusion import Usual
-from model.evaluation.sensor_shift import moved
+from model.evaluation.occlusion import ConditionBaselines
+from model.evaluation.sensor_shift import sensor_shifts
 
-USUAL = Usual.of([1.0], [[0.0, 10.0, 20.0], [5.0, 30.0, 40.0]])  # one setting, two sensors, two conditions
+USUAL = ConditionBaselines.from_lists(
+    [1.0], [[0.0, 10.0, 20.0], [5.0, 30.0, 40.0]]
+)  # one setting, two sensors, two conditions
 SPREAD = [[2.0, 1.0], [4.0, 0.0]]
 
 
 def test_a_sensor_is_measured_against_its_own_condition() -> None:
     """A reading's distance is from what is usual at its settings, in that condition's deviations."""
     flights = np.array([[0.1, 14.0, 20.0], [4.9, 30.0, 47.0]], dtype=np.float32)
-    first, second = moved(flights, USUAL, SPREAD)
-    assert (1, 1.0, [2.0, 0.0]) == (first.channel, first.moved, first.away.tolist())
-    assert (2, 0.0, [0.0, 0.0]) == (second.channel, second.moved, second.away.tolist())  # where there is no spread
+    first, second = sensor_shifts(flights, USUAL, SPREAD)
+    assert (1, 1.0, [2.0, 0.0]) == (first.channel, first.shift, first.deviations.tolist())
+    assert (2, 0.0, [0.0, 0.0]) == (
+        second.channel,
+        second.shift,
+        second.deviations.tolist(),
+    )  # where there is no spread
 
 
 def test_where_a_sensor_is_now_is_the_mean_of_ten() -> None:
     """Flights before the last ten show in the history and not in what has moved; the farthest sensor comes first."""
     flights = np.tile(np.array([[0.0, 10.0, 20.0]], dtype=np.float32), (15, 1))
     flights[:5, 1], flights[-1, 2] = 99.0, 30.0
-    first, second = moved(flights, USUAL, SPREAD)
-    assert (2, 1.0) == (first.channel, first.moved)
-    assert (1, 0.0, 44.5) == (second.channel, second.moved, second.away[0])
+    first, second = sensor_shifts(flights, USUAL, SPREAD)
+    assert (2, 1.0) == (first.channel, first.shift)
+    assert (1, 0.0, 44.5) == (second.channel, second.shift, second.deviations[0])
 
 
 def test_wear_of_real_engines_moves_the_known_sensors(cmapss_dir: Path, manifest: Manifest) -> None:
     """At the end of its life an engine of FD001 shows risen pressure at the compressor's outlet, nine of ten do."""
     conditions = manifest.conditions
     assert conditions is not None
-    usual, k = Usual.of(conditions.setting_scales, conditions.usual), CHANNELS.index("sensor_11")
-    engines = [moved(one.telemetry, usual, conditions.deviations) for one in cmapss.read_train(cmapss_dir, "FD001")]
-    ends = [next(sensor.moved for sensor in engine if sensor.channel == k) for engine in engines]
+    usual, k = ConditionBaselines.from_lists(conditions.setting_scales, conditions.usual), CHANNELS.index("sensor_11")
+    engines = [
+        sensor_shifts(one.telemetry, usual, conditions.deviations) for one in cmapss.read_train(cmapss_dir, "FD001")
+    ]
+    ends = [next(sensor.shift for sensor in engine if sensor.channel == k) for engine in engines]
     assert sum(value > 1 for value in ends) >= 90

@@ -6,7 +6,7 @@ from hypothesis.extra.numpy import arrays
 
 from model import numerics
 from model.evaluation import sequential
-from model.evaluation.cluster_bootstrap import engines_of
+from model.evaluation.cluster_bootstrap import group_by_engine
 from model.evaluation.sequential import SCALES, Deviations, evidence, log_e, of_class, of_losses
 
 logits = arrays(np.float64, st.tuples(st.integers(1, 6), st.integers(1, 5)), elements=st.floats(-60, 60))
@@ -33,7 +33,7 @@ def test_e_is_the_mean_of_robbins_mixtures() -> None:
 def test_variances_by_hand() -> None:
     """Two engines, one of two rows: the larger of rows and engines, with the unseen surprise on its side."""
     found = Deviations(np.array([1.0, 2.0, -1.0]), np.ones(3), np.array([16.0, 16, 16]), np.array([1.0, 1, 1]))
-    seen = evidence(found, engines_of([7, 7, 9]))
+    seen = evidence(found, group_by_engine([7, 7, 9]))
     rows, squares, together = (1 + 4 + 1 + 2 * 3) / 3, (1 + 2) ** 2 + 1, (1 + 1) ** 2 + 1
     assert (3, 2.0) == (seen.n, seen.total)
     assert max(rows, squares + ((1 + 1) ** 4 + 1) / together) == pytest.approx(seen.variance_above)
@@ -63,7 +63,7 @@ def test_the_order_of_rows_does_not_matter() -> None:
     found, engine = some(300)
     order = np.random.default_rng(1).permutation(300)
     moved = Deviations(*(column[order] for column in vars(found).values()))
-    one, other = evidence(found, engines_of(engine)), evidence(moved, engines_of(1000 - engine[order]))
+    one, other = evidence(found, group_by_engine(engine)), evidence(moved, group_by_engine(1000 - engine[order]))
     assert vars(one) == pytest.approx(vars(other), rel=1e-12)
 
 
@@ -71,9 +71,9 @@ def test_a_fleet_twice_is_twice_the_total_and_the_same_surprise() -> None:
     """As many engines again with the same rows double totals and squares, but not what one unseen engine may bring."""
     found, engine = some(300)
     twice = Deviations(*(np.tile(column, 2) for column in vars(found).values()))
-    engines, both = engines_of(engine), engines_of(np.concatenate([engine, engine + 1000]))
+    engines, both = group_by_engine(engine), group_by_engine(np.concatenate([engine, engine + 1000]))
     one, two = evidence(found, engines), evidence(twice, both)
-    squares = float((engines.sums(found.x) ** 2).sum())
+    squares = float((engines.sum_rows(found.x) ** 2).sum())
     assert 2 * one.total == pytest.approx(two.total)
     assert squares == pytest.approx(two.variance_below - one.variance_below)
 
@@ -82,7 +82,7 @@ def test_rows_of_one_engine_are_weaker_than_rows_of_many() -> None:
     """The same rows say less when they are of few engines."""
     found, _ = some(300)
     alone = Deviations(abs(found.x), found.variance, found.above, found.below)
-    each = [evidence(alone, engines_of(np.arange(300) % count)).log_e for count in (300, 60, 12)]
+    each = [evidence(alone, group_by_engine(np.arange(300) % count)).log_e for count in (300, 60, 12)]
     assert each == sorted(each, reverse=True)
     assert each[0] > np.log(20) > each[-1]
 
@@ -91,8 +91,8 @@ def test_engines_without_a_surprise_prove_little() -> None:
     """Forty engines that were said to be fine with 0.99, and are, alarm nobody, though each is seen a hundred times."""
     z = np.tile(np.log([0.99, 0.007, 0.003]), (4000, 1))
     found = losses_of(z, np.zeros(4000, dtype=int))
-    assert evidence(found, engines_of(np.arange(4000))).log_e > np.log(1e6)
-    assert evidence(found, engines_of(np.arange(4000) // 100)).log_e < np.log(20)
+    assert evidence(found, group_by_engine(np.arange(4000))).log_e > np.log(1e6)
+    assert evidence(found, group_by_engine(np.arange(4000) // 100)).log_e < np.log(20)
 
 
 @given(st.floats(-1e3, 1e3), st.floats(0, 1e5), st.floats(0, 1e5), st.sampled_from([0.04, 0.01, 0.3]))
@@ -110,7 +110,7 @@ def test_the_sequence_leaves_zero_out_exactly_when_it_alarms(
 def test_without_rows_there_is_no_evidence() -> None:
     """Nothing seen is an e-value of 1 and a mean that may be anything."""
     none = Deviations(*(np.array([]) for _ in range(4)))
-    found = evidence(none, engines_of(np.array([], dtype=int)))
+    found = evidence(none, group_by_engine(np.array([], dtype=int)))
     assert (0.0, (-np.inf, np.inf)) == (found.log_e, found.mean_within(0.05))
 
 
@@ -120,4 +120,4 @@ def test_probabilities_of_zero_and_one_stay_finite(z: list[list[float]]) -> None
     for label in range(len(z[0])):
         found = losses_of(np.array(z), np.array([label]))
         assert all(np.isfinite(column).all() for column in vars(found).values())
-        assert np.isfinite(evidence(found, engines_of([0])).log_e)
+        assert np.isfinite(evidence(found, group_by_engine([0])).log_e)

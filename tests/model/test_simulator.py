@@ -7,13 +7,13 @@ from model.contract import CHANNELS, SENSORS, Manifest
 from model.data import cmapss
 from model.data.simulator import fleet as simulate
 from model.data.simulator import statistics as fleet
-from model.data.simulator.drift_injection import DriftError, Planted, parse
-from model.data.simulator.fit import SUBSET, estimate
-from model.data.simulator.fleet import Engine
+from model.data.simulator.drift_injection import DriftError, DriftInjector, parse_drift
+from model.data.simulator.fit import SUBSET, estimate_statistics
+from model.data.simulator.fleet import SimulatedEngine
 from model.data.simulator.statistics import SETTING_COUNT, Floats
-from model.evaluation.drift import counts_of, psi
-from model.evaluation.evaluate import ARTEFACT, answers, open_artefact, runner
-from model.evaluation.evaluation_metrics import macro_f1, rows_of
+from model.evaluation.drift import count_bins, psi
+from model.evaluation.evaluate import ARTEFACT, onnx_runner, open_artefact, predict_histories
+from model.evaluation.evaluation_metrics import concatenate_rows, macro_f1
 
 ENGINES = 200
 WITHIN = 0.10
@@ -25,7 +25,7 @@ def rows_of_all(engines: list[cmapss.History]) -> Floats:
 
 @pytest.fixture(scope="module")
 def simulated() -> list[cmapss.History]:
-    return list(simulate.histories(ENGINES, seed=1))
+    return list(simulate.simulate_histories(ENGINES, seed=1))
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,8 @@ def test_the_committed_model_finds_simulated_engines_plausible(
     simulated: list[cmapss.History], manifest: Manifest
 ) -> None:
     """On every cycle of two hundred simulated lives, macro-F1 is at least 0.80; on real training lives it is 0.87."""
-    run = runner(open_artefact(ARTEFACT)[0])
-    found = rows_of(answers(run, manifest.window or 1, simulated), last_only=False)
+    run = onnx_runner(open_artefact(ARTEFACT)[0])
+    found = concatenate_rows(predict_histories(run, manifest.window or 1, simulated), last_only=False)
     assert macro_f1(found.logits.argmax(axis=1), found.labels, 3) >= 0.80
 
 
@@ -66,10 +66,10 @@ def test_so_they_have_in_each_operating_condition(real: list[cmapss.History], si
     A channel that a condition holds constant (the throttle) must be that constant; others may be off by a tenth of
     their deviation, but by less than the last decimal that they are written with nobody could tell.
     """
-    statistics = fleet.read()
+    statistics = fleet.read_statistics()
     expected, found = rows_of_all(real), rows_of_all(simulated)
     step = 10.0**-statistics.decimals
-    conditions = [statistics.conditions(rows[:, :SETTING_COUNT]) for rows in (expected, found)]
+    conditions = [statistics.nearest_conditions(rows[:, :SETTING_COUNT]) for rows in (expected, found)]
     for k in range(len(statistics.shares)):
         of, like = expected[conditions[0] == k], found[conditions[1] == k]
         slack = np.where(of.std(axis=0) > 0, np.maximum(WITHIN * of.std(axis=0), step / 2), 1e-9)
@@ -80,8 +80,8 @@ def test_so_they_have_in_each_operating_condition(real: list[cmapss.History], si
 
 def test_the_table_is_what_its_code_estimates(subsets: dict[str, list[cmapss.History]], tmp_path: Path) -> None:
     """The committed statistics come out of the training data again, to the digits that are kept."""
-    fleet.write(estimate(subsets), "here", tmp_path / "fleet.json")
-    again, kept = fleet.read(tmp_path / "fleet.json"), fleet.read()
+    fleet.write_statistics(estimate_statistics(subsets), "here", tmp_path / "fleet.json")
+    again, kept = fleet.read_statistics(tmp_path / "fleet.json"), fleet.read_statistics()
     for name in (
         "baseline",
         "response",
@@ -101,40 +101,40 @@ def test_the_table_is_what_its_code_estimates(subsets: dict[str, list[cmapss.His
 
 def test_a_seed_is_a_fleet() -> None:
     """Same seed and number: the same engine, bit for bit, one flight at a time or all at once; others differ."""
-    whole, single = Engine(3, seed=7).fly(400), Engine(3, seed=7)
+    whole, single = SimulatedEngine(3, seed=7).fly(400), SimulatedEngine(3, seed=7)
     rows = []
     while not single.failed:
         rows.append(single.fly()[0])
     np.testing.assert_array_equal(whole, np.stack(rows))
     assert (0, len(CHANNELS)) == single.fly().shape
-    assert not np.array_equal(whole[:100], Engine(3, seed=8).fly(100))
+    assert not np.array_equal(whole[:100], SimulatedEngine(3, seed=8).fly(100))
 
 
 def test_lives_end_where_rul_does(simulated: list[cmapss.History]) -> None:
     """RUL falls by one a cycle to 0 at the last; both modes and all lengths of life that training has are there."""
     lengths = [len(engine.cycle) for engine in simulated]
-    assert min(lengths) >= fleet.read().shortest
-    assert max(lengths) <= fleet.read().longest
+    assert min(lengths) >= fleet.read_statistics().shortest
+    assert max(lengths) <= fleet.read_statistics().longest
     assert np.mean(lengths) == pytest.approx(246, rel=0.07)
     for engine in simulated[:20]:
-        np.testing.assert_array_equal(np.arange(len(engine.cycle))[::-1], engine.known_rul())
-    assert {"HPC", "fan"} == {Engine(number, seed=1).mode.name for number in range(20)}
+        np.testing.assert_array_equal(np.arange(len(engine.cycle))[::-1], engine.require_rul())
+    assert {"HPC", "fan"} == {SimulatedEngine(number, seed=1).mode.name for number in range(20)}
 
 
 def test_a_mixed_fleet_reads_as_the_reference_of_drift_does(manifest: Manifest) -> None:
     """Live histories of a mixed fleet are near the manifest's reference: no channel's PSI is above 0.15."""
     assert manifest.reference is not None
-    seen = np.concatenate([engine.telemetry[:-60] for engine in simulate.histories(ENGINES, 1, mixed=True)])
+    seen = np.concatenate([engine.telemetry[:-60] for engine in simulate.simulate_histories(ENGINES, 1, mixed=True)])
     for k, name in enumerate(manifest.channel_names):
         bins = manifest.reference.channels[name]
-        counts = counts_of(seen[:, k].astype(np.float64), bins)
+        counts = count_bins(seen[:, k].astype(np.float64), bins)
         assert psi(np.array(bins.shares), counts.astype(np.float64)) < 0.15, name
 
 
 def test_faster_wear_ends_lives_sooner() -> None:
     """An engine that wears twice as fast flies half as long and ends as worn."""
-    usual, fast = Engine(0), Engine(0)
-    life, half = usual.fly(1000), fast.fly(1000, pace=2.0)
+    usual, fast = SimulatedEngine(0), SimulatedEngine(0)
+    life, half = usual.fly(1000), fast.fly(1000, wear_rate=2.0)
     assert -(-len(life) // 2) == len(half)
     assert usual.failed
     assert fast.failed
@@ -143,14 +143,14 @@ def test_faster_wear_ends_lives_sooner() -> None:
 def test_planted_drift_does_what_it_says(simulated: list[cmapss.History]) -> None:
     """A bias moves one sensor by its deviations, noise widens it, a new condition moves settings; nothing before."""
     rows, k = np.concatenate([engine.telemetry for engine in simulated[:8]]), SENSORS.index("sensor_11")
-    statistics, column = fleet.read(), SETTING_COUNT + SENSORS.index("sensor_11")
+    statistics, column = fleet.read_statistics(), SETTING_COUNT + SENSORS.index("sensor_11")
 
     def moved(text: str) -> Floats:
-        planted = Planted([parse(text)])
-        found = [planted.disturbed(row, i, (0, i)) - row.astype(np.float64) for i, row in enumerate(rows)]
+        planted = DriftInjector([parse_drift(text)])
+        found = [planted.inject(row, i, (0, i)) - row.astype(np.float64) for i, row in enumerate(rows)]
         return np.array(found)
 
-    condition = statistics.conditions(rows[:, :SETTING_COUNT])
+    condition = statistics.nearest_conditions(rows[:, :SETTING_COUNT])
     bias = moved("sensor_11:+2sd@600")
     assert not bias[:600].any()
     np.testing.assert_allclose(2 * statistics.deviation[condition, k][600:], bias[600:, column], atol=0.006)
@@ -159,7 +159,7 @@ def test_planted_drift_does_what_it_says(simulated: list[cmapss.History]) -> Non
     noise = moved("sensor_11:x3noise")[:, column] / statistics.noise[condition, k]
     assert np.sqrt(8) == pytest.approx(noise.std(), rel=0.1)
     assert 0.2 == pytest.approx((moved("condition:20%")[:, 0] != 0).mean(), abs=0.03)
-    assert [1.0, 2.0] == [Planted([parse("wear:x2@600")]).pace(flight) for flight in (599, 600)]
+    assert [1.0, 2.0] == [DriftInjector([parse_drift("wear:x2@600")]).wear_rate(flight) for flight in (599, 600)]
 
 
 @pytest.mark.parametrize(
@@ -178,5 +178,5 @@ def test_planted_drift_does_what_it_says(simulated: list[cmapss.History]) -> Non
 def test_what_is_no_drift_is_said_so(text: str, why: str) -> None:
     """A drift that cannot be is refused in one line."""
     with pytest.raises(DriftError, match=why) as refused:
-        parse(text)
+        parse_drift(text)
     assert "\n" not in str(refused.value)

@@ -7,11 +7,11 @@ import pytest
 
 from benchmarks.streams import Stream, fleet, independent
 from model import numerics
-from model.evaluation.temperature_fit import Reason, Refit, RefitRefused, refit
+from model.evaluation.temperature_fit import FitRefused, Reason, TemperatureFit, cross_validate_temperature
 
 
-def fitted(stream: Stream, temperature: float = 1.0) -> Refit:
-    return refit(stream.z, stream.label, stream.engine, temperature)
+def fitted(stream: Stream, temperature: float = 1.0) -> TemperatureFit:
+    return cross_validate_temperature(stream.z, stream.label, stream.engine, temperature)
 
 
 def sharp(seed: int = 0, engines: int = 200, sharpness: float = 1.5) -> Stream:
@@ -26,7 +26,7 @@ def test_a_planted_temperature_is_found_and_helps_engines_left_out() -> None:
     assert found.cross_entropy.after < found.cross_entropy.before
     assert found.cross_entropy.interval[0] < found.cross_entropy.difference < found.cross_entropy.interval[1] < 0
     assert found.ece.interval[1] < 0
-    assert found.sure
+    assert found.significant
     json.dumps(asdict(found), allow_nan=False)
 
 
@@ -66,7 +66,7 @@ def test_each_row_is_compared_with_the_temperature_that_answered_it() -> None:
     """With one temperature for each row, `before` is the loss as it was answered."""
     stream = independent(np.random.default_rng(0), 2000, 1.5)
     answered = np.where(np.arange(2000) < 1000, 1.0, 1.2)
-    found = refit(stream.z, stream.label, stream.engine, answered)
+    found = cross_validate_temperature(stream.z, stream.label, stream.engine, answered)
     z = stream.z / answered[:, None]
     assert float(numerics.cross_entropy(z, stream.label)) == pytest.approx(found.cross_entropy.before)
 
@@ -74,7 +74,7 @@ def test_each_row_is_compared_with_the_temperature_that_answered_it() -> None:
 def test_soft_labels_are_labels() -> None:
     """Distributions certain of a class fit as its index does."""
     stream = sharp(engines=40)
-    soft = refit(stream.z, np.eye(3)[stream.label], stream.engine, 1.0)
+    soft = cross_validate_temperature(stream.z, np.eye(3)[stream.label], stream.engine, 1.0)
     assert fitted(stream) == soft
 
 
@@ -94,7 +94,7 @@ def engines_of_one(label: int) -> Stream:
 )
 def test_a_fit_that_helps_nobody_is_refused(stream: Stream, reason: Reason, words: str) -> None:
     """Too few engines or rows, one class, or no gain on engines left out: refused with a sentence and a name."""
-    with pytest.raises(RefitRefused, match=words) as refused:
+    with pytest.raises(FitRefused, match=words) as refused:
         fitted(stream)
     assert reason == refused.value.reason
 
@@ -102,8 +102,8 @@ def test_a_fit_that_helps_nobody_is_refused(stream: Stream, reason: Reason, word
 def test_labels_that_contradict_nothing_have_no_temperature() -> None:
     """Where the model is always right, the loss falls for ever with the temperature, and no fit is given."""
     z = independent(np.random.default_rng(0), 500).z
-    with pytest.raises(RefitRefused, match=r"bound of temperatures, 0\.01") as refused:
-        refit(z, z.argmax(axis=1), np.arange(500), 1.0)
+    with pytest.raises(FitRefused, match=r"bound of temperatures, 0\.01") as refused:
+        cross_validate_temperature(z, z.argmax(axis=1), np.arange(500), 1.0)
     assert "no_finite_temperature" == refused.value.reason
 
 
@@ -111,8 +111,8 @@ def test_noise_is_never_taken_for_a_sure_gain() -> None:
     """Of calibrated fleets few are given a fit, and hardly any a sure one."""
     sure = given = 0
     for seed in range(30):
-        with suppress(RefitRefused):
-            sure += fitted(sharp(seed, 50, 1.0)).sure
+        with suppress(FitRefused):
+            sure += fitted(sharp(seed, 50, 1.0)).significant
             given += 1
     assert given <= 12
     assert sure <= 4  # 5 % at most, were the interval exact: 5 of 30 come once in 60
@@ -129,4 +129,4 @@ def test_noise_is_never_taken_for_a_sure_gain() -> None:
 def test_lengths_and_temperatures_must_fit(labels: np.ndarray, temperature: object, engine: np.ndarray) -> None:
     """Another number of labels or temperatures than rows, or a temperature of zero, is an error of the caller."""
     with pytest.raises(ValueError, match=r"fit|temperatures"):
-        refit(np.zeros((4, 3)), labels, engine, temperature)  # type: ignore[arg-type]  # the point of the test
+        cross_validate_temperature(np.zeros((4, 3)), labels, engine, temperature)  # type: ignore[arg-type]  # the point of the test

@@ -23,7 +23,7 @@ from model.contract import CHANNELS
 from model.data import telemetry
 from model.data.cmapss import DataError
 from model.data.simulator import fleet as simulate
-from model.data.simulator.drift_injection import Planted
+from model.data.simulator.drift_injection import DriftInjector
 from service import cli
 from service.replay.client import CallFailed, RetryingClient
 from service.replay.demo import main as demo_main
@@ -69,7 +69,7 @@ def test_a_fleet_flies_until_it_has_failed(kept: Service, capsys: pytest.Capture
         assert "2 failures sent" in said
         assert "conflict" not in said
     for number in range(2):
-        life = int(simulate.Engine(number, 11, mixed=True).remaining)
+        life = int(simulate.SimulatedEngine(number, 11, mixed=True).remaining)
         found = history(kept, f"sim11-{number}")
         assert list(range(1, life + 1)) == [row["cycle"] for row in found]
         assert ["critical"] * 51 == [row["label"] for row in found[-51:]]
@@ -84,7 +84,7 @@ def test_what_is_known_is_not_waited_for(kept: Service, monkeypatch: pytest.Monk
     monkeypatch.setattr(LogDisplay, "wait", lambda _, seconds: waits.append(seconds))
     assert 0 == replayed(kept, *fleet, "--count", "64", "--speed", "2/min")
     assert 3 == sum(seconds > 0 for seconds in waits)  # 64 - 60 new ones, of which nobody waits for the first
-    flown = list(limit_flights(simulated_flights(3, 23, Planted(), endless=False, retired=2), 64))
+    flown = list(limit_flights(simulated_flights(3, 23, DriftInjector(), endless=False, retired=2), 64))
     assert len(flown) == sum(len(history(kept, engine)) for engine in {flight.engine_id for flight in flown})
 
 
@@ -97,7 +97,7 @@ def test_a_count_ends_a_replay_without_ends(kept: Service, capsys: pytest.Captur
 
 def test_recorded_engines_fly_in_turn(kept: Service, tmp_path: Path) -> None:
     """C-MAPSS text and CSV are sent as they stand; an end is told where the file knows it, and nowhere else."""
-    engines = list(simulate.histories(2, seed=13))
+    engines = list(simulate.simulate_histories(2, seed=13))
     named = tmp_path / "train_FD009.txt"
     named.write_text(as_text(engines))
     assert 0 == replayed(kept, "--fleet", str(named))
@@ -162,7 +162,7 @@ def test_nothing_is_lost_and_nothing_said_twice(kept: Service, capsys: pytest.Ca
         assert 0 == cli.main(["replay", "--url", url, *FAST, "--engines", "3", "--seed", "14", "--count", "2000"])
     assert "calls retried" in capsys.readouterr().out
     for number in range(3):
-        rows = simulate.Engine(number, 14, mixed=True).fly(1000)
+        rows = simulate.SimulatedEngine(number, 14, mixed=True).fly(1000)
         found = history(kept, f"sim14-{number}")
         assert len(rows) == len(found)
         asked = [{"telemetry": rows[max(0, k - 100) : k].tolist()} for k in (1, 50, len(rows))]
@@ -240,7 +240,7 @@ def test_planted_drift_is_seen_before_any_label() -> None:
 
 def test_a_fleet_in_service_has_a_past() -> None:
     """With `--past` engines that failed before come first, whole; then engines of any age; nobody waits for these."""
-    fleet = list(limit_flights(simulated_flights(4, 0, Planted(), endless=True, retired=2), 400))
+    fleet = list(limit_flights(simulated_flights(4, 0, DriftInjector(), endless=True, retired=2), 400))
     past = [flight for flight in fleet if flight.past]
     assert fleet[: len(past)] == past
     assert ["sim0-0", "sim0-1"] == [flight.engine_id for flight in past if flight.failed_at is not None]
@@ -418,5 +418,5 @@ def test_a_negative_rul_is_no_end(tmp_path: Path) -> None:
     """An engine cannot have failed before its last flight: the line is named, and nothing is sent."""
     path = tmp_path / "a.csv"
     path.write_text(",".join(["rul", *CHANNELS]) + "\n" + ",".join(["-3", *["1"] * len(CHANNELS)]) + "\n")
-    with pytest.raises(DataError, match="line 2: rul: -3 is no true RUL"):
-        telemetry.read(str(path), CHANNELS)
+    with pytest.raises(DataError, match="line 2: rul: expected at least 0, got -3"):
+        telemetry.read_histories(str(path), CHANNELS)

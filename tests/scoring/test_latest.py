@@ -26,7 +26,7 @@ def fleet() -> list[History]:
     """Simulated engines of several ages, some younger than a window."""
     found = []
     for number, age in enumerate((1, 30, 99, 100, 101, 160, 170)):
-        rows = simulate.Engine(number).fly(age)
+        rows = simulate.SimulatedEngine(number).fly(age)
         found.append(History(f"e{number}", np.arange(1, age + 1), rows))
     return found
 
@@ -150,12 +150,12 @@ def test_official_files_are_read_as_training_read_them(cmapss_dir: Path) -> None
     """NASA's files give the histories, ids and RUL that `model.data.cmapss` gives, gzipped or not."""
     for name, read in (("train_FD001.txt", cmapss.read_train), ("test_FD003.txt", cmapss.read_test)):
         path = next(cmapss_dir.glob(f"{name}*"))
-        found, expected = telemetry.read(str(path), CHANNELS), read(cmapss_dir, name[-9:-4])
+        found, expected = telemetry.read_histories(str(path), CHANNELS), read(cmapss_dir, name[-9:-4])
         assert [engine.engine_id for engine in expected] == [engine.engine_id for engine in found]
         for one, other in zip(expected, found, strict=True):
             np.testing.assert_array_equal(one.telemetry, other.telemetry)
             np.testing.assert_array_equal(one.cycle, other.cycle)
-            np.testing.assert_array_equal(one.known_rul(), other.known_rul())
+            np.testing.assert_array_equal(one.require_rul(), other.require_rul())
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_official_files_are_read_as_training_read_them(cmapss_dir: Path) -> None
     [
         (b"", ": is empty"),
         (b"\n\n", ": is empty"),
-        (b"\xff\xfe\x00PAR1", ": is no text"),
+        (b"\xff\xfe\x00PAR1", ": is not UTF-8 text"),
         (b"\x1f\x8b\x08broken", ": "),
         (f"{HEAD}\n".encode(), ": no rows"),
         (b"engine_id,cycle,sensor_2\na,1,2\n", ": no column 'op_setting_1' (and 15 more)"),

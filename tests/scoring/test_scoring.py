@@ -10,8 +10,16 @@ from model import contract, numerics
 from model.contract import CHANNELS, Manifest
 from model.data import cmapss
 from model.evaluation import evaluate
-from model.evaluation.evaluate import ARTEFACT, COLUMNS, BySubset, by_subset, cells, open_artefact, runner
-from model.evaluation.evaluation_metrics import Answers, of_classes, of_rul, rows_of
+from model.evaluation.evaluate import (
+    ARTEFACT,
+    COLUMNS,
+    RowsBySubset,
+    format_cells,
+    onnx_runner,
+    open_artefact,
+    predict_test_engines,
+)
+from model.evaluation.evaluation_metrics import EvaluatedRows, class_metrics, concatenate_rows, rul_metrics
 from model.windows import Readings, every_window
 from tests.support.processes import Service
 from tests.support.scoring import FORMS, flights, probabilities, read, score, write
@@ -36,32 +44,32 @@ def test_the_official_test_files_give_a_row_for_each_of_theirs(nasa: pa.Table, c
 
 
 @pytest.fixture(scope="module")
-def evaluated(cmapss_dir: Path, manifest: Manifest) -> BySubset:
+def evaluated(cmapss_dir: Path, manifest: Manifest) -> RowsBySubset:
     """What `make evaluate` tabulates; it takes ONNX Runtime some seconds."""
-    return by_subset(runner(open_artefact(ARTEFACT)[0]), manifest.window or 1, cmapss_dir)
+    return predict_test_engines(onnx_runner(open_artefact(ARTEFACT)[0]), manifest.window or 1, cmapss_dir)
 
 
 def test_the_results_table_follows_from_the_output(
-    nasa: pa.Table, evaluated: BySubset, cmapss_dir: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+    nasa: pa.Table, evaluated: RowsBySubset, cmapss_dir: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every figure of `make evaluate` on every cycle follows, to all its digits, from the written answers."""
-    monkeypatch.setattr(evaluate, "by_subset", lambda *_: evaluated)  # which has run already
-    printed = list(evaluate.table(cmapss_dir, *open_artefact(ARTEFACT)))
+    monkeypatch.setattr(evaluate, "predict_test_engines", lambda *_: evaluated)  # which has run already
+    printed = list(evaluate.results_table(cmapss_dir, *open_artefact(ARTEFACT)))
     logits = np.log(probabilities(nasa, manifest)) * manifest.temperature
     begin = 0
     for subset in cmapss.SUBSETS:
-        true_rul = np.concatenate([h.known_rul() for h in cmapss.read_test(cmapss_dir, subset)])
+        true_rul = np.concatenate([h.require_rul() for h in cmapss.read_test(cmapss_dir, subset)])
         part = slice(begin, begin := begin + len(true_rul))
         rul = nasa["rul"].to_numpy()[part].astype(np.float64)
-        found = Answers(logits[part], cmapss.health(true_rul), rul, true_rul)
-        figures = cells(of_classes(found, manifest.temperature) | of_rul(found), COLUMNS)
+        found = EvaluatedRows(logits[part], cmapss.health_classes(true_rul), rul, true_rul)
+        figures = format_cells(class_metrics(found, manifest.temperature) | rul_metrics(found), COLUMNS)
         line = f"| every cycle | {subset} | {manifest.temperature:.3f} | {figures} |"
         assert line in printed
 
 
-def test_every_answer_is_that_of_the_evaluation(nasa: pa.Table, evaluated: BySubset, manifest: Manifest) -> None:
+def test_every_answer_is_that_of_the_evaluation(nasa: pa.Table, evaluated: RowsBySubset, manifest: Manifest) -> None:
     """Probabilities and RUL of all rows differ from ONNX Runtime on whole histories by the stated tolerance at most."""
-    found = rows_of(evaluated["all"], False)
+    found = concatenate_rows(evaluated["all"], False)
     expected = numerics.log_softmax(found.logits, manifest.temperature)
     assert abs(expected - np.log(probabilities(nasa, manifest))).max() <= 2 * manifest.tolerance / manifest.temperature
     assert abs(found.rul - nasa["rul"].to_numpy()).max() <= RUL_UNITS * manifest.tolerance
@@ -99,7 +107,7 @@ def near(told: float, written: float, tolerance: float) -> bool:
 
 
 def test_the_report_of_a_test_file_is_its_line_of_the_results_table(
-    evaluated: BySubset, cmapss_dir: Path, manifest: Manifest, tmp_path: Path
+    evaluated: RowsBySubset, cmapss_dir: Path, manifest: Manifest, tmp_path: Path
 ) -> None:
     """`--rul --report` on an official file says what its line of `make evaluate` says."""
     histories = cmapss.read_test(cmapss_dir, "FD003")
@@ -107,12 +115,12 @@ def test_the_report_of_a_test_file_is_its_line_of_the_results_table(
     columns["cycle"] = np.concatenate([h.cycle for h in histories])
     readings = np.concatenate([h.telemetry for h in histories])
     columns |= {name: readings[:, k] for k, name in enumerate(CHANNELS)}
-    columns["left"] = np.concatenate([h.known_rul() for h in histories])
+    columns["left"] = np.concatenate([h.require_rul() for h in histories])
     path, report = write(pa.table(columns), tmp_path / "a.parquet"), tmp_path / "r.json"
     assert 0 == score(path, tmp_path / "out.parquet", rul="left", report=report)
     found, expected = (
         json.loads(report.read_text()),
-        of_classes(rows_of(evaluated["FD003"], False), manifest.temperature),
+        class_metrics(concatenate_rows(evaluated["FD003"], False), manifest.temperature),
     )
     assert (16_596, 100) == (found["n"], found["engines"])
     assert expected["accuracy"] == found["accuracy"]
@@ -214,7 +222,7 @@ def test_labels_and_rul_give_the_same_losses(windows: Readings, tmp_path: Path, 
     """The loss is -ln of the true class's probability, from names, indices or true RUL; null where none is known."""
     some, losses = flights(windows), []
     rul = np.random.default_rng(2).uniform(0, 200, some.num_rows)
-    index = cmapss.health(rul)
+    index = cmapss.health_classes(rul)
     names = [None if k % 7 == 0 else manifest.classes[i] for k, i in enumerate(index)]
     for flag, column in (("labels", pa.array(names)), ("labels", pa.array(index)), ("rul", pa.array(rul))):
         path = write(some.append_column("truth", column), tmp_path / "a.parquet")
@@ -266,7 +274,7 @@ def test_the_windows_are_those_of_training(windows: Readings, tmp_path: Path, ma
     """Each row's answer is the network's of the window that training would lay out, padded on the left."""
     path = write(flights(windows), tmp_path / "a.parquet")
     score(path, tmp_path / "out.parquet")
-    run = runner(open_artefact(ARTEFACT)[0])
+    run = onnx_runner(open_artefact(ARTEFACT)[0])
     logits = np.concatenate([run(np.ascontiguousarray(every_window(one, 100)))[0] for one in windows])
     expected = numerics.log_softmax(logits, manifest.temperature)
     found = np.log(probabilities(read(tmp_path / "out.parquet"), manifest))

@@ -9,7 +9,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from export.verify import shortest, synthetic_windows, torch_answers
+from export.verify import run_torch, shortest_decimals, synthetic_windows
 from model import contract
 from model.contract import Manifest
 from model.evaluation.evaluate import ARTEFACT, open_artefact
@@ -30,9 +30,9 @@ def untrained() -> EngineHealth:
 def manifest_of(network: EngineHealth) -> contract.Manifest:
     """The bundled manifest with the window and the golden windows of another network."""
     inputs = synthetic_windows(network, 4, seed=1)
-    logits, rul = torch_answers(network, inputs)
+    logits, rul = run_torch(network, inputs)
     golden = [
-        {"telemetry": shortest(window), "logits": row.tolist(), "rul": float(cycles)}
+        {"telemetry": shortest_decimals(window), "logits": row.tolist(), "rul": float(cycles)}
         for window, row, cycles in zip(inputs, logits, rul, strict=True)
     ]
     told = open_artefact(ARTEFACT)[1].model_dump() | {"window": network.config.window, "golden": golden}

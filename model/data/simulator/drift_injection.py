@@ -1,12 +1,12 @@
-"""Drift that is planted in flights, so that one can see it found: written as `sensor_11:+2sd@600`. numpy only.
+"""Inject drift into flights to test its detection, for example `sensor_11:+2sd@600`. numpy only.
 
-    sensor_11:+2sd      a bias of two of the sensor's deviations in the flight's operating condition; `-1sd` likewise
-    sensor_11:+0.5      a bias in the sensor's own unit
-    sensor_11:x3noise   a sensor three times as noisy; `sensors:x3noise` means all of them
-    condition:20%       one flight in five in an operating condition that is in no training data
-    wear:x2             engines that wear twice as fast; only a simulated fleet can
+    sensor_11:+2sd      a bias of 2 standard deviations of the sensor in the operating condition; `-1sd` likewise
+    sensor_11:+0.5      a bias in the unit of the sensor
+    sensor_11:x3noise   three times the noise of the sensor; `sensors:x3noise` is for all sensors
+    condition:20%       20 % of the flights are in an operating condition that is not in the training data
+    wear:x2             engines wear twice as fast; only for a simulated fleet
 
-`@600` is the flight of the fleet, counted from 0, with which it sets in; without it with the first.
+`@600` is the first flight of the fleet with drift, counted from 0. The default is 0.
 """
 
 import re
@@ -16,9 +16,9 @@ from typing import Literal
 
 import numpy as np
 
-from model.data.simulator import statistics as fleet
 from model.contract import SENSORS
-from model.data.simulator.statistics import SETTING_COUNT, Fleet, Floats
+from model.data.simulator import statistics as fleet
+from model.data.simulator.statistics import SETTING_COUNT, FleetStatistics, Floats
 from model.windows import Readings
 
 Kind = Literal["bias", "deviations", "noise", "condition", "wear"]
@@ -30,7 +30,7 @@ FORMS: tuple[tuple[Kind, str, str], ...] = (
     ("condition", "condition", rf"({NUMBER})%"),
     ("wear", "wear", rf"x({NUMBER})"),
 )
-RANGES: dict[Kind, tuple[float, float]] = {  # from another sensor's size down to nothing
+RANGES: dict[Kind, tuple[float, float]] = {  # accepted amounts
     "bias": (-1e6, 1e6),
     "deviations": (-1e4, 1e4),
     "noise": (1, 1e4),
@@ -40,89 +40,95 @@ RANGES: dict[Kind, tuple[float, float]] = {  # from another sensor's size down t
 
 
 class DriftError(ValueError):
-    """A text that means no drift; the message is one line."""
+    """Invalid drift text. The message is one line."""
 
 
 @dataclass(frozen=True)
 class Drift:
-    """One drift: what it does to which sensors, how much, and from which flight of the fleet on."""
+    """One drift: its kind, sensors, amount and first flight."""
 
-    text: str  # as it was written
+    text: str  # the parsed text
     kind: Kind
-    sensors: tuple[int, ...]  # places among the sensors
+    sensors: tuple[int, ...]  # indices of sensors
     amount: float
-    since: int
+    since: int  # index of the first flight of the fleet with this drift
 
 
-def parse(text: str) -> Drift:
-    """A drift from its text.
+def parse_drift(text: str) -> Drift:
+    """Parse the text of one drift.
 
     Raises:
-        DriftError: another form, a sensor that the model does not read, or an amount out of range.
+        DriftError: the form is unknown, the model has no such sensor, or the amount is out of range.
     """
-    what, _, change = text.partition(":")
-    change, at, since = change.partition("@")
-    forms = ((kind, re.fullmatch(of, what) and re.fullmatch(by, change)) for kind, of, by in FORMS)
-    kind, form = next(((kind, form) for kind, form in forms if form), (None, None))
-    if kind is None or form is None or (at and not re.fullmatch(r"\d{1,12}", since)):
-        forms_are = "sensor_11:+2sd@600, sensor_11:+0.5, sensor_11:x3noise, sensors:x2noise, condition:20% or wear:x2"
-        raise DriftError(f"{text[:60]!r} is no drift; write {forms_are}")
-    if what.startswith("sensor_") and what not in SENSORS:
-        raise DriftError(f"{text[:60]!r}: the model does not read {what}; it reads {', '.join(SENSORS)}")
-    amount, (low, high) = float(form[1]), RANGES[kind]
+    target, _, change = text.partition(":")
+    change, separator, since = change.partition("@")
+    forms = (
+        (kind, re.fullmatch(target_form, target) and re.fullmatch(change_form, change))
+        for kind, target_form, change_form in FORMS
+    )
+    kind, match = next(((kind, match) for kind, match in forms if match), (None, None))
+    if kind is None or match is None or (separator and not re.fullmatch(r"\d{1,12}", since)):
+        examples = "sensor_11:+2sd@600, sensor_11:+0.5, sensor_11:x3noise, sensors:x2noise, condition:20% or wear:x2"
+        raise DriftError(f"{text[:60]!r} is no drift; write {examples}")
+    if target.startswith("sensor_") and target not in SENSORS:
+        raise DriftError(f"{text[:60]!r}: the model does not read {target}; it reads {', '.join(SENSORS)}")
+    amount, (low, high) = float(match[1]), RANGES[kind]
     if not low <= amount <= high:
         raise DriftError(f"{text[:60]!r}: {amount:g} is not from {low:g} to {high:g}")
-    sensors = (SENSORS.index(what),) if what in SENSORS else tuple(range(len(SENSORS)))
+    sensors = (SENSORS.index(target),) if target in SENSORS else tuple(range(len(SENSORS)))
     return Drift(text, kind, sensors, amount, int(since or 0))
 
 
-class Planted:
-    """Some drifts at once. The same flight with the same `key` is always disturbed alike."""
+class DriftInjector:
+    """Applies drifts to flights. Equal flights with equal keys give equal results."""
 
-    def __init__(self, drifts: Iterable[Drift] = (), statistics: Fleet | None = None) -> None:
+    def __init__(self, drifts: Iterable[Drift] = (), statistics: FleetStatistics | None = None) -> None:
         self._drifts = tuple(drifts)
-        self._fleet = statistics or fleet.read()
+        self._fleet = statistics or fleet.read_statistics()
 
-    def pace(self, flight: int) -> float:
-        """Cycles of wear in one flight of an engine."""
+    def wear_rate(self, flight: int) -> float:
+        """Return the cycles of wear per flight of an engine."""
         return float(np.prod([d.amount for d in self._drifts if d.kind == "wear" and d.since <= flight]))
 
     @property
-    def wears(self) -> bool:
-        """Whether only a simulated fleet can do this."""
+    def changes_wear(self) -> bool:
+        """Whether a drift changes wear, which only a simulated fleet supports."""
         return any(drift.kind == "wear" for drift in self._drifts)
 
-    def disturbed(self, row: Readings, flight: int, key: tuple[int, ...]) -> Readings:
-        """One flight (17,) as it is read while these drifts last.
+    def inject(self, row: Readings, flight: int, key: tuple[int, ...]) -> Readings:
+        """Return one flight (17,) with the active drifts.
 
         Args:
-            row: what an undisturbed engine reads.
-            flight: its number among all flights of the fleet.
-            key: whatever tells this flight from all others, for what is drawn at random.
+            row: readings without drift.
+            flight: index of the flight in the fleet.
+            key: seed of random numbers, unique to the flight.
         """
         if not any(drift.since <= flight for drift in self._drifts):
             return row
         random = np.random.default_rng(key)
         values = row.astype(np.float64)
-        condition = int(self._fleet.conditions(values[None, :SETTING_COUNT])[0])
+        condition = int(self._fleet.nearest_conditions(values[None, :SETTING_COUNT])[0])
         for drift in self._drifts:
-            move = self._move(drift, condition, random)
+            offset = self._change(drift, condition, random)
             if drift.since <= flight:
-                values += move
-        return self._fleet.rounded(values)
+                values += offset
+        return self._fleet.round_rows(values)
 
-    def _move(self, drift: Drift, condition: int, random: np.random.Generator) -> Floats:
-        """What a drift adds to a flight (17,)."""
-        of, move, places = self._fleet, np.zeros(SETTING_COUNT + len(SENSORS)), list(drift.sensors)
-        sensors = move[SETTING_COUNT:]
-        drawn = random.standard_normal(len(SENSORS))
+    def _change(self, drift: Drift, condition: int, random: np.random.Generator) -> Floats:
+        """Return the change of a flight (17,) by one drift."""
+        statistics, offset, indices = self._fleet, np.zeros(SETTING_COUNT + len(SENSORS)), list(drift.sensors)
+        sensors = offset[SETTING_COUNT:]
+        draws = random.standard_normal(len(SENSORS))
         if drift.kind == "bias":
-            sensors[places] = drift.amount
+            sensors[indices] = drift.amount
         elif drift.kind == "deviations":
-            sensors[places] = drift.amount * of.deviation[condition, places]
+            sensors[indices] = drift.amount * statistics.deviation[condition, indices]
         elif drift.kind == "noise":
-            sensors[places] = np.sqrt(drift.amount**2 - 1) * (of.noise[condition] * drawn)[places]
+            sensors[indices] = np.sqrt(drift.amount**2 - 1) * (statistics.noise[condition] * draws)[indices]
         elif drift.kind == "condition" and random.random() < drift.amount / 100:
-            usual = np.concatenate([(of.settings_low + of.settings_high) / 2, of.baseline], axis=1)
-            move += (usual[condition - 1] - usual[condition]) / 2  # half-way to another, settings and sensors alike
-        return move
+            centres = np.concatenate(
+                [(statistics.settings_low + statistics.settings_high) / 2, statistics.baseline], axis=1
+            )
+            # half-way to another condition, settings and sensors
+            offset += (centres[condition - 1] - centres[condition]) / 2
+        return offset
