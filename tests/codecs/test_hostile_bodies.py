@@ -17,7 +17,7 @@ MANY = 4 << 20  # lists
 GROWN = """
 import resource, sys
 from model.evaluation.evaluate import ARTEFACT
-from service.api import number_parser
+from service.codecs import number_parser
 from service.codecs.predict_request import evaluate_json, read_predict
 from service.errors import ServiceError
 from service.inference.model_loader import open_model

@@ -391,7 +391,7 @@ def test_the_consoles_files_are_cached_packed_and_nothing_else_is_served(service
 
 def test_nothing_in_the_console_names_another_host() -> None:
     """No file of the console has an address of another host but the names of XML."""
-    folder = Path(__file__).parents[2] / "service" / "api" / "console"
+    folder = Path(__file__).parents[2] / "service" / "console" / "static"
     for path in folder.iterdir():
         hosts = re.findall(r"https?://[\w.-]+|[\"'`(]//\w[\w.-]+", path.read_text())
         assert [] == [host for host in hosts if host != "http://www.w3.org"], path

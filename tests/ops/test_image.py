@@ -110,13 +110,17 @@ def test_the_build_sees_only_what_the_image_is_made_of() -> None:
     assert {"**/__pycache__", "**/*.pt"} == {rule for rule in rules[1:] if not rule.startswith("!")}
 
 
-def test_every_room_is_in_the_wheel() -> None:
+def test_wheel_contains_every_package_and_data_file() -> None:
     """Each folder of Python, and each other file of model, export and service, is in the wheel."""
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     tracked = subprocess.check_output(["git", "ls-files", "model", "export", "service"], cwd=ROOT, text=True).split()
     folders = {str(Path(name).parent).replace("/", ".") for name in fnmatch.filter(tracked, "*.py")}
-    assert folders == set(setuptools["packages"])
-    rules = [f"{room.replace('.', '/')}/{rule}" for room, some in setuptools["package-data"].items() for rule in some]
+    assert len(folders) > 15
+    patterns = setuptools["packages"]["find"]["include"]
+    assert [] == [folder for folder in folders if not any(fnmatch.fnmatch(folder, pattern) for pattern in patterns)]
+    rules = [
+        f"{package.replace('.', '/')}/{rule}" for package, some in setuptools["package-data"].items() for rule in some
+    ]
     others = [name for name in tracked if not name.endswith((".py", ".pt"))]  # a checkpoint is for training
     assert "model/artefact/engine-health.onnx" in others
     assert [] == [name for name in others if not any(fnmatch.fnmatch(name, rule) for rule in rules)]

@@ -4,8 +4,8 @@ from collections.abc import Callable
 import pytest
 
 from model.windows import Readings
-from tests.support.http import HEAD, LIVEZ, ends, hear, predicting, talking
 from tests.support.processes import Service, running
+from tests.support.raw_http import HEAD, LIVEZ, ends, hear, predicting, talking
 
 OWN = (
     rb"(?<=^date: )[^\r]*|(?<=^x-request-id: )[^\r]*",

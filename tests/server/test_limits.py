@@ -17,7 +17,6 @@ import pytest
 
 from model.windows import Readings
 from tests.support.bodies import INFER, binary
-from tests.support.http import HEAD, JSON, MIB, as_sent, connected
 from tests.support.models import edited
 from tests.support.processes import (
     ADMIN,
@@ -32,6 +31,7 @@ from tests.support.processes import (
     until,
     until_all_are_ready,
 )
+from tests.support.raw_http import HEAD, JSON, MIB, as_sent, connected
 
 OVERLOADED = 'engine_health_rejected_total{reason="overloaded"}'
 

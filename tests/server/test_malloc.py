@@ -11,9 +11,9 @@ from service import lifecycle
 
 HELD = """
 import numpy as np
-from service import heap
+from service.server import malloc
 if {fixed}:
-    heap.give_back()
+    malloc.give_back()
 def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1024
 for size in (31, 24, 16):  # glibc learns from what is freed
@@ -44,15 +44,15 @@ def test_large_blocks_go_back_to_the_machine() -> None:
 
 HOLES = """
 import numpy as np
-from service import heap
-heap.give_back()
+from service.server import malloc
+malloc.give_back()
 def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1024
 blocks = [np.ones(1 << 19, np.uint8) for _ in range(400)]
 before = resident()
 del blocks[::2]
 held = resident()
-heap.tidy()
+malloc.tidy()
 print(before - held, held - resident(), sum(block.sum(dtype=int) for block in blocks) == len(blocks) << 19)
 """
 

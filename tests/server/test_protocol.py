@@ -14,8 +14,8 @@ import pytest
 
 from model.windows import Readings
 from service.api.problems import HTTP_CODES
-from tests.support.http import HEAD, JSON, LIVEZ, asking, connected, ends, hear, predicting, talking
 from tests.support.processes import Service, one, running, until, until_all_are_ready
+from tests.support.raw_http import HEAD, JSON, LIVEZ, asking, connected, ends, hear, predicting, talking
 
 OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n"
 

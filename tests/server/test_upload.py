@@ -17,8 +17,8 @@ from service.server.body_budget import KEPT, Buffer, Held
 from service.server.event_loop import Loop
 from service.server.scope import context_of
 from tests.support.bodies import INFER, binary
-from tests.support.http import HEAD, LIVEZ, MIB, as_sent, asking, connected, ends, hear, talking
 from tests.support.processes import Service, resident, running, until
+from tests.support.raw_http import HEAD, LIVEZ, MIB, as_sent, asking, connected, ends, hear, talking
 
 ROWS = 400  # windows whose floats are more than a MiB
 
