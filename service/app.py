@@ -1,6 +1,6 @@
-"""The wiring: one factory builds the application from values; the lifespan opens the model and drains at the end.
+"""Build the application: one factory for all parts; the lifespan opens the model and drains at the end.
 
-Nothing happens at import. Live at once, ready once the artefact proved itself.
+Nothing happens at import. The service is live immediately and ready once the model is verified.
 """
 
 import asyncio
@@ -12,10 +12,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fastapi import FastAPI, Request, Response
-from fastapi.openapi.utils import get_openapi
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
@@ -23,23 +22,23 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from service import errors, logs
-from service.api import calibration, flights, oip
-from service.api.auth import Keys
-from service.api.middleware import Edge
-from service.api.predict import Aside, build_endpoint, build_router
+from service.api import calibration, engines, evaluate, flights, labels, oip, operations, predict
+from service.api.auth import ApiKeys
+from service.api.middleware import RequestMiddleware
+from service.api.offload import Offloader
+from service.api.openapi import openapi_schema
 from service.api.problems import problem
-from service.api.route_index import Paths
-from service.codecs import requests
+from service.api.route_index import RouteIndex
 from service.console import routes
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
-from service.server.body_budget import Buffer
+from service.server.body_budget import BodyBudget
 from service.settings import Settings, read_settings
 from service.tracing import open_tracing
 
 
 class Application(NamedTuple):
-    """What is served, and within it FastAPI's part, which knows the routes and their documentation."""
+    """The ASGI application, and the FastAPI application inside, which has the routes and their documentation."""
 
     served: ASGIApp
     api: FastAPI
@@ -58,12 +57,12 @@ def create_app(
     shared: Path | None = None,
     handle_signals: bool = False,
 ) -> Application:
-    """The application.
+    """Return the application.
 
     Args:
-        settings: every one of them.
-        on_rejected: told why if the artefact does not prove itself; the caller then stops.
-        shared: the folder in which several workers keep what is theirs together.
+        settings: all settings.
+        on_rejected: called with the reason if the model is rejected; the caller then stops.
+        shared: the folder that several workers share; None with one worker.
         handle_signals: whether SIGTERM drains and SIGHUP reloads the model; other servers have handlers that must stay.
     """
     metrics = Metrics(CollectorRegistry(), shared)
@@ -73,9 +72,9 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         opening = asyncio.create_task(lifecycle.open(on_rejected))
         if handle_signals:
-            _on_signals(lifecycle)
-        if lifecycle.relieved:
-            await lifecycle.proven.wait()  # taking no connections yet: the other workers have a model for them
+            _handle_signals(lifecycle)
+        if lifecycle.peers_serving:
+            await lifecycle.verified.wait()  # accepts no connections yet: the other workers serve
         yield
         opening.cancel()
         await lifecycle.close()
@@ -89,42 +88,46 @@ def create_app(
         lifespan=lifespan,
         redoc_url=None,
     )
-    aside = Aside()
-    predict, infer = build_endpoint(lifecycle, aside), oip.build_endpoint(lifecycle, aside)
-    cycles = flights.build_cycles(lifecycle, aside)
+    offloader = Offloader()
     routers = (
-        build_router(lifecycle, aside, predict),
-        flights.build_router(lifecycle, aside, cycles),
+        predict.build_router(predict.build_endpoint(lifecycle, offloader)),
+        evaluate.build_router(lifecycle, offloader),
+        operations.build_model_router(lifecycle),
+        operations.build_router(lifecycle),
+        flights.build_router(flights.build_endpoint(lifecycle, offloader)),
+        labels.build_router(lifecycle, offloader),
+        engines.build_router(lifecycle, offloader),
         calibration.build_router(lifecycle),
-        oip.build_router(lifecycle, infer),
+        oip.build_router(lifecycle, oip.build_endpoint(lifecycle, offloader)),
     )
     for router in routers:
         app.include_router(router)
     app.include_router(routes.build_router())
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend the schema
+    app.openapi = lambda: openapi_schema(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend the schema
 
-    paths = Paths(route for router in (app, *routers) for route in router.routes)
+    index = RouteIndex(route for router in (app, *routers) for route in router.routes)
 
-    async def answer_problem(request: Request, error: Exception) -> Response:
+    async def respond_with_problem(request: Request, error: Exception) -> Response:
         path = request.scope["path"]
         response = problem(error, path, metrics)
-        if response.status_code == 405:  # the router tells of one route only
-            response.headers["Allow"] = paths.allowed(path)
+        if response.status_code == 405:  # the router names the methods of one route only
+            response.headers["Allow"] = index.allowed_methods(path)
         return response
 
     for kind in (errors.ServiceError, HTTPException, Exception):
-        app.add_exception_handler(kind, answer_problem)
-    edge = Edge(app, metrics, Keys(settings), paths, Buffer(settings.max_buffered_bytes), _origins(settings, app))
-    return Application(tracing.around(edge) if tracing else edge, app)
+        app.add_exception_handler(kind, respond_with_problem)
+    budget, cors = BodyBudget(settings.max_buffered_bytes), _cors(settings, app)
+    middleware = RequestMiddleware(app, metrics, ApiKeys(settings), index, budget, cors)
+    return Application(tracing.around(middleware) if tracing else middleware, app)
 
 
-def _origins(settings: Settings, app: ASGIApp) -> CORSMiddleware | None:
-    """What pages of the listed origins may do, and which headers of an answer they may read."""
+def _cors(settings: Settings, app: ASGIApp) -> CORSMiddleware | None:
+    """Return the rules for pages of other origins: what they may send, and which response headers they may read."""
     allowed = [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
     if not allowed:
         return None
-    shown = [oip.HEADER, "Retry-After", "X-Request-Id"]
-    return CORSMiddleware(app, allowed, allow_methods=["*"], allow_headers=["*"], expose_headers=shown)
+    readable = [oip.HEADER, "Retry-After", "X-Request-Id"]
+    return CORSMiddleware(app, allowed, allow_methods=["*"], allow_headers=["*"], expose_headers=readable)
 
 
 def _exit(reason: str) -> None:
@@ -133,12 +136,12 @@ def _exit(reason: str) -> None:
     os._exit(1)
 
 
-def _on_signals(lifecycle: Lifecycle) -> None:
-    """SIGTERM: unready at once, closed after the drain time. SIGHUP: open the model's path again."""
+def _handle_signals(lifecycle: Lifecycle) -> None:
+    """Handle signals. SIGTERM: unready immediately, closed after the drain time. SIGHUP: reload the model."""
     if threading.current_thread() is not threading.main_thread():
-        return  # only the main thread hears signals
+        return  # only the main thread receives signals
     loop, close = asyncio.get_running_loop(), signal.getsignal(signal.SIGTERM)
-    kept: set[asyncio.Task[None]] = set()
+    reloads: set[asyncio.Task[None]] = set()
 
     def drain() -> None:
         if callable(close):
@@ -146,19 +149,11 @@ def _on_signals(lifecycle: Lifecycle) -> None:
         lifecycle.drain()
 
     def reload() -> None:
-        if len(kept) > 1:
-            return  # one is under way and another waits, which will see whatever there is by then
+        if len(reloads) > 1:
+            return  # one runs and another waits, which will read the newest file
         task = loop.create_task(lifecycle.reload_quietly())
-        kept.add(task)
-        task.add_done_callback(kept.discard)
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
 
     loop.add_signal_handler(signal.SIGTERM, drain)
     loop.add_signal_handler(signal.SIGHUP, reload)
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    if app.openapi_schema is None:
-        schema = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
-        schema.setdefault("components", {}).setdefault("schemas", {}).update(requests.components())
-        app.openapi_schema = schema
-    return app.openapi_schema

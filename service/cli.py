@@ -1,4 +1,4 @@
-"""The command `engine-health`: reads settings, starts the service, turns failures into one line and an exit code."""
+"""The command `engine-health`: read settings, run one command, report a failure as one line and an exit code."""
 
 import argparse
 import gc
@@ -20,11 +20,11 @@ from service.server import malloc
 from service.settings import PREFIX, Settings, read_settings
 
 SWITCHES = tuple(Settings.model_fields)
-INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+INTERRUPTED = 130  # the convention of shells: 128 + SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted half-way."""
+    """Run one command; return the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     parser = _parser()
     flags = vars(parser.parse_args(arguments))
     command = flags.pop("command")
@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return calibrate(**flags) if command == "calibrate" else serve(read_settings(**flags))
     except ServiceError as error:
         return _failed(error.detail)
-    except BrokenPipeError:  # whoever read what is printed has had enough, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing is left to flush
+    except BrokenPipeError:  # the reader of standard output has closed it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that flushing does not fail again
         return 0
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -46,23 +46,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def calibrate(file: Path, model: Path | None, temperature: float | None, as_json: bool) -> int:
     """Fit a temperature to a file and print it."""
     from service.calibration import fit_file
-    from service.inference import model_loader  # what serving never needs, and serving starts in half a second
+    from service.inference import model_loader  # not needed for serving, which starts in 0.5 s
 
     manifest = model_loader.open_model(read_settings(model=model).model).manifest
-    before = manifest.temperature if temperature is None else temperature
-    found = fit_file.from_file(file, manifest.classes, before)
+    compared = manifest.temperature if temperature is None else temperature
+    fit = fit_file.from_file(file, manifest.classes, compared)
     if as_json:
-        print(json.dumps(asdict(found)))
+        print(json.dumps(asdict(fit)))
     else:
-        print("\n".join(fit_file.lines(found, before)))
+        print("\n".join(fit_file.lines(fit, compared)))
     return 0
 
 
 def predict(file: str, model: Path | None, temperature: float | None, missing: str, as_json: bool) -> int:
     """Print the newest health of each engine of a file."""
-    from service.scoring.latest import predict as of_file  # as in `calibrate`
+    from service.scoring.latest import predict as predict_file  # as in `calibrate`
 
-    return of_file(file, read_settings(model=model), temperature, missing, as_json)
+    return predict_file(file, read_settings(model=model), temperature, missing, as_json)
 
 
 def replay(parser: argparse.ArgumentParser, **flags: Any) -> int:
@@ -71,10 +71,10 @@ def replay(parser: argparse.ArgumentParser, **flags: Any) -> int:
     conflict = replay_options.find_flag_conflict(options)
     if conflict:
         parser.error(conflict)
-    from service.replay.run import replay_fleet as of_fleet  # as in `calibrate`
+    from service.replay.run import replay_fleet  # as in `calibrate`
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    return of_fleet(options)
+    return replay_fleet(options)
 
 
 def score(flags: dict[str, Any]) -> int:
@@ -84,7 +84,7 @@ def score(flags: dict[str, Any]) -> int:
     logs.configure(settings)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        from service.scoring import job  # what serving has no need of
+        from service.scoring import job  # not needed for serving
 
         return job.score_files(options, settings)
     except ModuleNotFoundError as error:
@@ -94,34 +94,24 @@ def score(flags: dict[str, Any]) -> int:
 
 
 def serve(settings: Settings) -> int:
-    """Serve until told to stop; 1 if the artefact or the address cannot be used."""
-    malloc.give_back()  # before anybody takes much
-    gc.disable()  # what is imported now stays; the first model that is opened makes an end of that
-    import uvicorn  # what no other command has need of, and a second to import
-
-    from service.app import create_app
-    from service.serve import configuration, serve_many
+    """Serve until a signal stops it; 1 if the artefact or the address cannot be used."""
+    malloc.configure()  # before large allocations
+    gc.disable()  # imported objects stay; opening the first model enables it
+    from service.serve import serve_many, serve_one  # imports take a second, and no other command needs them
 
     logs.configure(settings)
-    # uvicorn raises the signal again once it has stopped: to be told to stop is no failure
+    # uvicorn raises the signal again once it has stopped; that is no failure
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it is heard no model is open that could be opened again
-    reasons: list[str] = []
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until its handler is installed, no model is open for reloading
     try:
         if settings.workers > 1:
             return serve_many(settings)
-
-        def stop(reason: str) -> None:
-            reasons.append(reason)
-            server.should_exit = True
-
-        server = uvicorn.Server(configuration(settings, app=create_app(settings, stop, handle_signals=True).served))
-        server.run()
+        reason = serve_one(settings)
     except KeyboardInterrupt:
         return 0
     except SystemExit:
-        return 1  # uvicorn could not bind, and has said so
-    return _failed(reasons[0]) if reasons else 0
+        return 1  # uvicorn could not bind, and has logged it
+    return _failed(reason) if reason else 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
-"""Which model answers: opened, proven, warmed, swapped, drained. Knows no HTTP; one object for each worker.
+"""Load, verify, swap and drain a model. Independent of HTTP; one object per worker.
 
-Workers tell each other of a new model through one file in a folder that they share: a proven copy of the artefact, put
-there by renaming. A worker that is started again opens that copy, whatever lies at the configured path by then.
+Workers share a new model through one file in their shared folder: a verified copy of the artefact, placed there by
+renaming. A restarted worker opens that copy, not the file at the configured path.
 """
 
 import asyncio
@@ -25,249 +25,253 @@ from service.settings import Settings
 from service.store.label_accounting import LabelAccounting
 from service.store.store import Memory
 
-GARBAGE = (20_000, 20, 20)  # objects of a few hundred requests; Python's own 700 are a few per request
-LOOK_SECONDS = 0.25  # how often a worker looks whether another one has a new model
-ASK_SECONDS = 1.0  # how often a worker asks the database whether the temperature is another one
-PRUNE_SECONDS = 600.0  # how often what is too old is forgotten
-TIDY_SECONDS = 60.0  # how often the heap gives its holes back
+GC_THRESHOLDS = (20_000, 20, 20)  # objects of a few hundred requests; Python's default of 700 is reached by a few
+COPY_POLL_SECONDS = 0.25  # between checks for a new model of another worker
+STORE_POLL_SECONDS = 1.0  # between checks of the store for another temperature
+PRUNE_SECONDS = 600.0  # between deletions of expired rows
+MALLOC_TRIM_SECONDS = 60.0
 log = logging.getLogger("engine_health")
 
 
 class Lifecycle:
-    """The active predictor and its changes; `predictor` is None until a model has proved itself."""
+    """The active predictor and its changes.
+
+    Attributes:
+        predictor: the active one; None until a model is verified. Hot paths read it, others call `ready_predictor`.
+        store: stored data; None if the service is stateless.
+        labels: the counters of labels.
+        verified: set once a model is verified.
+        peers_serving: whether other workers were serving when this one started.
+    """
 
     def __init__(self, settings: Settings, metrics: Metrics, shared: Path | None = None) -> None:
         self.settings, self.metrics = settings, metrics
         self.predictor: Predictor | None = None
         self.draining = False
         self.labels = LabelAccounting(metrics)
-        self._memory = Memory(settings, metrics, self.labels) if settings.database_url else None
+        self.store = Memory(settings, metrics, self.labels) if settings.database_url else None
         self._copy = shared / "model.onnx" if shared else None
-        self._served = shared / "served" if shared else None  # there once any worker has answered
-        self.proven = asyncio.Event()
-        self.relieved = self._served is not None and self._served.exists()  # others answer until this one can
-        self._seen: tuple[int, int] | None = None
+        self._served = shared / "served" if shared else None  # exists once any worker has served
+        self.verified = asyncio.Event()
+        self.peers_serving = self._served is not None and self._served.exists()
+        self._copy_version: tuple[int, int] | None = None  # inode and time of modification
         self._change = asyncio.Lock()
         self._closing: set[asyncio.Task[None]] = set()
         metrics.ready.set(0)
-        metrics.memory_up.set(0 if settings.database_url else math.nan)  # a database that nobody wants is not down
+        metrics.memory_up.set(0 if settings.database_url else math.nan)  # NaN: not down, but not configured
 
     def ready_predictor(self) -> Predictor:
-        """The predictor.
+        """Return the active predictor.
 
         Raises:
-            NotReady: no model yet.
+            NotReady: no model is verified yet.
         """
         if self.predictor is None:
             raise NotReady("no model has proved itself yet")
         return self.predictor
 
-    def accepting(self) -> Predictor:
-        """The predictor, while new callers are welcome.
+    def accepting_predictor(self) -> Predictor:
+        """Return the active predictor while the service accepts new work.
 
         Raises:
-            NotReady: no model yet.
+            NotReady: no model is verified yet.
             Draining: the process is shutting down.
         """
         if self.draining:
             raise Draining("draining: this process is about to close")
         return self.ready_predictor()
 
-    def memory(self) -> Memory:
-        """What is remembered.
+    def require_store(self) -> Memory:
+        """Return the store.
 
         Raises:
             NoMemory: no database is configured.
         """
-        if self._memory is None:
+        if self.store is None:
             raise NoMemory("this service is stateless: set ENGINE_HEALTH_DATABASE_URL to remember anything")
-        return self._memory
-
-    @property
-    def remembers(self) -> bool:
-        """Whether there is a memory."""
-        return self._memory is not None
+        return self.store
 
     async def open(self, on_rejected: Callable[[str], None]) -> None:
-        """Open the first model, then follow the other workers; `on_rejected` is told why if it proves nothing."""
+        """Load the first model, then run the background tasks; call `on_rejected` with the reason if it is rejected."""
         try:
-            await self._open_memory()
+            await self._open_store()
             copied = self._copy is not None and self._copy.exists()
             await self._load(self._copy if copied and self._copy else self.settings.model)
         except (ArtefactRejected, SchemaRejected) as error:
             on_rejected(error.detail)
             return
-        except Exception as error:  # never unready for ever without a word
+        except Exception as error:  # otherwise it would stay unready without a log line
             log.exception("the model could not be opened")
             on_rejected(f"{type(error).__name__}: {error}")
             return
-        watching = [_keep_tidy()]
-        watching += [self._follow_workers(self._copy)] if self._copy else []
-        watching += [self._follow_memory(self._memory)] if self._memory else []
-        await asyncio.gather(*watching)
+        tasks = [_trim_malloc()]
+        tasks += [self._follow_workers(self._copy)] if self._copy else []
+        tasks += [self._follow_store(self.store)] if self.store else []
+        await asyncio.gather(*tasks)
 
     async def reload(self) -> str:
-        """Open the configured path again beside the model that answers, prove it, swap. Returns the digest.
+        """Load the configured path again while the active model serves, verify it, swap. Return the digest.
 
         Raises:
-            ArtefactRejected: the file does not prove itself; the model that answers goes on.
+            ArtefactRejected: the file is not verified; the active model continues to serve.
         """
         if self._copy is None:
             return await self._load(self.settings.model)
         return await self._load_for_all(self.settings.model, self._copy)
 
     async def reload_quietly(self) -> None:
-        """As `reload`, for who cannot be answered: a failure is logged."""
+        """Reload and log a failure."""
         try:
             await self.reload()
         except ArtefactRejected as error:
             log.error("reload refused, the model that answers goes on: %s", error.detail)
 
     def drain(self) -> None:
-        """Be unready, and go on answering."""
+        """Become unready, and continue to serve."""
         self.draining = True
         self.metrics.ready.set(0)
 
     async def close(self) -> None:
-        """Answer everybody who was let in."""
+        """Complete all admitted requests, then close."""
         self.drain()
         if self.predictor is not None:
             await self.predictor.close()
         await asyncio.gather(*self._closing)
-        if self._memory is not None:
-            await self._memory.close()
+        if self.store is not None:
+            await self.store.close()
 
-    async def temper(self) -> None:
-        """Take the temperature that the database has for the model that answers, if it is another one."""
+    async def refresh_temperature(self) -> None:
+        """Apply the active temperature that the store has for this model."""
         async with self._change:
-            before = self.predictor
-            if before is None:
+            predictor = self.predictor
+            if predictor is None:
                 return
-            tempered = await self._tempered(before.model)
-            if tempered != (before.temperature, before.temperature_source):
-                self._swap(Predictor(before.model, self.metrics, self.settings, tempered))
-                log.info("temperature %g, from %s", *tempered)
+            temperature = await self._active_temperature(predictor.model)
+            if temperature != (predictor.temperature, predictor.temperature_source):
+                self._swap(Predictor(predictor.model, self.metrics, self.settings, temperature))
+                log.info("temperature %g, from %s", *temperature)
 
-    async def _open_memory(self) -> None:
-        if self._memory is None:
+    async def _open_store(self) -> None:
+        if self.store is None:
             return
         try:
-            await self._memory.open()
+            await self.store.open()
         except SchemaRejected:
             raise
-        except ServiceError as error:  # predictions are answered without it, and it is asked again
+        except ServiceError as error:  # predictions do not need it, and it is opened again later
             log.error("nothing is remembered: %s", error.detail)
 
-    async def _follow_memory(self, memory: Memory) -> None:
-        """Ask again and again: for another temperature, for a database that was away, for what is too old."""
+    async def _follow_store(self, store: Memory) -> None:
+        """Poll for another temperature, reconnect a database that was unavailable, and delete expired rows."""
         was_up, next_prune = True, 0.0
         while True:
             try:
-                await memory.open()
-                await self.temper()
+                await store.open()
+                await self.refresh_temperature()
                 if time.monotonic() > next_prune:
-                    await memory.prune()
+                    await store.prune()
                     next_prune = time.monotonic() + PRUNE_SECONDS
                 up = True
             except ServiceError as error:
                 up = False
                 if was_up:
                     log.error("nothing is remembered: %s", error.detail)
-            except Exception:  # whatever it is, the next second is another try
+            except Exception:  # the next poll tries again
                 up = False
                 log.exception("the memory could not be looked after")
             if up and not was_up:
                 log.info("the database answers again")
             was_up = up
             self.metrics.memory_up.set(up)
-            await asyncio.sleep(ASK_SECONDS)
+            await asyncio.sleep(STORE_POLL_SECONDS)
 
     async def _follow_workers(self, copy: Path) -> None:
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(COPY_POLL_SECONDS)
             await self._follow(copy)
 
-    async def _tempered(self, model: Model) -> tuple[float, str]:
-        own = (model.manifest.temperature, "artefact")
-        if self._memory is None:
-            return own
+    async def _active_temperature(self, model: Model) -> tuple[float, str]:
+        """Return the active temperature of a model and its source."""
+        artefact = (model.manifest.temperature, "artefact")
+        if self.store is None:
+            return artefact
         try:
-            return await self._memory.temperature(model) or own
-        except ServiceError:  # it is asked again; until then what was in force goes on
-            before = self.predictor
-            same = before is not None and before.model.digest == model.digest
-            return (before.temperature, before.temperature_source) if before is not None and same else own
+            return await self.store.temperature(model) or artefact
+        except ServiceError:  # the next poll asks again; until then the temperature stays
+            active = self.predictor
+            same = active is not None and active.model.digest == model.digest
+            return (active.temperature, active.temperature_source) if active is not None and same else artefact
 
     async def _load(self, path: Path) -> str:
         async with self._change:
             if self.predictor is None:
-                gc.freeze()  # what the libraries are made of stays: no collection needs to look at it, not even a first
-                gc.set_threshold(*GARBAGE)
+                gc.freeze()  # objects of imported libraries stay: no collection examines them
+                gc.set_threshold(*GC_THRESHOLDS)
                 gc.enable()
-            s = self.settings
-            arguments = (path, s.model_digest, s.threads, s.max_batch_rows, s.deterministic)
-            model = await asyncio.to_thread(open_model, *arguments)
-            before = self.predictor
-            if before is not None and before.model.digest == model.digest:
+            settings = self.settings
+            limits = (settings.threads, settings.max_batch_rows, settings.deterministic)
+            model = await asyncio.to_thread(open_model, path, settings.model_digest, *limits)
+            active = self.predictor
+            if active is not None and active.model.digest == model.digest:
                 return model.digest
-            self._swap(Predictor(model, self.metrics, s, await self._tempered(model)))
-            self.proven.set()
+            self._swap(Predictor(model, self.metrics, settings, await self._active_temperature(model)))
+            self.verified.set()
             if self._served is not None:
                 self._served.touch()
             log.info("ready: %s %s, %s", model.manifest.name, model.manifest.version, model.digest)
             return model.digest
 
     def _swap(self, after: Predictor) -> None:
-        """Let another predictor answer from now on; those who hold the one before are answered by it."""
-        before, self.predictor = self.predictor, after
+        """Activate another predictor; requests that hold the previous one complete with it."""
+        previous, self.predictor = self.predictor, after
         after.serve()
         if self.draining:
             self.metrics.ready.set(0)
-        if before is not None:
-            task = asyncio.create_task(_retire(before))
+        if previous is not None:
+            task = asyncio.create_task(_retire(previous))
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
     async def _load_for_all(self, path: Path, copy: Path) -> str:
-        """Prove a copy of the file, and put that same copy where the other workers look."""
-        own = copy.with_suffix(f".{uuid.uuid4().hex}")
+        """Verify a copy of the file, and put it where the other workers find it."""
+        candidate = copy.with_suffix(f".{uuid.uuid4().hex}")
         try:
-            await asyncio.to_thread(shutil.copyfile, path, own)
-            digest = await self._load(own)
-            os.replace(own, copy)
+            await asyncio.to_thread(shutil.copyfile, path, candidate)
+            digest = await self._load(candidate)
+            os.replace(candidate, copy)
         except OSError as error:
             raise ArtefactRejected(f"{path}: {error.strerror}") from None
         except ArtefactRejected as error:
-            raise ArtefactRejected(error.detail.replace(str(own), str(path))) from None
+            raise ArtefactRejected(error.detail.replace(str(candidate), str(path))) from None
         finally:
-            own.unlink(missing_ok=True)
+            candidate.unlink(missing_ok=True)
         return digest
 
     async def _follow(self, copy: Path) -> None:
         try:
-            found = copy.stat()
+            status = copy.stat()
         except FileNotFoundError:
             return
-        mark = (found.st_ino, found.st_mtime_ns)
-        if mark == self._seen:
+        version = (status.st_ino, status.st_mtime_ns)
+        if version == self._copy_version:
             return
-        self._seen = mark
+        self._copy_version = version
         try:
             await self._load(copy)
         except ArtefactRejected as error:
             log.error("another worker's model was refused: %s", error.detail)
 
 
-async def _keep_tidy() -> None:
-    """Fits and large bodies take for a moment what would else be held for ever, in pieces between what is needed."""
+async def _trim_malloc() -> None:
+    """Return memory of fits and large bodies to the system, which fragments would otherwise hold for ever."""
     while True:
-        await asyncio.sleep(TIDY_SECONDS)
-        with suppress(RuntimeError):  # no thread is to be had: the next minute is another try, and others go on
-            await asyncio.to_thread(malloc.tidy)
+        await asyncio.sleep(MALLOC_TRIM_SECONDS)
+        with suppress(RuntimeError):  # no thread can be started: the next minute tries again
+            await asyncio.to_thread(malloc.trim)
 
 
 async def _retire(predictor: Predictor) -> None:
-    """Let go of a model: those who hold it are answered by it, then its memory is given back."""
+    """Close a predictor once its requests are complete, and free its memory."""
     await predictor.close()
     del predictor
-    gc.collect()  # it refers to itself, and the next collection of all may be hours away
+    gc.collect()  # it has reference cycles, and the next full collection may be hours away

@@ -1,4 +1,4 @@
-"""The only Prometheus: every metric once, on an injected registry. Knows no HTTP and no model.
+"""All Prometheus metrics of the service, on an injected registry. Independent of HTTP and of the model.
 
 Calibration is exported as plain counters that add across workers, replicas and time: any window is an `increase`.
 """
@@ -38,19 +38,19 @@ Values = npt.NDArray[np.floating] | npt.NDArray[np.integer]
 
 
 class Labelled(NamedTuple):
-    """What N labelled predictions cost, one entry each; nats."""
+    """Losses of N labelled predictions, in nats."""
 
     loss: Floats
     expected_loss: Floats
     variance: Floats
     correct: Floats
     brier: Floats
-    covered: Floats | None  # share of the truth that the prediction set held
+    covered: Floats | None  # share of the label that the prediction set contains
     bins: Reliability
 
 
 class Series(NamedTuple):
-    """The series of one model: a counter a class, and one a channel and reference bin, `width` bins a channel."""
+    """The series of one model: a counter per class, and one per channel and reference bin, `width` bins per channel."""
 
     classes: list[Counter]
     inputs: dict[int, Counter]
@@ -60,7 +60,7 @@ class Series(NamedTuple):
 def share_between_workers(folder: Path, slot: int) -> None:
     """Keep every value in files of `folder` named by this worker's slot, so that totals outlive the worker.
 
-    Whoever takes the slot next goes on counting where its forerunner stopped. To be called before any metric is made.
+    The next worker of the slot continues them. Call it before any metric is created.
     """
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
     values.ValueClass = values.MultiProcessValue(process_identifier=lambda: slot)  # type: ignore[no-untyped-call]  # it has no types
@@ -140,12 +140,12 @@ class Metrics:
         temperature: float,
         input_bins: Mapping[str, int],
     ) -> "Series":
-        """Say which model answers from now on; `input_bins` counts the reference bins of each channel.
+        """Publish the model that serves from now on; `input_bins` is the number of reference bins by channel.
 
-        The model counts in the series that it is given, also when another one serves by then.
+        Return its series. It continues to count there after another model has become active.
         """
         if self._info not in (None, (name, version, digest)):
-            self.model_info.labels(*self._info).set(0)  # shared files forget no series: 0 means gone
+            self.model_info.labels(*self._info).set(0)  # files of workers cannot remove a series: 0 means retired
             if not self._shared:
                 self.model_info.remove(*self._info)
         self._info = (name, version, digest)
@@ -163,109 +163,107 @@ class Metrics:
         return Series([self.predictions.labels(health) for health in classes], inputs, width)
 
     def request(self, method: str, route: str, status: int, seconds: float) -> None:
-        """One request answered."""
+        """Count one response, and its duration in seconds."""
         key = (method, route, status)
-        if key not in self._requests:  # looking a series up costs as much as counting
+        if key not in self._requests:  # finding a series costs as much as counting
             self._requests[key] = (
                 self.http_requests.labels(method, route, str(status)),
                 self.http_duration.labels(route),
             )
         count, duration = self._requests[key]
-        add(count, 1)
-        observe(duration, seconds)
+        count._value.inc(1)
+        duration._buckets[bisect_left(duration._upper_bounds, seconds)].inc(1)
+        duration._sum.inc(seconds)
 
     def batch(self, rows: int, seconds: float) -> None:
-        """One inference."""
+        """Record the rows and the duration in seconds of one inference."""
         observe(self.batch_rows, rows)
         observe(self.inference_duration, seconds)
 
     def answers(self, series: "Series", top: npt.NDArray[np.int64], confidence: Floats, entropy: Floats) -> None:
-        """N answers: index of the most probable class (N,), its probability (N,), entropy (N,) in nats."""
+        """Record N predictions: index of the most probable class (N,), its probability (N,), entropy (N,) in nats."""
         if len(top) == 1:
-            add(series.classes[int(top[0])], 1)
-        else:
-            for k, n in enumerate(np.bincount(top).tolist()):
-                if n:
-                    add(series.classes[k], n)
+            series.classes[int(top[0])]._value.inc(1)
+            observe(self.confidence, float(confidence[0]))
+            observe(self.entropy, float(entropy[0]))
+            return
+        for k, n in enumerate(np.bincount(top).tolist()):
+            if n:
+                series.classes[k]._value.inc(n)
         observe_all(self.confidence, confidence)
         observe_all(self.entropy, entropy)
 
     def inputs(self, series: "Series", bins: npt.NDArray[np.integer]) -> None:
-        """The reference bins (N, channels) of the newest readings."""
+        """Count the reference bins (N, channels) of newest readings."""
         counts = np.bincount((bins + series.width * np.arange(bins.shape[1])).ravel()).tolist()
         for k, n in enumerate(counts):
             if n:
-                add(series.inputs[k], n)
+                series.inputs[k]._value.inc(n)
 
     def input(self, series: "Series", bins: Sequence[int]) -> None:
-        """The reference bin of each channel of one newest reading."""
-        begin = 0
+        """Count the reference bin of each channel of one newest reading."""
+        offset = 0
         for k in bins:
-            add(series.inputs[begin + k], 1)
-            begin += series.width
+            series.inputs[offset + k]._value.inc(1)  # client_python's `Counter.inc` checks its arguments first
+            offset += series.width
 
     def imputed(self, channels: Sequence[str], counts: npt.NDArray[np.int64]) -> None:
-        """How many missing values were held, of each channel."""
+        """Count the missing values that were held, by channel."""
         for k in np.flatnonzero(counts).tolist():
             self.imputed_values.labels(channels[k]).inc(int(counts[k]))
 
-    def labelled_answers(self, found: Labelled) -> None:
-        """What labelled predictions cost."""
-        observe_all(self.loss, found.loss)
-        self.labelled.inc(len(found.loss))
-        self.correct.inc(float(found.correct.sum()))
-        self.loss_nats.inc(float(found.loss.sum()))
-        self.expected_loss_nats.inc(max(0.0, float(found.expected_loss.sum())))
-        self.loss_variance.inc(float(found.variance.sum()))
-        self.brier.inc(float(found.brier.sum()))
-        if found.covered is not None:  # the rows that coverage is a share of, whatever models came and went
-            self.with_set.inc(len(found.covered))
-            self.covered.inc(float(found.covered.sum()))
-        add_bins(self.reliability_predictions, found.bins.count)
-        add_bins(self.reliability_confidence, found.bins.confidence)
-        add_bins(self.reliability_correct, found.bins.correct)
+    def labelled_answers(self, scores: Labelled) -> None:
+        """Record the losses of labelled predictions."""
+        observe_all(self.loss, scores.loss)
+        self.labelled.inc(len(scores.loss))
+        self.correct.inc(float(scores.correct.sum()))
+        self.loss_nats.inc(float(scores.loss.sum()))
+        self.expected_loss_nats.inc(max(0.0, float(scores.expected_loss.sum())))
+        self.loss_variance.inc(float(scores.variance.sum()))
+        self.brier.inc(float(scores.brier.sum()))
+        if scores.covered is not None:  # the denominator of coverage, over all models
+            self.with_set.inc(len(scores.covered))
+            self.covered.inc(float(scores.covered.sum()))
+        add_bins(self.reliability_predictions, scores.bins.count)
+        add_bins(self.reliability_confidence, scores.bins.confidence)
+        add_bins(self.reliability_correct, scores.bins.correct)
 
     def text(self) -> bytes:
-        """The exposition, Prometheus text format 0.0.4, of all workers."""
+        """Return the metrics of all workers, Prometheus text format 0.0.4."""
         return generate_latest(self._registry)
 
 
 class _Workers(Collector):
-    """Every worker's values together; series of models that answer no more are left out."""
+    """Collects the sums over all workers, without the series of retired models."""
 
     def __init__(self, folder: Path) -> None:
         self._all = MultiProcessCollector(None, path=str(folder))  # type: ignore[no-untyped-call]  # it has no types
 
     def collect(self) -> Iterable[Metric]:
-        """As client_python asks for it."""
+        """Collect as client_python's collectors do."""
         for metric in self._all.collect():  # type: ignore[no-untyped-call]  # it has no types
             if metric.name == "engine_health_model_info":
                 metric.samples = [sample for sample in metric.samples if sample.value]
             yield metric
 
 
-def add(counter: Counter, amount: float) -> None:
-    """Count so many: client_python's own `inc` asks first whether it may."""
-    counter._value.inc(amount)
-
-
 def observe(histogram: Histogram, value: float) -> None:
-    """Observe one value: client_python's own `observe` asks first whether it may, and walks over the buckets."""
+    """Observe one value. client_python's `observe` checks its state first, and searches the buckets linearly."""
     histogram._buckets[bisect_left(histogram._upper_bounds, value)].inc(1)
     histogram._sum.inc(value)
 
 
-def observe_all(histogram: Histogram, found: Values) -> None:
-    """Observe every value of an array, each bucket once: client_python's own `observe` takes one value at a time."""
+def observe_all(histogram: Histogram, observed: Values) -> None:
+    """Observe every value of an array, each bucket once. client_python's `observe` takes one value at a time."""
     bounds = histogram._upper_bounds  # a value falls in the first bucket whose bound is not below it
-    if len(found) == 1:
-        observe(histogram, float(found[0]))
+    if len(observed) == 1:
+        observe(histogram, float(observed[0]))
         return
-    counts = np.bincount(np.searchsorted(bounds, found)).tolist()
+    counts = np.bincount(np.searchsorted(bounds, observed)).tolist()
     for k, n in enumerate(counts):
         if n:
             histogram._buckets[k].inc(n)
-    histogram._sum.inc(float(found.sum()))
+    histogram._sum.inc(float(observed.sum()))
 
 
 def add_bins(family: Counter, amounts: Values, *labels: str) -> None:

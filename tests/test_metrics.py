@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from model import numerics
 from model.contract import CHANNELS, Manifest
 from model.windows import Readings
-from service.metrics import add, observe, observe_all
+from service.metrics import Metrics, Series, observe, observe_all
 from tests.support.models import edited, identity_classifier
 from tests.support.processes import Service, running
 
@@ -201,13 +201,13 @@ def test_direct_metric_updates_equal_the_public_methods() -> None:
         counter = Counter("rows", "Rows.", ["kind"], registry=registry).labels("a")
         one, many = (Histogram(name, name, buckets=(0.1, 0.5, 1), registry=registry) for name in ("one", "many"))
         if direct:
-            add(counter, 2.5)
+            Metrics(CollectorRegistry()).input(Series([], {0: counter, 3: counter}, 2), [0, 1])
             for value in values.tolist():
                 observe(one, value)
             observe_all(many, values)
             observe_all(many, values[1:2])
         else:
-            counter.inc(2.5)
+            counter.inc(2)
             for value in values.tolist():
                 one.observe(value)
             for value in (*values.tolist(), values[1]):

@@ -1,4 +1,4 @@
-"""Who may call what: two sets of keys, and the paths that are open to all. Knows headers, no models."""
+"""Authentication by API key. Calls of administration need an admin key; some paths need none."""
 
 import hashlib
 import hmac
@@ -12,18 +12,24 @@ OPEN = frozenset(
 )
 OPEN_PREFIXES = ("/static-offline-docs/", "/console/")
 ADMIN_PREFIXES = ("/v2/repository/",)
-ADMIN = {"PUT": ("/v1/calibration/temperature",)}  # beginnings of paths by method: whatever routes there is guarded
+ADMIN_BY_METHOD = {"PUT": ("/v1/calibration/temperature",)}  # path prefixes: every path below them is guarded
 RawHeaders = Mapping[bytes, bytes]
 
 
-class Keys:
-    """The keys of the settings, kept as hashes."""
+class ApiKeys:
+    """The keys of the settings, stored as hashes."""
 
     def __init__(self, settings: Settings) -> None:
-        self._api, self._admin = _hashed(settings.api_keys), _hashed(settings.admin_keys)
+        self._api, self._admin = _hashes(settings.api_keys), _hashes(settings.admin_keys)
+
+    def needed_for(self, method: str, path: str) -> bool:
+        """Return whether a call is refused without a key."""
+        if is_admin(method, path):
+            return True
+        return bool(self._api) and not (path in OPEN or path.startswith(OPEN_PREFIXES) or method == "OPTIONS")
 
     def check(self, method: str, path: str, headers: RawHeaders) -> None:
-        """Let a call pass, or not.
+        """Accept or refuse a call.
 
         Raises:
             ApiKeyMissing: the request has no key.
@@ -31,38 +37,43 @@ class Keys:
             NotAdmin: an admin call with a key that is not an admin key.
             AdminDisabled: an admin call, and no admin keys are configured.
         """
-        admin = path.startswith(ADMIN_PREFIXES) or path.startswith(ADMIN.get(method, ()))
+        if not self.needed_for(method, path):
+            return
+        admin = is_admin(method, path)
         if admin and not self._admin:
             raise AdminDisabled("this call is turned off: no ENGINE_HEALTH_ADMIN_KEYS are set")
-        if not admin and (not self._api or path in OPEN or path.startswith(OPEN_PREFIXES) or method == "OPTIONS"):
-            return
-        given = _given(headers)
-        if given is None:
+        key_hash = _key_hash(headers)
+        if key_hash is None:
             raise ApiKeyMissing("a key is needed: Authorization: Bearer KEY, or X-API-Key: KEY")
-        if _among(given, self._admin):
+        if _contains(self._admin, key_hash):
             return
-        if not _among(given, self._api):
+        if not _contains(self._api, key_hash):
             raise ApiKeyUnknown("this key is not known")
         if admin:
             raise NotAdmin("this API key is not authorised for admin calls")
 
 
+def is_admin(method: str, path: str) -> bool:
+    """Return whether a call needs an admin key."""
+    return path.startswith(ADMIN_PREFIXES) or path.startswith(ADMIN_BY_METHOD.get(method, ()))
+
+
 def fingerprint(headers: RawHeaders) -> str:
-    """Which key was shown, in a word that does not give it away."""
-    given = _given(headers)
-    return "none" if given is None else f"key {given.hex()[:8]}"
+    """Return a short name of the key of a request, from which the key cannot be derived."""
+    key_hash = _key_hash(headers)
+    return "none" if key_hash is None else f"key {key_hash.hex()[:8]}"
 
 
-def _given(headers: RawHeaders) -> bytes | None:
+def _key_hash(headers: RawHeaders) -> bytes | None:
     scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
     key = (token if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")).strip()
     return hashlib.sha256(key).digest() if key else None
 
 
-def _hashed(keys: str) -> tuple[bytes, ...]:
+def _hashes(keys: str) -> tuple[bytes, ...]:
     return tuple(hashlib.sha256(key.strip().encode()).digest() for key in keys.split(",") if key.strip())
 
 
-def _among(given: bytes, keys: tuple[bytes, ...]) -> bool:
-    """Compared with every key in constant time, so that how long it took says nothing."""
-    return sum(hmac.compare_digest(given, key) for key in keys) > 0
+def _contains(keys: tuple[bytes, ...], key_hash: bytes) -> bool:
+    """Compare with every key in constant time, so that the duration reveals nothing."""
+    return sum(hmac.compare_digest(key_hash, key) for key in keys) > 0

@@ -1,8 +1,9 @@
-"""The Open Inference Protocol, version 2: what KServe's and Triton's clients speak. Translates, decides nothing.
+"""The routes of the Open Inference Protocol, version 2, which clients of KServe and Triton use.
 
-Inputs `telemetry` and, where the truth is known, `label`; the answers of `/v1/predict` as tensors.
+Inputs are `telemetry` and, where it is known, `label`; outputs are the predictions of `/v1/predict` as tensors.
 """
 
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -11,8 +12,9 @@ from fastapi import APIRouter, Request, Response
 
 from model import contract, numerics
 from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE, Floats
-from service.api.predict import LARGE_BODY, Aside, Endpoint, documented, json_response
-from service.api.route_index import FastRoute
+from service.api.offload import LARGE_BODY, Offloader
+from service.api.openapi import document_route
+from service.api.route_index import Endpoint, FastRoute
 from service.codecs import oip_tensors
 from service.codecs.oip_tensors import Array, Inference
 from service.errors import InvalidInput, UnknownModel
@@ -20,7 +22,10 @@ from service.inference.model_loader import Model
 from service.inference.predictions import Prediction
 from service.inference.predictor import MANY_NUMBERS, Predictor
 from service.lifecycle import Lifecycle
-from service.server.body import JSON, announced, leaving, media_type, read_large
+from service.server.body import read_large
+from service.server.media_types import JSON, media_type
+from service.server.responses import json_response
+from service.server.scope import context_of
 
 LABEL = "label"
 INPUTS = {contract.INPUT: "FP32", LABEL: "INT64"}
@@ -30,39 +35,40 @@ HEADER = "Inference-Header-Content-Length"
 BINARY = "application/octet-stream"
 
 
-def build_endpoint(lifecycle: Lifecycle, aside: Aside) -> Endpoint:
-    """The inference call itself."""
+def build_endpoint(lifecycle: Lifecycle, offloader: Offloader) -> Endpoint:
+    """Return the endpoint of inference."""
     limits = lifecycle.settings
 
     async def infer(request: Request) -> Response:
         """Inference as tensors, JSON or binary: the answers of `/v1/predict`."""
         media_type(request, (JSON, BINARY))
-        ticket = lifecycle.ready_predictor().admit(announced(request))
+        context = context_of(request.scope)
+        ticket = lifecycle.ready_predictor().admit(context.content_length)
         body = await read_large(request, limits.max_body_bytes, limits.request_seconds)
         predictor = lifecycle.ready_predictor()
         path: dict[str, str] = request.scope["path_params"]
-        named(predictor.model, path["name"], path.get("version"))
-        told = request.headers.get(HEADER)
-        length = told and told.strip()
-        inference = await aside.run(len(body) > LARGE_BODY, lambda: oip_tensors.read(body, length, INPUTS))
+        check_name(predictor.model, path["name"], path.get("version"))
+        header = request.headers.get(HEADER)
+        length = header and header.strip()
+        inference = await offloader.run_if(len(body) > LARGE_BODY, lambda: oip_tensors.read(body, length, INPUTS))
         telemetry = _telemetry(inference, predictor.model, limits.max_instances)
         ticket.rows(len(telemetry))
         targets, temperature = _targets(inference, predictor.model, len(telemetry)), _temperature(inference)
-        wanted = _wanted(inference, predictor.model)
-        gone = leaving(request)
-        found = await predictor.predict(telemetry, targets, temperature, gone=gone)
-        lifecycle.labels.count_submitted(found, targets, predictor.temperature)
-        many = found.answers.logits.size > MANY_NUMBERS
-        return await aside.run(many, lambda: _answer(inference, predictor, found, wanted))
+        outputs = _requested_outputs(inference, predictor.model)
+        gone = partial(getattr, context, "disconnected")
+        prediction = await predictor.predict(telemetry, targets, temperature, gone=gone)
+        lifecycle.labels.count_submitted(prediction, targets, predictor.temperature)
+        many = prediction.answers.logits.size > MANY_NUMBERS
+        return await offloader.run_if(many, lambda: _respond(inference, predictor, prediction, outputs))
 
     return infer
 
 
 def build_router(lifecycle: Lifecycle, infer: Endpoint) -> APIRouter:
-    """All routes of the protocol."""
+    """Return the router of the protocol."""
     router = APIRouter(tags=["open inference protocol"])
     problem = ("InferError", JSON)
-    shown = documented(None, None, "404", problem=problem)
+    described = document_route(None, None, "404", problem=problem)
 
     @router.get("/v2")
     async def server() -> dict[str, Any]:
@@ -75,63 +81,64 @@ def build_router(lifecycle: Lifecycle, infer: Endpoint) -> APIRouter:
         """The process runs."""
         return {"live": True}
 
-    @router.get("/v2/health/ready", openapi_extra=shown)
+    @router.get("/v2/health/ready", openapi_extra=described)
     async def ready() -> dict[str, bool]:
         """A model has proved itself; send traffic."""
-        lifecycle.accepting()
+        lifecycle.accepting_predictor()
         return {"ready": True}
 
-    @router.get("/v2/models/{name}/versions/{version}", openapi_extra=shown)
-    @router.get("/v2/models/{name}", openapi_extra=shown)
+    @router.get("/v2/models/{name}/versions/{version}", openapi_extra=described)
+    @router.get("/v2/models/{name}", openapi_extra=described)
     async def model(name: str, version: str | None = None) -> Response:
         """Inputs and outputs of the model."""
-        return json_response(metadata(named(lifecycle.ready_predictor().model, name, version)))
+        return json_response(metadata(check_name(lifecycle.ready_predictor().model, name, version)))
 
-    @router.get("/v2/models/{name}/versions/{version}/ready", openapi_extra=shown)
-    @router.get("/v2/models/{name}/ready", openapi_extra=shown)
+    @router.get("/v2/models/{name}/versions/{version}/ready", openapi_extra=described)
+    @router.get("/v2/models/{name}/ready", openapi_extra=described)
     async def model_ready(name: str, version: str | None = None) -> dict[str, Any]:
         """The model answers."""
-        return {"name": named(lifecycle.accepting().model, name, version).manifest.name, "ready": True}
+        return {"name": check_name(lifecycle.accepting_predictor().model, name, version).manifest.name, "ready": True}
 
-    asked = documented("InferRequest", None, "404", problem=problem)
-    asked["responses"]["200"]["content"] = {JSON: {}, BINARY: {}}
+    inference = document_route("InferRequest", None, "404", problem=problem)
+    inference["responses"]["200"]["content"] = {JSON: {}, BINARY: {}}
     for route, names in ((INFER_ROUTE, ("name",)), (VERSIONED_ROUTE, ("name", "version"))):
-        places = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
-        extra = asked | {"parameters": places}
+        parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+        extra = inference | {"parameters": parameters}
         router.add_api_route(route, infer, methods=["POST"], openapi_extra=extra, route_class_override=FastRoute)
 
-    @router.post("/v2/repository/index", openapi_extra=shown)
+    @router.post("/v2/repository/index", openapi_extra=described)
     async def index() -> list[dict[str, str]]:
         """The models of this server (admin)."""
         manifest = lifecycle.ready_predictor().model.manifest
         return [{"name": manifest.name, "version": manifest.version, "state": "READY", "reason": ""}]
 
     @router.post(
-        "/v2/repository/models/{name}/load", openapi_extra=documented(None, None, "404", "409", problem=problem)
+        "/v2/repository/models/{name}/load", openapi_extra=document_route(None, None, "404", "409", problem=problem)
     )
     async def load(name: str) -> Response:
         """Open the configured artefact again beside the one that answers, prove it, swap (admin)."""
-        named(lifecycle.ready_predictor().model, name, None)
+        check_name(lifecycle.ready_predictor().model, name, None)
         return json_response({"name": name, "digest": await lifecycle.reload()})
 
     return router
 
 
-def named(model: Model, name: str, version: str | None) -> Model:
-    """The model, if it is the one that is meant.
+def check_name(model: Model, name: str, version: str | None) -> Model:
+    """Return the model if it has this name and version.
 
     Raises:
         UnknownModel: another name or version.
     """
     manifest = model.manifest
     if name != manifest.name or version not in (None, manifest.version):
-        asked = f"{name[:80]!r}" + (f", version {version[:80]!r}" if version else "")
-        raise UnknownModel(f"unknown model {asked}; this server has {manifest.name!r}, version {manifest.version!r}")
+        requested = f"{name[:80]!r}" + (f", version {version[:80]!r}" if version else "")
+        served = f"{manifest.name!r}, version {manifest.version!r}"
+        raise UnknownModel(f"unknown model {requested}; this server has {served}")
     return model
 
 
 def metadata(model: Model) -> dict[str, Any]:
-    """What the model takes and gives."""
+    """Return name, inputs and outputs of the model."""
     manifest = model.manifest
 
     def tensor(name: str, datatype: str, *shape: int) -> dict[str, Any]:
@@ -150,7 +157,7 @@ def metadata(model: Model) -> dict[str, Any]:
 
 
 def _outputs(model: Model) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The outputs in order, by name: datatype, and shape of one row. There is a loss only where a label is given."""
+    """Return datatype and shape of one row of each output, by name. The loss is available only with labels."""
     classes = (len(model.manifest.classes),)
     rul: dict[str, tuple[str, tuple[int, ...]]] = {"rul": ("FP32", ())}
     return {
@@ -163,20 +170,20 @@ def _outputs(model: Model) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _telemetry(inference: Inference, model: Model, most: int) -> oip_tensors.Array:
-    found = inference.inputs.get(contract.INPUT)
-    if found is None:
+    telemetry = inference.inputs.get(contract.INPUT)
+    if telemetry is None:
         raise InvalidInput(f"input {contract.INPUT!r} is missing")
-    if found.shape[1:] != model.input_shape or not 0 < len(found) <= most:
+    if telemetry.shape[1:] != model.input_shape or not 0 < len(telemetry) <= most:
         raise InvalidInput(
-            f"input {contract.INPUT!r}: shape {list(found.shape[:8])}, expected [1..{most}, "
+            f"input {contract.INPUT!r}: shape {list(telemetry.shape[:8])}, expected [1..{most}, "
             f"{', '.join(map(str, model.input_shape))}]"
         )
-    # a sum shows what is not finite in one look; only a suspicious one is followed by a second
+    # the sum is finite unless a value is not; only then the values are searched
     with np.errstate(over="ignore", invalid="ignore"):
-        whole = np.isfinite(found.sum())
-    if not whole and len(bad := np.argwhere(~np.isfinite(found))):
-        raise InvalidInput(f"input {contract.INPUT!r}: {bad[0].tolist()} is not finite")
-    return found
+        finite = np.isfinite(telemetry.sum())
+    if not finite and len(positions := np.argwhere(~np.isfinite(telemetry))):
+        raise InvalidInput(f"input {contract.INPUT!r}: {positions[0].tolist()} is not finite")
+    return telemetry
 
 
 def _targets(inference: Inference, model: Model, rows: int) -> Floats | None:
@@ -192,29 +199,29 @@ def _targets(inference: Inference, model: Model, rows: int) -> Floats | None:
 
 
 def _temperature(inference: Inference) -> float | None:
-    t = inference.asked.parameters.get("temperature")
-    if t is None:
+    value = inference.asked.parameters.get("temperature")
+    if value is None:
         return None
-    if isinstance(t, bool) or not isinstance(t, int | float) or not MIN_TEMPERATURE <= t <= MAX_TEMPERATURE:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not MIN_TEMPERATURE <= value <= MAX_TEMPERATURE:
         raise InvalidInput(f"parameter temperature must be a number from {MIN_TEMPERATURE} to {MAX_TEMPERATURE:g}")
-    return float(t)
+    return float(value)
 
 
-def _wanted(inference: Inference, model: Model) -> list[tuple[str, bool]]:
-    """Names of the outputs in the order asked for, and whether each leaves as bytes; all of them if none is named."""
-    known = [name for name in _outputs(model) if name != "loss" or LABEL in inference.inputs]
-    asked, default = inference.asked.outputs, _flag(inference.asked.parameters, "binary_data_output", False)
-    if not asked:
-        return [(name, default) for name in known]
-    for output in asked:
-        if output.name not in known:
-            why = " (needs the input 'label')" if output.name == "loss" else ""
-            raise InvalidInput(f"output {output.name[:80]!r} is not there{why}; outputs are {', '.join(known)}")
+def _requested_outputs(inference: Inference, model: Model) -> list[tuple[str, bool]]:
+    """Return the requested outputs in order, and whether each is binary; all of them if none is requested."""
+    available = [name for name in _outputs(model) if name != "loss" or LABEL in inference.inputs]
+    requested, default = inference.asked.outputs, _flag(inference.asked.parameters, "binary_data_output", False)
+    if not requested:
+        return [(name, default) for name in available]
+    for output in requested:
+        if output.name not in available:
+            reason = " (needs the input 'label')" if output.name == "loss" else ""
+            raise InvalidInput(f"output {output.name[:80]!r} is not there{reason}; outputs are {', '.join(available)}")
         if output.parameters.get("classification"):
             raise InvalidInput(f"output {output.name!r}: classification is not offered; ask for 'health'")
-    if len({output.name for output in asked}) != len(asked):
+    if len({output.name for output in requested}) != len(requested):
         raise InvalidInput("an output is asked for twice")
-    return [(output.name, _flag(output.parameters, "binary_data", default)) for output in asked]
+    return [(output.name, _flag(output.parameters, "binary_data", default)) for output in requested]
 
 
 def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
@@ -224,22 +231,25 @@ def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
     return value
 
 
-def _answer(inference: Inference, predictor: Predictor, found: Prediction, wanted: list[tuple[str, bool]]) -> Response:
-    manifest, answers = predictor.model.manifest, found.answers
+def _respond(
+    inference: Inference, predictor: Predictor, prediction: Prediction, outputs: list[tuple[str, bool]]
+) -> Response:
+    manifest, answers = predictor.model.manifest, prediction.answers
 
     def values(name: str) -> tuple[str, Array]:
         if name == "health":
             names = np.array([name.encode() for name in manifest.classes], dtype=object)
             return "BYTES", names[answers.logits.argmax(axis=1)]
-        of = {"logits": answers.logits, "probabilities": answers.probabilities, "rul": answers.rul, "loss": found.loss}
-        return "FP32", np.asarray(of[name]).astype(np.float32, copy=False)
+        numbers: dict[str, Any] = {"logits": answers.logits, "probabilities": answers.probabilities}
+        numbers |= {"rul": answers.rul, "loss": prediction.loss}  # None only where they are not available
+        return "FP32", np.asarray(numbers[name]).astype(np.float32, copy=False)
 
     head: dict[str, Any] = {"model_name": manifest.name, "model_version": manifest.version}
-    head["parameters"] = {"digest": predictor.model.digest, "temperature": found.temperature}
+    head["parameters"] = {"digest": predictor.model.digest, "temperature": prediction.temperature}
     if inference.asked.id is not None:
         head["id"] = inference.asked.id
-    outputs = [(name, *values(name)) for name, _ in wanted]
-    body, length = oip_tensors.write(head, outputs, {name for name, binary in wanted if binary})
+    tensors = [(name, *values(name)) for name, _ in outputs]
+    body, length = oip_tensors.write(head, tensors, {name for name, binary in outputs if binary})
     if length is None:
         return Response(body, media_type=JSON)
     return Response(body, headers={HEADER: str(length)}, media_type=BINARY)

@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 
 from service import errors
 from service.metrics import Metrics
-from service.server.direct import Written
+from service.server.responses import BytesResponse
 
 Code = errors.Code
 STATUS: dict[Code, int] = {
@@ -73,7 +73,7 @@ class OriginRejected(HTTPException):
         super().__init__(STATUS[Code.ORIGIN_NOT_ALLOWED], detail)
 
 
-def problem(error: Exception, path: str, metrics: Metrics) -> Written:
+def problem(error: Exception, path: str, metrics: Metrics) -> BytesResponse:
     """Return any error as a problem document, or in the protocol's own shape below `/v2`."""
     headers: dict[str, str] = {}
     faults: tuple[errors.Fault, ...] = ()
@@ -103,7 +103,7 @@ def problem(error: Exception, path: str, metrics: Metrics) -> Written:
     elif isinstance(error, errors.Conflict) and error.results is not None:
         document["results"] = error.results
     kind = "application/json" if protocol else "application/problem+json"
-    response = Written(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), status, kind)
+    response = BytesResponse(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), status, kind)
     response.raw_headers[:0] = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
     return response
 

@@ -12,7 +12,7 @@ from msgspec import Meta, Raw, Struct
 
 from model.contract import CHANNELS
 from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE
-from service.errors import Code, Fault, InvalidInput, NotJson
+from service.errors import Fault, InvalidInput, NotJson
 
 _READINGS = {"type": "array", "items": {"type": "number"}}
 _EXAMPLE = [
@@ -52,22 +52,12 @@ Telemetry = Annotated[
 ]
 MOST_NAME = 200  # characters of an engine's id
 MOST_CYCLE = 2**53  # beyond it JSON numbers are not exact
-MOST_ENGINES, MOST_TREND, MOST_PERIODS = 1000, 100, 200  # of one answer
 Label = str | int | list[float]
 Temperature = Annotated[float, Meta(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, description="Divides the logits.")]
-
-
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # no path has them, so that nothing could be asked of such an engine
 _PRINTED = "^[^\\x00-\\x1f\\x7f]*$(?!\\n)"  # the last: for Python `$` is also before a last newline
 EngineId = Annotated[str, Meta(min_length=1, max_length=MOST_NAME, pattern=_PRINTED)]
 Cycle = Annotated[int, Meta(ge=0, le=MOST_CYCLE)]
-TABLE = {
-    "type": "string",
-    "format": "binary",
-    "description": "An Arrow stream of flights: a column of numbers for each channel, by name, and where known "
-    "`engine_id` (strings), `cycle` (integers) and `label` (class names or indices). The rows of one engine, by cycle, "
-    "are one instance, labelled as its newest row is; without `engine_id` the whole table is one.",
-}
 
 
 class Instance(Struct, forbid_unknown_fields=True):
@@ -131,47 +121,6 @@ class CyclesRequest(Struct, forbid_unknown_fields=True):
     cycles: Annotated[list[Flight], Meta(min_length=1)]
 
 
-class EnginesQuery(Struct, forbid_unknown_fields=True):
-    """Which engines, from where."""
-
-    health: Annotated[str | None, Meta(description="Only engines of this class.")] = None
-    next: Annotated[str | None, Meta(description="As the page before said.")] = None
-    limit: Annotated[int, Meta(ge=1, le=MOST_ENGINES, description="Engines of a page.")] = 100
-    running: Annotated[bool, Meta(description="Only engines whose end is not known.")] = False
-    since: Annotated[
-        str | None,
-        Meta(description="Only what changed: the latest answer or the end was told then or later (RFC 3339)."),
-    ] = None
-    trend: Annotated[
-        int,
-        Meta(ge=0, le=MOST_TREND, description="Also `trend`: the last class's probability over so many last cycles."),
-    ] = 0
-
-
-class HistoryQuery(Struct, forbid_unknown_fields=True):
-    """What of a history."""
-
-    superseded: Annotated[bool, Meta(description="Also predictions that a later one of the same cycle replaced.")] = (
-        False
-    )
-    sensors: Annotated[
-        bool, Meta(description="Also how far each sensor is from what is usual in its operating condition.")
-    ] = False
-
-
-class CalibrationQuery(Struct, forbid_unknown_fields=True):
-    """Of which time."""
-
-    window: Annotated[str | None, Meta(description="Only predictions made in that time, as 30d; all if absent.")] = None
-    periods: Annotated[
-        int, Meta(ge=0, le=MOST_PERIODS, description="Also `over_time`: the loss in so many equal parts of the time.")
-    ] = 0
-
-
-class NoQuery(Struct, forbid_unknown_fields=True):
-    """Nothing can be asked for."""
-
-
 class LabelRow(Struct, forbid_unknown_fields=True):
     """The truth of one prediction, named by its id or by engine and cycle."""
 
@@ -187,216 +136,6 @@ class LabelsRequest(Struct, forbid_unknown_fields=True):
 
     labels: Annotated[list[LabelRow], Meta(min_length=1)]
     revise: Annotated[bool, Meta(description="As if every row said so.")] = False
-
-
-class OutcomeRequest(Struct, forbid_unknown_fields=True):
-    """The end of an engine: its last cycle, which labels all that was predicted of it."""
-
-    engine_id: EngineId
-    failed_at_cycle: Cycle
-    revise: Annotated[bool, Meta(description="Replace another end that was given before; it is kept aside.")] = False
-
-
-class FitRequest(Struct, forbid_unknown_fields=True):
-    """A fit of the temperature on truths that have joined."""
-
-    window: Annotated[str | None, Meta(description="Only predictions made in that time, as 30d; all if absent.")] = None
-
-
-class TemperatureRequest(Struct, forbid_unknown_fields=True):
-    """A temperature to put in force: that of a fit, another one, or the one before."""
-
-    fit_id: Annotated[str, Meta(min_length=1, max_length=MOST_NAME, pattern="^[^\\x00]*$")] | None = None
-    temperature: Temperature | None = None
-    rollback: bool = False
-
-
-class ModelName(Struct):
-    """Which model answered."""
-
-    name: str
-    version: str
-    digest: str
-
-
-class MovedBody(Struct):
-    """What one channel did to an answer: without it, the distribution would be `shift` (0..1) away."""
-
-    channel: str
-    shift: float
-    toward: str
-    rul: float | msgspec.UnsetType = msgspec.UNSET
-
-
-class PredictionBody(Struct):
-    """The answer for one instance. Losses are in nats, RUL in cycles."""
-
-    prediction_id: Annotated[str | None, Meta(description="None if it should be remembered and could not be.")]
-    engine_id: str | None
-    cycle: int | None
-    health: str
-    probabilities: dict[str, float]
-    logits: list[float]
-    expected_loss: float
-    loss: float | None
-    rul: float | msgspec.UnsetType = msgspec.UNSET
-    prediction_set: list[str] | msgspec.UnsetType = msgspec.UNSET
-    explanation: list[MovedBody] | msgspec.UnsetType = msgspec.UNSET
-
-
-class Told(Struct):
-    """What became of one row."""
-
-    result: Literal["joined", "pending", "unchanged", "revised", "conflict", "unknown"]
-    given: Any = msgspec.UNSET
-    known: Any = msgspec.UNSET
-
-
-class CyclesResponse(Struct):
-    """One prediction for each flight, in their order; none for one that contradicts what is known of its cycle."""
-
-    model: ModelName
-    temperature: float
-    temperature_source: Literal["artefact", "fit", "request"]
-    predictions: list[PredictionBody | None]
-    evaluation: None
-    results: list[Told]
-
-
-class LabelsResponse(Struct):
-    """What became of each label, in their order."""
-
-    results: list[Told]
-
-
-class OutcomeResponse(Struct):
-    """What became of an end, and how many predictions have a truth by it that had none."""
-
-    engine_id: str
-    failed_at_cycle: int
-    result: Literal["joined", "pending", "unchanged", "revised"]
-    labelled: int
-
-
-class EngineBody(Struct):
-    """The latest health of an engine."""
-
-    engine_id: str
-    cycle: int | None
-    health: str
-    probabilities: dict[str, float]
-    rul: float | None
-    prediction_set: list[str] | None
-    updated_at: str
-    failed_at_cycle: Annotated[int | None, Meta(description="Its end, if that is known.")]
-    trend: Annotated[
-        list[tuple[int, float]] | msgspec.UnsetType, Meta(description="Cycle and probability of the last class.")
-    ] = msgspec.UNSET
-
-
-class EnginesResponse(Struct):
-    """A page of engines, the worst first; `next` asks for the page after, null on the last."""
-
-    engines: list[EngineBody]
-    total: int
-    next: str | None
-
-
-class PastBody(Struct):
-    """A prediction as it was answered, and its truth if that is known."""
-
-    prediction_id: str
-    cycle: int | None
-    made_at: str
-    model: str
-    temperature: float
-    temperature_source: str
-    counts: bool
-    health: str
-    probabilities: dict[str, float]
-    logits: list[float]
-    rul: float | None
-    prediction_set: list[str] | None
-    expected_loss: float
-    label: str | dict[str, float] | None
-    source: Literal["inspection", "outcome", "survival"] | None
-    labelled_at: str | None
-    loss: float | None
-
-
-class SensorBody(Struct):
-    """One sensor less what is usual in the operating condition of each flight, in physical units.
-
-    `noise` is the standard deviation from flight to flight; `moved` the mean of the last flights, in units of it.
-    """
-
-    channel: str
-    moved: float | None
-    noise: float | None
-    away: list[float]
-
-
-class SensorsBody(Struct):
-    """The newest flights that are kept: their cycles, rising, and each sensor, the most moved first."""
-
-    cycles: list[int]
-    channels: list[SensorBody]
-
-
-class HistoryResponse(Struct):
-    """Everything predicted of an engine, oldest cycle first, and its end if that is known."""
-
-    engine_id: str
-    failed_at_cycle: int | None
-    history: list[PastBody]
-    sensors: Annotated[
-        SensorsBody | msgspec.UnsetType | None, Meta(description="None if no model says what is usual.")
-    ] = msgspec.UNSET
-
-
-class EvaluationBody(Struct):
-    """Means over the labelled instances."""
-
-    count: int
-    cross_entropy: float
-    expected_cross_entropy: float
-    accuracy: float
-    brier: float
-
-
-class PredictResponse(Struct):
-    """One prediction for each instance, in their order."""
-
-    model: ModelName
-    temperature: float
-    temperature_source: Literal["artefact", "fit", "request"]
-    predictions: list[PredictionBody]
-    evaluation: EvaluationBody | None
-    results: Annotated[
-        list[Told | None] | msgspec.UnsetType,
-        Meta(description="Where a label contradicts one given before and was not kept: what became of each label."),
-    ] = msgspec.UNSET
-
-
-class Warned(Struct):
-    """Rows that were answered as asked, but look like a mistake."""
-
-    rows: list[int]
-    msg: str
-
-
-class EvaluateResponse(Struct):
-    """Probabilities (N, C) and losses (N,) at the given temperature; means over all rows."""
-
-    count: int
-    temperature: float
-    probabilities: list[list[float]]
-    losses: list[float]
-    cross_entropy: float
-    accuracy: float
-    brier: float
-    ece: float
-    warnings: list[Warned]
 
 
 class Tensor(Struct):
@@ -423,30 +162,6 @@ class InferRequest(Struct):
     id: str | None = None
     parameters: dict[str, Any] = {}
     outputs: list[Wanted] | None = None
-
-
-class FaultBody(Struct):
-    """A place in the request and what is wrong there."""
-
-    loc: list[str | int]
-    msg: str
-
-
-class Problem(Struct):
-    """RFC 9457 problem document."""
-
-    type: str
-    title: str
-    status: int
-    detail: str
-    code: Code
-    errors: list[FaultBody] | msgspec.UnsetType = msgspec.UNSET
-
-
-class InferError(Struct):
-    """The Open Inference Protocol's shape of an error."""
-
-    error: str
 
 
 Body = TypeVar("Body", bound=Struct)
@@ -517,22 +232,3 @@ def _check_json(body: bytes | memoryview) -> None:
 def describe(loc: tuple[str | int, ...]) -> str:
     """A place as a person writes it: `instances[0].telemetry[3].sensor_4`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".") or "body"
-
-
-def query_parameters(kind: type[Struct], note: str) -> list[dict[str, Any]]:
-    """The fields of a type as parameters of a query, for the OpenAPI document; `note` ends each description."""
-    properties = msgspec.json.schema_components((kind,))[1][kind.__name__]["properties"]
-    return [
-        {"name": name, "in": "query", "description": f"{field.get('description', '')} {note}", "schema": field}
-        for name, field in properties.items()
-    ]
-
-
-def components() -> dict[str, Any]:
-    """JSON schemas of all bodies, for the OpenAPI document."""
-    types = (
-        *(PredictRequest, PredictResponse, EvaluateRequest, EvaluateResponse, InferRequest, InferError, Problem),
-        *(CyclesRequest, CyclesResponse, LabelsRequest, LabelsResponse, OutcomeRequest, OutcomeResponse),
-        *(EnginesResponse, HistoryResponse, FitRequest, TemperatureRequest),
-    )
-    return msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")[1]

@@ -1,83 +1,75 @@
-"""The body of a request: never more of it than the limits, never later than the limit, inflated if it came deflated."""
+"""Read request bodies: bounded in size and time, decompressed if they are gzip."""
 
 import asyncio
 import zlib
-from collections.abc import Callable
+from collections.abc import Awaitable
 from io import BytesIO
 
 from starlette.requests import Request
-from starlette.types import Receive
+from starlette.types import Message, Receive
 
 from service.errors import BodyTooLarge, ClientGone, NotJson, TooSlow, UnsupportedMediaType
-from service.server.body_budget import Held
+from service.server.body_budget import BodyReservation
 from service.server.scope import RequestContext, context_of
 
-JSON = "application/json"
-INFLATE_STEP = 1 << 20  # bytes inflated at a time
-FEED_STEP = 1 << 16  # packed bytes read at a time: zlib copies what it leaves of them
-MOST_MEMBERS = 4096  # of one gzip body; bgzip makes 512 of 32 MiB
-LARGE = 1 << 20  # bytes; a longer body is gathered in its place, if the server can
+INFLATE_STEP = 1 << 20  # bytes decompressed per step
+FEED_STEP = 1 << 16  # compressed bytes read per step: zlib copies those that it leaves
+MAX_GZIP_MEMBERS = 4096  # of one body; bgzip makes 512 of 32 MiB
+LARGE_UPLOAD = 1 << 20  # bytes; a longer body is received directly into its buffer, if the server supports it
 
 
-def announced(request: Request) -> int:
-    """The length of the body as its header says it, 0 if it does not."""
-    return _content_length(context_of(request.scope))
-
-
-def media_type(request: Request, accepted: tuple[str, ...]) -> str:
-    """The content type, one of those accepted; nothing said means the first.
-
-    Raises:
-        UnsupportedMediaType: another one.
-    """
-    said: bytes | None = context_of(request.scope).headers.get(b"content-type")
-    if said is None or said == b"application/json":  # as nearly everybody says it
-        kind = JSON if said else accepted[0]
-    else:
-        kind = said.decode("latin-1").partition(";")[0].strip().lower()
-    if kind.endswith("+json"):
-        kind = JSON
-    if kind not in accepted:
-        raise UnsupportedMediaType(f"content type {kind[:80]!r}: this call reads {' or '.join(accepted)}")
-    return kind
-
-
-async def read_body(request: Request, limit: int, seconds: float) -> bytes:
-    """The whole body, inflated.
+def read_body(request: Request, limit: int, seconds: float) -> Awaitable[bytes]:
+    """Return the whole body, decompressed.
 
     Args:
-        request: of which the headers are there, and perhaps no more.
-        limit: bytes, before and after inflating.
-        seconds: in which the whole body must have arrived.
+        request: the request; its headers have arrived, its body may not have.
+        limit: bytes, before and after decompression.
+        seconds: time in which the whole body must arrive.
 
     Raises:
-        BodyTooLarge: more bytes than the limit, announced, sent or inflated.
-        Overloaded: other bodies hold the memory that all may have together.
-        TooSlow: not whole in time.
-        ClientGone: the client left before its body was whole.
+        BodyTooLarge: more bytes than the limit, announced, sent or decompressed.
+        Overloaded: the bodies of other requests hold the memory of the budget.
+        TooSlow: the body did not arrive in time.
+        ClientGone: the client disconnected before its body was complete.
         UnsupportedMediaType: an encoding other than gzip.
-        NotJson: the bytes are not what the encoding says.
+        NotJson: the bytes are not gzip.
     """
     context = context_of(request.scope)
-    encoding, _ = _announced(context, limit)
-    return await _received(request, context, limit, seconds, encoding)
+    return _receive(request, context, limit, seconds, _check_headers(context, limit))
 
 
-async def read_large(request: Request, limit: int, seconds: float) -> bytes | memoryview:
-    """Return the body as `read_body` does; a large one as a view that is valid until the request is answered."""
+def read_large(request: Request, limit: int, seconds: float) -> Awaitable[bytes | memoryview]:
+    """Return the body as `read_body` does; a large one as a view that is valid until the response is sent."""
     context = context_of(request.scope)
-    encoding, length = _announced(context, limit)
-    exchange, held = context.exchange, context.reservation
-    if exchange is None or length <= LARGE or encoding != b"identity":
-        return await _received(request, context, limit, seconds, encoding)
-    view = held.place(length)
+    encoding = _check_headers(context, limit)
+    if context.content_length > LARGE_UPLOAD and context.exchange is not None and encoding == b"identity":
+        return _upload(context, seconds)
+    return _receive(request, context, limit, seconds, encoding)
+
+
+def _check_headers(context: RequestContext, limit: int) -> bytes:
+    """Return the encoding of a body; raise if its headers announce a body that is refused."""
+    encoding = context.headers.get(b"content-encoding", b"identity").strip().lower()
+    if encoding not in (b"identity", b"gzip"):
+        shown = encoding[:80].decode("latin-1")
+        raise UnsupportedMediaType(f"content encoding {shown!r}: this call reads plain or gzip bodies")
+    if context.content_length > limit:
+        raise BodyTooLarge(f"{context.content_length} bytes, at most {limit} are read")
+    context.reservation.check(context.content_length)
+    return encoding
+
+
+async def _upload(context: RequestContext, seconds: float) -> memoryview:
+    """Receive a body of announced length directly into its buffer."""
+    assert context.exchange is not None  # as the caller has checked
+    view = context.reservation.allocate(context.content_length)
     try:
         async with asyncio.timeout(seconds):
-            intake = exchange.gather(view, held.take)
+            upload = context.exchange.start_upload(view, context.reservation.take)
             try:
-                refusal = await intake.whole
+                refusal = await upload.complete
             finally:
-                intake.drop()
+                upload.discard_rest()
     except TimeoutError:
         raise TooSlow(f"the body did not arrive in {seconds:g} s") from None
     if refusal is not None:
@@ -85,98 +77,77 @@ async def read_large(request: Request, limit: int, seconds: float) -> bytes | me
     return view
 
 
-def _content_length(context: RequestContext) -> int:
-    value = context.headers.get(b"content-length", b"").strip()
-    return int(value) if value.isdigit() else 0
-
-
-def _announced(context: RequestContext, limit: int) -> tuple[bytes, int]:
-    """Return the encoding and the length of a body according to its headers; raise if it may not come."""
-    encoding = context.headers.get(b"content-encoding", b"identity").strip().lower()
-    if encoding not in (b"identity", b"gzip"):
-        said = encoding[:80].decode("latin-1")
-        raise UnsupportedMediaType(f"content encoding {said!r}: this call reads plain or gzip bodies")
-    length = _content_length(context)
-    if length > limit:
-        raise BodyTooLarge(f"{length} bytes, at most {limit} are read")
-    context.reservation.check(length)
-    return encoding, length
-
-
-async def _received(request: Request, context: RequestContext, limit: int, seconds: float, encoding: bytes) -> bytes:
-    exchange, held = context.exchange, context.reservation
-    body = exchange.whole() if exchange else None
-    if body is not None:  # it came with its headers: no timer is set
-        if len(body) > limit:
-            raise BodyTooLarge(f"more than {limit} bytes")
-        held.take(len(body))
-    else:
+async def _receive(request: Request, context: RequestContext, limit: int, seconds: float, encoding: bytes) -> bytes:
+    exchange, reservation = context.exchange, context.reservation
+    body = exchange.complete_body() if exchange else None
+    if body is None:
         try:
             async with asyncio.timeout(seconds):
-                body = await _rest(request.receive, limit, held)
+                message = await request.receive()
+                if message["type"] == "http.request" and not message.get("more_body"):  # the usual case: one piece
+                    body = message.get("body", b"")
+                else:
+                    body = await _join_pieces(message, request.receive, limit, reservation)
         except TimeoutError:
             raise TooSlow(f"the body did not arrive in {seconds:g} s") from None
-    return body if encoding == b"identity" else await asyncio.to_thread(inflate, body, limit, held)
+    if len(body) > limit:
+        raise BodyTooLarge(f"more than {limit} bytes")
+    if len(body) > reservation.bytes:  # else its pieces were charged as they arrived
+        reservation.take(len(body) - reservation.bytes)
+    return body if encoding == b"identity" else await asyncio.to_thread(inflate, body, limit, reservation)
 
 
-async def _rest(receive: Receive, limit: int, held: Held) -> bytes:
-    found, size = BytesIO(), 0  # it grows, and gives its bytes away: pieces would leave holes between other requests'
+async def _join_pieces(message: Message, receive: Receive, limit: int, reservation: BodyReservation) -> bytes:
+    """Receive the pieces of a body, of which `message` is the first."""
+    body = BytesIO()  # one buffer that grows: a list of pieces would leave holes between those of other requests
     while True:
-        part = await receive()
-        if part["type"] == "http.disconnect":
+        if message["type"] == "http.disconnect":
             raise ClientGone("the client left before its body was whole")
-        piece: bytes = part.get("body", b"")
-        size += len(piece)
-        if size > limit:
+        piece: bytes = message.get("body", b"")
+        if body.tell() + len(piece) > limit:
             raise BodyTooLarge(f"more than {limit} bytes")
-        held.take(len(piece))
-        last = not part.get("more_body")
-        if last and size == len(piece):  # it came at once, and is not copied
-            return piece
-        found.write(piece)
-        if last:
-            return found.getvalue()
+        reservation.take(len(piece))
+        body.write(piece)
+        if not message.get("more_body"):
+            return body.getvalue()
+        message = await receive()
 
 
-def inflate(body: bytes, limit: int, held: Held) -> bytes:
-    """A gzip body as it was, a step at a time, so that a bomb is dropped when it passes the limit.
+def inflate(body: bytes, limit: int, reservation: BodyReservation) -> bytes:
+    """Decompress a gzip body in steps, so that a bomb is dropped as soon as it exceeds the limit.
 
     Raises:
-        BodyTooLarge: more than `limit` bytes inflated, or more members than anybody needs.
-        Overloaded: other bodies hold the memory that all may have together.
-        NotJson: no gzip, or cut short.
+        BodyTooLarge: more than `limit` bytes decompressed, or too many members.
+        Overloaded: the bodies of other requests hold the memory of the budget.
+        NotJson: not gzip, or truncated.
     """
-    found, packed = bytearray(), memoryview(body)
-    at = members = 0
+    inflated, packed = bytearray(), memoryview(body)
+    position = members = 0
     try:
-        while at < len(packed):  # a gzip file may have several members
+        while position < len(packed):  # a gzip file may have several members
             members += 1
-            if members > MOST_MEMBERS:
-                raise BodyTooLarge(f"more than {MOST_MEMBERS} gzip members")
-            at = _member(packed, at, found, limit, held)
+            if members > MAX_GZIP_MEMBERS:
+                raise BodyTooLarge(f"more than {MAX_GZIP_MEMBERS} gzip members")
+            position = _inflate_member(packed, position, inflated, limit, reservation)
     except zlib.error as error:
         raise NotJson(f"the body is not gzip: {error}") from None
-    return bytes(found)
+    return bytes(inflated)
 
 
-def _member(packed: memoryview, at: int, found: bytearray, limit: int, held: Held) -> int:
-    """Inflate one member, and say where the next begins."""
+def _inflate_member(
+    packed: memoryview, position: int, inflated: bytearray, limit: int, reservation: BodyReservation
+) -> int:
+    """Decompress one member and return the position of the next."""
     stream, rest = zlib.decompressobj(wbits=31), b""
     while not stream.eof:
-        piece = rest or packed[at : at + FEED_STEP]
-        at += 0 if rest else len(piece)
+        piece = rest or packed[position : position + FEED_STEP]
+        position += 0 if rest else len(piece)
         step = stream.decompress(piece, INFLATE_STEP)
         rest = stream.unconsumed_tail
-        found += step
-        if len(found) > limit:
+        inflated += step
+        if len(inflated) > limit:
             raise BodyTooLarge(f"more than {limit} bytes when inflated")
-        held.take(len(step))
+        reservation.take(len(step))
         if not (step or piece or stream.eof):
             raise NotJson("the gzip body is cut short")
-    return at - len(stream.unused_data)
-
-
-def leaving(request: Request) -> Callable[[], bool]:
-    """Return a check whether the client has left; any thread may call it."""
-    context = context_of(request.scope)
-    return lambda: context.disconnected
+    return position - len(stream.unused_data)

@@ -1,24 +1,26 @@
-"""The memory that the bodies of requests hold: counted together and bounded, and one large place kept for the next.
+"""A budget for the memory of all request bodies, and one large buffer that is reused.
 
-Bodies that are being read, parsed or answered stay in memory, and there may be many. A large one lies in a mapping of
-its own, of which the system clears every page before it is filled; so the last one is used again.
+Bodies that are being read, parsed or processed stay in memory, and there may be many. A large body has its own memory
+mapping, whose pages the operating system clears before use. The last mapping is therefore reused.
 """
 
 import mmap
 import threading
 from contextlib import suppress
 
+from msgspec import Struct
+
 from service.errors import Overloaded
 
-KEPT = 1 << 24  # bytes of a place that stays for the next large body
+MAX_SPARE_BYTES = 1 << 24  # of a mapping that is retained for the next large body
 RETRY_SECONDS = 1.0
 
 
 class Mapping:
     """Anonymous memory of the operating system, and the only view of it that is given away.
 
-    The view is released before the memory is resized or closed: a reader that was not waited for gets an error, never
-    the bytes of another request.
+    The view is released before the memory is resized or closed. Code that still reads it then gets an error, never the
+    bytes of another request.
     """
 
     __slots__ = ("_memory", "view")
@@ -54,64 +56,68 @@ class Mapping:
             self._memory.close()
 
 
-class Buffer:
-    """The bytes that all bodies of a process hold in memory together, and the place that waits for one."""
+class BodyBudget:
+    """The bytes that all bodies of a process hold in memory together, and the mapping retained for reuse."""
 
-    def __init__(self, most: int) -> None:
-        self.most, self.bytes, self.lock = most, 0, threading.Lock()
+    def __init__(self, limit: int) -> None:
+        self.limit, self.bytes, self.lock = limit, 0, threading.Lock()
         self.spare: Mapping | None = None
 
 
-class Held:
-    """The bytes that one request holds of the buffer, from when they came until it is answered."""
+class BodyReservation(Struct, eq=False):  # constructed in C
+    """The bytes that one request holds of the budget, from their arrival until its response.
 
-    __slots__ = ("_buffer", "_mapping", "bytes")
+    Attributes:
+        budget: the budget of the process.
+        bytes: the bytes that are held.
+        mapping: the buffer of a large body.
+    """
 
-    def __init__(self, buffer: Buffer) -> None:
-        self._buffer, self.bytes = buffer, 0
-        self._mapping: Mapping | None = None
+    budget: BodyBudget
+    bytes: int = 0
+    mapping: Mapping | None = None
 
-    def check(self, more: int) -> None:
-        """Whether there is room for more. What one request may hold is never refused while no other holds anything.
-
-        Raises:
-            Overloaded: there is none.
-        """
-        held = self._buffer.bytes
-        if held + more > self._buffer.most and held > self.bytes:
-            raise Overloaded(f"{held} bytes of bodies are held, at most {self._buffer.most} may", RETRY_SECONDS)
-
-    def take(self, more: int) -> None:
-        """Hold more; also from other threads.
+    def check(self, length: int) -> None:
+        """Check that the budget has memory for more bytes. It always has while no other request holds any.
 
         Raises:
-            Overloaded: no room for it.
+            Overloaded: it has not.
         """
-        buffer = self._buffer
-        if buffer.bytes + more > buffer.most:
-            self.check(more)
-        with buffer.lock:
-            buffer.bytes += more
-            self.bytes += more
+        held = self.budget.bytes
+        if held + length > self.budget.limit and held > self.bytes:
+            raise Overloaded(f"{held} bytes of bodies are held, at most {self.budget.limit} may", RETRY_SECONDS)
 
-    def place(self, length: int) -> memoryview:
+    def take(self, length: int) -> None:
+        """Hold more bytes. Any thread may call it.
+
+        Raises:
+            Overloaded: the budget has no memory for them.
+        """
+        budget = self.budget
+        if budget.bytes + length > budget.limit:
+            self.check(length)
+        with budget.lock:
+            budget.bytes += length
+            self.bytes += length
+
+    def allocate(self, length: int) -> memoryview:
         """Return memory for a body of `length` bytes, valid until `release`. Bytes are charged as they arrive."""
-        mapping, self._buffer.spare = self._buffer.spare, None
+        mapping, self.budget.spare = self.budget.spare, None
         if mapping is None or not mapping.resized(length):
-            mapping = Mapping(length, not self._buffer.bytes)  # of many bodies, each would take 2 MiB immediately
-        self._mapping = mapping
+            mapping = Mapping(length, not self.budget.bytes)  # of many bodies, each would take 2 MiB immediately
+        self.mapping = mapping
         return mapping.view
 
     def release(self) -> None:
-        """Hold nothing."""
-        with self._buffer.lock:
-            self._buffer.bytes -= self.bytes
+        """Return all bytes to the budget."""
+        with self.budget.lock:
+            self.budget.bytes -= self.bytes
             self.bytes = 0
-        mapping, self._mapping = self._mapping, None
+        mapping, self.mapping = self.mapping, None
         if mapping is None:
             return
-        if len(mapping) <= KEPT:
+        if len(mapping) <= MAX_SPARE_BYTES:
             mapping.release()
-            mapping, self._buffer.spare = self._buffer.spare, mapping
+            mapping, self.budget.spare = self.budget.spare, mapping
         if mapping is not None:
             mapping.close()

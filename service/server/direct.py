@@ -1,109 +1,91 @@
-"""A request and its answer as the server has them, for who can do with less than ASGI: whole at once, either way.
+"""Direct access to a request and its response in the server, without ASGI messages.
 
-ASGI hands a body over in messages and takes an answer in two, and looks at each header for what no answer here has.
+ASGI delivers a body in messages, takes a response in two, and searches its headers for what no response here has.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Protocol
-from weakref import ref
+from weakref import ReferenceType
 
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
+from msgspec import Struct
+from starlette.types import Send
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from service.errors import ClientGone
-from service.server.upload import Intake, Outer
+from service.server.responses import BytesResponse
+from service.server.upload import BodyUpload, ParentProtocol
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 CLOSE = (b"connection", b"close")
 
 
-class Connection(Outer, Protocol):
-    """The protocol of the connection that the request came on."""
+class Connection(ParentProtocol, Protocol):
+    """The protocol of the connection that the request arrived on."""
 
     transport: asyncio.Transport
 
 
-class Written(Response):
-    """Bytes that are there as a whole, with the headers that they need and no search for others."""
+class DirectExchange(Struct, eq=False):  # constructed in C
+    """One request on a connection, and its response.
 
-    def __init__(self, body: bytes, status: int, media_type: str) -> None:
-        self.body, self.status_code, self.background = body, status, None
-        self.raw_headers = [(b"content-length", b"%d" % len(body)), (b"content-type", media_type.encode())]
+    Attributes:
+        connection: the connection.
+        cycle: uvicorn's state of the request. Its scope refers to this object, so the reference is weak: otherwise
+            both would live until a garbage collection.
+    """
 
-    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": self.body})
+    connection: Connection
+    cycle: ReferenceType[RequestResponseCycle]
 
-    def wire(self, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-        """As HTTP/1.1 has it, with these headers, all of them; no name or value of any is looked at."""
-        parts = [STATUS_LINE[self.status_code]]
-        for name, value in headers:
-            parts += (name, b": ", value, b"\r\n")
-        return b"".join((*parts, b"\r\n", self.body))
-
-
-class Exchange:
-    """One request on a connection, and what is to be its answer."""
-
-    __slots__ = ("_connection", "_cycle")
-
-    def __init__(self, connection: Connection, cycle: RequestResponseCycle) -> None:
-        self._connection, self._cycle = (
-            connection,
-            ref(cycle),
-        )  # whose scope has this: else both waited for a collection
-
-    def whole(self) -> bytes | None:
-        """The body, if all of it is there and nobody has heard of any."""
-        cycle = self._cycle()
+    def complete_body(self) -> bytes | None:
+        """Return the body if all of it has arrived and no ASGI message has delivered any of it; otherwise None."""
+        cycle = self.cycle()
         if cycle is None or cycle.more_body or cycle.disconnected or cycle.response_complete:
             return None
         body, cycle.body = cycle.body, bytearray()
         return bytes(body)
 
-    def gather(self, place: memoryview, take: Callable[[int], None]) -> Intake:
-        """Let the body go to a place of its announced length, instead of being received in pieces.
+    def start_upload(self, buffer: memoryview, charge: Callable[[int], None]) -> BodyUpload:
+        """Receive the body directly into a buffer of its announced length.
 
         Raises:
-            ClientGone: nothing more will come.
-            Overloaded: as `take` does.
+            ClientGone: the client has disconnected.
+            Overloaded: raised by `charge`.
         """
-        cycle, transport = self._cycle(), self._connection.transport
+        cycle, transport = self.cycle(), self.connection.transport
         if cycle is None or cycle.disconnected:
             raise ClientGone("the client left before its body was whole")
-        intake = Intake(self._connection, cycle.body, place, take)
+        upload = BodyUpload(self.connection, cycle.body, buffer, charge)
         cycle.body = bytearray()
         if cycle.more_body:
             if cycle.waiting_for_100_continue:
                 transport.write(CONTINUE)
                 cycle.waiting_for_100_continue = False
-            transport.set_protocol(intake)
+            transport.set_protocol(upload)
             cycle.flow.resume_reading()
-        return intake
+        return upload
 
-    def hears(self, send: Send) -> bool:
-        """Whether what is sent there comes here unchanged, and could be written now."""
-        cycle = self._cycle()
+    def can_write_directly(self, send: Send) -> bool:
+        """Return whether `send` is the server's own, and a response can be written now."""
+        cycle = self.cycle()
         return cycle is not None and send == cycle.send and not (cycle.response_started or cycle.flow.write_paused)
 
-    def answer(self, written: Written, more: tuple[bytes, bytes]) -> None:
-        """Write a whole answer, not to HEAD, and one header more; of all that is looked at is `connection: close`."""
-        cycle = self._cycle()
+    def write_response(self, response: BytesResponse, extra_header: tuple[bytes, bytes]) -> None:
+        """Write a complete response with one more header; not to HEAD. Honours the header `connection: close`."""
+        cycle = self.cycle()
         if cycle is None:
             return
         cycle.response_started = cycle.response_complete = True
         cycle.message_event.set()
         if cycle.disconnected:
             return
-        headers = [*cycle.default_headers, *written.raw_headers, more]
+        headers = [*cycle.default_headers, *response.raw_headers, extra_header]
         if CLOSE in headers:
             cycle.keep_alive = False
         elif not cycle.keep_alive:
             headers.append(CLOSE)
-        cycle.transport.writelines([written.wire(headers)])
+        cycle.transport.writelines([response.encode_http1(headers)])
         if not cycle.keep_alive:
             cycle.transport.close()
         cycle.on_response()

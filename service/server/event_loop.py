@@ -1,8 +1,8 @@
-"""The event loop: uvloop's, but that when it is busy it accepts more than one connection a turn. Knows no HTTP.
+"""An event loop that accepts more than one connection per turn while it is busy. Independent of HTTP.
 
-libuv accepts a single connection each time round, to leave some to other processes. A loop with much to do comes round
-a few times a second, and whoever connects then, a probe say, would wait behind all who connected before, where no
-queue and no limit sees them. So after a turn that took long, as many are accepted as might have come meanwhile.
+libuv accepts a single connection per turn, to leave some to other processes. A busy loop makes a few turns per second.
+A new connection, of a probe for example, would wait behind all earlier ones, where no queue and no limit sees them.
+After a long turn this loop therefore accepts as many connections as may have arrived meanwhile.
 """
 
 import asyncio
@@ -14,46 +14,46 @@ from typing import Any
 
 import uvloop
 
-SECONDS_EACH = 0.0002  # of a turn, for each connection more: an idle loop takes one, and the other workers get theirs
-MOST_AT_ONCE = 2048  # as many as a listening socket holds for uvicorn
+SECONDS_PER_CONNECTION = 0.0002  # of a turn: an idle loop accepts one, so that the other workers get theirs
+MAX_ACCEPTED = 2048  # per turn: the backlog of uvicorn's listening socket
 Factory = Callable[[], asyncio.BaseProtocol]
 
 
-class Loop(uvloop.Loop):
-    """uvloop's loop."""
+class BatchAcceptLoop(uvloop.Loop):
+    """uvloop's event loop with batched accept."""
 
-    async def create_server(self, factory: Factory, *args: Any, **more: Any) -> asyncio.Server:  # type: ignore[override]  # all forms of it
-        """As uvloop's; each connection that it accepts is followed by others that wait, if the loop is busy."""
+    async def create_server(self, factory: Factory, *args: Any, **options: Any) -> asyncio.Server:  # type: ignore[override]  # all forms of it
+        """Create a server as uvloop does. Each accepted connection is followed by waiting ones if the loop is busy."""
 
         def accepted() -> asyncio.BaseProtocol:
-            self.call_soon(self.call_soon, self._accept_others, server, factory, time.perf_counter())  # a turn later
+            self.call_soon(self.call_soon, self._accept_waiting, server, factory, time.perf_counter())  # a turn later
             return factory()
 
-        server: Any = await super().create_server(accepted, *args, **more)
+        server: Any = await super().create_server(accepted, *args, **options)
         return server  # type: ignore[no-any-return]  # uvloop's own class, which has all that asyncio's has
 
-    def _accept_others(self, server: Any, factory: Factory, since: float) -> None:
-        others = min(MOST_AT_ONCE, int((time.perf_counter() - since) / SECONDS_EACH))
-        if not others or not server.is_serving():
+    def _accept_waiting(self, server: Any, factory: Factory, since: float) -> None:
+        waiting = min(MAX_ACCEPTED, int((time.perf_counter() - since) / SECONDS_PER_CONNECTION))
+        if not waiting or not server.is_serving():
             return
         for listening in server.sockets:
             try:
-                copy = os.dup(listening.fileno())
-            except OSError:  # as many files are open as may be: nobody else can be accepted
+                descriptor = os.dup(listening.fileno())
+            except OSError:  # the limit of open files is reached: nothing else can be accepted
                 return
-            with socket.socket(fileno=copy) as also:
-                also.setblocking(False)
-                for _ in range(others):
+            with socket.socket(fileno=descriptor) as copy:
+                copy.setblocking(False)
+                for _ in range(waiting):
                     try:
-                        connection, _ = also.accept()
-                    except OSError:  # nobody waits; or a limit of the process is reached, of which libuv tells
+                        connection, _ = copy.accept()
+                    except OSError:  # none is waiting; or a limit of the process is reached, which libuv reports
                         break
                     connection.setblocking(False)
                     task = self.create_task(self.connect_accepted_socket(factory, connection))
-                    task.add_done_callback(_heard)
+                    task.add_done_callback(_ignore_error)
 
 
-def _heard(task: "asyncio.Task[Any]") -> None:
-    """A connection that broke as it was accepted is nobody's fault."""
+def _ignore_error(task: "asyncio.Task[Any]") -> None:
+    """Ignore the error of a connection that broke while it was accepted."""
     if not task.cancelled():
         task.exception()

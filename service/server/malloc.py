@@ -1,40 +1,40 @@
-"""The C library's heap: what is large and freed goes back to the machine. Knows nothing of this project.
+"""Configuration of glibc's malloc, so that large freed blocks return to the operating system.
 
-glibc learns from each large block that is freed to keep larger ones: after a body of 30 MB, or a fit over a month of
-truths, everything up to 32 MB comes from a heap that has holes and never shrinks. With fixed limits it does not learn,
-and a block of a MiB and more is a mapping of its own. What is smaller leaves holes, which are given back now and then.
-Elsewhere (musl, macOS) nothing is set.
+By default glibc raises its thresholds with each large block that is freed. After a body of 30 MB, or a fit over many
+labels, blocks up to 32 MB come from a heap that is fragmented and never shrinks. With fixed thresholds, each block of
+1 MiB and more is a separate mapping. Smaller blocks leave holes, which `trim` returns from time to time.
+With another C library (musl, macOS) nothing is configured.
 """
 
 import ctypes
 import os
 from typing import Any
 
-TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # of mallopt(3), by the numbers of malloc.h
-LARGE = 2**20  # bytes; from 4 MiB on, or 32, large bodies were faster, and 64 at once took 480 to 570 MiB, not 290
-KEPT = 2**22  # bytes at the top of the heap that stay for the next request
-ARENAS = 2  # one for the event loop, one for all others; by default there are eight for each core
+TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # of mallopt(3), numbers of malloc.h
+MMAP_BYTES = 2**20  # with 4 or 32 MiB large bodies were faster, but 64 concurrent ones took 480-570 MiB, not 290
+RETAINED_BYTES = 2**22  # at the top of the heap, for the next request
+ARENAS = 2  # one for the event loop, one for all other threads; the default is eight per core
 
 
-def give_back() -> None:
-    """Fix the limits, unless the environment sets some of its own."""
-    mallopt = _of_libc("mallopt")
+def configure() -> None:
+    """Fix the thresholds, unless the environment configures malloc."""
+    mallopt = _libc_function("mallopt")
     if mallopt is not None:
-        for what, value in ((TRIM_THRESHOLD, KEPT), (MMAP_THRESHOLD, LARGE), (ARENA_MAX, ARENAS)):
-            mallopt(what, value)
+        for option, value in ((TRIM_THRESHOLD, RETAINED_BYTES), (MMAP_THRESHOLD, MMAP_BYTES), (ARENA_MAX, ARENAS)):
+            mallopt(option, value)
 
 
-def tidy() -> None:
-    """Give the holes back, the pages between blocks in use of which nothing is in use; to who tunes it leave them.
+def trim() -> None:
+    """Return unused pages between used blocks to the system, unless the environment configures malloc.
 
-    It takes 10 ms for 100 MB of holes, in which most of what others ask of the heap waits.
+    It takes 10 ms for 100 MB of holes. Most allocations of other threads wait meanwhile.
     """
-    trim = _of_libc("malloc_trim")
-    if trim is not None:
-        trim(0)
+    malloc_trim = _libc_function("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
-def _of_libc(name: str) -> Any:
-    """A function of the C library; None where there is no such thing, or the environment sets limits of its own."""
-    tuned = any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ
+def _libc_function(name: str) -> Any:
+    """Return a function of the C library; None if it is missing, or the environment configures malloc."""
+    tuned = any(variable.startswith("MALLOC_") for variable in os.environ) or "GLIBC_TUNABLES" in os.environ
     return None if tuned else getattr(ctypes.CDLL(None), name, None)

@@ -1,138 +1,140 @@
-"""uvicorn's HTTP protocol with what it lacks: limits for what a client sends, and for how slowly it sends and reads.
+"""uvicorn's HTTP protocol with the limits that it lacks: header size, and how slowly a client may send and read.
 
-Knows no routes; the application says what a refusal looks like.
+Independent of routes; the application defines the responses to malformed requests.
 """
 
 import asyncio
 from collections.abc import Iterable
+from math import inf
 from typing import Any, ClassVar
+from weakref import ref
 
 import httptools
+from msgspec import Struct
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.server.direct import Exchange
+from service.server.direct import DirectExchange
 from service.server.limits import HEADER_BYTES
 from service.server.scope import CONTEXT, RequestContext, context_of, hooks_of
-from service.server.timeouts import Deadline, Reader
+from service.server.timeouts import ReadDeadline, SlowReaderWatch
 
 
-class _Nowhere(list[tuple[bytes, bytes]]):
-    """Where trailers go: nobody reads them."""
+class _DiscardTrailers(list[tuple[bytes, bytes]]):
+    """The list of trailers, which is always empty."""
 
     def append(self, _: tuple[bytes, bytes]) -> None:
-        """Forget it."""
+        """Discard a trailer."""
 
 
-class Joining:
-    """Where one answer is written: its head waits for its body, so that both leave in one call of the system."""
+class CoalescingTransport(Struct, eq=False):  # constructed in C
+    """The transport of one response. Its head waits for its body, so that both are sent in one system call."""
 
-    __slots__ = ("_head", "_loop", "_sent", "_transport")
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport, self._loop = transport, loop
-        self._head, self._sent = b"", False
+    transport: asyncio.Transport
+    loop: asyncio.AbstractEventLoop
+    head: bytes = b""
+    started: bool = False
 
     def write(self, data: bytes) -> None:
-        """The first piece waits for the second, but no longer than the event loop takes to come round."""
-        if self._sent:
-            self._transport.write(self._head + data if self._head else data)
-            self._head = b""
+        """Write data. The first piece waits for the second, at most one turn of the event loop."""
+        if self.started:
+            self.transport.write(self.head + data if self.head else data)
+            self.head = b""
         else:
-            self._head, self._sent = data, True
-            self._loop.call_soon(self._flush)
+            self.head, self.started = data, True
+            self.loop.call_soon(self._flush)
 
     def writelines(self, data: Iterable[bytes]) -> None:
-        """A whole answer, at once, behind whatever waits: a `100 Continue`."""
-        self._transport.write(b"".join((self._head, *data)))
-        self._head, self._sent = b"", True
+        """Write a complete response immediately, behind a waiting `100 Continue`."""
+        self.transport.write(b"".join((self.head, *data)))
+        self.head, self.started = b"", True
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """Write what waits, and close the connection."""
         self._flush()
-        self._transport.close()
+        self.transport.close()
 
     def is_closing(self) -> bool:
-        """As a transport's."""
-        return self._transport.is_closing()
+        """Return whether the connection is closing."""
+        return self.transport.is_closing()
 
     def _flush(self) -> None:
-        if self._head:
-            self._transport.write(self._head)
-            self._head = b""
+        if self.head:
+            self.transport.write(self.head)
+            self.head = b""
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """A connection that must say what it wants in time and in few words, and must hear the answer.
+    """A connection with limits on size and duration of a request head, and on how slowly a response is read.
 
-    The rest of a body that was answered early, refused say, is read and thrown away, so that the client hears why and
-    may ask again; that too has an end. Offers of other protocols (`Upgrade: h2c`, websockets) are not taken up.
+    The rest of a body whose response was sent early, a refusal for example, is read and discarded within a time limit,
+    so that the client receives the response. Upgrades (`Upgrade: h2c`, websockets) are ignored.
     """
 
     seconds: ClassVar[float] = 30.0
 
     def connection_made(self, transport: Any) -> None:
-        """A client came; it has a time to ask."""
+        """Start the deadline of the first request."""
         super().connection_made(transport)
-        self._words = 0  # bytes that came since the last that were of a body: headers, trailers, empty lines
-        self._asking = False  # between a request's first byte and the end of its headers
-        self._deaf = False  # once refused; what comes then is not read
-        self._deadline = Deadline(self.loop, self._too_late)
-        self._reader = Reader(self.loop, transport, self.seconds)
-        self._deadline.set(self.seconds)
+        self._non_body_bytes = 0  # received since the last byte of a body: headers, trailers, empty lines
+        self._reading_head = False  # between the first byte of a request and the end of its headers
+        self._input_closed = False  # after a protocol error; input is ignored
+        self._deadline = ReadDeadline(self.loop, self._time_out, self.seconds)
+        self._slow_reader: SlowReaderWatch | None = None  # while a response is not read
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client left; whoever works for it may stop."""
+        """Stop the timers and mark the request as disconnected."""
         self._deadline.stop()
-        self._reader.stop()
+        if self._slow_reader is not None:
+            self._slow_reader.stop()
         if self.cycle is not None:
             context_of(self.cycle.scope).disconnected = True
         super().connection_lost(exc)
         if self.cycle is not None:
-            self.cycle.body = bytearray()  # read by nobody now, and the cycle would keep it until a collection
+            self.cycle.body = bytearray()  # the cycle would retain it until a garbage collection
 
     def data_received(self, data: bytes) -> None:
-        """Bytes came; of those that are of no body there must not be too many."""
-        if self._deaf:
+        """Parse bytes; refuse too many bytes outside of bodies."""
+        if self._input_closed:
             return
-        self._words += len(data)  # whatever of a body is among them makes it 0 again
+        self._non_body_bytes += len(data)  # on_body resets it
         while data:
             try:
                 self.parser.feed_data(data)
                 break
-            except httptools.HttpParserUpgrade as offer:
-                data = self._declined(data[offer.args[0] :])
+            except httptools.HttpParserUpgrade as upgrade:
+                data = self._rebuild_without_upgrade(data[upgrade.args[0] :])
             except httptools.HttpParserError:
                 self._refuse(400, "this is no HTTP request")
                 break
-        if self._words > HEADER_BYTES:
+        if self._non_body_bytes > HEADER_BYTES:
             self._refuse(431, f"more than {HEADER_BYTES} bytes of headers")
 
     def on_message_begin(self) -> None:
-        """The first byte of a request."""
+        """Start the deadline of the request head."""
         super().on_message_begin()
-        self._asking = True
+        self._reading_head = True
         self._deadline.set(self.seconds)
 
     def on_headers_complete(self) -> None:
-        """The body has its own limits."""
-        if self._words > HEADER_BYTES and self._head_bytes() > HEADER_BYTES:
+        """Clear the deadline: the body has its own limits. Add the context to the scope."""
+        if self._non_body_bytes > HEADER_BYTES and self._head_bytes() > HEADER_BYTES:
             self._refuse(431, f"more than {HEADER_BYTES} bytes of headers")
             raise ValueError("refused")  # so that the parser stops
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
                 raise ValueError("this is no proxy")
-            return  # the parser would skip the body, and what comes next
-        self._deadline.clear()
-        self._asking, self._words = False, 0
+            return  # the parser would skip the body and the next request
+        self._deadline.due = inf
+        self._reading_head, self._non_body_bytes = False, 0
         super().on_headers_complete()
-        self.cycle.scope[CONTEXT] = RequestContext(Exchange(self, self.cycle))  # type: ignore[literal-required]  # ours
-        self.cycle.transport = Joining(self.transport, self.loop)  # type: ignore[assignment]  # all that it uses of one
-        self.headers = _NOWHERE
+        self.cycle.scope[CONTEXT] = RequestContext(DirectExchange(self, ref(self.cycle)))  # type: ignore[literal-required]  # our own key
+        self.cycle.transport = CoalescingTransport(self.transport, self.loop)  # type: ignore[assignment]  # has the methods that it uses
+        self.headers = _NO_TRAILERS
 
     def on_body(self, body: bytes) -> None:
-        """A piece of a body; nobody waits for that of a request that is answered."""
-        self._words = 0
+        """Buffer a piece of a body; discard it if the response is complete."""
+        self._non_body_bytes = 0
         cycle = self.cycle
         if not cycle.response_complete:
             cycle.body = _joined(cycle.body, body) if cycle.body else body  # type: ignore[assignment]  # bytes serve too
@@ -140,99 +142,104 @@ class BoundedProtocol(HttpToolsProtocol):
                 self.flow.pause_reading()
             cycle.message_event.set()
 
-    def taken_in(self) -> None:
-        """A body is whole of which the parser never heard; another one reads what comes next."""
+    def upload_complete(self) -> None:
+        """Continue with a new parser: the old one has not seen the body."""
         self.parser = httptools.HttpRequestParser(self)
         self.transport.set_protocol(self)
         self.on_message_complete()
 
-    def breathe(self) -> None:
-        """Read on when the event loop has come round: others wait for it while a fast client sends."""
+    def yield_to_loop(self) -> None:
+        """Pause reading for one turn of the event loop: other connections wait while a fast client sends."""
         self.flow.pause_reading()
-        self.loop.call_soon(self._read_on)
+        self.loop.call_soon(self._resume_reading)
 
     def on_message_complete(self) -> None:
-        """A request is whole."""
-        if not self._asking:  # else it makes an offer, and is read again
-            self._words = 0
+        """Mark the body as complete."""
+        if not self._reading_head:  # otherwise it asks for an upgrade, and is parsed again
+            self._non_body_bytes = 0
             self.cycle.more_body = False
             self.cycle.message_event.set()
 
     def on_response_complete(self) -> None:
-        """An answer is out; the rest of its request, if any, and the next one's first byte have a time to come."""
+        """Start the next request, or the deadline for the rest of this one or the first byte of the next."""
         self.server_state.total_requests += 1
         if self.transport.is_closing():
-            self._reader.watch()
+            self._watch_reader()
             return
         self.flow.resume_reading()
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
-        elif not self._asking:
+        elif not self._reading_head:
             self._deadline.set(self.seconds if self.cycle.more_body else self.timeout_keep_alive)
 
     def pause_writing(self) -> None:
-        """The client does not read as fast as it is answered."""
+        """Watch a client that does not read fast enough."""
         super().pause_writing()
-        self._reader.watch()
+        self._watch_reader()
 
     def resume_writing(self) -> None:
-        """It has caught up."""
+        """Stop watching: the client has caught up."""
         super().resume_writing()
-        if not self.transport.is_closing():
-            self._reader.stop()
+        if not self.transport.is_closing() and self._slow_reader is not None:
+            self._slow_reader.stop()
 
-    def _read_on(self) -> None:
+    def _resume_reading(self) -> None:
         if not self.transport.is_closing():
             self.flow.resume_reading()
 
     def _head_bytes(self) -> int:
         return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
 
-    def _declined(self, rest: bytes) -> bytes:
-        """A request to be read again as if it had offered no other protocol: its parser has given up by now."""
+    def _rebuild_without_upgrade(self, rest: bytes) -> bytes:
+        """Return the request without its upgrade, to be parsed by a new parser: the old one has stopped."""
         version = self.parser.get_http_version().encode()
         head = [self.parser.get_method(), b" ", self.url, b" HTTP/", version, b"\r\n"]
         for name, value in self.headers:
             if name != b"upgrade":
                 head += [name, b": ", value, b"\r\n"]
         self.parser = httptools.HttpRequestParser(self)
-        again = b"".join((*head, b"\r\n", rest))
-        self._words = len(again)
-        return again
+        request = b"".join((*head, b"\r\n", rest))
+        self._non_body_bytes = len(request)
+        return request
 
-    def _too_late(self) -> None:
-        if self._asking:
+    def _time_out(self) -> None:
+        if self._reading_head:
             self._refuse(408, f"the headers did not arrive in {self.seconds:g} s")
         else:
             self._close()
 
     def _refuse(self, status: int, detail: str) -> None:
-        """Answer what is no request, once, and hang up; who asked before on this connection is answered first."""
-        if self._deaf:
+        """Respond to a protocol error once, and close. Earlier requests of the connection get their response first."""
+        if self._input_closed:
             return
-        self._deaf, cycle = True, self.cycle
-        answering = cycle is not None and not cycle.response_complete
-        if answering and (self.pipeline or cycle.response_started or not cycle.more_body):
+        self._input_closed, cycle = True, self.cycle
+        responding = cycle is not None and not cycle.response_complete
+        if responding and (self.pipeline or cycle.response_started or not cycle.more_body):
             cycle.keep_alive = False
             return
         hooks = hooks_of(self.app_state)
-        if hooks and (cycle is None or cycle.response_complete != cycle.more_body):  # the rest of a body is no request
-            path = self.url.decode("latin-1").partition("?")[0] if self._asking or answering else ""
+        if hooks and (cycle is None or cycle.response_complete != cycle.more_body):  # not for the rest of a body
+            path = self.url.decode("latin-1").partition("?")[0] if self._reading_head or responding else ""
             response = hooks.protocol_error_response(status, detail, path)
-            self.transport.write(response.wire((*self.server_state.default_headers, *response.raw_headers)))
+            self.transport.write(response.encode_http1((*self.server_state.default_headers, *response.raw_headers)))
         self._close()
 
     def _close(self) -> None:
         self.transport.close()
-        self._reader.watch()
+        self._watch_reader()
+
+    def _watch_reader(self) -> None:
+        if self._slow_reader is None:
+            self._slow_reader = SlowReaderWatch(self.loop, self.transport, self.seconds)
+        self._slow_reader.start()
 
 
-def _joined(held: bytes | bytearray, more: bytes) -> bytes | bytearray:
-    """Return what came behind what came before; the first piece, which often is the only one, was not copied."""
-    if isinstance(held, bytes):
-        held = bytearray(held)
-    held += more
-    return held
+def _joined(body: bytes | bytearray, piece: bytes) -> bytes | bytearray:
+    """Return a body with a further piece. The first piece, often the only one, is not copied."""
+    if isinstance(body, bytes):
+        body = bytearray(body)
+    body += piece
+    return body
 
 
-_NOWHERE = _Nowhere()
+_NO_TRAILERS = _DiscardTrailers()

@@ -1,4 +1,4 @@
-"""The interface between server and application: what they hand to each other through ASGI scopes, typed.
+"""The interface between server and application: the objects that they share through ASGI scopes, typed.
 
 The server puts a `RequestContext` into the scope of each request. The application puts its `ServerHooks` into the state
 of the lifespan. Every other server runs the same application without either of them.
@@ -8,36 +8,38 @@ from collections.abc import Callable, Mapping, MutableMapping
 from operator import itemgetter
 from typing import Any, Protocol
 
-from service.server.body_budget import Held
-from service.server.direct import Exchange, Written
+from msgspec import Struct
+
+from service.server.body_budget import BodyReservation
+from service.server.direct import DirectExchange
+from service.server.responses import BytesResponse
 
 CONTEXT = "engine_health.context"  # the key in the scope of a request
 HOOKS = "engine_health.hooks"  # the key in the state of the lifespan
 
 
-class RequestContext:
+class RequestContext(Struct, eq=False):  # constructed in C
     """The state of one request that ASGI has no place for. Copies of a scope share it.
 
     Attributes:
         exchange: direct access to the request and its response; None under another server.
-        disconnected: whether the client has left; may be read in any thread. Only our server sets it.
+        disconnected: whether the client has disconnected; may be read in any thread. Only our server sets it.
         headers: the last value of each header name; set by the middleware.
+        content_length: bytes of the body according to its header, 0 without one; set by the middleware.
         reservation: the memory that the body holds; set by the middleware.
     """
 
-    __slots__ = ("disconnected", "exchange", "headers", "reservation")
-
-    headers: Mapping[bytes, bytes]
-    reservation: Held
-
-    def __init__(self, exchange: Exchange | None = None) -> None:
-        self.exchange, self.disconnected = exchange, False
+    exchange: DirectExchange | None = None
+    disconnected: bool = False
+    headers: Mapping[bytes, bytes] = {}
+    content_length: int = 0
+    reservation: BodyReservation = None  # type: ignore[assignment]  # set by the middleware before any use
 
 
 class ServerHooks(Protocol):
     """The calls that our server makes to the application outside of requests."""
 
-    def protocol_error_response(self, status: int, detail: str, path: str) -> Written:
+    def protocol_error_response(self, status: int, detail: str, path: str) -> BytesResponse:
         """Return the response to bytes that are no request, and count and log it.
 
         Args:

@@ -1,77 +1,78 @@
-"""Limits of time for a connection: for what it is to send, and for what it is to read. Knows no HTTP."""
+"""Time limits of a connection: for what the client sends, and for how fast it reads. Independent of HTTP."""
 
 import asyncio
 from collections.abc import Callable
 from math import inf
 
 
-class Deadline:
-    """A moment by which something must have happened; moved with every request, it rarely needs a new timer."""
+class ReadDeadline:
+    """A time by which the client must have sent something. Moving it rarely needs a new timer.
 
-    __slots__ = ("_due", "_loop", "_passed", "_rings", "_timer")
+    Attributes:
+        due: the time of the event loop at which it expires; `inf` while there is no deadline.
+    """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, passed: Callable[[], None]) -> None:
-        self._loop, self._passed = loop, passed
-        self._due = self._rings = inf
-        self._timer: asyncio.TimerHandle | None = None
+    __slots__ = ("_expired", "_loop", "_timer", "_timer_at", "due")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, expired: Callable[[], None], seconds: float) -> None:
+        """Set the first deadline; `expired` is called when a deadline is reached."""
+        self._loop, self._expired = loop, expired
+        self.due = self._timer_at = loop.time() + seconds
+        self._timer: asyncio.TimerHandle | None = loop.call_at(self.due, self._check)
 
     def set(self, seconds: float) -> None:
-        """From now on it is so many seconds away."""
-        self._due = self._loop.time() + seconds
-        if self._due < self._rings:
-            self._ring()
-
-    def clear(self) -> None:
-        """There is none; a timer that rings finds nothing to do."""
-        self._due = inf
+        """Move the deadline to `seconds` from now."""
+        self.due = self._loop.time() + seconds
+        if self.due < self._timer_at:
+            self._start_timer()
 
     def stop(self) -> None:
-        """There will be none."""
-        self._due = self._rings = inf
+        """Remove the deadline and its timer for ever."""
+        self.due = self._timer_at = inf
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _ring(self) -> None:
+    def _start_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._rings = self._due
-        self._timer = self._loop.call_at(self._rings, self._rang)
+        self._timer_at = self.due
+        self._timer = self._loop.call_at(self._timer_at, self._check)
 
-    def _rang(self) -> None:
-        self._timer, self._rings = None, inf
-        if self._due <= self._loop.time():
-            self._due = inf
-            self._passed()
-        elif self._due < inf:
-            self._ring()
+    def _check(self) -> None:
+        self._timer, self._timer_at = None, inf
+        if self.due <= self._loop.time():
+            self.due = inf
+            self._expired()
+        elif self.due < inf:
+            self._start_timer()
 
 
-class Reader:
-    """Whether a client reads what waits for it: half of it in every so many seconds, or it is cut off."""
+class SlowReaderWatch:
+    """Disconnects a client that reads less than half of its pending response in each period of `seconds`."""
 
-    __slots__ = ("_left", "_loop", "_seconds", "_timer", "_transport")
+    __slots__ = ("_loop", "_pending", "_seconds", "_timer", "_transport")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport, seconds: float) -> None:
         self._loop, self._transport, self._seconds = loop, transport, seconds
         self._timer: asyncio.TimerHandle | None = None
-        self._left = 0
+        self._pending = 0
 
-    def watch(self) -> None:
-        """Begin, if anything waits."""
-        if self._timer is None and (left := self._transport.get_write_buffer_size()):
-            self._left = left
-            self._timer = self._loop.call_later(self._seconds, self._look)
+    def start(self) -> None:
+        """Start if anything is pending."""
+        if self._timer is None and (pending := self._transport.get_write_buffer_size()):
+            self._pending = pending
+            self._timer = self._loop.call_later(self._seconds, self._check)
 
     def stop(self) -> None:
-        """It has read enough, or is gone."""
+        """Stop: the client has read enough, or has disconnected."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         self._timer = None
-        if self._transport.get_write_buffer_size() > self._left / 2:
+        if self._transport.get_write_buffer_size() > self._pending / 2:
             self._transport.abort()
         else:
-            self.watch()
+            self.start()

@@ -1,6 +1,6 @@
-"""A large body on its way, which the system writes straight to where it stays: no parser sees it, nobody copies it.
+"""Receive a large body directly into its buffer: no parser reads it and nothing copies it.
 
-While it comes, this is the protocol of its connection. Knows no HTTP but that the length was announced.
+During the upload a `BodyUpload` is the protocol of the connection. It needs the length from the headers, no other HTTP.
 """
 
 import asyncio
@@ -9,98 +9,103 @@ from typing import Protocol
 
 from service.errors import ClientGone, ServiceError
 
-STEP = 1 << 20  # bytes for which room is taken at most at a time, before they come
-LEAST = 1 << 16  # and at least; between, as much as came already: who only announces holds no room of others
-_SCRAP = memoryview(bytearray(LEAST))  # where bytes go that nobody reads
+MAX_STEP = 1 << 20  # bytes charged at most before they arrive
+MIN_STEP = 1 << 16  # bytes charged at least; between, as many as have arrived: an announced length charges nothing
+_DISCARDED = memoryview(bytearray(MIN_STEP))  # receives bytes that are not read
 
 
-class Outer(Protocol):
-    """The protocol whose connection it is."""
+class ParentProtocol(Protocol):
+    """The protocol that the connection has before and after the upload."""
 
-    def taken_in(self) -> None:
-        """The last byte of the body is there; what follows is its own again."""
+    def upload_complete(self) -> None:
+        """Take the connection back: the last byte of the body has arrived."""
 
-    def breathe(self) -> None:
-        """Read no more of this connection before the event loop has come round."""
+    def yield_to_loop(self) -> None:
+        """Pause reading for one turn of the event loop."""
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """As asyncio's."""
+        """Handle the event as an asyncio.Protocol does."""
 
     def eof_received(self) -> bool | None:
-        """As asyncio's."""
+        """Handle the event as an asyncio.Protocol does."""
 
     def pause_writing(self) -> None:
-        """As asyncio's."""
+        """Handle the event as an asyncio.Protocol does."""
 
     def resume_writing(self) -> None:
-        """As asyncio's."""
+        """Handle the event as an asyncio.Protocol does."""
 
 
-class Intake(asyncio.BufferedProtocol):
-    """A body whose first bytes are there; `whole` is done when all are, or tells why they will never be."""
+class BodyUpload(asyncio.BufferedProtocol):
+    """The protocol of a connection during an upload. `complete` is the future of the error, None for success."""
 
-    def __init__(self, outer: Outer, first: bytes | bytearray, place: memoryview, take: Callable[[int], None]) -> None:
-        """Begin.
+    def __init__(
+        self, parent: ParentProtocol, first: bytes | bytearray, buffer: memoryview, charge: Callable[[int], None]
+    ) -> None:
+        """Start with the bytes that have already arrived.
 
         Args:
-            outer: whose connection it is.
-            first: what came with the headers.
-            place: for the whole body, and as long.
-            take: asked for room, so many bytes of it at a time; it may refuse.
+            parent: the protocol of the connection.
+            first: the bytes that arrived with the headers.
+            buffer: memory for the whole body; its length is that of the body.
+            charge: charges bytes to the budget before they arrive; may raise Overloaded.
 
         Raises:
-            Overloaded: it refuses room for the first bytes.
+            Overloaded: the budget has no memory for the first bytes.
         """
-        take(len(first))
-        place[: len(first)] = first
-        self.whole: asyncio.Future[ServiceError | None] = asyncio.get_running_loop().create_future()
-        self._outer, self._take, self._view = outer, take, place
-        self._at = self._taken = len(first)
-        self._length, self._dropped = len(place), False
-        if self._at == self._length:
-            self._end(None)
+        charge(len(first))
+        buffer[: len(first)] = first
+        self.complete: asyncio.Future[ServiceError | None] = asyncio.get_running_loop().create_future()
+        self._parent, self._charge, self._view = parent, charge, buffer
+        self._received = self._charged = len(first)
+        self._length, self._discarding = len(buffer), False
+        if self._received == self._length:
+            self._finish(None)
 
-    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002  # as asyncio has it
-        """Where the next bytes go, once there is room for them; none is there for a byte that is not of this body."""
-        if self._taken == self._at and not self._dropped:
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002  # part of asyncio.BufferedProtocol
+        """Return memory for the next bytes, charged before. It never reaches beyond this body."""
+        if self._charged == self._received and not self._discarding:
             try:
-                self._take(more := min(STEP, max(LEAST, self._at), self._length - self._at))
-                self._taken += more
+                step = min(MAX_STEP, max(MIN_STEP, self._received), self._length - self._received)
+                self._charge(step)
+                self._charged += step
             except ServiceError as refusal:
-                self._end(refusal)
-                self.drop()
-        return self._view[: self._length - self._at] if self._dropped else self._view[self._at : self._taken]
+                self._finish(refusal)
+                self.discard_rest()
+        if self._discarding:
+            return self._view[: self._length - self._received]
+        return self._view[self._received : self._charged]
 
     def buffer_updated(self, nbytes: int) -> None:
-        """So many bytes came."""
-        self._at += nbytes
-        if self._at == self._length:
-            self._end(None)
-            self._outer.taken_in()
-        elif self._at == self._taken:  # more is there perhaps: libuv would read on, up to 32 times
-            self._outer.breathe()
+        """Count bytes that have arrived."""
+        self._received += nbytes
+        if self._received == self._length:
+            self._finish(None)
+            self._parent.upload_complete()
+        elif self._received == self._charged:  # more may be waiting: libuv would read up to 32 times in a row
+            self._parent.yield_to_loop()
 
-    def drop(self) -> None:
-        """The place is wanted back: whatever is still to come is read and thrown away."""
-        self._dropped, self._view = True, _SCRAP
+    def discard_rest(self) -> None:
+        """Stop writing to the buffer; the rest of the body is read and discarded."""
+        self._discarding, self._view = True, _DISCARDED
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client left."""
-        self._end(ClientGone("the client left before its body was whole"))
-        self._outer.connection_lost(exc)
+        """Finish with an error: the client disconnected."""
+        self._finish(ClientGone("the client left before its body was whole"))
+        self._parent.connection_lost(exc)
 
     def eof_received(self) -> bool | None:
-        """The client sends no more."""
-        return self._outer.eof_received()
+        """Pass the event on: the client sends no more."""
+        return self._parent.eof_received()
 
     def pause_writing(self) -> None:
-        """The client does not read as fast as it is answered."""
-        self._outer.pause_writing()
+        """Pass the event on: the client does not read fast enough."""
+        self._parent.pause_writing()
 
     def resume_writing(self) -> None:
-        """It has caught up."""
-        self._outer.resume_writing()
+        """Pass the event on: the client has caught up."""
+        self._parent.resume_writing()
 
-    def _end(self, error: ServiceError | None) -> None:
-        if not self.whole.done():
-            self.whole.set_result(error)
+    def _finish(self, error: ServiceError | None) -> None:
+        if not self.complete.done():
+            self.complete.set_result(error)

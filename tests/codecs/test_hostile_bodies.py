@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from model.evaluation.evaluate import ARTEFACT
-from service.codecs.predict_request import evaluate_json, read_predict
+from service.api.evaluate import evaluate_logits
+from service.codecs.predict_request import read_evaluate, read_predict
 from service.errors import InvalidInput, NotJson
 from service.inference.model_loader import Model, open_model
 
@@ -19,6 +20,8 @@ import resource, sys
 from model.evaluation.evaluate import ARTEFACT
 from service.codecs import number_parser
 from service.codecs.predict_request import evaluate_json, read_predict
+from service.api.evaluate import evaluate_logits
+from service.codecs.predict_request import read_evaluate, read_predict
 from service.errors import ServiceError
 from service.inference.model_loader import open_model
 model, body = open_model(ARTEFACT), sys.stdin.buffer.read()
@@ -28,7 +31,7 @@ def most():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = most()
 try:
-    evaluate_json(body, ("a", "b"), 10**9) if b"logits" in body else read_predict(body, model, 10**9)
+    evaluate_logits(read_evaluate(body, ("a", "b"), 10**9)) if b"logits" in body else read_predict(body, model, 10**9)
 except ServiceError as error:
     print(most() - before, error.detail)
 """
@@ -81,7 +84,9 @@ def test_wrong_logits_far_behind_are_named_by_their_place() -> None:
     rows = np.random.default_rng(0).normal(0, 1, (200_000, 3)).tolist()
     rows[150_000][2] = "1"
     with pytest.raises(InvalidInput) as refused:
-        evaluate_json(json.dumps({"logits": rows, "labels": [0] * len(rows)}).encode(), ("a", "b", "c"), 10**6)
+        evaluate_logits(
+            read_evaluate(json.dumps({"logits": rows, "labels": [0] * len(rows)}).encode(), ("a", "b", "c"), 10**6)
+        )
     assert [fault.loc for fault in refused.value.faults] == [("logits", 150_000, 2)]
 
 

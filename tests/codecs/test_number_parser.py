@@ -13,11 +13,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from model.evaluation.evaluate import ARTEFACT
+from service.api.evaluate import evaluate_logits
 from service.codecs import json_numbers as arrays
 from service.codecs.json_numbers import FLOAT32_MOST, PIECE, columns, fits_float32, numbers, table, tables, to_float32
 from service.codecs.number_parser import DECLINED, NumberParser, PortableParser, SimdjsonParser
 from service.codecs.oip_tensors import read
-from service.codecs.predict_request import evaluate_json, read_predict
+from service.codecs.predict_request import read_evaluate, read_predict
 from service.errors import InputRejected
 from service.inference.model_loader import open_model
 from tests.support.processes import absent, running
@@ -130,7 +131,7 @@ def predicted(body: bytes | memoryview) -> None:
 
 
 def evaluated(body: bytes | memoryview) -> None:
-    evaluate_json(body, ("a", "b", "c"), 10)
+    evaluate_logits(read_evaluate(body, ("a", "b", "c"), 10))
 
 
 def inferred(body: bytes | memoryview) -> None:

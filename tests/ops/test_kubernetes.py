@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from service.errors import SettingsRejected
-from service.serve import GRACE_SECONDS
+from service.server.config import GRACE_SECONDS
 from service.settings import PREFIX, Settings, read_settings
 from tests.support.processes import running
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from service.server.event_loop import MOST_AT_ONCE, Loop
+from service.server.event_loop import MAX_ACCEPTED, BatchAcceptLoop
 
 CLIENTS = 200
 
@@ -50,17 +50,17 @@ async def turns_until_all_are_in(seconds: float) -> int:
 
 def test_all_who_connected_while_the_loop_was_busy_are_accepted_at_once() -> None:
     """Two hundred connections that wait are accepted in a few turns if those are long, and each of them is answered."""
-    with asyncio.Runner(loop_factory=Loop) as runner:
+    with asyncio.Runner(loop_factory=BatchAcceptLoop) as runner:
         assert CLIENTS / 10 > runner.run(turns_until_all_are_in(0.02))
-    assert CLIENTS < MOST_AT_ONCE
+    assert CLIENTS < MAX_ACCEPTED
 
 
 def test_an_idle_loop_leaves_connections_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where turns are short each takes a connection or two, so that several workers share those who come at once."""
     monkeypatch.setattr(
-        "service.server.event_loop.SECONDS_EACH", 60.0
+        "service.server.event_loop.SECONDS_PER_CONNECTION", 60.0
     )  # however busy this machine is, a turn is short beside it
-    with asyncio.Runner(loop_factory=Loop) as runner:
+    with asyncio.Runner(loop_factory=BatchAcceptLoop) as runner:
         assert CLIENTS / 10 < runner.run(turns_until_all_are_in(0))
 
 
@@ -94,7 +94,7 @@ def test_a_busy_loop_with_no_descriptor_left_goes_on() -> None:
         await server.wait_closed()
         return raised
 
-    with asyncio.Runner(loop_factory=Loop) as runner:
+    with asyncio.Runner(loop_factory=BatchAcceptLoop) as runner:
         assert [] == runner.run(scene())
 
 
@@ -116,5 +116,5 @@ def test_a_server_that_is_closed_accepts_nobody_more() -> None:
                 refused = True
         assert refused
 
-    with asyncio.Runner(loop_factory=Loop) as runner:
+    with asyncio.Runner(loop_factory=BatchAcceptLoop) as runner:
         runner.run(scene())

@@ -13,7 +13,7 @@ HELD = """
 import numpy as np
 from service.server import malloc
 if {fixed}:
-    malloc.give_back()
+    malloc.configure()
 def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1024
 for size in (31, 24, 16):  # glibc learns from what is freed
@@ -45,14 +45,14 @@ def test_large_blocks_go_back_to_the_machine() -> None:
 HOLES = """
 import numpy as np
 from service.server import malloc
-malloc.give_back()
+malloc.configure()
 def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1024
 blocks = [np.ones(1 << 19, np.uint8) for _ in range(400)]
 before = resident()
 del blocks[::2]
 held = resident()
-malloc.tidy()
+malloc.trim()
 print(before - held, held - resident(), sum(block.sum(dtype=int) for block in blocks) == len(blocks) << 19)
 """
 
@@ -71,11 +71,11 @@ def test_holes_are_given_back() -> None:
 
 def test_a_process_without_threads_to_spare_is_tidied_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no thread is to be had the heap stays as it is, and whatever else the service does now and then goes on."""
-    monkeypatch.setattr(lifecycle, "TIDY_SECONDS", 0.001)
+    monkeypatch.setattr(lifecycle, "MALLOC_TRIM_SECONDS", 0.001)
 
     async def scene() -> None:
         await asyncio.get_running_loop().shutdown_default_executor()
-        tidying = asyncio.create_task(lifecycle._keep_tidy())
+        tidying = asyncio.create_task(lifecycle._trim_malloc())
         assert not (await asyncio.wait([tidying], timeout=0.1))[0]
         tidying.cancel()
 

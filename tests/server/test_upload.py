@@ -13,8 +13,8 @@ from starlette.requests import Request
 from model.windows import Readings
 from service.server import upload
 from service.server.body import read_large
-from service.server.body_budget import KEPT, Buffer, Held
-from service.server.event_loop import Loop
+from service.server.body_budget import MAX_SPARE_BYTES, BodyBudget, BodyReservation
+from service.server.event_loop import BatchAcceptLoop
 from service.server.scope import context_of
 from tests.support.bodies import INFER, binary
 from tests.support.processes import Service, resident, running, until
@@ -152,7 +152,7 @@ def test_two_lengths_are_no_request(service: Service) -> None:
 
 def test_clients_that_leave_within_large_bodies_leave_nothing_behind() -> None:
     """However many come together and hang up, no memory but that of one body stays."""
-    most = HEAD + b"Content-Length: %d\r\n\r\n" % KEPT + bytes(KEPT - 1)
+    most = HEAD + b"Content-Length: %d\r\n\r\n" % MAX_SPARE_BYTES + bytes(MAX_SPARE_BYTES - 1)
     with running() as service:
         before = resident(service)
         for gone in (8, 16, 24):
@@ -160,7 +160,7 @@ def test_clients_that_leave_within_large_bodies_leave_nothing_behind() -> None:
                 for _ in range(8):
                     leaving.enter_context(connected(service)).sendall(most)
             until(lambda gone=gone: gone == service.metrics()['engine_health_rejected_total{reason="client_gone"}'])
-        assert resident(service) - before < 4 * KEPT / MIB
+        assert resident(service) - before < 4 * MAX_SPARE_BYTES / MIB
 
 
 def test_who_announces_much_and_sends_little_leaves_the_room_to_others(many: Readings) -> None:
@@ -181,13 +181,13 @@ def test_who_announces_much_and_sends_little_leaves_the_room_to_others(many: Rea
 def test_a_body_that_comes_fast_is_read_a_step_each_time_the_loop_comes_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """However much of it waits to be read, others have their turn after each step."""
     step, length, taken = 1 << 12, 2 * MIB, [0]
-    monkeypatch.setattr(upload, "STEP", step)
-    monkeypatch.setattr(upload, "LEAST", step)
+    monkeypatch.setattr(upload, "MAX_STEP", step)
+    monkeypatch.setattr(upload, "MIN_STEP", step)
 
     async def application(scope: Any, receive: Any, _send: Any) -> None:
         context = context_of(scope)
-        held = context.reservation = Held(Buffer(length))
-        context.headers = dict(scope["headers"])
+        held = context.reservation = BodyReservation(BodyBudget(length))
+        context.headers, context.content_length = dict(scope["headers"]), length
         await asyncio.sleep(0.1)  # until much of the body waits
 
         def turn() -> None:
@@ -205,7 +205,7 @@ def test_a_body_that_comes_fast_is_read_a_step_each_time_the_loop_comes_round(mo
             await whole.wait()
 
     whole = asyncio.Event()
-    with asyncio.Runner(loop_factory=Loop) as runner:
+    with asyncio.Runner(loop_factory=BatchAcceptLoop) as runner:
         runner.run(send_fast())
     assert length == taken[-1]
     assert step >= max(after - before for before, after in pairwise(taken) if before)
@@ -213,35 +213,35 @@ def test_a_body_that_comes_fast_is_read_a_step_each_time_the_loop_comes_round(mo
 
 def test_body_view_after_release_raises_and_mapping_is_reused() -> None:
     """A reader that was not waited for gets an error, never the bytes of the next body in the same memory."""
-    budget = Buffer(4 * MIB)
-    first, second = Held(budget), Held(budget)
-    view = first.place(2 * MIB)
+    budget = BodyBudget(4 * MIB)
+    first, second = BodyReservation(budget), BodyReservation(budget)
+    view = first.allocate(2 * MIB)
     view[:4] = b"mine"
-    spare = first._mapping
+    spare = first.mapping
     first.release()
     with pytest.raises(ValueError, match="released"):
         bytes(view[:4])
-    assert MIB == len(second.place(MIB))
-    assert spare is second._mapping
+    assert MIB == len(second.allocate(MIB))
+    assert spare is second.mapping
 
 
 def test_body_view_in_use_keeps_its_bytes_after_release() -> None:
     """Memory that an array still uses is given to no other body, and its bytes stay as they are."""
-    budget = Buffer(4 * MIB)
-    first, second = Held(budget), Held(budget)
-    view = first.place(MIB)
+    budget = BodyBudget(4 * MIB)
+    first, second = BodyReservation(budget), BodyReservation(budget)
+    view = first.allocate(MIB)
     view[:4] = b"mine"
     array = np.frombuffer(view, np.uint8)
     first.release()
-    second.place(MIB)[:4] = b"next"
+    second.allocate(MIB)[:4] = b"next"
     assert b"mine" == array[:4].tobytes()
 
 
 def test_body_larger_than_the_spare_mapping_is_closed_on_release() -> None:
     """Of a body above the limit of the spare mapping nothing stays, and its view is invalid."""
-    budget = Buffer(4 * KEPT)
-    held = Held(budget)
-    view = held.place(KEPT + 1)
+    budget = BodyBudget(4 * MAX_SPARE_BYTES)
+    held = BodyReservation(budget)
+    view = held.allocate(MAX_SPARE_BYTES + 1)
     held.release()
     assert budget.spare is None
     with pytest.raises(ValueError, match="released"):

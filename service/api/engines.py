@@ -1,0 +1,65 @@
+"""The routes of stored engines: the latest health of all, and the history of one."""
+
+from fastapi import APIRouter, Request, Response
+
+from service.api.offload import Offloader
+from service.api.openapi import document_query
+from service.api.requests import EnginesQuery, HistoryQuery
+from service.codecs.requests import parse_query
+from service.codecs.store_requests import engines_json, history_json, read_cursor, read_moment, sensors_json
+from service.errors import Fault, InvalidInput, Unknown
+from service.lifecycle import Lifecycle
+from service.server.responses import json_response
+from service.store.sql import queries
+
+MAX_SENSOR_FLIGHTS = 500  # of one engine, for its sensors
+
+
+def build_router(lifecycle: Lifecycle, offloader: Offloader) -> APIRouter:
+    """Return the router of stored engines."""
+    router = APIRouter(tags=["memory"])
+
+    @router.get("/v1/engines", openapi_extra=document_query("EnginesResponse", EnginesQuery))
+    async def engines(request: Request) -> Response:
+        """The latest health of every remembered engine, worst first, a hundred a page."""
+        parameters = parse_query(request.query_params.multi_items(), EnginesQuery)
+        store, classes = lifecycle.require_store(), lifecycle.ready_predictor().model.manifest.classes
+        page = await store.engines(_page_query(parameters, classes))
+        return await offloader.run(lambda: json_response(engines_json(page)))
+
+    @router.get("/v1/engines/{engine_id:path}", openapi_extra=document_query("HistoryResponse", HistoryQuery))
+    async def history(engine_id: str, request: Request) -> Response:
+        """Everything that was predicted of an engine, oldest first; with `superseded=true` also what counts no more."""
+        parameters = parse_query(request.query_params.multi_items(), HistoryQuery)
+        store = lifecycle.require_store()
+        predictions = await store.history(engine_id, parameters.superseded)
+        if predictions is None:
+            raise Unknown(f"nothing is remembered of an engine {engine_id[:200]!r}")
+        body = await offloader.run(lambda: history_json(engine_id, predictions))
+        if parameters.sensors:
+            manifest = lifecycle.ready_predictor().model.manifest
+            cycles, readings = await store.sensors(engine_id, manifest.channel_names, MAX_SENSOR_FLIGHTS)
+            body["sensors"] = await offloader.run(lambda: sensors_json(manifest, cycles, readings))
+        return await offloader.run(lambda: json_response(body))
+
+    return router
+
+
+def _page_query(parameters: EnginesQuery, classes: tuple[str, ...]) -> queries.Wanted:
+    """Return the query of one page.
+
+    Raises:
+        InvalidInput: an unknown class, a malformed cursor or time.
+    """
+    health = parameters.health
+    if health is not None and health not in classes:
+        message = f"unknown class {health[:50]!r}; classes are {', '.join(classes[:20])}"
+        raise InvalidInput(f"health: {message}", (Fault(("health",), message),))
+    return queries.Wanted(
+        None if health is None else classes.index(health),
+        None if parameters.next is None else read_cursor(parameters.next),
+        parameters.limit,
+        None if parameters.since is None else read_moment("since", parameters.since),
+        parameters.running,
+        parameters.trend,
+    )

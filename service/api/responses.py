@@ -1,0 +1,220 @@
+"""Response bodies as msgspec types. Only the OpenAPI document is generated from them; codecs write the bytes."""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from service.errors import Code
+
+
+class ModelName(Struct):
+    """Which model answered."""
+
+    name: str
+    version: str
+    digest: str
+
+
+class MovedBody(Struct):
+    """What one channel did to an answer: without it, the distribution would be `shift` (0..1) away."""
+
+    channel: str
+    shift: float
+    toward: str
+    rul: float | msgspec.UnsetType = msgspec.UNSET
+
+
+class PredictionBody(Struct):
+    """The answer for one instance. Losses are in nats, RUL in cycles."""
+
+    prediction_id: Annotated[str | None, Meta(description="None if it should be remembered and could not be.")]
+    engine_id: str | None
+    cycle: int | None
+    health: str
+    probabilities: dict[str, float]
+    logits: list[float]
+    expected_loss: float
+    loss: float | None
+    rul: float | msgspec.UnsetType = msgspec.UNSET
+    prediction_set: list[str] | msgspec.UnsetType = msgspec.UNSET
+    explanation: list[MovedBody] | msgspec.UnsetType = msgspec.UNSET
+
+
+class Told(Struct):
+    """What became of one row."""
+
+    result: Literal["joined", "pending", "unchanged", "revised", "conflict", "unknown"]
+    given: Any = msgspec.UNSET
+    known: Any = msgspec.UNSET
+
+
+class CyclesResponse(Struct):
+    """One prediction for each flight, in their order; none for one that contradicts what is known of its cycle."""
+
+    model: ModelName
+    temperature: float
+    temperature_source: Literal["artefact", "fit", "request"]
+    predictions: list[PredictionBody | None]
+    evaluation: None
+    results: list[Told]
+
+
+class LabelsResponse(Struct):
+    """What became of each label, in their order."""
+
+    results: list[Told]
+
+
+class OutcomeResponse(Struct):
+    """What became of an end, and how many predictions have a truth by it that had none."""
+
+    engine_id: str
+    failed_at_cycle: int
+    result: Literal["joined", "pending", "unchanged", "revised"]
+    labelled: int
+
+
+class EngineBody(Struct):
+    """The latest health of an engine."""
+
+    engine_id: str
+    cycle: int | None
+    health: str
+    probabilities: dict[str, float]
+    rul: float | None
+    prediction_set: list[str] | None
+    updated_at: str
+    failed_at_cycle: Annotated[int | None, Meta(description="Its end, if that is known.")]
+    trend: Annotated[
+        list[tuple[int, float]] | msgspec.UnsetType, Meta(description="Cycle and probability of the last class.")
+    ] = msgspec.UNSET
+
+
+class EnginesResponse(Struct):
+    """A page of engines, the worst first; `next` asks for the page after, null on the last."""
+
+    engines: list[EngineBody]
+    total: int
+    next: str | None
+
+
+class PastBody(Struct):
+    """A prediction as it was answered, and its truth if that is known."""
+
+    prediction_id: str
+    cycle: int | None
+    made_at: str
+    model: str
+    temperature: float
+    temperature_source: str
+    counts: bool
+    health: str
+    probabilities: dict[str, float]
+    logits: list[float]
+    rul: float | None
+    prediction_set: list[str] | None
+    expected_loss: float
+    label: str | dict[str, float] | None
+    source: Literal["inspection", "outcome", "survival"] | None
+    labelled_at: str | None
+    loss: float | None
+
+
+class SensorBody(Struct):
+    """One sensor less what is usual in the operating condition of each flight, in physical units.
+
+    `noise` is the standard deviation from flight to flight; `moved` the mean of the last flights, in units of it.
+    """
+
+    channel: str
+    moved: float | None
+    noise: float | None
+    away: list[float]
+
+
+class SensorsBody(Struct):
+    """The newest flights that are kept: their cycles, rising, and each sensor, the most moved first."""
+
+    cycles: list[int]
+    channels: list[SensorBody]
+
+
+class HistoryResponse(Struct):
+    """Everything predicted of an engine, oldest cycle first, and its end if that is known."""
+
+    engine_id: str
+    failed_at_cycle: int | None
+    history: list[PastBody]
+    sensors: Annotated[
+        SensorsBody | msgspec.UnsetType | None, Meta(description="None if no model says what is usual.")
+    ] = msgspec.UNSET
+
+
+class EvaluationBody(Struct):
+    """Means over the labelled instances."""
+
+    count: int
+    cross_entropy: float
+    expected_cross_entropy: float
+    accuracy: float
+    brier: float
+
+
+class PredictResponse(Struct):
+    """One prediction for each instance, in their order."""
+
+    model: ModelName
+    temperature: float
+    temperature_source: Literal["artefact", "fit", "request"]
+    predictions: list[PredictionBody]
+    evaluation: EvaluationBody | None
+    results: Annotated[
+        list[Told | None] | msgspec.UnsetType,
+        Meta(description="Where a label contradicts one given before and was not kept: what became of each label."),
+    ] = msgspec.UNSET
+
+
+class Warned(Struct):
+    """Rows that were answered as asked, but look like a mistake."""
+
+    rows: list[int]
+    msg: str
+
+
+class EvaluateResponse(Struct):
+    """Probabilities (N, C) and losses (N,) at the given temperature; means over all rows."""
+
+    count: int
+    temperature: float
+    probabilities: list[list[float]]
+    losses: list[float]
+    cross_entropy: float
+    accuracy: float
+    brier: float
+    ece: float
+    warnings: list[Warned]
+
+
+class FaultBody(Struct):
+    """A place in the request and what is wrong there."""
+
+    loc: list[str | int]
+    msg: str
+
+
+class Problem(Struct):
+    """RFC 9457 problem document."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: Code
+    errors: list[FaultBody] | msgspec.UnsetType = msgspec.UNSET
+
+
+class InferError(Struct):
+    """The Open Inference Protocol's shape of an error."""
+
+    error: str
