@@ -36,7 +36,7 @@ class Code(StrEnum):
 
 
 class Fault(NamedTuple):
-    """One wrong value: where it stands, as the path of field names and indices, and what is wrong with it."""
+    """One wrong value: its place, as a path of field names and indices, and what is wrong."""
 
     loc: tuple[str | int, ...]
     msg: str
@@ -58,13 +58,13 @@ class SettingsRejected(ServiceError):
 
 
 class ArtefactRejected(ServiceError):
-    """A file that is not a model, or does not answer as it says it does."""
+    """A file that is not a model, or whose outputs differ from those in its manifest."""
 
     code = Code.ARTEFACT_REJECTED
 
 
 class InputRejected(ServiceError):
-    """The root of everything that is the caller's to mend; `reason` labels it in the metrics."""
+    """The root of errors that the caller can correct; `reason` labels them in the metrics."""
 
     code = Code.INVALID_VALUE
     reason = "invalid"
@@ -74,15 +74,15 @@ class InvalidInput(InputRejected):
     """Well-formed, but a value is wrong."""
 
 
-class NotJson(InputRejected):
-    """A body that no JSON parser accepts."""
+class MalformedJson(InputRejected):
+    """A body that is not JSON."""
 
     code = Code.MALFORMED_JSON
     reason = "not_json"
 
 
-class NotArrow(InputRejected):
-    """A body that is no Arrow stream, or one with a trap in it."""
+class MalformedArrow(InputRejected):
+    """A body that is not an Arrow stream, or a hostile one."""
 
     code = Code.MALFORMED_ARROW
     reason = "not_arrow"
@@ -102,15 +102,15 @@ class BodyTooLarge(InputRejected):
     reason = "too_large"
 
 
-class ClientGone(InputRejected):
-    """The client left before its body was whole; nobody hears the answer."""
+class ClientDisconnected(InputRejected):
+    """The client disconnected before its body was complete; the response is not received."""
 
     code = Code.CLIENT_DISCONNECTED
     reason = "client_gone"
 
 
 class Overloaded(InputRejected):
-    """More is asked for than can be answered in time."""
+    """More work than the service can do in time."""
 
     code = Code.OVERLOADED
     reason = "overloaded"
@@ -120,7 +120,7 @@ class Overloaded(InputRejected):
         self.retry_after = retry_after  # seconds
 
 
-class TooSlow(InputRejected):
+class RequestTimeout(InputRejected):
     """The body did not arrive in time."""
 
     code = Code.REQUEST_TIMEOUT
@@ -170,24 +170,24 @@ class UnknownModel(InputRejected):
     reason = "unknown_model"
 
 
-class MemoryUnavailable(ServiceError):
-    """The database cannot be reached, is locked or is full; nothing of what was asked is kept."""
+class StoreUnavailable(ServiceError):
+    """The database cannot be reached, is locked or is full; nothing of the request is stored."""
 
     code = Code.STORE_UNAVAILABLE
 
 
-class NoMemory(ServiceError):
+class StoreNotConfigured(ServiceError):
     """The service is stateless: no database is configured."""
 
     code = Code.STORE_NOT_CONFIGURED
 
 
-class SchemaRejected(MemoryUnavailable):
-    """A database that this code does not understand; a service that finds it at its start does not start."""
+class SchemaRejected(StoreUnavailable):
+    """A database with an unknown schema; the service does not start with it."""
 
 
 class Conflict(InputRejected):
-    """What was said contradicts what is known; `results` shows both, row by row."""
+    """A request that contradicts stored data; `results` shows both, row by row."""
 
     code = Code.CONFLICT
     reason = "conflict"
@@ -197,15 +197,15 @@ class Conflict(InputRejected):
         self.results = results
 
 
-class Unknown(InputRejected):
-    """Something that was never remembered."""
+class NotFound(InputRejected):
+    """A record that is not stored."""
 
     code = Code.RECORD_NOT_FOUND
     reason = "unknown"
 
 
 class NotReady(ServiceError):
-    """No model has proved itself yet."""
+    """No model is verified yet."""
 
     code = Code.NOT_READY
 

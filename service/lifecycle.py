@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from service.errors import ArtefactRejected, Draining, NoMemory, NotReady, SchemaRejected, ServiceError
+from service.errors import ArtefactRejected, Draining, NotReady, SchemaRejected, ServiceError, StoreNotConfigured
 from service.inference.model_loader import Model, open_model
 from service.inference.predictor import Predictor
 from service.metrics import Metrics
@@ -85,10 +85,10 @@ class Lifecycle:
         """Return the store.
 
         Raises:
-            NoMemory: no database is configured.
+            StoreNotConfigured: no database is configured.
         """
         if self.store is None:
-            raise NoMemory("this service is stateless: set ENGINE_HEALTH_DATABASE_URL to remember anything")
+            raise StoreNotConfigured("this service is stateless: set ENGINE_HEALTH_DATABASE_URL to remember anything")
         return self.store
 
     async def open(self, on_rejected: Callable[[str], None]) -> None:

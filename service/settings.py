@@ -1,4 +1,4 @@
-"""Every setting of the service: one frozen class, read once from the environment, failing loudly with key and value.
+"""Every setting of the service: one frozen class, read once from the environment. Errors name key and value.
 
 The table in the README is generated from the fields below.
 """
@@ -18,7 +18,7 @@ BUNDLED = Path(model.__file__).parent / "artefact" / "engine-health.onnx"
 
 
 class Settings(BaseSettings):
-    """Settings as the environment gives them; the command line's flags of the same name win."""
+    """Settings from the environment; flags of the command line override them."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", env_ignore_empty=True)
 
@@ -76,13 +76,13 @@ class Settings(BaseSettings):
 
 
 def read_settings(**flags: object) -> Settings:
-    """Settings from files of secrets, overridden by the environment, overridden by the flags that are not None.
+    """Return settings from files of secrets, overridden by the environment, overridden by flags that are not None.
 
     Raises:
-        SettingsRejected: a value that cannot be used, which is named with its variable; a secret that cannot be read.
+        SettingsRejected: a value that cannot be used, with its variable; a secret that cannot be read.
     """
     flags = {key: value for key, value in flags.items() if value is not None}
-    if os.environ.get(PREFIX + "DATABASE_URL") == "":  # any other empty variable is none; this one means something
+    if os.environ.get(PREFIX + "DATABASE_URL") == "":  # other empty variables are ignored; this one disables the store
         flags = {"database_url": "", **flags}
     folder = flags.get("secrets") or os.environ.get(PREFIX + "SECRETS") or Settings.model_fields["secrets"].default
     flags = {**_secrets(Path(str(folder))), **flags}
@@ -95,16 +95,16 @@ def read_settings(**flags: object) -> Settings:
 
 
 def _secrets(folder: Path) -> dict[str, object]:
-    """What files say of settings that the environment does not; an empty file says nothing.
+    """Return the settings in files that the environment does not set; empty files are ignored.
 
-    Docker, Compose and Kubernetes mount secrets as such files, so that no key stands in an environment.
+    Docker, Compose and Kubernetes mount secrets as such files, so that no environment contains a key.
     """
-    found: dict[str, object] = {}
+    secrets: dict[str, object] = {}
     for name in Settings.model_fields:
         path = folder / (PREFIX + name).lower()
         try:
             if not os.environ.get(PREFIX + name.upper()) and path.exists() and (value := path.read_text().strip()):
-                found[name] = value
+                secrets[name] = value
         except (OSError, ValueError) as error:
             raise SettingsRejected(f"{path}: {getattr(error, 'strerror', None) or 'no UTF-8 text'}") from None
-    return found
+    return secrets

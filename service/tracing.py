@@ -1,8 +1,8 @@
-"""OpenTelemetry spans, one a request, where the environment asks for them and the packages are there.
+"""OpenTelemetry spans, one per request, if the environment configures them and the packages are installed.
 
-The variables are OpenTelemetry's own, and nothing of its SDK is imported without them. Its stock middleware makes the
-spans. It is shown a request without its query and with few of its headers, so that no key can end in a span, whatever
-it is told to capture, and no odd byte can make it fail. Knows no setting of this service, and no route.
+The variables are those of OpenTelemetry. Its SDK is imported only with them, and its own middleware creates the spans.
+It gets a request without its query and with few of its headers: no key can reach a span, and no malformed byte can
+make it fail. Independent of the settings and routes of this service.
 """
 
 import logging
@@ -13,20 +13,20 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-NAME = "engine-health"  # service.name, unless the environment has another
+NAME = "engine-health"  # service.name, unless the environment sets another
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 PROTOCOL = "http/protobuf"
 UNTRACED = frozenset({"/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
 SHOWN = frozenset({b"host", b"user-agent", b"content-length"})  # and the headers that carry a trace
-CLOSE_SECONDS = 5  # OpenTelemetry itself would try for thirty
-WHOLE = "engine_health.scope"  # in what the middleware sees of a request: the request itself
+CLOSE_SECONDS = 5  # OpenTelemetry's default is 30 s
+ORIGINAL = "engine_health.scope"  # the key of the original scope in the reduced one
 log = logging.getLogger("engine_health")
 
 
 def open_tracing(environment: Mapping[str, str] = os.environ) -> "Tracing | None":
-    """What makes spans, or None if none are asked for; None and a warning if they are, and cannot be had."""
-    if not _asked_for(environment):
+    """Return the tracing; None if it is not configured, or with a warning if it cannot be started."""
+    if not _configured(environment):
         return None
     try:
         protocol = next(filter(None, map(environment.get, PROTOCOLS)), PROTOCOL)
@@ -35,19 +35,19 @@ def open_tracing(environment: Mapping[str, str] = os.environ) -> "Tracing | None
         return Tracing()
     except ImportError as error:
         log.warning("no spans: %s is not installed (engine-health[tracing])", error.name)
-    except Exception as error:  # whatever is wrong with tracing, the service is served
+    except Exception as error:  # an error of tracing does not stop the service
         log.warning("no spans: %s", error)
     return None
 
 
-def _asked_for(environment: Mapping[str, str]) -> bool:
+def _configured(environment: Mapping[str, str]) -> bool:
     disabled = environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
     exporters = environment.get("OTEL_TRACES_EXPORTER") or "otlp"
     return any(map(environment.get, ENDPOINTS)) and not disabled and "otlp" in exporters.lower()
 
 
 class Tracing:
-    """A tracer with its exporter. It is nobody else's: FastAPI's own tracing stays off."""
+    """A tracer with its exporter, used by this service only: FastAPI's own tracing stays off."""
 
     def __init__(self) -> None:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -64,51 +64,51 @@ class Tracing:
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
 
     def around(self, app: ASGIApp) -> ASGIApp:
-        """An application of which every request but a probe's is a span."""
+        """Return the application with a span for every request except probes."""
         from opentelemetry import propagate
 
-        shown = SHOWN | {name.lower().encode() for name in propagate.get_global_textmap().fields}
+        headers_shown = SHOWN | {name.lower().encode() for name in propagate.get_global_textmap().fields}
         traced = self._middleware(
-            _within(app),
+            _inside_span(app),
             default_span_details=lambda scope: (scope["method"], {}),
             tracer_provider=self._provider,
             exclude_spans=["receive", "send"],
         )
 
-        async def served(scope: Scope, receive: Receive, send: Send) -> None:
+        async def with_span(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "http" or scope["path"] in UNTRACED:
                 await app(scope, receive, send)
                 return
-            headers = [(name, value) for name, value in scope["headers"] if name in shown and value.isascii()]
-            seen: dict[str, Any] = {**scope, "headers": headers, "query_string": b"", WHOLE: scope}
-            await traced(seen, receive, send)
+            headers = [(name, value) for name, value in scope["headers"] if name in headers_shown and value.isascii()]
+            reduced: dict[str, Any] = {**scope, "headers": headers, "query_string": b"", ORIGINAL: scope}
+            await traced(reduced, receive, send)
 
-        return served
+        return with_span
 
     def close(self) -> None:
-        """Send what is not sent yet, and end; a collector that does not hear in time keeps nobody from ending."""
+        """Send pending spans, and stop; a collector that does not respond in time is abandoned."""
         sending = threading.Thread(target=self._provider.shutdown, daemon=True)
         sending.start()
         sending.join(CLOSE_SECONDS)
 
 
-def _within(app: ASGIApp) -> ASGIApp:
-    """What runs within a span: the request itself, which now has that span's `traceparent`, so that logs name it."""
+def _inside_span(app: ASGIApp) -> ASGIApp:
+    """Return the application to run inside a span: the original request with the span's `traceparent`."""
     from opentelemetry import trace
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-    async def within(seen: Scope, receive: Receive, send: Send) -> None:
-        scope, span, carrier = seen[WHOLE], trace.get_current_span(), dict[str, str]()
+    async def inside(reduced: Scope, receive: Receive, send: Send) -> None:
+        scope, span, carrier = reduced[ORIGINAL], trace.get_current_span(), dict[str, str]()
         TraceContextTextMapPropagator().inject(carrier)
         scope["headers"] = [*scope["headers"], *((name.encode(), value.encode()) for name, value in carrier.items())]
 
-        async def named(message: Message) -> None:
+        async def name_span(message: Message) -> None:
             route = getattr(scope.get("route"), "path", None)
             if message["type"] == "http.response.start" and route:
                 span.update_name(f"{scope['method']} {route}")
                 span.set_attribute("http.route", route)
             await send(message)
 
-        await app(scope, receive, named)
+        await app(scope, receive, name_span)
 
-    return within
+    return inside

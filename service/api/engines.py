@@ -7,7 +7,7 @@ from service.api.openapi import document_query
 from service.api.requests import EnginesQuery, HistoryQuery
 from service.codecs.requests import parse_query
 from service.codecs.store_requests import engines_json, history_json, read_cursor, read_moment, sensors_json
-from service.errors import Fault, InvalidInput, Unknown
+from service.errors import Fault, InvalidInput, NotFound
 from service.lifecycle import Lifecycle
 from service.server.responses import json_response
 from service.store.sql import queries
@@ -34,7 +34,7 @@ def build_router(lifecycle: Lifecycle, offloader: Offloader) -> APIRouter:
         store = lifecycle.require_store()
         predictions = await store.history(engine_id, parameters.superseded)
         if predictions is None:
-            raise Unknown(f"nothing is remembered of an engine {engine_id[:200]!r}")
+            raise NotFound(f"nothing is remembered of an engine {engine_id[:200]!r}")
         body = await offloader.run(lambda: history_json(engine_id, predictions))
         if parameters.sensors:
             manifest = lifecycle.ready_predictor().model.manifest

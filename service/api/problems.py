@@ -74,7 +74,7 @@ class OriginRejected(HTTPException):
 
 
 def problem(error: Exception, path: str, metrics: Metrics) -> BytesResponse:
-    """Return any error as a problem document, or in the protocol's own shape below `/v2`."""
+    """Return the problem document of an error; below `/v2` the error document of the Open Inference Protocol."""
     headers: dict[str, str] = {}
     faults: tuple[errors.Fault, ...] = ()
     if isinstance(error, errors.ServiceError):
@@ -92,7 +92,7 @@ def problem(error: Exception, path: str, metrics: Metrics) -> BytesResponse:
         status, code, detail = 500, Code.INTERNAL_ERROR, "this is a fault of the service; its log says more"
     protocol = path == "/v2" or path.startswith("/v2/")
     if protocol and status == 422:
-        status = 400  # what the protocol has for every fault of a request
+        status = 400  # the protocol has one status for every wrong request
     headers |= _hints(error, status)
     document: dict[str, Any] = {"type": "about:blank", "title": TITLES.get(status, "Error"), "status": status}
     document |= {"detail": detail, "code": code}

@@ -64,7 +64,7 @@ async def watch(memory: Memory, predictor: Predictor, window: str | None, period
 
     Raises:
         InvalidInput: a window that is none.
-        MemoryUnavailable: the database does not answer.
+        StoreUnavailable: the database does not answer.
     """
     now = time.time()
     found = await _counted(memory, predictor.model, window, now)
@@ -77,7 +77,7 @@ async def fit(memory: Memory, predictor: Predictor, window: str | None) -> dict[
     Raises:
         Conflict: there is no better temperature in these truths; the detail says why.
         InvalidInput: a window that is none.
-        MemoryUnavailable: the database does not answer.
+        StoreUnavailable: the database does not answer.
     """
     now, model = time.time(), predictor.model
     found = await _counted(memory, model, window, now)
@@ -114,9 +114,9 @@ async def temper(
     """Put the temperature of a fit in force, or another one, or with neither the one before.
 
     Raises:
-        Unknown: no such fit.
+        NotFound: no such fit.
         Conflict: a fit of another model, or nothing to take back.
-        MemoryUnavailable: the database does not answer.
+        StoreUnavailable: the database does not answer.
     """
     model = predictor.model
     asked = temperatures.Change(model.digest, model.manifest, fit_id, temperature, who, time.time())

@@ -53,7 +53,7 @@ def read_table(body: bytes | memoryview, limit: int) -> Table:
 
     Raises:
         UnsupportedMediaType: pyarrow is not installed.
-        NotArrow: no Arrow stream, or one that contradicts itself.
+        MalformedArrow: no Arrow stream, or one that contradicts itself.
         BodyTooLarge: more bytes than the limit when inflated.
         InvalidInput: a column that holds other columns.
     """

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from struct import Struct
 from typing import NamedTuple
 
-from service.errors import BodyTooLarge, Fault, InvalidInput, NotArrow
+from service.errors import BodyTooLarge, Fault, InvalidInput, MalformedArrow
 
 MOST_MESSAGES = 16384
 MOST_COLUMNS = 4096
@@ -81,16 +81,16 @@ def get(kind: Struct, data: bytes | memoryview, at: int) -> int:
     return int(kind.unpack_from(data, at)[0])
 
 
-def broken(why: str) -> NotArrow:
+def broken(why: str) -> MalformedArrow:
     """The error of a body that is no stream, whoever finds it."""
-    return NotArrow(f"the body is not an Arrow stream: {why}")
+    return MalformedArrow(f"the body is not an Arrow stream: {why}")
 
 
 def inflated_size(body: bytes | memoryview, limit: int) -> int:
     """Bytes that all buffers of a stream have together, inflated; buffers that share bytes count each for itself.
 
     Raises:
-        NotArrow: no stream, or one that asks for more columns, messages or notes than anybody writes.
+        MalformedArrow: no stream, or one that asks for more columns, messages or notes than anybody writes.
         BodyTooLarge: more than the limit.
         InvalidInput: a column that holds other columns.
     """

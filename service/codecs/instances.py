@@ -28,7 +28,7 @@ from service.codecs.json_numbers import (
     to_float32,
 )
 from service.codecs.requests import Instance, Label, describe
-from service.errors import Fault, InvalidInput, NotJson
+from service.errors import Fault, InvalidInput, MalformedJson
 from service.inference.model_loader import Batch, Model
 
 MOST_DIGITS = 400  # of an integer; what has more is not even a float64
@@ -188,7 +188,7 @@ def _parts(text: bytes, loc: Loc) -> Iterator[JsonValue]:
     """A value; the rows of a long list a piece at a time: what is nothing but brackets takes 70 times its bytes.
 
     Raises:
-        NotJson, InvalidInput: it is none, or full of objects, or has no rows.
+        MalformedJson, InvalidInput: it is none, or full of objects, or has no rows.
     """
     if brackets(text, b"{") > MOST_LISTS:
         refuse([Fault(loc, "expected numbers, got many objects")])
@@ -197,7 +197,7 @@ def _parts(text: bytes, loc: Loc) -> Iterator[JsonValue]:
             refuse([Fault(loc, f"expected rows of numbers, got one of more than {LONG_ROW} bytes")])
         value = _loads(piece, loc)
         if k and value == []:
-            raise NotJson(f"{describe(loc)} is not JSON: there is no value behind a comma")
+            raise MalformedJson(f"{describe(loc)} is not JSON: there is no value behind a comma")
         yield value
 
 
@@ -208,7 +208,7 @@ def _loads(text: bytes, loc: Loc) -> JsonValue:
         try:  # Python's own parser reads numbers that no float holds, so that the place of one can be named
             return json.loads(text, parse_constant=_no_constant, parse_int=_integer)
         except (ValueError, RecursionError):
-            raise NotJson(f"{describe(loc)} is not JSON: {error}") from None
+            raise MalformedJson(f"{describe(loc)} is not JSON: {error}") from None
 
 
 def _no_constant(name: str) -> JsonValue:

@@ -37,7 +37,7 @@ def read(body: bytes | memoryview, header_length: str | None, dtypes: dict[str, 
         dtypes: the datatype that each known input must have.
 
     Raises:
-        NotJson: the JSON part is none.
+        MalformedJson: the JSON part is none.
         InvalidInput: shapes, datatypes or sizes that do not fit, a name twice or unknown.
     """
     size = len(body)

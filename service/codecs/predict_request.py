@@ -31,7 +31,7 @@ def read_predict(body: bytes | memoryview, model: Model, most: int) -> PredictIn
     """Decode a JSON body of `/v1/predict`.
 
     Raises:
-        NotJson: what its bytes are not.
+        MalformedJson: what its bytes are not.
         InvalidInput: what is wrong with it, and where.
     """
     quick = read_quickly(body, model, most)
@@ -51,7 +51,7 @@ def read_predict_table(
 
     Raises:
         UnsupportedMediaType: without pyarrow, or for a model whose input is no row of channels.
-        NotArrow: what its bytes are not.
+        MalformedArrow: what its bytes are not.
         BodyTooLarge: more than the limit when inflated.
         InvalidInput: what is wrong with it, and where.
     """
@@ -87,7 +87,7 @@ def read_evaluate(body: bytes | memoryview, classes: tuple[str, ...], most: int)
     """Decode a body of `/v1/evaluate`; `classes` name the labels of as many logits.
 
     Raises:
-        NotJson: the body is not JSON.
+        MalformedJson: the body is not JSON.
         InvalidInput: a wrong value, with its place.
     """
     request = requests.parse(body, requests.EvaluateRequest)

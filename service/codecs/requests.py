@@ -12,7 +12,7 @@ from msgspec import Meta, Raw, Struct
 
 from model.contract import CHANNELS
 from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE
-from service.errors import Fault, InvalidInput, NotJson
+from service.errors import Fault, InvalidInput, MalformedJson
 
 _READINGS = {"type": "array", "items": {"type": "number"}}
 _EXAMPLE = [
@@ -174,7 +174,7 @@ def parse(body: bytes | memoryview, kind: type[Body]) -> Body:
     """A request body as its type.
 
     Raises:
-        NotJson: no JSON, or nested too deeply to be a request.
+        MalformedJson: no JSON, or nested too deeply to be a request.
         InvalidInput: JSON of another shape; names the first place.
     """
     try:
@@ -183,9 +183,9 @@ def parse(body: bytes | memoryview, kind: type[Body]) -> Body:
         _check_json(body)  # the decoder stops at the first value of a wrong type, whatever follows
         raise _invalid(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise NotJson(f"the body is not JSON: {error}" if body else "the body is empty") from None
+        raise MalformedJson(f"the body is not JSON: {error}" if body else "the body is empty") from None
     except RecursionError:
-        raise NotJson("the body is nested too deeply") from None
+        raise MalformedJson("the body is nested too deeply") from None
 
 
 def parse_query(query: list[tuple[str, str]], kind: type[Body]) -> Body:
@@ -218,15 +218,15 @@ def _check_json(body: bytes | memoryview) -> None:
     """Refuse a body that is not JSON through and through. No object is made of it: many small ones take a gigabyte.
 
     Raises:
-        NotJson: what is wrong with it.
+        MalformedJson: what is wrong with it.
     """
     try:
         str(body, "utf-8")  # as nothing but its form is looked at below; a number that no float holds has that
         msgspec.json.decode(body, type=msgspec.Raw)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise NotJson(f"the body is not JSON: {error}") from None
+        raise MalformedJson(f"the body is not JSON: {error}") from None
     except RecursionError:
-        raise NotJson("the body is nested too deeply") from None
+        raise MalformedJson("the body is nested too deeply") from None
 
 
 def describe(loc: tuple[str | int, ...]) -> str:

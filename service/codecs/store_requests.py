@@ -23,7 +23,7 @@ from service.codecs.instances import MOST_FAULTS, label_distribution, refuse
 from service.codecs.json_numbers import fits_float32, to_float32
 from service.codecs.labels import label_json, told_json
 from service.codecs.predictions_json import NONE, envelope, prediction_rows
-from service.errors import Conflict, Fault, InvalidInput, NotJson
+from service.errors import Conflict, Fault, InvalidInput, MalformedJson
 from service.inference.model_loader import Model
 from service.inference.predictor import Predictor
 from service.store.flight_recording import Flight, RecordedFlights
@@ -40,7 +40,7 @@ def read_flights(body: bytes, model: Model, most: int) -> list[Flight]:
     """A body of `/v1/cycles`, decoded.
 
     Raises:
-        NotJson: what its bytes are not.
+        MalformedJson: what its bytes are not.
         InvalidInput: what is wrong with it, by row and channel.
     """
     asked, channels = requests.parse(body, requests.CyclesRequest), model.channels
@@ -79,7 +79,7 @@ def _reading(raw: msgspec.Raw, channels: tuple[str, ...], loc: Loc, faults: list
         UnicodeDecodeError,
         RecursionError,
     ) as error:  # a raw string was not looked into before
-        raise NotJson(f"{requests.describe(loc)} is not JSON: {error}") from None
+        raise MalformedJson(f"{requests.describe(loc)} is not JSON: {error}") from None
     before = len(faults)
     if isinstance(values, dict):
         faults += wrong_channels(values, channels, loc)
@@ -124,7 +124,7 @@ def read_labels(body: bytes, classes: tuple[str, ...], most: int) -> list[Said]:
     """A body of `/v1/labels`, decoded.
 
     Raises:
-        NotJson: what its bytes are not.
+        MalformedJson: what its bytes are not.
         InvalidInput: what is wrong with it, by row.
     """
     asked = requests.parse(body, requests.LabelsRequest)

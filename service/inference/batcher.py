@@ -22,7 +22,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from service.errors import ClientGone, Overloaded, ServiceError
+from service.errors import ClientDisconnected, Overloaded, ServiceError
 
 Rows = npt.NDArray[np.float32]
 Found = TypeVar("Found")
@@ -150,7 +150,7 @@ class Batcher(Generic[Found]):
 
         Raises:
             Overloaded: the queue is full, or these rows grew too old in it.
-            ClientGone: the caller left before its rows were taken.
+            ClientDisconnected: the caller left before its rows were taken.
         """
         self.check_room(len(rows), other_delay)
         job: _Job[Found] = _Job(rows, len(rows) if counted is None else counted, gone, self._most_seconds - other_delay)
@@ -255,7 +255,7 @@ class Batcher(Generic[Found]):
 
     def _refusal(self, job: _Job[Found], now: float) -> ServiceError | None:
         if job.gone():
-            return ClientGone("the client left before its rows were taken")
+            return ClientDisconnected("the client left before its rows were taken")
         if job.taken == 0 and now - job.since > job.patience:
             waited = f"waited {now - job.since:.1f} s in the inference queue, at most {job.patience:.1f} s"
             return Overloaded(waited, self._most_seconds)

@@ -90,7 +90,7 @@ class Predictor:
         Raises:
             InvalidInput: an instance for which the output of the network is not finite.
             Overloaded: the queue is full, or these rows waited too long.
-            ClientGone: the client disconnected before its rows were taken.
+            ClientDisconnected: the client disconnected before its rows were taken.
         """
         n, rows = len(telemetry), await self._with_occluded(telemetry) if explain else telemetry
         pieces: Pieces = await self._batcher.submit(rows, gone, self._admission.shedder.other_delay, n)

@@ -8,7 +8,7 @@ from io import BytesIO
 from starlette.requests import Request
 from starlette.types import Message, Receive
 
-from service.errors import BodyTooLarge, ClientGone, NotJson, TooSlow, UnsupportedMediaType
+from service.errors import BodyTooLarge, ClientDisconnected, MalformedJson, RequestTimeout, UnsupportedMediaType
 from service.server.body_budget import BodyReservation
 from service.server.scope import RequestContext, context_of
 
@@ -29,10 +29,10 @@ def read_body(request: Request, limit: int, seconds: float) -> Awaitable[bytes]:
     Raises:
         BodyTooLarge: more bytes than the limit, announced, sent or decompressed.
         Overloaded: the bodies of other requests hold the memory of the budget.
-        TooSlow: the body did not arrive in time.
-        ClientGone: the client disconnected before its body was complete.
+        RequestTimeout: the body did not arrive in time.
+        ClientDisconnected: the client disconnected before its body was complete.
         UnsupportedMediaType: an encoding other than gzip.
-        NotJson: the bytes are not gzip.
+        MalformedJson: the bytes are not gzip.
     """
     context = context_of(request.scope)
     return _receive(request, context, limit, seconds, _check_headers(context, limit))
@@ -71,7 +71,7 @@ async def _upload(context: RequestContext, seconds: float) -> memoryview:
             finally:
                 upload.discard_rest()
     except TimeoutError:
-        raise TooSlow(f"the body did not arrive in {seconds:g} s") from None
+        raise RequestTimeout(f"the body did not arrive in {seconds:g} s") from None
     if refusal is not None:
         raise refusal
     return view
@@ -89,7 +89,7 @@ async def _receive(request: Request, context: RequestContext, limit: int, second
                 else:
                     body = await _join_pieces(message, request.receive, limit, reservation)
         except TimeoutError:
-            raise TooSlow(f"the body did not arrive in {seconds:g} s") from None
+            raise RequestTimeout(f"the body did not arrive in {seconds:g} s") from None
     if len(body) > limit:
         raise BodyTooLarge(f"more than {limit} bytes")
     if len(body) > reservation.bytes:  # else its pieces were charged as they arrived
@@ -102,7 +102,7 @@ async def _join_pieces(message: Message, receive: Receive, limit: int, reservati
     body = BytesIO()  # one buffer that grows: a list of pieces would leave holes between those of other requests
     while True:
         if message["type"] == "http.disconnect":
-            raise ClientGone("the client left before its body was whole")
+            raise ClientDisconnected("the client left before its body was whole")
         piece: bytes = message.get("body", b"")
         if body.tell() + len(piece) > limit:
             raise BodyTooLarge(f"more than {limit} bytes")
@@ -119,7 +119,7 @@ def inflate(body: bytes, limit: int, reservation: BodyReservation) -> bytes:
     Raises:
         BodyTooLarge: more than `limit` bytes decompressed, or too many members.
         Overloaded: the bodies of other requests hold the memory of the budget.
-        NotJson: not gzip, or truncated.
+        MalformedJson: not gzip, or truncated.
     """
     inflated, packed = bytearray(), memoryview(body)
     position = members = 0
@@ -130,7 +130,7 @@ def inflate(body: bytes, limit: int, reservation: BodyReservation) -> bytes:
                 raise BodyTooLarge(f"more than {MAX_GZIP_MEMBERS} gzip members")
             position = _inflate_member(packed, position, inflated, limit, reservation)
     except zlib.error as error:
-        raise NotJson(f"the body is not gzip: {error}") from None
+        raise MalformedJson(f"the body is not gzip: {error}") from None
     return bytes(inflated)
 
 
@@ -149,5 +149,5 @@ def _inflate_member(
             raise BodyTooLarge(f"more than {limit} bytes when inflated")
         reservation.take(len(step))
         if not (step or piece or stream.eof):
-            raise NotJson("the gzip body is cut short")
+            raise MalformedJson("the gzip body is cut short")
     return position - len(stream.unused_data)

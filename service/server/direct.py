@@ -12,7 +12,7 @@ from msgspec import Struct
 from starlette.types import Send
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from service.errors import ClientGone
+from service.errors import ClientDisconnected
 from service.server.responses import BytesResponse
 from service.server.upload import BodyUpload, ParentProtocol
 
@@ -50,12 +50,12 @@ class DirectExchange(Struct, eq=False):  # constructed in C
         """Receive the body directly into a buffer of its announced length.
 
         Raises:
-            ClientGone: the client has disconnected.
+            ClientDisconnected: the client has disconnected.
             Overloaded: raised by `charge`.
         """
         cycle, transport = self.cycle(), self.connection.transport
         if cycle is None or cycle.disconnected:
-            raise ClientGone("the client left before its body was whole")
+            raise ClientDisconnected("the client left before its body was whole")
         upload = BodyUpload(self.connection, cycle.body, buffer, charge)
         cycle.body = bytearray()
         if cycle.more_body:

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
-from service.errors import ClientGone, ServiceError
+from service.errors import ClientDisconnected, ServiceError
 
 MAX_STEP = 1 << 20  # bytes charged at most before they arrive
 MIN_STEP = 1 << 16  # bytes charged at least; between, as many as have arrived: an announced length charges nothing
@@ -91,7 +91,7 @@ class BodyUpload(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Finish with an error: the client disconnected."""
-        self._finish(ClientGone("the client left before its body was whole"))
+        self._finish(ClientDisconnected("the client left before its body was whole"))
         self._parent.connection_lost(exc)
 
     def eof_received(self) -> bool | None:

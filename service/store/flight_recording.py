@@ -98,9 +98,9 @@ class FlightRecorder:
         Raises:
             InvalidInput: the output of the network is not finite for some readings; nothing was stored.
             Conflict: flights with other channels are stored for an engine; nothing was stored.
-            MemoryUnavailable: nothing was stored.
+            StoreUnavailable: nothing was stored.
             Overloaded: nothing was stored.
-            ClientGone: the client disconnected before its flights were predicted.
+            ClientDisconnected: the client disconnected before its flights were predicted.
         """
         engines: dict[str, list[int]] = {}
         for i, flight in enumerate(flights):

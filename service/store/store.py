@@ -12,7 +12,7 @@ import numpy as np
 
 from model.numerics import Floats
 from model.windows import Readings
-from service.errors import MemoryUnavailable
+from service.errors import StoreUnavailable
 from service.ids import prediction_ids
 from service.inference.model_loader import Model
 from service.inference.predictions import Prediction
@@ -63,7 +63,7 @@ class Memory:
 
         Raises:
             SchemaRejected: newer code made it.
-            MemoryUnavailable: it cannot be reached now.
+            StoreUnavailable: it cannot be reached now.
         """
         await self._database.write(_nothing if self._database.up else queries.prove, None)
 
@@ -80,7 +80,7 @@ class Memory:
         """One page of engines with the latest prediction of each, worst first.
 
         Raises:
-            MemoryUnavailable: the database cannot be reached, as in every method that reads or writes.
+            StoreUnavailable: the database cannot be reached, as in every method that reads or writes.
         """
         return await self._database.read(lambda connection: queries.page(connection, query))
 
@@ -108,7 +108,7 @@ class Memory:
         """Apply the temperature of a fit or a given one, or restore the one before.
 
         Raises:
-            Unknown: no such fit.
+            NotFound: no such fit.
             Conflict: a fit of another model, or nothing to restore.
         """
         return await self._database.write(self._change, change)
@@ -150,9 +150,9 @@ class Memory:
         if made:
             try:
                 if not self._database.up:  # it is asked every second; no prediction waits for it meanwhile
-                    raise MemoryUnavailable("the database does not answer")
+                    raise StoreUnavailable("the database does not answer")
                 said = await (self._keep(Batch(model_version(predictor), now, made)) if own else self._say(made))
-            except MemoryUnavailable:
+            except StoreUnavailable:
                 self._metrics.unremembered.inc(len(made))
                 lost = {row.id for row in made}
         if targets is not None:

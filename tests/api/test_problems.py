@@ -48,14 +48,14 @@ WITHOUT_KEYS_AND_STORE: dict[Code, Call] = {
 # Codes that no single request can cause on demand, with the error that has them.
 IN_PROCESS: dict[Code, Exception] = {
     Code.MALFORMED_HTTP: HTTPException(400),
-    Code.CLIENT_DISCONNECTED: errors.ClientGone("gone"),
+    Code.CLIENT_DISCONNECTED: errors.ClientDisconnected("gone"),
     Code.MODEL_NOT_FOUND: errors.UnknownModel("unknown model"),
-    Code.REQUEST_TIMEOUT: errors.TooSlow("late"),
+    Code.REQUEST_TIMEOUT: errors.RequestTimeout("late"),
     Code.ARTEFACT_REJECTED: errors.ArtefactRejected("not a model"),
     Code.OVERLOADED: errors.Overloaded("full", 2.0),
     Code.HEADERS_TOO_LARGE: HTTPException(431),
     Code.INTERNAL_ERROR: ZeroDivisionError("a defect"),
-    Code.STORE_UNAVAILABLE: errors.MemoryUnavailable("locked"),
+    Code.STORE_UNAVAILABLE: errors.StoreUnavailable("locked"),
     Code.NOT_READY: errors.NotReady("no model"),
     Code.DRAINING: errors.Draining("shutting down"),
 }

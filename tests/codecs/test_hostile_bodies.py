@@ -10,7 +10,7 @@ import pytest
 from model.evaluation.evaluate import ARTEFACT
 from service.api.evaluate import evaluate_logits
 from service.codecs.predict_request import read_evaluate, read_predict
-from service.errors import InvalidInput, NotJson
+from service.errors import InvalidInput, MalformedJson
 from service.inference.model_loader import Model, open_model
 
 CHANNELS = 17
@@ -95,5 +95,5 @@ def test_a_long_list_that_ends_with_a_comma_is_no_json(model: Model) -> None:
     row = json.dumps([None] + [1.0] * (CHANNELS - 1))
     text = ",".join([row.replace("null", "1e0")] * 20_000)
     for bad in (text + ",", text + f",{row},"):
-        with pytest.raises(NotJson):
+        with pytest.raises(MalformedJson):
             read_predict(b'{"instances":[{"telemetry":[%s]}],"missing":"hold"}' % bad.encode(), model, 10)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from service.errors import ClientGone, Overloaded
+from service.errors import ClientDisconnected, Overloaded
 from service.inference.batcher import HUSH, Batcher, Piece, Rows
 
 
@@ -306,7 +306,7 @@ def test_whoever_left_is_dropped_before_inference() -> None:
         gave_up.cancel()
         stage.gate.open.set()
         await asyncio.gather(first, stayed)
-        with pytest.raises(ClientGone):
+        with pytest.raises(ClientDisconnected):
             await left
         np.testing.assert_array_equal(rows_of(1, 7), np.concatenate(stage.gate.batches))
 

@@ -19,7 +19,7 @@ from sqlalchemy import Connection, create_engine, text
 
 from model.contract import Manifest
 from model.numerics import Floats, log_softmax
-from service.errors import MemoryUnavailable, SchemaRejected, SettingsRejected
+from service.errors import SchemaRejected, SettingsRejected, StoreUnavailable
 from service.store.sql import labels, predictions, queries, retention
 from service.store.sql.database import Database, address
 from service.store.sql.labels import End, Labels, Said
@@ -284,7 +284,7 @@ def test_a_database_that_is_away_is_said_and_found_again(tmp_path: Path) -> None
         assert "pending" == (await database.write(work, End("a", 9, False, 1.0))).result
         for name in ("memory.db", "memory.db-wal", "memory.db-shm"):
             (tmp_path / name).rename(tmp_path / f"away-{name}")
-        with pytest.raises(MemoryUnavailable, match="gone"):
+        with pytest.raises(StoreUnavailable, match="gone"):
             await database.write(work, End("b", 9, False, 1.0))
         for name in ("memory.db", "memory.db-wal", "memory.db-shm"):
             (tmp_path / f"away-{name}").rename(tmp_path / name)
@@ -423,7 +423,7 @@ def test_a_look_up_that_takes_too_long_is_no_outage(cluster: Postgres, monkeypat
     async def ask() -> tuple[bool, str]:
         database, _ = opened(cluster.url("slowly"))
         await database.write(nothing, None)
-        with pytest.raises(MemoryUnavailable) as told:
+        with pytest.raises(StoreUnavailable) as told:
             await database.read(lambda connection: connection.execute(text("SELECT pg_sleep(30)")))
         up = database.up
         await database.close()

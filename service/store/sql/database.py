@@ -19,7 +19,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
-from service.errors import MemoryUnavailable, Overloaded, SettingsRejected
+from service.errors import Overloaded, SettingsRejected, StoreUnavailable
 from service.store.sql.migrate import migrate
 
 LOCK_SECONDS = 5.0  # how long another process's transaction is waited for
@@ -112,13 +112,13 @@ class Database:
             rows: of the item.
 
         Raises:
-            MemoryUnavailable: the database cannot be reached, is locked, or is full, or this waited for one that is.
+            StoreUnavailable: the database cannot be reached, is locked, or is full, or this waited for one that is.
             Overloaded: too many wait already, or this waited too long.
         """
         if self._queue.qsize() + len(self._together) >= self._most:
             raise Overloaded(f"{self._most} requests wait for the database, no more may", self._seconds)
         if not self.up and self._stuck():
-            raise MemoryUnavailable(self._reason)
+            raise StoreUnavailable(self._reason)
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Result] = loop.create_future()
         self._together.append(_Asked(work, item, done, time.monotonic(), then, rows))
@@ -134,13 +134,13 @@ class Database:
         """Look something up in one consistent view.
 
         Raises:
-            MemoryUnavailable: as in `write`.
+            StoreUnavailable: as in `write`.
         """
         found = asyncio.get_running_loop().run_in_executor(self._readers, self._read, work)
         while not (await asyncio.wait({found}, timeout=STUCK_SECONDS))[0]:
             if not self.up:
                 found.add_done_callback(lambda late: late.exception())  # nobody is left to hear it
-                raise MemoryUnavailable(self._reason)
+                raise StoreUnavailable(self._reason)
         return await found
 
     async def close(self) -> None:
@@ -175,18 +175,18 @@ class Database:
             loop.call_later(1, self._lose_patience, loop, done)
             return
         self.up, self._reason = False, "the database does not answer: it has been silent for too long"
-        done.set_exception(MemoryUnavailable(self._reason))
+        done.set_exception(StoreUnavailable(self._reason))
 
     def _read(self, work: Callable[[Connection], Result]) -> Result:
         try:
             if not self.up:
-                raise MemoryUnavailable(self._reason)
+                raise StoreUnavailable(self._reason)
             with self._reading.begin() as connection:
                 return work(connection)
         except DBAPIError as error:
             if getattr(error.orig, "sqlstate", None) == TOO_LONG:  # it is there; who writes is not to think otherwise
                 message = f"the database took longer than {SLOW_SECONDS} s to look this up"
-                raise MemoryUnavailable(message) from error
+                raise StoreUnavailable(message) from error
             raise self._unavailable(error) from error
         except (SQLAlchemyError, sqlite3.Error) as error:
             raise self._unavailable(error) from error
@@ -211,7 +211,7 @@ class Database:
     def _too_late(self) -> Exception:
         """What to tell who waited too long: for others, or for a database that does not answer."""
         if not self.up:
-            return MemoryUnavailable(self._reason)
+            return StoreUnavailable(self._reason)
         return Overloaded(f"waited {self._seconds:g} s for the database, no longer is waited", self._seconds)
 
     def _committed(self, asked: list[_Asked]) -> list[tuple[_Asked, Any]]:
@@ -225,12 +225,12 @@ class Database:
             return self._transaction(kinds, TRIES)
         except (SQLAlchemyError, sqlite3.Error, OSError) as error:
             failure = self._unavailable(error)
-        except MemoryUnavailable as error:
+        except StoreUnavailable as error:
             failure, self.up, self._reason = error, False, error.detail
         except Exception as error:  # of one item, it may be; the others are not to suffer
             failure = error
-        self._failed(isinstance(failure, MemoryUnavailable))
-        if isinstance(failure, MemoryUnavailable) or len(asked) == 1:
+        self._failed(isinstance(failure, StoreUnavailable))
+        if isinstance(failure, StoreUnavailable) or len(asked) == 1:
             return [(one, failure) for one in asked]
         return [pair for one in asked for pair in self._committed([one])]
 
@@ -267,7 +267,7 @@ class Database:
             inode = os.stat(self._file).st_ino
         except FileNotFoundError:
             if self._inode is not None:
-                raise MemoryUnavailable(f"the database file {self._file} is gone") from None
+                raise StoreUnavailable(f"the database file {self._file} is gone") from None
             inode = None  # it is created
         if inode is None or inode != self._inode:
             self._failed(True)  # what is cached is of the file before
@@ -283,7 +283,7 @@ class Database:
             return error
         self.up = False
         self._reason = f"the database does not answer: {str(cause).strip().partition(chr(10))[0]}"
-        return MemoryUnavailable(self._reason)
+        return StoreUnavailable(self._reason)
 
 
 def _tell(told: Sequence[tuple[_Asked, Any]]) -> None:

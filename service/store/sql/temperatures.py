@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Row, insert, select
 
 from model.contract import Manifest
-from service.errors import Conflict, Unknown
+from service.errors import Conflict, NotFound
 from service.store.sql.session import Book
 from service.store.sql.tables import fits, models, temperatures
 
@@ -58,7 +58,7 @@ def change(book: Book, connection: Connection, items: Sequence[Change]) -> list[
     """Put temperatures in force.
 
     Raises:
-        Unknown: no such fit.
+        NotFound: no such fit.
         Conflict: a fit of another model, or nothing to take back.
     """
     return [_change(book, connection, item) for item in items]
@@ -87,7 +87,7 @@ def _change(book: Book, connection: Connection, item: Change) -> Tempered:
 def _fitted(connection: Connection, name: str, model: int) -> float:
     found = connection.execute(select(fits).where(fits.c.id == name)).first()
     if found is None:
-        raise Unknown(f"no fit {name[:40]!r}")
+        raise NotFound(f"no fit {name[:40]!r}")
     if found.model != model:
         raise Conflict("that fit is of another model than the one that answers")
     return float(found.temperature)
