@@ -25,7 +25,7 @@ from benchmarks.load import machine
 from model.contract import CHANNELS
 from model.windows import every_window
 from service.inference import model_loader
-from service.inference.cpu import allowed_cores
+from service.inference.cpu import available_cpus
 from service.scoring.scorer import BATCH_WINDOWS
 from service.settings import BUNDLED
 
@@ -219,7 +219,7 @@ def main() -> None:
         source = fleet(BUILD / f"fleet-{rows}.parquet", rows)
         small = rows <= 1_000_000  # the script holds everything in memory
         rounds = [
-            (ours(source), alone(allowed_cores()), naive(source) if small else None) for _ in range(chosen.rounds)
+            (ours(source), alone(available_cpus()), naive(source) if small else None) for _ in range(chosen.rounds)
         ]
         scripts = [script for *_, script in rounds if script is not None]
         found[rows] = {
@@ -228,7 +228,7 @@ def main() -> None:
             "naive": min(scripts, default=None),
         }
         print(f"{rows:,} rows: {found[rows]}", file=sys.stderr)
-    print(f"{machine()}; {allowed_cores()} threads\n")
+    print(f"{machine()}; {available_cpus()} threads\n")
     print("\n".join(table(found)))
     (BUILD / "score.json").write_text(json.dumps({"machine": machine(), "figures": found}, indent=1))
 

@@ -17,7 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from service.errors import ArtefactRejected, Draining, NotReady, SchemaRejected, ServiceError, StoreNotConfigured
-from service.inference.model_loader import Model, open_model
+from service.inference.model_loader import open_model
+from service.inference.onnx_model import Model
 from service.inference.predictor import Predictor
 from service.metrics import Metrics
 from service.server import malloc

@@ -16,7 +16,7 @@ import pytest
 
 from model.evaluation.evaluate import ARTEFACT
 from model.windows import Readings
-from service.inference.cpu import _paid_cores
+from service.inference.cpu import _quota_cpus
 from tests.support.models import edited, slow_classifier
 from tests.support.processes import ADMIN, LOAD, Service, asked, children, one, running, shared_folder, start, until
 
@@ -410,4 +410,4 @@ def test_workers_that_cannot_open_the_model_stop_with_one_line(tmp_path: Path) -
 def test_cores_are_those_that_the_control_group_pays_for(tmp_path: Path, text: str, cores: int | None) -> None:
     """A quota of one and a half cores is two threads, none is no limit."""
     (tmp_path / "cpu.max").write_text(text)
-    assert cores == _paid_cores(tmp_path)
+    assert cores == _quota_cpus(tmp_path)

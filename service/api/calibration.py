@@ -8,8 +8,8 @@ from service.api.auth import fingerprint
 from service.api.openapi import document_query, document_route
 from service.api.requests import CalibrationQuery, FitRequest, NoQuery, TemperatureRequest
 from service.calibration import use_cases
-from service.codecs.requests import parse, parse_query
-from service.codecs.store_requests import moment
+from service.codecs.parse import parse, parse_query
+from service.codecs.store_json import format_time
 from service.errors import Fault, InvalidInput
 from service.lifecycle import Lifecycle
 from service.server.body import read_body
@@ -29,7 +29,7 @@ def build_router(lifecycle: Lifecycle) -> APIRouter:
         store, predictor = lifecycle.require_store(), lifecycle.ready_predictor()
         body = await use_cases.watch(store, predictor, parameters.window, parameters.periods)
         for period in body.get("over_time", ()):
-            period["from"], period["to"] = moment(period["from"]), moment(period["to"])
+            period["from"], period["to"] = format_time(period["from"]), format_time(period["to"])
         return json_response(body)
 
     @router.post("/v1/calibration/fits", openapi_extra=document_route("FitRequest", None, "409", "501"))
@@ -47,7 +47,7 @@ def build_router(lifecycle: Lifecycle) -> APIRouter:
         store, predictor = lifecycle.require_store(), lifecycle.ready_predictor()
         rows = [
             {
-                "changed_at": moment(change.changed),
+                "changed_at": format_time(change.changed),
                 "temperature": change.temperature,
                 "temperature_source": change.source,
                 "fit_id": change.fit,

@@ -5,8 +5,9 @@ from fastapi import APIRouter, Request, Response
 from service.api.offload import Offloader
 from service.api.openapi import document_query
 from service.api.requests import EnginesQuery, HistoryQuery
-from service.codecs.requests import parse_query
-from service.codecs.store_requests import engines_json, history_json, read_cursor, read_moment, sensors_json
+from service.codecs.parse import parse_query
+from service.codecs.store_json import engines_json, history_json, sensors_json
+from service.codecs.store_requests import decode_cursor, parse_time
 from service.errors import Fault, InvalidInput, NotFound
 from service.lifecycle import Lifecycle
 from service.server.responses import json_response
@@ -57,9 +58,9 @@ def _page_query(parameters: EnginesQuery, classes: tuple[str, ...]) -> queries.W
         raise InvalidInput(f"health: {message}", (Fault(("health",), message),))
     return queries.Wanted(
         None if health is None else classes.index(health),
-        None if parameters.next is None else read_cursor(parameters.next),
+        None if parameters.next is None else decode_cursor(parameters.next),
         parameters.limit,
-        None if parameters.since is None else read_moment("since", parameters.since),
+        None if parameters.since is None else parse_time("since", parameters.since),
         parameters.running,
         parameters.trend,
     )

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from service.api.offload import LARGE_BODY, LARGE_RESPONSE, Offloader
 from service.api.openapi import document_route
 from service.api.route_index import Endpoint, FastRoute
-from service.codecs import store_requests
+from service.codecs import store_json, store_requests
 from service.lifecycle import Lifecycle
 from service.server.body import read_body
 from service.server.media_types import JSON, JSON_HEADER, media_type
@@ -31,14 +31,14 @@ def build_endpoint(lifecycle: Lifecycle, offloader: Offloader) -> Endpoint:
         predictor = lifecycle.predictor or lifecycle.ready_predictor()
         model, most = predictor.model, limits.max_instances
         if len(body) > LARGE_BODY:
-            flights = await offloader.run(lambda: store_requests.read_flights(body, model, most))
+            flights = await offloader.run(lambda: store_requests.decode_flights(body, model, most))
         else:
-            flights = store_requests.read_flights(body, model, most)
+            flights = store_requests.decode_flights(body, model, most)
         recorded = await store.record_flights(predictor, flights, partial(getattr, context, "disconnected"))
         if len(flights) * len(model.manifest.classes) > LARGE_RESPONSE:
-            document = await offloader.run(lambda: store_requests.cycles_json(predictor, flights, recorded))
+            document = await offloader.run(lambda: store_json.cycles_json(predictor, flights, recorded))
         else:
-            document = store_requests.cycles_json(predictor, flights, recorded)
+            document = store_json.cycles_json(predictor, flights, recorded)
         return BytesResponse(document, 200, JSON)
 
     return cycles

@@ -5,8 +5,9 @@ from fastapi import APIRouter, Request, Response
 from service.api.offload import LARGE_BODY, Offloader
 from service.api.openapi import document_route
 from service.api.requests import OutcomeRequest
-from service.codecs.requests import parse
-from service.codecs.store_requests import labels_json, read_labels
+from service.codecs.parse import parse
+from service.codecs.store_json import labels_json
+from service.codecs.store_requests import decode_label_rows
 from service.errors import Conflict
 from service.lifecycle import Lifecycle
 from service.server.body import read_body
@@ -25,7 +26,9 @@ def build_router(lifecycle: Lifecycle, offloader: Offloader) -> APIRouter:
         media_type(request, (JSON,))
         body = await read_body(request, limits.max_body_bytes, limits.request_seconds)
         store, classes = lifecycle.require_store(), lifecycle.ready_predictor().model.manifest.classes
-        rows = await offloader.run_if(len(body) > LARGE_BODY, lambda: read_labels(body, classes, limits.max_instances))
+        rows = await offloader.run_if(
+            len(body) > LARGE_BODY, lambda: decode_label_rows(body, classes, limits.max_instances)
+        )
         recorded = await store.label(rows)
         return json_response(labels_json(rows, recorded.results, classes))
 

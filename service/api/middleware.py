@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.api.auth import ApiKeys
 from service.api.problems import OriginRejected, problem
 from service.api.route_index import FastRoute, RouteIndex
-from service.codecs.requests import CONTROL
+from service.codecs.requests import CONTROL_CHARACTER
 from service.errors import Draining
 from service.ids import REQUEST_ID_BYTES, request_id
 from service.logs import RequestLog
@@ -105,7 +105,7 @@ class RequestMiddleware:
         handling = _Handling(scope, send, self._budget)
         try:
             path = scope["path"]
-            if CONTROL.search(path):  # some patterns match before a last newline, and others do not
+            if CONTROL_CHARACTER.search(path):  # some patterns match before a last newline, and others do not
                 raise HTTPException(404, "no path has control characters")
             route = self._fast_routes.get((scope["method"], path)) or self._index.fast_route(scope)
             if route is None:

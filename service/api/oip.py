@@ -1,4 +1,4 @@
-"""The routes of the Open Inference Protocol, version 2, which clients of KServe and Triton use.
+"""The routes of the Open DecodedInference Protocol, version 2, which clients of KServe and Triton use.
 
 Inputs are `telemetry` and, where it is known, `label`; outputs are the predictions of `/v1/predict` as tensors.
 """
@@ -16,11 +16,11 @@ from service.api.offload import LARGE_BODY, Offloader
 from service.api.openapi import document_route
 from service.api.route_index import Endpoint, FastRoute
 from service.codecs import oip_tensors
-from service.codecs.oip_tensors import Array, Inference
+from service.codecs.oip_tensors import DecodedInference, TensorArray
 from service.errors import InvalidInput, UnknownModel
-from service.inference.model_loader import Model
-from service.inference.predictions import Prediction
-from service.inference.predictor import MANY_NUMBERS, Predictor
+from service.inference.onnx_model import Model
+from service.inference.predictions import PredictionResult
+from service.inference.predictor import MAX_LOOP_NUMBERS, Predictor
 from service.lifecycle import Lifecycle
 from service.server.body import read_large
 from service.server.media_types import JSON, media_type
@@ -50,7 +50,9 @@ def build_endpoint(lifecycle: Lifecycle, offloader: Offloader) -> Endpoint:
         check_name(predictor.model, path["name"], path.get("version"))
         header = request.headers.get(HEADER)
         length = header and header.strip()
-        inference = await offloader.run_if(len(body) > LARGE_BODY, lambda: oip_tensors.read(body, length, INPUTS))
+        inference = await offloader.run_if(
+            len(body) > LARGE_BODY, lambda: oip_tensors.decode_inference(body, length, INPUTS)
+        )
         telemetry = _telemetry(inference, predictor.model, limits.max_instances)
         ticket.rows(len(telemetry))
         targets, temperature = _targets(inference, predictor.model, len(telemetry)), _temperature(inference)
@@ -58,7 +60,7 @@ def build_endpoint(lifecycle: Lifecycle, offloader: Offloader) -> Endpoint:
         gone = partial(getattr, context, "disconnected")
         prediction = await predictor.predict(telemetry, targets, temperature, gone=gone)
         lifecycle.labels.count_submitted(prediction, targets, predictor.temperature)
-        many = prediction.answers.logits.size > MANY_NUMBERS
+        many = prediction.answers.logits.size > MAX_LOOP_NUMBERS
         return await offloader.run_if(many, lambda: _respond(inference, predictor, prediction, outputs))
 
     return infer
@@ -169,7 +171,7 @@ def _outputs(model: Model) -> dict[str, tuple[str, tuple[int, ...]]]:
     }
 
 
-def _telemetry(inference: Inference, model: Model, most: int) -> oip_tensors.Array:
+def _telemetry(inference: DecodedInference, model: Model, most: int) -> oip_tensors.TensorArray:
     telemetry = inference.inputs.get(contract.INPUT)
     if telemetry is None:
         raise InvalidInput(f"input {contract.INPUT!r} is missing")
@@ -186,7 +188,7 @@ def _telemetry(inference: Inference, model: Model, most: int) -> oip_tensors.Arr
     return telemetry
 
 
-def _targets(inference: Inference, model: Model, rows: int) -> Floats | None:
+def _targets(inference: DecodedInference, model: Model, rows: int) -> Floats | None:
     labels, classes = inference.inputs.get(LABEL), len(model.manifest.classes)
     if labels is None:
         return None
@@ -198,7 +200,7 @@ def _targets(inference: Inference, model: Model, rows: int) -> Floats | None:
     return numerics.as_distributions(labels, classes)
 
 
-def _temperature(inference: Inference) -> float | None:
+def _temperature(inference: DecodedInference) -> float | None:
     value = inference.asked.parameters.get("temperature")
     if value is None:
         return None
@@ -207,7 +209,7 @@ def _temperature(inference: Inference) -> float | None:
     return float(value)
 
 
-def _requested_outputs(inference: Inference, model: Model) -> list[tuple[str, bool]]:
+def _requested_outputs(inference: DecodedInference, model: Model) -> list[tuple[str, bool]]:
     """Return the requested outputs in order, and whether each is binary; all of them if none is requested."""
     available = [name for name in _outputs(model) if name != "loss" or LABEL in inference.inputs]
     requested, default = inference.asked.outputs, _flag(inference.asked.parameters, "binary_data_output", False)
@@ -232,11 +234,11 @@ def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
 
 
 def _respond(
-    inference: Inference, predictor: Predictor, prediction: Prediction, outputs: list[tuple[str, bool]]
+    inference: DecodedInference, predictor: Predictor, prediction: PredictionResult, outputs: list[tuple[str, bool]]
 ) -> Response:
     manifest, answers = predictor.model.manifest, prediction.answers
 
-    def values(name: str) -> tuple[str, Array]:
+    def values(name: str) -> tuple[str, TensorArray]:
         if name == "health":
             names = np.array([name.encode() for name in manifest.classes], dtype=object)
             return "BYTES", names[answers.logits.argmax(axis=1)]
@@ -249,7 +251,7 @@ def _respond(
     if inference.asked.id is not None:
         head["id"] = inference.asked.id
     tensors = [(name, *values(name)) for name, _ in outputs]
-    body, length = oip_tensors.write(head, tensors, {name for name, binary in outputs if binary})
+    body, length = oip_tensors.encode_inference(head, tensors, {name for name, binary in outputs if binary})
     if length is None:
         return Response(body, media_type=JSON)
     return Response(body, headers={HEADER: str(length)}, media_type=BINARY)

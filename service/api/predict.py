@@ -13,11 +13,11 @@ from service.api.openapi import ARROW_TABLE, document_route, query_parameters
 from service.api.route_index import Endpoint, FastRoute
 from service.codecs.arrow import ARROW
 from service.codecs.labels import results_json
-from service.codecs.predict_request import read_predict, read_predict_table
+from service.codecs.predict_request import decode_predict, decode_predict_table
 from service.codecs.predictions_json import envelope, prediction_rows
 from service.codecs.requests import PredictOptions
 from service.ids import prediction_ids
-from service.inference.predictions import Prediction
+from service.inference.predictions import PredictionResult
 from service.inference.predictor import Predictor
 from service.lifecycle import Lifecycle
 from service.server.body import read_large
@@ -44,11 +44,11 @@ def build_endpoint(lifecycle: Lifecycle, offloader: Offloader) -> Endpoint:
         model = predictor.model
         if not is_json:  # always offloaded: the first one imports pyarrow
             query = request.query_params.multi_items()
-            inputs = await offloader.run(lambda: read_predict_table(body, query, model, limits))
+            inputs = await offloader.run(lambda: decode_predict_table(body, query, model, limits))
         elif len(body) > LARGE_BODY:
-            inputs = await offloader.run(lambda: read_predict(body, model, limits.max_instances))
+            inputs = await offloader.run(lambda: decode_predict(body, model, limits.max_instances))
         else:
-            inputs = read_predict(body, model, limits.max_instances)
+            inputs = decode_predict(body, model, limits.max_instances)
         instances, decoded = inputs.instances, inputs.decoded
         ticket.rows(len(instances))
         prediction = await predictor.predict(
@@ -82,7 +82,7 @@ def build_endpoint(lifecycle: Lifecycle, offloader: Offloader) -> Endpoint:
 def _respond(
     predictor: Predictor,
     instances: Sequence[Named],
-    prediction: Prediction,
+    prediction: PredictionResult,
     ids: Sequence[str | None],
     what_if: bool,
     results: dict[str, Any],

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from service.codecs.requests import MOST_NAME, Cycle, EngineId, Temperature
+from service.codecs.requests import MAX_NAME_LENGTH, Cycle, EngineId, Temperature
 
 MOST_ENGINES, MOST_TREND, MOST_PERIODS = 1000, 100, 200  # of one answer
 
@@ -67,6 +67,6 @@ class FitRequest(Struct, forbid_unknown_fields=True):
 class TemperatureRequest(Struct, forbid_unknown_fields=True):
     """A temperature to put in force: that of a fit, another one, or the one before."""
 
-    fit_id: Annotated[str, Meta(min_length=1, max_length=MOST_NAME, pattern="^[^\\x00]*$")] | None = None
+    fit_id: Annotated[str, Meta(min_length=1, max_length=MAX_NAME_LENGTH, pattern="^[^\\x00]*$")] | None = None
     temperature: Temperature | None = None
     rollback: bool = False

@@ -15,7 +15,7 @@ import numpy as np
 
 from model.evaluation.temperature_fit import FitRefused, TemperatureFit, cross_validate_temperature
 from model.numerics import Floats
-from service.codecs.instances import label_distribution
+from service.codecs.labels import label_distribution
 from service.errors import InvalidInput
 
 CSV = (".csv", ".tsv")

@@ -17,7 +17,7 @@ from model.evaluation.temperature_fit import FitRefused, MetricChange, cross_val
 from service.calibration import statistics
 from service.errors import Conflict, Fault, InvalidInput
 from service.ids import prediction_ids
-from service.inference.model_loader import Model
+from service.inference.onnx_model import Model
 from service.inference.predictor import Predictor
 from service.store.sql import queries, temperatures
 from service.store.store import Memory

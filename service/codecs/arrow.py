@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from service.codecs.arrow_limits import broken, inflated_size
+from service.codecs.arrow_limits import inflated_size, malformed_stream
 from service.errors import BodyTooLarge, UnsupportedMediaType
 
 ARROW = "application/vnd.apache.arrow.stream"
@@ -28,23 +28,23 @@ class Column(NamedTuple):
 
     def numbers(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
         """The numbers (rows,), and where there is one."""
-        return _numbers(self.values)
+        return _read_numbers(self.values)
 
     def texts(self) -> tuple[npt.NDArray[np.int64], list[str | None]]:
         """A code for each row, and the text of each code; the text of what is missing is None."""
         coded = self.values if hasattr(self.values, "dictionary") else self.values.dictionary_encode()
-        codes, present = _numbers(coded.indices)
+        codes, present = _read_numbers(coded.indices)
         return np.where(present, codes.astype(np.int64), -1), [*coded.dictionary.to_pylist(), None]
 
 
-class Table(NamedTuple):
+class ArrowTable(NamedTuple):
     """Columns of the same length."""
 
     rows: int
     columns: list[Column]
 
 
-def read_table(body: bytes | memoryview, limit: int) -> Table:
+def read_table(body: bytes | memoryview, limit: int) -> ArrowTable:
     """A stream as columns, each in one piece, proven to be what it says it is.
 
     Args:
@@ -68,26 +68,26 @@ def read_table(body: bytes | memoryview, limit: int) -> Table:
         reader = pyarrow.ipc.open_stream(pyarrow.py_buffer(body), options=pyarrow.ipc.IpcReadOptions(use_threads=False))
         for batch in reader:
             batch.validate()
-            left -= sum(map(_pointed_at, batch.columns))
+            left -= sum(map(_view_bytes, batch.columns))
             if left < 0:  # before anybody reads those texts
                 break
             batch.validate(full=True)
             batches.append(batch)
         table = pyarrow.Table.from_batches(batches, reader.schema).combine_chunks()
-        columns = [_column(field, table.column(k)) for k, field in enumerate(table.schema)]
+        columns = [_read_column(field, table.column(k)) for k, field in enumerate(table.schema)]
     except Exception as error:  # pyarrow raises a class of its own for each way a stream can be broken
-        raise broken(str(error).partition("\n")[0][:200]) from None
+        raise malformed_stream(str(error).partition("\n")[0][:200]) from None
     if left < 0:
         raise BodyTooLarge(f"more than {limit} bytes when inflated")
-    return Table(table.num_rows, columns)
+    return ArrowTable(table.num_rows, columns)
 
 
-def _column(field: Any, chunked: Any) -> Column:
+def _read_column(field: Any, chunked: Any) -> Column:
     text = str(getattr(field.type, "value_type", field.type))
     return Column(field.name, text if text in TEXTS else str(field.type), chunked.chunk(0) if len(chunked) else None)
 
 
-def _pointed_at(values: Any) -> int:
+def _view_bytes(values: Any) -> int:
     """Bytes of texts that are views, each counted as often as it is pointed at; 0 of any other column."""
     values = getattr(values, "dictionary", values)
     if not len(values) or not str(values.type).endswith("_view"):
@@ -96,7 +96,7 @@ def _pointed_at(values: Any) -> int:
     return int(views[:, 0].clip(0).sum(dtype=np.int64))
 
 
-def _numbers(values: Any) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+def _read_numbers(values: Any) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
     validity, data = values.buffers()
     kind = NUMBERS[str(values.type)]
     numbers = np.frombuffer(data, kind, len(values), values.offset * kind.itemsize)

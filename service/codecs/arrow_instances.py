@@ -8,24 +8,35 @@ import numpy as np
 import numpy.typing as npt
 
 from model import windows
-from service.codecs.arrow import ARROW, INTEGERS, NULLS, NUMBERS, TEXTS, Column, Table
-from service.codecs.faults import CONTROL_CHARACTERS, MISSING, MISSING_CHANNEL, TOO_LARGE, missing_reading, wrong_length
-from service.codecs.instances import MOST_FAULTS, Decoded, decode_labels, hold_window, refuse
-from service.codecs.requests import CONTROL, MOST_CYCLE, MOST_NAME, Label
+from service.codecs.arrow import ARROW, INTEGERS, NULLS, NUMBERS, TEXTS, ArrowTable, Column
+from service.codecs.faults import (
+    CONTROL_CHARACTERS,
+    MAX_FAULTS,
+    MISSING,
+    MISSING_CHANNEL,
+    TOO_LARGE,
+    missing_reading,
+    refuse,
+    wrong_length,
+)
+from service.codecs.instances import DecodedInstances
+from service.codecs.labels import decode_labels
+from service.codecs.missing_values import hold_window
+from service.codecs.requests import CONTROL_CHARACTER, MAX_CYCLE, MAX_NAME_LENGTH, Label
 from service.errors import Fault, UnsupportedMediaType
-from service.inference.model_loader import Batch, Model
+from service.inference.onnx_model import Batch, Model
 
 ENGINE, CYCLE, LABEL = "engine_id", "cycle", "label"
-OTHERS = {  # columns that are no channels, and what may stand in them
+KEY_COLUMNS = {  # columns that are no channels, and what may stand in them
     ENGINE: ("strings", TEXTS),
     CYCLE: ("integers", INTEGERS),
     LABEL: ("class names or indices", (*TEXTS, *INTEGERS, NULLS)),
 }
-Places = npt.NDArray[np.int64]
+RowIndices = npt.NDArray[np.int64]
 
 
 @dataclass
-class Flight:
+class InstanceKey:
     """What an instance is called by: its engine, and its newest cycle."""
 
     engine_id: str | None
@@ -33,22 +44,22 @@ class Flight:
 
 
 @dataclass
-class Histories:
+class TableInstances:
     """The instances of a table: the rows of instance i stand at `order[bounds[i] : bounds[i + 1]]`, oldest first."""
 
     columns: dict[str, Column]
-    flights: list[Flight]
-    order: Places | None  # (rows,), None if the table has it already
-    bounds: Places  # (N + 1,)
+    flights: list[InstanceKey]
+    order: RowIndices | None  # (rows,), None if the table has it already
+    bounds: RowIndices  # (N + 1,)
 
     @property
-    def newest(self) -> Places:
+    def newest(self) -> RowIndices:
         """The newest row of each instance (N,)."""
         last = self.bounds[1:] - 1
         return last if self.order is None else self.order[last]
 
 
-def histories(table: Table, model: Model) -> Histories:
+def group_instances(table: ArrowTable, model: Model) -> TableInstances:
     """Rows to instances, in order of the engines' first appearance.
 
     A model with a window takes the rows of one engine, by cycle, as one instance, and without engines the whole table.
@@ -61,25 +72,25 @@ def histories(table: Table, model: Model) -> Histories:
     window, channels = model.manifest.window, model.channels
     if not channels or model.input_shape not in ((len(channels),), (window, len(channels))):
         raise UnsupportedMediaType(f"{ARROW}: this model's input {list(model.input_shape)} is no row of named channels")
-    _check(table, channels)
+    _check_columns(table, channels)
     columns = {column.name: column for column in table.columns}
-    names, engine = _engines(columns, table.rows)
-    cycle = _cycles(columns, table.rows)
+    names, engine = _read_engines(columns, table.rows)
+    cycle = _read_cycles(columns, table.rows)
     if window is None:
-        flights = [Flight(names[k], None) for k in engine.tolist()]
-        found = Histories(columns, flights, None, np.arange(table.rows + 1))
+        flights = [InstanceKey(names[k], None) for k in engine.tolist()]
+        found = TableInstances(columns, flights, None, np.arange(table.rows + 1))
     else:
         bounds = np.concatenate([[0], np.cumsum(np.bincount(engine))])
-        found = Histories(columns, [Flight(name, None) for name in names], _order(engine, cycle), bounds)
+        found = TableInstances(columns, [InstanceKey(name, None) for name in names], _sort_rows(engine, cycle), bounds)
     if CYCLE in columns:
         for flight, newest in zip(found.flights, cycle[found.newest].tolist(), strict=True):
             flight.cycle = newest
     return found
 
 
-def _check(table: Table, channels: tuple[str, ...]) -> None:
+def _check_columns(table: ArrowTable, channels: tuple[str, ...]) -> None:
     """Refuse a table that lacks a channel, or has a column that is unknown, twice there, or of the wrong type."""
-    wanted = dict.fromkeys(channels, ("numbers", NUMBERS)) | OTHERS
+    wanted = dict.fromkeys(channels, ("numbers", NUMBERS)) | KEY_COLUMNS
     told = Counter(column.name for column in table.columns)
     faults = [Fault((name,), MISSING_CHANNEL) for name in channels if name not in told]
     for name, kind, _ in table.columns:
@@ -94,7 +105,7 @@ def _check(table: Table, channels: tuple[str, ...]) -> None:
     refuse(faults)
 
 
-def _engines(columns: dict[str, Column], rows: int) -> tuple[list[str | None], Places]:
+def _read_engines(columns: dict[str, Column], rows: int) -> tuple[list[str | None], RowIndices]:
     """Names of the engines as they appear, and which of them each row is of; without the column one without a name."""
     if ENGINE not in columns:
         return [None], np.zeros(rows, np.int64)
@@ -104,27 +115,27 @@ def _engines(columns: dict[str, Column], rows: int) -> tuple[list[str | None], P
     rank, seen = np.zeros(len(texts), np.int64), dict[str | None, int]()
     for row in np.sort(first[first < rows]).tolist():
         name = texts[codes[row]]
-        if not name or len(name) > MOST_NAME:
-            what = MISSING if name is None else wrong_length(MOST_NAME, len(name))
+        if not name or len(name) > MAX_NAME_LENGTH:
+            what = MISSING if name is None else wrong_length(MAX_NAME_LENGTH, len(name))
             refuse([Fault((ENGINE, row), what)])
-        if CONTROL.search(name):
+        if CONTROL_CHARACTER.search(name):
             refuse([Fault((ENGINE, row), CONTROL_CHARACTERS)])
         rank[codes[row]] = seen.setdefault(name, len(seen))  # a dictionary may hold a name twice
     return list(seen), rank[codes]
 
 
-def _cycles(columns: dict[str, Column], rows: int) -> Places:
+def _read_cycles(columns: dict[str, Column], rows: int) -> RowIndices:
     """The cycle of each row; without the column, its place in the table."""
     if CYCLE not in columns:
         return np.arange(rows)
     values, present = columns[CYCLE].numbers()
-    wrong = np.flatnonzero(~present | (values < 0) | (values > MOST_CYCLE))[:MOST_FAULTS].tolist()
-    told = (f"{values[row]} is not from 0 to {MOST_CYCLE}" if present[row] else MISSING for row in wrong)
+    wrong = np.flatnonzero(~present | (values < 0) | (values > MAX_CYCLE))[:MAX_FAULTS].tolist()
+    told = (f"{values[row]} is not from 0 to {MAX_CYCLE}" if present[row] else MISSING for row in wrong)
     refuse([Fault((CYCLE, row), what) for row, what in zip(wrong, told, strict=True)])
     return values.astype(np.int64)
 
 
-def _order(engine: Places, cycle: Places) -> Places | None:
+def _sort_rows(engine: RowIndices, cycle: RowIndices) -> RowIndices | None:
     """Rows by engine, then by cycle; None if they stand so already.
 
     Raises:
@@ -135,12 +146,12 @@ def _order(engine: Places, cycle: Places) -> Places | None:
         return None
     order = np.lexsort((cycle, engine))
     engine, cycle = engine[order], cycle[order]
-    twice = np.flatnonzero((engine[1:] == engine[:-1]) & (cycle[1:] == cycle[:-1]))[:MOST_FAULTS].tolist()
+    twice = np.flatnonzero((engine[1:] == engine[:-1]) & (cycle[1:] == cycle[:-1]))[:MAX_FAULTS].tolist()
     refuse([Fault(("instances", int(engine[i]), CYCLE), f"cycle {cycle[i]} stands in two rows") for i in twice])
     return order
 
 
-def decode_histories(found: Histories, model: Model, hold: bool) -> Decoded:
+def decode_table(found: TableInstances, model: Model, hold: bool) -> DecodedInstances:
     """Readings as windows, padded, missing ones held if asked, and the labels of the newest rows.
 
     Raises:
@@ -148,10 +159,10 @@ def decode_histories(found: Histories, model: Model, hold: bool) -> Decoded:
     """
     window, channels = model.manifest.window, model.channels
     hold = hold and window is not None  # a single row has nothing to hold
-    readings = _readings(found, channels)
+    readings = _read_channels(found, channels)
     whole = bool(np.isfinite(readings).all())
     if not whole:
-        _refuse_unfit(readings, found, channels, hold, window is None)
+        _refuse_not_finite(readings, found, channels, hold, window is None)
     faults: list[Fault] = []
     batch = np.empty((len(found.flights), *model.input_shape), dtype=np.float32)
     imputed = np.zeros(len(channels), dtype=np.int64)
@@ -162,13 +173,13 @@ def decode_histories(found: Histories, model: Model, hold: bool) -> Decoded:
             imputed += held
         if rows is not None:
             batch[i] = rows[0] if window is None else windows.pad_left(rows, window)
-    labels = _labels(found.columns.get(LABEL), found.newest)
+    labels = _read_labels(found.columns.get(LABEL), found.newest)
     targets = decode_labels(labels, model.manifest.classes, faults, lambda i: ("instances", i, LABEL))
     refuse(faults)
-    return Decoded(batch, targets, imputed if hold else None)
+    return DecodedInstances(batch, targets, imputed if hold else None)
 
 
-def _readings(found: Histories, channels: tuple[str, ...]) -> Batch:
+def _read_channels(found: TableInstances, channels: tuple[str, ...]) -> Batch:
     """All readings (rows, channels) in the order of the instances, missing ones as NaN."""
     readings = np.empty((found.bounds[-1], len(channels)), dtype=np.float32)
     for k, name in enumerate(channels):
@@ -181,11 +192,13 @@ def _readings(found: Histories, channels: tuple[str, ...]) -> Batch:
     return readings if found.order is None else readings[found.order]
 
 
-def _refuse_unfit(readings: Batch, found: Histories, channels: tuple[str, ...], hold: bool, single: bool) -> None:
+def _refuse_not_finite(
+    readings: Batch, found: TableInstances, channels: tuple[str, ...], hold: bool, single: bool
+) -> None:
     """Refuse readings that are infinite as float32, and missing ones if they are not held."""
     unfit = np.isinf(readings) if hold else ~np.isfinite(readings)
     faults = []
-    for row in np.flatnonzero(unfit.any(axis=1))[:MOST_FAULTS].tolist():
+    for row in np.flatnonzero(unfit.any(axis=1))[:MAX_FAULTS].tolist():
         i = int(np.searchsorted(found.bounds, row, side="right")) - 1
         place = ("instances", i, "telemetry") if single else ("instances", i, "telemetry", row - int(found.bounds[i]))
         for k in np.flatnonzero(unfit[row]).tolist():
@@ -194,7 +207,7 @@ def _refuse_unfit(readings: Batch, found: Histories, channels: tuple[str, ...], 
     refuse(faults)
 
 
-def _labels(column: Column | None, rows: Places) -> list[Label | None]:
+def _read_labels(column: Column | None, rows: RowIndices) -> list[Label | None]:
     """The labels that stand in some rows."""
     if column is None or column.kind == NULLS:
         return [None] * len(rows)

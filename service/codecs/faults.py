@@ -1,11 +1,11 @@
-"""The wording of faults that several readers find: channels, readings, engines and cycles. Knows no format.
+"""Wording and raising of faults in requests: channels, readings, engines and cycles. Independent of the format.
 
-`model/data/telemetry.py` has its own texts: it is below the service, and names a line and a value in the same sentence.
+`model/data/telemetry.py` has its own texts: it is below the service, and names a line and a value in one sentence.
 """
 
 from collections.abc import Collection, Sequence
 
-from service.errors import Fault
+from service.errors import Fault, InvalidInput
 
 Loc = tuple[str | int, ...]
 UNKNOWN_CHANNEL = "unknown channel"
@@ -34,3 +34,17 @@ def wrong_length(most: int, got: object) -> str:
 def wrong_count(what: str, got: str) -> str:
     """Return the fault of something other than a list of the expected numbers."""
     return f"expected {what}, got {got}"
+
+
+MAX_FAULTS = 20  # a whole wrong file does not need a million lines to be understood
+
+
+def refuse(faults: list[Fault]) -> None:
+    """Raise if anything is wrong; the detail is the first fault in words."""
+    if faults:
+        raise InvalidInput(f"{describe(faults[0].loc)}: {faults[0].msg}", tuple(faults[:MAX_FAULTS]))
+
+
+def describe(loc: tuple[str | int, ...]) -> str:
+    """A place as a person writes it: `instances[0].telemetry[3].sensor_4`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".") or "body"

@@ -12,23 +12,25 @@ import numpy.typing as npt
 import orjson
 from msgspec import UNSET, UnsetType
 
-from service.codecs.json_numbers import numbers, to_float32
-from service.codecs.requests import InferRequest, Tensor, parse
+from service.codecs.json_numbers import parse_numbers
+from service.codecs.number_parser import to_float32
+from service.codecs.parse import parse
+from service.codecs.requests import InferRequest, Tensor
 from service.errors import InvalidInput
 
 DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8")}
-MOST_SIDES, MOST_VALUES = 16, 2**40  # of a shape: no body holds so many, and no arithmetic on them is long
-Array = npt.NDArray[Any]
+MAX_DIMENSIONS, MAX_ELEMENTS = 16, 2**40  # of a shape: no body holds so many, and no arithmetic on them is long
+TensorArray = npt.NDArray[Any]
 
 
-class Inference(NamedTuple):
+class DecodedInference(NamedTuple):
     """A request, its inputs as arrays by name."""
 
     asked: InferRequest
-    inputs: dict[str, Array]
+    inputs: dict[str, TensorArray]
 
 
-def read(body: bytes | memoryview, header_length: str | None, dtypes: dict[str, str]) -> Inference:
+def decode_inference(body: bytes | memoryview, header_length: str | None, dtypes: dict[str, str]) -> DecodedInference:
     """A request with all its tensors.
 
     Args:
@@ -49,7 +51,7 @@ def read(body: bytes | memoryview, header_length: str | None, dtypes: dict[str, 
             raise InvalidInput(f"Inference-Header-Content-Length says {size}, the body has {len(body)} bytes")
     text = body[:size] if size < len(body) else body
     asked = parse(text, InferRequest)
-    inputs: dict[str, Array] = {}
+    inputs: dict[str, TensorArray] = {}
     at = size
     for tensor in asked.inputs:
         if tensor.name not in dtypes or tensor.name in inputs:
@@ -57,27 +59,27 @@ def read(body: bytes | memoryview, header_length: str | None, dtypes: dict[str, 
             raise InvalidInput(f"input {tensor.name[:80]!r}: {what}")
         if tensor.datatype != dtypes[tensor.name]:
             raise InvalidInput(f"input {tensor.name!r}: datatype {tensor.datatype[:20]!r}, not {dtypes[tensor.name]}")
-        inputs[tensor.name], at = _array(tensor, body, at)
+        inputs[tensor.name], at = _decode_tensor(tensor, body, at)
         tensor.data = UNSET  # the array has its numbers, and the raw JSON would keep the body
     if at != len(body):
         raise InvalidInput(f"{len(body) - at} bytes are left behind the last binary tensor")
-    return Inference(asked, inputs)
+    return DecodedInference(asked, inputs)
 
 
-def _array(tensor: Tensor, body: bytes | memoryview, at: int) -> tuple[Array, int]:
+def _decode_tensor(tensor: Tensor, body: bytes | memoryview, at: int) -> tuple[TensorArray, int]:
     """The numbers of a tensor, and where the next binary one begins."""
     where, dtype = f"input {tensor.name!r}", DTYPES[tensor.datatype]
-    if len(tensor.shape) > MOST_SIDES:
-        raise InvalidInput(f"{where}: shape has {len(tensor.shape)} sides, at most {MOST_SIDES} are taken")
+    if len(tensor.shape) > MAX_DIMENSIONS:
+        raise InvalidInput(f"{where}: shape has {len(tensor.shape)} sides, at most {MAX_DIMENSIONS} are taken")
     for side in tensor.shape:
-        if not 0 <= side <= MOST_VALUES:
-            raise InvalidInput(f"{where}: shape {tensor.shape[:8]} has a side that is not from 0 to {MOST_VALUES}")
-    if math.prod(max(side, 1) for side in tensor.shape) > MOST_VALUES:  # also beside a side of 0, as numpy has it
+        if not 0 <= side <= MAX_ELEMENTS:
+            raise InvalidInput(f"{where}: shape {tensor.shape[:8]} has a side that is not from 0 to {MAX_ELEMENTS}")
+    if math.prod(max(side, 1) for side in tensor.shape) > MAX_ELEMENTS:  # also beside a side of 0, as numpy has it
         raise InvalidInput(f"{where}: shape {tensor.shape[:8]} is larger than any body")
     count = math.prod(tensor.shape)
     told = tensor.parameters.get("binary_data_size")
     if told is None:
-        return _from_json(tensor, where, dtype, count), at
+        return _parse_json_data(tensor, where, dtype, count), at
     if isinstance(told, bool) or not isinstance(told, int) or told != count * dtype.itemsize:
         raise InvalidInput(
             f"{where}: binary_data_size {str(told)[:40]}, but shape {tensor.shape[:8]} needs another size"
@@ -86,15 +88,15 @@ def _array(tensor: Tensor, body: bytes | memoryview, at: int) -> tuple[Array, in
         raise InvalidInput(f"{where}: both data and binary_data_size")
     if at + told > len(body):
         raise InvalidInput(f"{where}: {told} bytes announced, {len(body) - at} are there")
-    found: Array = np.frombuffer(body, dtype, count, at).reshape(tensor.shape)
+    found: TensorArray = np.frombuffer(body, dtype, count, at).reshape(tensor.shape)
     return found, at + told
 
 
-def _from_json(tensor: Tensor, where: str, dtype: np.dtype[Any], count: int) -> Array:
+def _parse_json_data(tensor: Tensor, where: str, dtype: np.dtype[Any], count: int) -> TensorArray:
     if isinstance(tensor.data, UnsetType):
         raise InvalidInput(f"{where}: neither data nor binary_data_size")
     floats = dtype.kind == "f"
-    values = numbers(bytes(tensor.data), "d" if floats else "i")
+    values = parse_numbers(bytes(tensor.data), "d" if floats else "i")
     if floats and values is not None:
         values = to_float32(values)
     if values is None:
@@ -104,7 +106,9 @@ def _from_json(tensor: Tensor, where: str, dtype: np.dtype[Any], count: int) -> 
     return values.reshape(tensor.shape)
 
 
-def write(head: dict[str, Any], outputs: list[tuple[str, str, Array]], binary: set[str]) -> tuple[bytes, int | None]:
+def encode_inference(
+    head: dict[str, Any], outputs: list[tuple[str, str, TensorArray]], binary: set[str]
+) -> tuple[bytes, int | None]:
     """The answer's body, and how much of it is JSON if binary tensors follow.
 
     Args:
@@ -116,7 +120,9 @@ def write(head: dict[str, Any], outputs: list[tuple[str, str, Array]], binary: s
     for name, datatype, values in outputs:
         entry: dict[str, Any] = {"name": name, "datatype": datatype, "shape": list(values.shape)}
         if name in binary:
-            raw = _packed(values) if datatype == "BYTES" else values.astype(DTYPES[datatype], copy=False).tobytes()
+            raw = (
+                _pack_strings(values) if datatype == "BYTES" else values.astype(DTYPES[datatype], copy=False).tobytes()
+            )
             entry["parameters"] = {"binary_data_size": len(raw)}
             tail.append(raw)
         elif datatype == "BYTES":
@@ -128,5 +134,5 @@ def write(head: dict[str, Any], outputs: list[tuple[str, str, Array]], binary: s
     return (b"".join((text, *tail)), len(text)) if tail else (text, None)
 
 
-def _packed(values: Array) -> bytes:
+def _pack_strings(values: TensorArray) -> bytes:
     return b"".join(struct.pack("<I", len(text)) + text for text in values.ravel())

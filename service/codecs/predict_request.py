@@ -7,13 +7,15 @@ import numpy as np
 import numpy.typing as npt
 
 from model.numerics import Floats
-from service.codecs import requests
+from service.codecs import parse, requests
 from service.codecs.arrow import read_table
-from service.codecs.arrow_instances import Flight, decode_histories, histories
-from service.codecs.instances import Decoded, decode_instances, decode_labels, decode_logits, refuse
-from service.codecs.instances_fast import read_quickly
+from service.codecs.arrow_instances import InstanceKey, decode_table, group_instances
+from service.codecs.faults import refuse
+from service.codecs.instances import DecodedInstances, decode_instances, decode_logits
+from service.codecs.instances_fast import parse_plain_predict
+from service.codecs.labels import decode_labels
 from service.errors import Fault, InvalidInput
-from service.inference.model_loader import Model
+from service.inference.onnx_model import Model
 from service.settings import Settings
 from service.store.new_predictions import Named
 
@@ -22,29 +24,29 @@ class PredictInputs(NamedTuple):
     """A decoded predict request, ready for the network."""
 
     instances: Sequence[Named]
-    decoded: Decoded
+    decoded: DecodedInstances
     temperature: float | None
     explain: bool
 
 
-def read_predict(body: bytes | memoryview, model: Model, most: int) -> PredictInputs:
+def decode_predict(body: bytes | memoryview, model: Model, most: int) -> PredictInputs:
     """Decode a JSON body of `/v1/predict`.
 
     Raises:
         MalformedJson: what its bytes are not.
         InvalidInput: what is wrong with it, and where.
     """
-    quick = read_quickly(body, model, most)
+    quick = parse_plain_predict(body, model, most)
     if quick is not None:
         return PredictInputs(quick.flights, quick.decoded, None, False)
-    request = requests.parse(body, requests.PredictRequest)
+    request = parse.parse(body, requests.PredictRequest)
     _check_count(len(request.instances), request.explain, model, most)
     decoded = decode_instances(request.instances, model, request.missing == "hold")
-    flights = [Flight(x.engine_id, x.cycle) for x in request.instances]  # whose raw JSON would keep the body
+    flights = [InstanceKey(x.engine_id, x.cycle) for x in request.instances]  # whose raw JSON would keep the body
     return PredictInputs(flights, decoded, request.temperature, request.explain)
 
 
-def read_predict_table(
+def decode_predict_table(
     body: bytes | memoryview, query: list[tuple[str, str]], model: Model, limits: Settings
 ) -> PredictInputs:
     """Decode an Arrow stream of flights, with options in the query.
@@ -55,10 +57,10 @@ def read_predict_table(
         BodyTooLarge: more than the limit when inflated.
         InvalidInput: what is wrong with it, and where.
     """
-    options = requests.parse_query(query, requests.PredictOptions)
-    instances = histories(read_table(body, limits.max_body_bytes), model)
+    options = parse.parse_query(query, requests.PredictOptions)
+    instances = group_instances(read_table(body, limits.max_body_bytes), model)
     _check_count(len(instances.flights), options.explain, model, limits.max_instances)
-    decoded = decode_histories(instances, model, options.missing == "hold")
+    decoded = decode_table(instances, model, options.missing == "hold")
     return PredictInputs(instances.flights, decoded, options.temperature, options.explain)
 
 
@@ -90,7 +92,7 @@ def read_evaluate(body: bytes | memoryview, classes: tuple[str, ...], most: int)
         MalformedJson: the body is not JSON.
         InvalidInput: a wrong value, with its place.
     """
-    request = requests.parse(body, requests.EvaluateRequest)
+    request = parse.parse(body, requests.EvaluateRequest)
     logits = decode_logits(bytes(request.logits), most)
     names = classes if logits.shape[1] == len(classes) else tuple(str(k) for k in range(logits.shape[1]))
     faults: list[Fault] = []

@@ -13,37 +13,37 @@ import numpy.typing as npt
 import orjson
 
 from model.evaluation.occlusion import ChannelAttribution
-from service.inference.model_loader import Model
-from service.inference.predictions import Answers, Evaluation, Prediction
+from service.inference.onnx_model import Model
+from service.inference.predictions import Evaluation, PredictionResult, Predictions
 from service.inference.predictor import Predictor
 from service.store.new_predictions import Named
 
-NONE = b"null"
-ROW = b'{"prediction_id":%s,"engine_id":%s,"cycle":%s,%s,"loss":%s%s%s}'
+NULL = b"null"
+ROW_TEMPLATE = b'{"prediction_id":%s,"engine_id":%s,"cycle":%s,%s,"loss":%s%s%s}'
 
 
 def prediction_rows(
-    model: Model, instances: Sequence[Named], found: Prediction, ids: Sequence[str | None]
+    model: Model, instances: Sequence[Named], found: PredictionResult, ids: Sequence[str | None]
 ) -> list[bytes]:
     """One object an instance, in their order, as JSON."""
-    write = _writer(model.manifest.classes)
+    write = _row_writer(model.manifest.classes)
     parts = [part for piece in found.pieces for part in piece.found.once(write)[piece.begin : piece.end]]
-    losses = None if found.loss is None else _texts([found.loss[:, None]])
+    losses = None if found.loss is None else _number_texts([found.loss[:, None]])
     rows = []
     for i, (instance, (health, sets)) in enumerate(zip(instances, parts, strict=True)):
         who = (_text(ids[i]), _text(instance.engine_id), _number(instance.cycle))
-        moved = b"" if found.moved is None else b',"explanation":' + _explanation(found.moved[i], model)
-        rows.append(ROW % (*who, health, NONE if losses is None else losses[i][0], sets, moved))
+        moved = b"" if found.moved is None else b',"explanation":' + _explanation_text(found.moved[i], model)
+        rows.append(ROW_TEMPLATE % (*who, health, NULL if losses is None else losses[i][0], sets, moved))
     return rows
 
 
 def envelope(
-    predictor: Predictor, rows: Sequence[bytes], found: Prediction, what_if: bool, more: dict[str, Any]
+    predictor: Predictor, rows: Sequence[bytes], found: PredictionResult, what_if: bool, more: dict[str, Any]
 ) -> bytes:
     """Rows as the whole answer, as JSON; `what_if` where the caller gave the temperature, `more` stands behind."""
     manifest, digest = predictor.model.manifest, predictor.model.digest
     source = "request" if what_if else predictor.temperature_source
-    tail, evaluation = [b"]"], _means(found.evaluation) if found.evaluation else None
+    tail, evaluation = [b"]"], _evaluation_means(found.evaluation) if found.evaluation else None
     for name, value in {"evaluation": evaluation, **more}.items():
         tail.append(b',"%s":%s' % (name.encode(), orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)))
     first, *others = rows  # there is one; all are joined once, because together they may be hundreds of megabytes
@@ -59,24 +59,24 @@ def _head(name: str, version: str, digest: str, temperature: float, source: str)
     return head[:-1] + b',"predictions":['
 
 
-def _means(evaluation: Evaluation) -> dict[str, Any]:
+def _evaluation_means(evaluation: Evaluation) -> dict[str, Any]:
     return {name: value if name == "count" else np.float32(value) for name, value in vars(evaluation).items()}
 
 
 @lru_cache(maxsize=16)
-def _writer(classes: tuple[str, ...]) -> Callable[[Answers], list[tuple[bytes, bytes]]]:
+def _row_writer(classes: tuple[str, ...]) -> Callable[[Predictions], list[tuple[bytes, bytes]]]:
     """What writes the part of each row before its loss, and the part behind it."""
-    names, width = _names(classes), len(classes)
+    names, width = _class_texts(classes), len(classes)
     escaped = [name.replace(b"%", b"%%") for name in names]
     template = b'"health":%s,"probabilities":{' + b",".join(name + b":%s" for name in escaped) + b"}"
     template += b',"logits":[%s],"expected_loss":%s'
 
-    def write(answers: Answers) -> list[tuple[bytes, bytes]]:
+    def write(answers: Predictions) -> list[tuple[bytes, bytes]]:
         columns: list[npt.NDArray[Any]] = [answers.probabilities, answers.logits, answers.expected_loss[:, None]]
         columns += [] if answers.rul is None else [answers.rul[:, None]]
         form = template if answers.rul is None else template + b',"rul":%s'
-        tops, texts = answers.logits.argmax(axis=1).tolist(), _texts(columns)
-        sets = [b""] * len(texts) if answers.sets is None else _sets(classes, answers.sets)
+        tops, texts = answers.logits.argmax(axis=1).tolist(), _number_texts(columns)
+        sets = [b""] * len(texts) if answers.sets is None else _set_texts(classes, answers.sets)
         return [
             (form % (names[top], *row[:width], b",".join(row[width : 2 * width]), *row[2 * width :]), inside)
             for top, row, inside in zip(tops, texts, sets, strict=True)
@@ -85,7 +85,7 @@ def _writer(classes: tuple[str, ...]) -> Callable[[Answers], list[tuple[bytes, b
     return write
 
 
-def _texts(columns: list[npt.NDArray[Any]]) -> list[list[bytes]]:
+def _number_texts(columns: list[npt.NDArray[Any]]) -> list[list[bytes]]:
     """The numbers of each row as they are written."""
     table = np.concatenate(columns, axis=1, dtype=np.float32, casting="same_kind")
     text = orjson.dumps(table, option=orjson.OPT_SERIALIZE_NUMPY)
@@ -93,37 +93,37 @@ def _texts(columns: list[npt.NDArray[Any]]) -> list[list[bytes]]:
 
 
 @lru_cache(maxsize=16)
-def _names(classes: tuple[str, ...]) -> tuple[bytes, ...]:
+def _class_texts(classes: tuple[str, ...]) -> tuple[bytes, ...]:
     return tuple(map(orjson.dumps, classes))
 
 
-def _sets(classes: tuple[str, ...], inside: npt.NDArray[np.bool_]) -> list[bytes]:
+def _set_texts(classes: tuple[str, ...], inside: npt.NDArray[np.bool_]) -> list[bytes]:
     """Which classes each row's prediction set holds; few classes have few sets, and each is written once."""
     if len(classes) > 8:
-        return [_set(classes, row.tobytes()) for row in inside]
-    return [_kept_set(classes, row.tobytes()) for row in inside]
+        return [_set_text(classes, row.tobytes()) for row in inside]
+    return [_cached_set_text(classes, row.tobytes()) for row in inside]
 
 
-def _set(classes: tuple[str, ...], inside: bytes) -> bytes:
+def _set_text(classes: tuple[str, ...], inside: bytes) -> bytes:
     return (
         b',"prediction_set":['
-        + b",".join(name for name, there in zip(_names(classes), inside, strict=True) if there)
+        + b",".join(name for name, there in zip(_class_texts(classes), inside, strict=True) if there)
         + b"]"
     )
 
 
-_kept_set = lru_cache(maxsize=1024)(_set)
+_cached_set_text = lru_cache(maxsize=1024)(_set_text)
 
 
 def _text(value: str | None) -> bytes:
-    return NONE if value is None else orjson.dumps(value)
+    return NULL if value is None else orjson.dumps(value)
 
 
 def _number(value: int | None) -> bytes:
-    return NONE if value is None else b"%d" % value
+    return NULL if value is None else b"%d" % value
 
 
-def _explanation(shifts: list[ChannelAttribution], model: Model) -> bytes:
+def _explanation_text(shifts: list[ChannelAttribution], model: Model) -> bytes:
     channels, classes = model.channels, model.manifest.classes
     told: list[dict[str, Any]] = []
     for shift in shifts:

@@ -1,18 +1,16 @@
-"""The bodies of the API as types: requests are parsed into them, the OpenAPI document is generated from them.
+"""Request and response bodies as types; the OpenAPI document is generated from them.
 
-Numbers of telemetry and logits stay raw JSON here (`msgspec.Raw`) and go straight into arrays in `decode`.
+Numbers of telemetry and logits stay raw JSON here (`msgspec.Raw`) and go straight into arrays in `instances`.
 """
 
 import re
-from collections import Counter
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Raw, Struct
 
 from model.contract import CHANNELS
 from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE
-from service.errors import Fault, InvalidInput, MalformedJson
 
 _READINGS = {"type": "array", "items": {"type": "number"}}
 _EXAMPLE = [
@@ -50,14 +48,14 @@ Telemetry = Annotated[
         },
     ),
 ]
-MOST_NAME = 200  # characters of an engine's id
-MOST_CYCLE = 2**53  # beyond it JSON numbers are not exact
+MAX_NAME_LENGTH = 200  # characters of an engine's id
+MAX_CYCLE = 2**53  # beyond it JSON numbers are not exact
 Label = str | int | list[float]
 Temperature = Annotated[float, Meta(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, description="Divides the logits.")]
-CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # no path has them, so that nothing could be asked of such an engine
+CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")  # no path has them, so that nothing could be asked of such an engine
 _PRINTED = "^[^\\x00-\\x1f\\x7f]*$(?!\\n)"  # the last: for Python `$` is also before a last newline
-EngineId = Annotated[str, Meta(min_length=1, max_length=MOST_NAME, pattern=_PRINTED)]
-Cycle = Annotated[int, Meta(ge=0, le=MOST_CYCLE)]
+EngineId = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_LENGTH, pattern=_PRINTED)]
+Cycle = Annotated[int, Meta(ge=0, le=MAX_CYCLE)]
 
 
 class Instance(Struct, forbid_unknown_fields=True):
@@ -125,7 +123,7 @@ class LabelRow(Struct, forbid_unknown_fields=True):
     """The truth of one prediction, named by its id or by engine and cycle."""
 
     label: Annotated[Label, Meta(description="Class name, class index, or a probability for each class.")]
-    prediction_id: Annotated[str, Meta(min_length=1, max_length=MOST_NAME, pattern="^[^\\x00]*$")] | None = None
+    prediction_id: Annotated[str, Meta(min_length=1, max_length=MAX_NAME_LENGTH, pattern="^[^\\x00]*$")] | None = None
     engine_id: EngineId | None = None
     cycle: Cycle | None = None
     revise: Annotated[bool, Meta(description="Replace another label that was given before; it is kept aside.")] = False
@@ -148,7 +146,7 @@ class Tensor(Struct):
     data: Annotated[Raw, Meta(extra_json_schema={"type": "array"})] | msgspec.UnsetType = msgspec.UNSET
 
 
-class Wanted(Struct):
+class RequestedOutput(Struct):
     """An output that is asked for."""
 
     name: str
@@ -161,74 +159,4 @@ class InferRequest(Struct):
     inputs: list[Tensor]
     id: str | None = None
     parameters: dict[str, Any] = {}
-    outputs: list[Wanted] | None = None
-
-
-Body = TypeVar("Body", bound=Struct)
-_PLACE = re.compile(r"^(.*?)(?: - at `\$(.*)`)?$", re.DOTALL)
-_STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
-_UNKNOWN = re.compile(r"^Object contains unknown field `(.*)`$", re.DOTALL)
-
-
-def parse(body: bytes | memoryview, kind: type[Body]) -> Body:
-    """A request body as its type.
-
-    Raises:
-        MalformedJson: no JSON, or nested too deeply to be a request.
-        InvalidInput: JSON of another shape; names the first place.
-    """
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError as error:
-        _check_json(body)  # the decoder stops at the first value of a wrong type, whatever follows
-        raise _invalid(error) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise MalformedJson(f"the body is not JSON: {error}" if body else "the body is empty") from None
-    except RecursionError:
-        raise MalformedJson("the body is nested too deeply") from None
-
-
-def parse_query(query: list[tuple[str, str]], kind: type[Body]) -> Body:
-    """The parameters of a query as a type.
-
-    Raises:
-        InvalidInput: one that is unknown, a duplicate, or has a value of another type; names it.
-    """
-    duplicates = [name[:80] for name, n in Counter(name for name, _ in query).items() if n > 1]
-    if duplicates:
-        message = f"duplicate query parameter {duplicates[0]}"
-        raise InvalidInput(message, (Fault((duplicates[0],), message),))
-    try:
-        return msgspec.convert(dict(query), kind, strict=False)
-    except msgspec.ValidationError as error:
-        raise _invalid(error) from None
-
-
-def _invalid(error: msgspec.ValidationError) -> InvalidInput:
-    found = _PLACE.match(str(error))
-    message, path = found.groups() if found else (str(error), None)
-    loc = tuple(name or int(index) for name, index in _STEP.findall(path or ""))
-    unknown = _UNKNOWN.match(message)
-    if unknown:
-        loc, message = (*loc, unknown[1][:MOST_NAME]), "unknown field"
-    return InvalidInput(f"{describe(loc)}: {message}", (Fault(loc, message),))
-
-
-def _check_json(body: bytes | memoryview) -> None:
-    """Refuse a body that is not JSON through and through. No object is made of it: many small ones take a gigabyte.
-
-    Raises:
-        MalformedJson: what is wrong with it.
-    """
-    try:
-        str(body, "utf-8")  # as nothing but its form is looked at below; a number that no float holds has that
-        msgspec.json.decode(body, type=msgspec.Raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise MalformedJson(f"the body is not JSON: {error}") from None
-    except RecursionError:
-        raise MalformedJson("the body is nested too deeply") from None
-
-
-def describe(loc: tuple[str | int, ...]) -> str:
-    """A place as a person writes it: `instances[0].telemetry[3].sensor_4`."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".") or "body"
+    outputs: list[RequestedOutput] | None = None

@@ -25,20 +25,22 @@ import numpy.typing as npt
 from service.errors import ClientDisconnected, Overloaded, ServiceError
 
 Rows = npt.NDArray[np.float32]
-Found = TypeVar("Found")
-HUSH = 0.02  # seconds of batches of which the event loop hears together, if nobody waits for one of them
-PACES = 9  # full batches whose median says how fast rows are answered: one long pause says nothing
+Output = TypeVar("Output")
+MAX_NOTIFY_DELAY_SECONDS = (
+    0.02  # seconds of batches of which the event loop hears together, if nobody waits for one of them
+)
+RATE_SAMPLES = 9  # full batches whose median says how fast rows are answered: one long pause says nothing
 
 
-class Piece(NamedTuple, Generic[Found]):
+class BatchSlice(NamedTuple, Generic[Output]):
     """Some rows of what one inference found: those from `begin` on, before `end`."""
 
-    found: Found
+    found: Output
     begin: int
     end: int
 
 
-class Observer(Protocol[Found]):
+class Observer(Protocol[Output]):
     """What is told of each batch and each caller; seconds."""
 
     def batch(self, rows: int, seconds: float) -> None:
@@ -47,51 +49,51 @@ class Observer(Protocol[Found]):
     def waited(self, seconds: list[float]) -> None:
         """Callers of a batch, each from its arrival to the inference that answers its first row."""
 
-    def answered(self, answered: list[tuple[Rows, list[Piece[Found]]]]) -> None:
+    def answered(self, answered: list[tuple[Rows, list[BatchSlice[Output]]]]) -> None:
         """Callers whose last row is answered, before they hear of it; those who are a whole batch as one."""
 
 
-class _Job(Generic[Found]):
+class _Job(Generic[Output]):
     """One caller: its rows, how many are to be counted, were taken and answered, and whom to tell."""
 
     __slots__ = ("answered", "counted", "done", "gone", "parts", "patience", "rows", "settled", "since", "taken")
 
     def __init__(self, rows: Rows, counted: int, gone: Callable[[], bool], patience: float) -> None:
         self.rows, self.counted, self.gone, self.patience = rows, counted, gone, patience
-        self.done: asyncio.Future[list[Piece[Found]]] = asyncio.get_running_loop().create_future()
+        self.done: asyncio.Future[list[BatchSlice[Output]]] = asyncio.get_running_loop().create_future()
         self.since = time.perf_counter()
         self.taken = self.answered = 0
         self.settled = False
-        self.parts: list[Piece[Found]] = []
+        self.parts: list[BatchSlice[Output]] = []
 
     def is_taken(self) -> bool:
         """Whether every row is in a batch."""
         return self.taken == len(self.rows)
 
 
-class _Batch(NamedTuple, Generic[Found]):
+class _Batch(NamedTuple, Generic[Output]):
     """The pieces of one inference, and who was sent away instead, and why; None for who had given up."""
 
-    pieces: list[tuple[_Job[Found], Rows]]
-    refused: list[tuple[_Job[Found], ServiceError | None]]
+    pieces: list[tuple[_Job[Output], Rows]]
+    refused: list[tuple[_Job[Output], ServiceError | None]]
 
 
-class _Told(NamedTuple, Generic[Found]):
+class _BatchResult(NamedTuple, Generic[Output]):
     """The rows of an inference, what it found, when it began and the seconds it took."""
 
     rows: Rows
-    found: Found
+    found: Output
     started: float
     seconds: float
 
 
-class Batcher(Generic[Found]):
+class Batcher(Generic[Output]):
     """A bounded queue before one callable."""
 
     def __init__(
         self,
-        run: Callable[[Rows], Found],
-        observer: Observer[Found],
+        run: Callable[[Rows], Output],
+        observer: Observer[Output],
         max_batch_rows: int,
         max_queue_rows: int,
         max_queue_seconds: float,
@@ -101,13 +103,13 @@ class Batcher(Generic[Found]):
         self._most_rows, self._most_seconds = max_queue_rows, max_queue_seconds
         self._lock = threading.Lock()
         # those who fit in a batch, and those who are cut
-        self._lines: tuple[deque[_Job[Found]], deque[_Job[Found]]] = (deque(), deque())
+        self._lines: tuple[deque[_Job[Output]], deque[_Job[Output]]] = (deque(), deque())
         self._waiting = [0, 0]  # rows in each line
         self._turn = 0
         self._idle = True  # the thread waits to be woken
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # False ends the thread
         self._thread: threading.Thread | None = None
-        self._paces: deque[float] = deque(maxlen=PACES)
+        self._paces: deque[float] = deque(maxlen=RATE_SAMPLES)
         self._row_seconds = 0.0  # until a full batch is seen, rows are thought to take no time
         self._callers = 0
         self._nobody = asyncio.Event()
@@ -139,7 +141,7 @@ class Batcher(Generic[Found]):
         gone: Callable[[], bool] = lambda: False,
         other_delay: float = 0.0,
         counted: int | None = None,
-    ) -> list[Piece[Found]]:
+    ) -> list[BatchSlice[Output]]:
         """Where the answers for some rows are, in their order.
 
         Args:
@@ -153,7 +155,9 @@ class Batcher(Generic[Found]):
             ClientDisconnected: the caller left before its rows were taken.
         """
         self.check_room(len(rows), other_delay)
-        job: _Job[Found] = _Job(rows, len(rows) if counted is None else counted, gone, self._most_seconds - other_delay)
+        job: _Job[Output] = _Job(
+            rows, len(rows) if counted is None else counted, gone, self._most_seconds - other_delay
+        )
         line = len(rows) > self._cap
         self._callers += 1
         self._nobody.clear()
@@ -199,42 +203,42 @@ class Batcher(Generic[Found]):
         It is told of a batch that is the last of no caller together with one that is, or that no other follows, but
         never much later: whoever comes is told by the batches before how long it would wait.
         """
-        batch, untold = self._next(1), list[tuple[_Batch[Found], _Told[Found] | Exception | None]]()
+        batch, untold = self._next(1), list[tuple[_Batch[Output], _BatchResult[Output] | Exception | None]]()
         since = 0.0
         while batch is not None:
-            told: _Told[Found] | Exception | None = None
+            told: _BatchResult[Output] | Exception | None = None
             started = time.perf_counter()
             try:
                 if batch.pieces:
                     parts = [rows for _, rows in batch.pieces]
                     rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
-                    told = _Told(rows, self.run(rows), started, time.perf_counter() - started)
+                    told = _BatchResult(rows, self.run(rows), started, time.perf_counter() - started)
             except Exception as raised:  # whatever the callable raises is its callers' to hear
                 told = raised
             since = since if untold else started
             untold.append((batch, told))
-            last = batch.refused or not isinstance(told, _Told) or any(job.is_taken() for job, _ in batch.pieces)
+            last = batch.refused or not isinstance(told, _BatchResult) or any(job.is_taken() for job, _ in batch.pieces)
             batch = self._next(self._cap)  # before the loop hears of this one: it wakes a thread that is idle by then
-            if last or batch is None or time.perf_counter() - since > HUSH:
+            if last or batch is None or time.perf_counter() - since > MAX_NOTIFY_DELAY_SECONDS:
                 try:
                     loop.call_soon_threadsafe(self._tell, untold)
                 except RuntimeError:  # the loop has ended, and with it whoever waited
                     return
                 untold = []
 
-    def _next(self, least: int) -> _Batch[Found] | None:
+    def _next(self, least: int) -> _Batch[Output] | None:
         """The next batch, the lines in turn; the room that one leaves is the other's. None if fewer rows wait."""
         with self._lock:
             if sum(self._waiting) < least:
                 self._idle = True
                 return None
-            batch: _Batch[Found] = _Batch([], [])
+            batch: _Batch[Output] = _Batch([], [])
             self._turn = 1 - self._turn
             left = self._take(self._turn, self._cap, batch)
             self._take(1 - self._turn, left, batch)
             return batch
 
-    def _take(self, line: int, room: int, batch: _Batch[Found]) -> int:
+    def _take(self, line: int, room: int, batch: _Batch[Output]) -> int:
         """Pieces from the head of a line, in which nobody stays who left, gave up or waited too long; the room left."""
         jobs, now = self._lines[line], time.perf_counter()
         while jobs and room:
@@ -253,7 +257,7 @@ class Batcher(Generic[Found]):
                 jobs.popleft()
         return room
 
-    def _refusal(self, job: _Job[Found], now: float) -> ServiceError | None:
+    def _refusal(self, job: _Job[Output], now: float) -> ServiceError | None:
         if job.gone():
             return ClientDisconnected("the client left before its rows were taken")
         if job.taken == 0 and now - job.since > job.patience:
@@ -261,12 +265,12 @@ class Batcher(Generic[Found]):
             return Overloaded(waited, self._most_seconds)
         return None
 
-    def _tell(self, untold: list[tuple[_Batch[Found], _Told[Found] | Exception | None]]) -> None:
+    def _tell(self, untold: list[tuple[_Batch[Output], _BatchResult[Output] | Exception | None]]) -> None:
         """What became of some batches, told in the event loop."""
         for batch, told in untold:
             for job, refusal in batch.refused:
                 self._settle(job, refusal)
-            if isinstance(told, _Told):
+            if isinstance(told, _BatchResult):
                 try:
                     self._answer(batch.pieces, told)
                 except Exception as raised:  # as above; nobody is left waiting
@@ -276,13 +280,13 @@ class Batcher(Generic[Found]):
                     self._settle(job, told)
         self._rouse()
 
-    def _answer(self, pieces: list[tuple[_Job[Found], Rows]], told: _Told[Found]) -> None:
+    def _answer(self, pieces: list[tuple[_Job[Output], Rows]], told: _BatchResult[Output]) -> None:
         """Each caller its own rows; a caller cut into pieces is answered with the last of them."""
         at, finished, together = 0, [], True
         waits = [told.started - job.since for job, _ in pieces if not job.parts]
         for job, rows in pieces:
             n = len(rows)
-            job.parts.append(Piece(told.found, at, at + n))
+            job.parts.append(BatchSlice(told.found, at, at + n))
             at += n
             job.answered += n
             if job.answered == len(job.rows):
@@ -295,13 +299,13 @@ class Batcher(Generic[Found]):
         if waits:
             self._observer.waited(waits)
         if together:
-            self._observer.answered([(told.rows, [Piece(told.found, 0, at)])])
+            self._observer.answered([(told.rows, [BatchSlice(told.found, 0, at)])])
         elif heard := [_counted(job) for job in finished if not job.done.done()]:
             self._observer.answered(heard)
         for job in finished:
             self._settle(job)
 
-    def _settle(self, job: _Job[Found], error: Exception | None = None) -> None:
+    def _settle(self, job: _Job[Output], error: Exception | None = None) -> None:
         """Tell one caller, once."""
         if job.settled:
             return
@@ -318,11 +322,11 @@ class Batcher(Generic[Found]):
                 self._end()
 
 
-def _counted(job: _Job[Found]) -> tuple[Rows, list[Piece[Found]]]:
+def _counted(job: _Job[Output]) -> tuple[Rows, list[BatchSlice[Output]]]:
     """The rows of a caller that are to be counted, and where their answers are."""
     left, parts = job.counted, []
     for part in job.parts:
         if left > 0:
-            parts.append(Piece(part.found, part.begin, min(part.end, part.begin + left)))
+            parts.append(BatchSlice(part.found, part.begin, min(part.end, part.begin + left)))
         left -= part.end - part.begin
     return job.rows[: job.counted], parts

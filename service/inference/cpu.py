@@ -4,13 +4,13 @@ import os
 from pathlib import Path
 
 
-def allowed_cores() -> int:
+def available_cpus() -> int:
     """Cores that this process may use: those it may run on, and no more than its control group pays for."""
     runnable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(runnable, _paid_cores(Path("/sys/fs/cgroup")) or runnable))
+    return max(1, min(runnable, _quota_cpus(Path("/sys/fs/cgroup")) or runnable))
 
 
-def _paid_cores(cgroup: Path) -> int | None:
+def _quota_cpus(cgroup: Path) -> int | None:
     """The processor quota of a control group, rounded up to whole cores; None without one. Versions 2 and 1."""
     try:
         if (cgroup / "cpu.max").exists():

@@ -5,7 +5,7 @@ import numpy.typing as npt
 
 from model import numerics
 from model.numerics import Floats
-from service.inference.predictions import Answers, Mask
+from service.inference.predictions import Mask, Predictions
 from service.metrics import Labelled
 
 
@@ -22,7 +22,7 @@ def score_labels(logits: npt.ArrayLike, labels: Floats, temperature: float, sets
     )
 
 
-def score_labelled_rows(answers: Answers, targets: Floats, temperature: float) -> Labelled:
+def score_labelled_rows(answers: Predictions, targets: Floats, temperature: float) -> Labelled:
     """Score those of N predictions whose target (N, C) is not a row of NaN."""
     known = ~np.isnan(targets[:, 0])
     sets = None if answers.sets is None else answers.sets[known]

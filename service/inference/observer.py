@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from service.inference.batcher import Piece, Rows
+from service.inference.batcher import BatchSlice, Rows
 from service.inference.drift_bins import DriftBins
-from service.inference.model_loader import Model
-from service.inference.predictions import Inference, picked, together
+from service.inference.onnx_model import Model
+from service.inference.predictions import BatchPredictions, concatenate_slices, select_rows
 from service.metrics import Metrics, observe, observe_all
 
 
@@ -34,15 +34,15 @@ class BatchObserver:
         else:
             observe_all(self._metrics.queue_duration, np.array(seconds))
 
-    def answered(self, answered: Sequence[tuple[Rows, Sequence[Piece[Inference]]]]) -> None:
+    def answered(self, answered: Sequence[tuple[Rows, Sequence[BatchSlice[BatchPredictions]]]]) -> None:
         """Count predictions. Only the newest row of a window is new: the others were counted before."""
         slices = [piece for _, some in answered for piece in some]
-        predictions = together(slices)
+        predictions = concatenate_slices(slices)
         windows = [rows if rows.ndim == 2 else rows[:, -1] for rows, _ in answered]
         newest = windows[0] if len(windows) == 1 else np.concatenate(windows)
         if not all(piece.found.finite for piece in slices):
             which = np.flatnonzero(predictions.finite)
-            newest, predictions = newest[which], picked(predictions, which)
+            newest, predictions = newest[which], select_rows(predictions, which)
         confidence = predictions.probabilities.max(axis=1)
         self._metrics.answers(self._series, predictions.logits.argmax(axis=1), confidence, predictions.expected_loss)
         if not self._bins.channels:

@@ -12,15 +12,15 @@ from model import numerics
 from model.evaluation import conformal
 from model.evaluation.occlusion import ChannelAttribution
 from model.numerics import Floats
-from service.inference.batcher import Piece
-from service.inference.model_loader import Batch, Model, Outputs
+from service.inference.batcher import BatchSlice
+from service.inference.onnx_model import Batch, Model, Outputs
 from service.metrics import Labelled
 
 Mask = npt.NDArray[np.bool_]
-Made = TypeVar("Made")
+Derived = TypeVar("Derived")
 
 
-class Answers(NamedTuple):
+class Predictions(NamedTuple):
     """What the model says of N rows, at one temperature."""
 
     logits: Batch  # (N, C)
@@ -31,23 +31,23 @@ class Answers(NamedTuple):
     finite: Mask  # (N,): whether there is an answer at all; where not, the other columns mean nothing
 
 
-class Inference:
+class BatchPredictions:
     """The answers of one inference, and what is made of them: once for all callers whose rows they are."""
 
     __slots__ = ("_made", "answers", "finite")
 
-    def __init__(self, answers: Answers) -> None:
+    def __init__(self, answers: Predictions) -> None:
         self.answers, self.finite = answers, bool(answers.finite.all())
         self._made: dict[Any, Any] = {}
 
-    def once(self, make: Callable[[Answers], Made]) -> Made:
+    def once(self, make: Callable[[Predictions], Derived]) -> Derived:
         """What `make` makes of the answers; callers in several threads may make it twice, and the same."""
         if make not in self._made:
             self._made[make] = make(self.answers)
         return self._made[make]  # type: ignore[no-any-return]  # as it was put there
 
 
-Pieces = Sequence[Piece[Inference]]
+PredictionSlices = Sequence[BatchSlice[BatchPredictions]]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class PredictionResult:
     """Answers for N rows, in pieces. `loss` (N,) is NaN where no label was given, None where there is none at all.
 
     `moved` says of each row what each channel did to the answer, the strongest first; None if that was not asked.
@@ -70,34 +70,34 @@ class Prediction:
     """
 
     temperature: float
-    pieces: Pieces
+    pieces: PredictionSlices
     loss: Floats | None = None
     evaluation: Evaluation | None = None
     moved: list[list[ChannelAttribution]] | None = None
     labelled: Labelled | None = None
 
     @cached_property
-    def answers(self) -> Answers:
+    def answers(self) -> Predictions:
         """All of them together."""
-        return together(self.pieces)
+        return concatenate_slices(self.pieces)
 
 
-def answer(model: Model, telemetry: Batch, temperature: float) -> Answers:
+def predict_windows(model: Model, telemetry: Batch, temperature: float) -> Predictions:
     """Run the network and calibrate: (N, *input_shape) float32, finite, to answers."""
-    return answers_of(model, model.run(telemetry), temperature)
+    return calibrate_outputs(model, model.run(telemetry), temperature)
 
 
-def answers_of(model: Model, outputs: Outputs, temperature: float) -> Answers:
+def calibrate_outputs(model: Model, outputs: Outputs, temperature: float) -> Predictions:
     """What the network said, calibrated; rows of which it said nothing finite are marked."""
     logits, rul = outputs
     finite = np.ones(len(logits), np.bool_)
     if not (np.isfinite(logits).all() and (rul is None or np.isfinite(rul).all())):
         finite = np.isfinite(logits).all(axis=1) & (finite if rul is None else np.isfinite(rul))
         logits = np.where(finite[:, None], logits, np.float32(0))
-    return calibrated(model, logits, rul, finite, temperature)
+    return calibrate(model, logits, rul, finite, temperature)
 
 
-def calibrated(model: Model, logits: Batch, rul: Batch | None, finite: Mask, temperature: float) -> Answers:
+def calibrate(model: Model, logits: Batch, rul: Batch | None, finite: Mask, temperature: float) -> Predictions:
     """Probabilities, their entropy, and prediction sets.
 
     The sets are those at the artefact's own temperature, whatever was asked for: the threshold was found there, and its
@@ -109,34 +109,34 @@ def calibrated(model: Model, logits: Batch, rul: Batch | None, finite: Mask, tem
     if rule is not None:
         own = p if temperature == manifest.temperature else numerics.softmax(logits, manifest.temperature)
         sets = conformal.sets_from_probabilities(own, rule.threshold, rule.method)
-    return Answers(logits, rul, p, entropy, sets, finite)
+    return Predictions(logits, rul, p, entropy, sets, finite)
 
 
-def rows_of(answers: Answers, begin: int, end: int) -> Answers:
+def select_range(answers: Predictions, begin: int, end: int) -> Predictions:
     """Some rows of some answers."""
     if begin == 0 and end == len(answers.logits):
         return answers
-    return picked(answers, slice(begin, end))
+    return select_rows(answers, slice(begin, end))
 
 
-def picked(answers: Answers, which: slice | npt.NDArray[np.int64]) -> Answers:
+def select_rows(answers: Predictions, which: slice | npt.NDArray[np.int64]) -> Predictions:
     """Some rows of some answers, in this order."""
-    return Answers(*(None if column is None else column[which] for column in answers))  # type: ignore[arg-type]  # column by column
+    return Predictions(*(None if column is None else column[which] for column in answers))  # type: ignore[arg-type]  # column by column
 
 
-def together(pieces: Pieces) -> Answers:
+def concatenate_slices(pieces: PredictionSlices) -> Predictions:
     """The answers that lie in some pieces, in their order."""
-    return joined([rows_of(piece.found.answers, piece.begin, piece.end) for piece in pieces])
+    return concatenate_predictions([select_range(piece.found.answers, piece.begin, piece.end) for piece in pieces])
 
 
-def whole(answers: Answers) -> Pieces:
+def as_slices(answers: Predictions) -> PredictionSlices:
     """Some answers as one piece."""
-    return [Piece(Inference(answers), 0, len(answers.logits))]
+    return [BatchSlice(BatchPredictions(answers), 0, len(answers.logits))]
 
 
-def joined(parts: Sequence[Answers]) -> Answers:
+def concatenate_predictions(parts: Sequence[Predictions]) -> Predictions:
     """Answers of some rows after those of others."""
     if len(parts) == 1:
         return parts[0]
     columns = zip(*parts, strict=True)
-    return Answers(*(None if column[0] is None else np.concatenate(column) for column in columns))  # type: ignore[arg-type]  # column by column
+    return Predictions(*(None if column[0] is None else np.concatenate(column) for column in columns))  # type: ignore[arg-type]  # column by column

@@ -19,25 +19,25 @@ from service.inference.admission import Admission, Ticket
 from service.inference.batcher import Batcher, Rows
 from service.inference.drift_bins import DriftBins
 from service.inference.label_scores import score_labelled_rows
-from service.inference.model_loader import Batch, Model
 from service.inference.observer import BatchObserver
+from service.inference.onnx_model import Batch, Model
 from service.inference.predictions import (
-    Answers,
+    BatchPredictions,
     Evaluation,
-    Inference,
-    Pieces,
-    Prediction,
-    answer,
-    calibrated,
-    rows_of,
-    together,
-    whole,
+    PredictionResult,
+    Predictions,
+    PredictionSlices,
+    as_slices,
+    calibrate,
+    concatenate_slices,
+    predict_windows,
+    select_range,
 )
 from service.metrics import Labelled, Metrics
 from service.settings import Settings
 
-FLOAT32 = float(np.finfo(np.float32).max)  # predictions are sent as float32; a loss may exceed it
-MANY_NUMBERS = 2**14  # probabilities of one call; above it they are processed outside of the event loop
+FLOAT32_MAX = float(np.finfo(np.float32).max)  # predictions are sent as float32; a loss may exceed it
+MAX_LOOP_NUMBERS = 2**14  # probabilities of one call; above it they are processed outside of the event loop
 
 
 class Predictor:
@@ -75,7 +75,7 @@ class Predictor:
         imputed: npt.NDArray[np.int64] | None = None,
         gone: Callable[[], bool] = lambda: False,
         explain: bool = False,
-    ) -> Prediction:
+    ) -> PredictionResult:
         """Return calibrated predictions for N instances. Labels are scored; `LabelAccounting` counts them.
 
         Args:
@@ -93,35 +93,35 @@ class Predictor:
             ClientDisconnected: the client disconnected before its rows were taken.
         """
         n, rows = len(telemetry), await self._with_occluded(telemetry) if explain else telemetry
-        pieces: Pieces = await self._batcher.submit(rows, gone, self._admission.shedder.other_delay, n)
+        pieces: PredictionSlices = await self._batcher.submit(rows, gone, self._admission.shedder.other_delay, n)
         if not all(piece.found.finite for piece in pieces):
             _check_finite(pieces, n)
         if imputed is not None:
             self._metrics.imputed(self.model.manifest.channel_names, imputed)
         t = self.temperature if temperature is None else temperature
         if not explain and targets is None and t == self.temperature:
-            return Prediction(t, pieces)
-        predictions = together(pieces)
-        own = rows_of(predictions, 0, n)
-        if own.logits.size > MANY_NUMBERS:
+            return PredictionResult(t, pieces)
+        predictions = concatenate_slices(pieces)
+        own = select_range(predictions, 0, n)
+        if own.logits.size > MAX_LOOP_NUMBERS:
             prediction = await asyncio.to_thread(self._scored, own, targets, t)
         else:
             prediction = self._scored(own, targets, t)
-        return await asyncio.to_thread(_explained, predictions, prediction) if explain else prediction
+        return await asyncio.to_thread(_explain, predictions, prediction) if explain else prediction
 
-    def _scored(self, answers: Answers, targets: Floats | None, t: float) -> Prediction:
+    def _scored(self, answers: Predictions, targets: Floats | None, t: float) -> PredictionResult:
         """What the caller is told, and what the counters are."""
         labelled = None if targets is None else score_labelled_rows(answers, targets, self.temperature)
         if t != self.temperature:
-            answers = calibrated(self.model, answers.logits, answers.rul, answers.finite, t)
+            answers = calibrate(self.model, answers.logits, answers.rul, answers.finite, t)
             answered = None if targets is None else score_labelled_rows(answers, targets, t)
         else:
             answered = labelled
         if targets is None or answered is None:
-            return Prediction(t, whole(answers))
+            return PredictionResult(t, as_slices(answers))
         loss = np.full(len(targets), np.nan)
-        loss[~np.isnan(targets[:, 0])] = np.minimum(answered.loss, FLOAT32)
-        return Prediction(t, whole(answers), loss, _means(answered), labelled=labelled)
+        loss[~np.isnan(targets[:, 0])] = np.minimum(answered.loss, FLOAT32_MAX)
+        return PredictionResult(t, as_slices(answers), loss, _evaluate(answered), labelled=labelled)
 
     async def _with_occluded(self, telemetry: Batch) -> Batch:
         """Return the instances, followed by each of them once per channel with that channel occluded."""
@@ -133,23 +133,23 @@ class Predictor:
             lambda: np.concatenate([telemetry, *(occlude_channels(window, usual) for window in telemetry)])
         )
 
-    def _run(self, rows: Rows) -> Inference:
+    def _run(self, rows: Rows) -> BatchPredictions:
         if not rows.flags.aligned:  # a tensor that follows a header of any length
             rows = rows.copy()
-        return Inference(answer(self.model, rows, self.temperature))
+        return BatchPredictions(predict_windows(self.model, rows, self.temperature))
 
 
-def _means(labelled: Labelled) -> Evaluation:
+def _evaluate(labelled: Labelled) -> Evaluation:
     return Evaluation(
         len(labelled.loss),
-        min(float(labelled.loss.mean()), FLOAT32),
+        min(float(labelled.loss.mean()), FLOAT32_MAX),
         float(labelled.expected_loss.mean()),
         float(labelled.correct.mean()),
         float(labelled.brier.mean()),
     )
 
 
-def _explained(found: Answers, prediction: Prediction) -> Prediction:
+def _explain(found: Predictions, prediction: PredictionResult) -> PredictionResult:
     """The prediction with what each channel did: `found` has its N rows, then those of every channel left out."""
     answers, n = prediction.answers, len(prediction.answers.logits)
     channels, moved = (len(found.logits) - n) // n, []
@@ -163,14 +163,14 @@ def _explained(found: Answers, prediction: Prediction) -> Prediction:
     return replace(prediction, moved=moved)
 
 
-def _check_finite(pieces: Pieces, n: int) -> None:
+def _check_finite(pieces: PredictionSlices, n: int) -> None:
     """Refuse the first of N instances that has no answer; behind them, each has as many rows as there are channels."""
     finite = np.concatenate([piece.found.answers.finite[piece.begin : piece.end] for piece in pieces])
     for bad in np.flatnonzero(~finite)[:1].tolist():  # none, if it is another caller's
-        raise _unanswerable(bad if bad < n else (bad - n) * n // (len(finite) - n))
+        raise _not_finite(bad if bad < n else (bad - n) * n // (len(finite) - n))
 
 
-def _unanswerable(i: int) -> InvalidInput:
+def _not_finite(i: int) -> InvalidInput:
     """A network may overflow on readings that no engine has; such an instance has no answer, and says so."""
     message = "the model has no finite answer for these readings"
     return InvalidInput(f"instances[{i}].telemetry: {message}", (Fault(("instances", i, "telemetry"), message),))

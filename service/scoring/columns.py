@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from service.codecs.requests import CONTROL, MOST_CYCLE, MOST_NAME
+from service.codecs.requests import CONTROL_CHARACTER, MAX_CYCLE, MAX_NAME_LENGTH
 
 Mask = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
@@ -87,7 +87,7 @@ def names(values: Values) -> tuple[Values, Mask]:
     values = plain(values)
     if pa.types.is_floating(values.type):
         values = pc.if_else(pc.is_finite(values), values, pa.scalar(None, values.type))
-        whole = pc.and_(pc.equal(values, pc.floor(values)), pc.less(pc.abs(values), float(MOST_CYCLE)))
+        whole = pc.and_(pc.equal(values, pc.floor(values)), pc.less(pc.abs(values), float(MAX_CYCLE)))
         digits = pc.cast(pc.cast(pc.if_else(whole, values, pa.scalar(None, values.type)), pa.int64()), pa.string())
         values = pc.if_else(whole, digits, pc.cast(values, pa.string()))
     try:
@@ -95,17 +95,19 @@ def names(values: Values) -> tuple[Values, Mask]:
     except pa.ArrowException:  # lists and the like
         return pa.nulls(len(values), pa.string()), np.ones(len(values), dtype=np.bool_)
     length = pc.fill_null(pc.utf8_length(texts), 0).to_numpy(zero_copy_only=False)
-    wrong = (length < 1) | (length > MOST_NAME)
-    control = pc.fill_null(pc.match_substring_regex(texts, CONTROL.pattern), False).to_numpy(zero_copy_only=False)
+    wrong = (length < 1) | (length > MAX_NAME_LENGTH)
+    control = pc.fill_null(pc.match_substring_regex(texts, CONTROL_CHARACTER.pattern), False).to_numpy(
+        zero_copy_only=False
+    )
     return texts, np.asarray(wrong | control, dtype=np.bool_)
 
 
 def cycles(values: Values) -> tuple[Integers, Mask]:
     """Cycles (N,), and which are no whole number from 0 to the largest."""
     found, wrong = numbers(values)
-    wrong = wrong | ~((found >= 0) & (found <= MOST_CYCLE) & (found == np.floor(found)))
-    for i in np.flatnonzero(found == MOST_CYCLE).tolist():  # as which a float also has the next whole number
-        wrong[i] = Decimal(str(values[i].as_py())) != MOST_CYCLE
+    wrong = wrong | ~((found >= 0) & (found <= MAX_CYCLE) & (found == np.floor(found)))
+    for i in np.flatnonzero(found == MAX_CYCLE).tolist():  # as which a float also has the next whole number
+        wrong[i] = Decimal(str(values[i].as_py())) != MAX_CYCLE
     return np.where(wrong, 0, found).astype(np.int64), wrong
 
 

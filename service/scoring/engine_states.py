@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from service.inference.model_loader import Model
+from service.inference.onnx_model import Model
 
 Integers = npt.NDArray[np.int64]
 MAX_BYTES = 2**25  # of states in RAM

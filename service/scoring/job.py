@@ -14,11 +14,11 @@ import onnxruntime as ort
 
 from service.errors import InvalidInput, ServiceError
 from service.inference import model_loader
-from service.inference.cpu import allowed_cores
+from service.inference.cpu import available_cpus
 from service.inference.drift_bins import DriftBins
-from service.inference.model_loader import Model
-from service.inference.overlap_graph import open_histories
-from service.inference.predictions import Answers
+from service.inference.onnx_model import Model
+from service.inference.overlap_graph import open_overlap_graph
+from service.inference.predictions import Predictions
 from service.scoring import outputs, scorer
 from service.scoring.checkpoint import Checkpoint, PartRecord, compute_fingerprint, rejected_rows_path
 from service.scoring.engine_states import EngineStates
@@ -82,7 +82,7 @@ class _ScoringJob:
         self.layout, self.sources = layout, sources
         self.files = [source.name for source in sources]
         local = options.backend != "ray"  # on Ray every actor opens its own graph
-        self.scorer = Scorer(model, temperature, open_histories(settings.model, model) if local else None)
+        self.scorer = Scorer(model, temperature, open_overlap_graph(settings.model, model) if local else None)
         self.settings = settings
         self.integer_ids = engine_ids_are_integers(sources, options.engine_column)
         self.labelled = options.truth_column is not None
@@ -123,7 +123,7 @@ class _ScoringJob:
                 else:
                     yield self.scorer.finish_unit(unit, answers, self.files, self.labelled)
 
-    def _answer_units(self, finished_units: int) -> Generator[tuple[WorkUnit, Answers | None]]:
+    def _answer_units(self, finished_units: int) -> Generator[tuple[WorkUnit, Predictions | None]]:
         if self.options.backend == "ray":
             from service.scoring import ray_job
 
@@ -131,10 +131,10 @@ class _ScoringJob:
             return ray_job.stream_answers(self.options, self.sources, *settings)
         return self._answer_locally(finished_units)
 
-    def _answer_locally(self, finished_units: int) -> Generator[tuple[WorkUnit, Answers | None]]:
+    def _answer_locally(self, finished_units: int) -> Generator[tuple[WorkUnit, Predictions | None]]:
         """Read units in one thread and answer them in a pool. The caller writes them."""
-        queue = deque[tuple[WorkUnit, list[Future[Answers]] | None]]()
-        reader, pool = ThreadPoolExecutor(1), ThreadPoolExecutor(self.settings.threads or allowed_cores())
+        queue = deque[tuple[WorkUnit, list[Future[Predictions]] | None]]()
+        reader, pool = ThreadPoolExecutor(1), ThreadPoolExecutor(self.settings.threads or available_cpus())
         with closing(EngineStates.for_model(self.model, self.checkpoint.folder)) as states:
             try:
                 assembled = assemble_units(self.options, self.layout, self.sources, states)
@@ -152,8 +152,8 @@ class _ScoringJob:
                 reader.shutdown(cancel_futures=True)
 
     def _wait_for_answers(
-        self, unit: WorkUnit, futures: list[Future[Answers]] | None
-    ) -> tuple[WorkUnit, Answers | None]:
+        self, unit: WorkUnit, futures: list[Future[Predictions]] | None
+    ) -> tuple[WorkUnit, Predictions | None]:
         if futures is None:
             return unit, None
         return unit, self.scorer.join_answers(unit, [future.result() for future in futures])

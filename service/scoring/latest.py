@@ -13,11 +13,18 @@ import numpy as np
 from model import windows
 from model.data import telemetry
 from model.data.cmapss import DataError, History
-from service.codecs.instances import hold_window
+from service.codecs.missing_values import hold_window
 from service.codecs.predictions_json import prediction_rows
 from service.errors import Fault, InvalidInput
-from service.inference.model_loader import Batch, Model, open_model
-from service.inference.predictions import Answers, Prediction, answer, joined, whole
+from service.inference.model_loader import open_model
+from service.inference.onnx_model import Batch, Model
+from service.inference.predictions import (
+    PredictionResult,
+    Predictions,
+    as_slices,
+    concatenate_predictions,
+    predict_windows,
+)
 from service.settings import Settings
 
 
@@ -46,7 +53,7 @@ def predict(name: str, settings: Settings, temperature: float | None, missing: s
 
 def answers_of(
     name: str, model: Model, temperature: float, hold: bool = False, batch: int = 64
-) -> tuple[list[Newest], Answers]:
+) -> tuple[list[Newest], Predictions]:
     """The engines of a file, in its order, and what the model says of the newest window of each."""
     if model.manifest.window is None:
         raise InvalidInput(f"{model.manifest.name} takes no windows of readings: there is nothing to read from a table")
@@ -55,7 +62,9 @@ def answers_of(
     except DataError as error:
         raise InvalidInput(str(error)) from None
     seen = np.stack([_window(engine, model.channels, model.manifest.window, hold) for engine in engines])
-    found = joined([answer(model, seen[i : i + batch], temperature) for i in range(0, len(seen), batch)])
+    found = concatenate_predictions(
+        [predict_windows(model, seen[i : i + batch], temperature) for i in range(0, len(seen), batch)]
+    )
     newest = [Newest(engine.engine_id, int(engine.cycle[-1])) for engine in engines]
     if not found.finite.all():
         of = newest[int(found.finite.argmin())]
@@ -75,14 +84,14 @@ def _window(engine: History, channels: tuple[str, ...], window: int, hold: bool)
     return held
 
 
-def as_lines(model: Model, engines: Sequence[Newest], found: Answers, temperature: float) -> Iterator[str]:
+def as_lines(model: Model, engines: Sequence[Newest], found: Predictions, temperature: float) -> Iterator[str]:
     """An object for each engine, in the order of the file, shaped as a prediction of `/v1/predict`."""
     nobody = [None] * len(engines)
-    for row in prediction_rows(model, engines, Prediction(temperature, whole(found)), nobody):
+    for row in prediction_rows(model, engines, PredictionResult(temperature, as_slices(found)), nobody):
         yield row.decode()
 
 
-def table(model: Model, engines: Sequence[Newest], found: Answers, temperature: float) -> Iterator[str]:
+def table(model: Model, engines: Sequence[Newest], found: Predictions, temperature: float) -> Iterator[str]:
     """A line for each engine, the worst first: that most likely of the last class."""
     classes = model.manifest.classes
     lines = [["engine", "cycle", "health", *(f"P({name})" for name in classes)]]

@@ -17,9 +17,9 @@ from typing import Any
 
 from service.errors import InvalidInput, ServiceError
 from service.inference import model_loader
-from service.inference.model_loader import Model
-from service.inference.overlap_graph import open_histories
-from service.inference.predictions import Answers
+from service.inference.onnx_model import Model
+from service.inference.overlap_graph import open_overlap_graph
+from service.inference.predictions import Predictions
 from service.scoring.engine_states import EngineStates
 from service.scoring.options import Options
 from service.scoring.rows import Layout
@@ -40,7 +40,7 @@ class ScoringActor:
     def __init__(self, content: bytes, deterministic: bool, temperature: float) -> None:
         with _temporary_file(content) as path:
             model = open_verified_model(path, deterministic)
-            self.scorer = Scorer(model, temperature, open_histories(path, model))
+            self.scorer = Scorer(model, temperature, open_overlap_graph(path, model))
 
     def __call__(self, rows: Any) -> Any:
         """Answer a table of pickled units."""
@@ -49,7 +49,7 @@ class ScoringActor:
         answered = [pickle.dumps(self.answer_unit(*pickle.loads(unit.as_py()))) for unit in rows["unit"]]
         return pa.table({"unit": pa.array(answered, pa.large_binary())})
 
-    def answer_unit(self, unit: WorkUnit, needed: bool) -> tuple[WorkUnit, Answers | None]:
+    def answer_unit(self, unit: WorkUnit, needed: bool) -> tuple[WorkUnit, Predictions | None]:
         """Return a unit and its answers; None if an earlier run scored it."""
         if not needed:
             return unit, None
@@ -58,7 +58,7 @@ class ScoringActor:
 
 def stream_answers(
     options: Options, sources: list[Source], path: Path, deterministic: bool, temperature: float, finished_units: int
-) -> Generator[tuple[WorkUnit, Answers | None]]:
+) -> Generator[tuple[WorkUnit, Predictions | None]]:
     """Yield every unit in order, with its answers; None for the first `finished_units` units.
 
     Raises:

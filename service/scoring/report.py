@@ -15,7 +15,7 @@ from model.evaluation.calibration_report import Json, LabelledRows, measure_rows
 from service.calibration.statistics import SOURCES
 from service.calibration.use_cases import CalibrationContext, watched
 from service.inference.drift_bins import DriftBins
-from service.inference.model_loader import Model
+from service.inference.onnx_model import Model
 from service.scoring.outputs import whole
 from service.scoring.scorer import Scored
 from service.store.sql.queries import Found

@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from model.data.cmapss import COLUMNS, health_classes
 from service.codecs import faults
-from service.codecs.requests import CONTROL, MOST_CYCLE, MOST_NAME
+from service.codecs.requests import CONTROL_CHARACTER, MAX_CYCLE, MAX_NAME_LENGTH
 from service.errors import InvalidInput
-from service.inference.model_loader import Model
+from service.inference.onnx_model import Model
 from service.scoring import columns
 from service.scoring.options import Options
 from service.scoring.readers import Chunk, chunks
@@ -93,7 +93,7 @@ class Layout:
         names, wrong = columns.names(chunk.columns[engine])
         found.add(wrong, partial(found.no_name, engine))
         at, wrong = columns.cycles(chunk.columns[cycle])
-        found.add(wrong, lambda i: f"{cycle}: {found.shown(cycle, i)} is not a whole number from 0 to {MOST_CYCLE}")
+        found.add(wrong, lambda i: f"{cycle}: {found.shown(cycle, i)} is not a whole number from 0 to {MAX_CYCLE}")
         telemetry, no_number = columns.readings([chunk.columns[name] for name in readings])
         unfit = np.isinf(telemetry) if self.hold else ~np.isfinite(telemetry)
         if unfit.any() or any(wrong.any() for wrong in no_number):
@@ -134,9 +134,9 @@ class _Reasons:
 
     def no_name(self, name: str, i: int) -> str:
         value = self._columns[name][i].as_py()
-        if isinstance(value, str) and CONTROL.search(value):
+        if isinstance(value, str) and CONTROL_CHARACTER.search(value):
             return f"{name}: {faults.CONTROL_CHARACTERS}"
-        return f"{name}: {faults.wrong_length(MOST_NAME, self.shown(name, i))}"
+        return f"{name}: {faults.wrong_length(MAX_NAME_LENGTH, self.shown(name, i))}"
 
     def no_number(self, name: str, i: int) -> str:
         return f"{name}: expected a number, got {self.shown(name, i)}"

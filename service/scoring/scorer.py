@@ -14,10 +14,17 @@ import numpy.typing as npt
 from model import numerics
 from model.numerics import Floats
 from model.windows import overlapping
-from service.inference.model_loader import Batch, Model
-from service.inference.overlap_graph import LARGE, TOGETHER, Histories
-from service.inference.predictions import Answers, answer, answers_of, calibrated, joined, picked
-from service.inference.predictor import FLOAT32
+from service.inference.onnx_model import Batch, Model
+from service.inference.overlap_graph import MAX_CALL_ROWS, MAX_OVERLAP_WINDOWS, OverlapGraph
+from service.inference.predictions import (
+    Predictions,
+    calibrate,
+    calibrate_outputs,
+    concatenate_predictions,
+    predict_windows,
+    select_rows,
+)
+from service.inference.predictor import FLOAT32_MAX
 from service.scoring.rows import Reject
 from service.scoring.window_assembly import Integers, WorkUnit
 
@@ -31,7 +38,7 @@ class Scored:
     """A unit with its answers. Rows without finite answers are excluded and listed."""
 
     unit: WorkUnit
-    answers: Answers
+    answers: Predictions
     loss: Floats | None  # (N,) NaN without a label; None if the job has no labels
     kept: Integers  # rows of the unit that have answers
     unanswered: list[Reject]
@@ -40,10 +47,10 @@ class Scored:
 class Scorer:
     """Model at one temperature, with its overlap graph if it has one. Both give the same bits."""
 
-    def __init__(self, model: Model, temperature: float, overlap_graph: Histories | None = None) -> None:
+    def __init__(self, model: Model, temperature: float, overlap_graph: OverlapGraph | None = None) -> None:
         self.model, self.temperature, self.overlap_graph = model, temperature, overlap_graph
 
-    def inference_calls(self, unit: WorkUnit) -> "list[Callable[[], Answers]]":
+    def inference_calls(self, unit: WorkUnit) -> "list[Callable[[], Predictions]]":
         """Return calls that together answer a unit, each on any thread. `join_answers` takes their results in order."""
         if self._uses_overlap_graph(unit):
             return [
@@ -55,9 +62,9 @@ class Scorer:
             for i in _slice_starts(unit.starts, BATCH_WINDOWS)
         ]
 
-    def join_answers(self, unit: WorkUnit, parts: list[Answers]) -> Answers:
+    def join_answers(self, unit: WorkUnit, parts: list[Predictions]) -> Predictions:
         """Return the answers of a unit in the order of its rows."""
-        answers = joined(parts or [self._empty_answers()])
+        answers = concatenate_predictions(parts or [self._empty_answers()])
         if not self._uses_overlap_graph(unit):
             return answers
         order = np.argsort(unit.starts, kind="stable")
@@ -65,44 +72,44 @@ class Scorer:
             return answers
         rank = np.empty_like(order)
         rank[order] = np.arange(len(order))
-        return picked(answers, rank)
+        return select_rows(answers, rank)
 
     def _uses_overlap_graph(self, unit: WorkUnit) -> bool:
         return self.overlap_graph is not None and len(unit.flat) <= MAX_ROWS_PER_WINDOW * len(unit.starts)
 
-    def _answer_windows(self, windows: Batch, starts: Integers) -> Answers:
+    def _answer_windows(self, windows: Batch, starts: Integers) -> Predictions:
         """Copy separate windows into one batch and answer it."""
         shape = (len(starts), *self.model.input_shape)
-        return answer(self.model, np.ascontiguousarray(windows[starts]).reshape(shape), self.temperature)
+        return predict_windows(self.model, np.ascontiguousarray(windows[starts]).reshape(shape), self.temperature)
 
-    def _answer_overlapping(self, flat: Batch, starts: Integers) -> Answers:
+    def _answer_overlapping(self, flat: Batch, starts: Integers) -> Predictions:
         """Answer overlapping windows, sorted by start, with the overlap graph."""
         assert self.overlap_graph is not None  # _uses_overlap_graph
         begin, end = starts[0], starts[-1] + self.overlap_graph.window
         outputs = self.overlap_graph.answers(flat[begin:end], starts - begin, BATCH_WINDOWS)
-        return answers_of(self.model, outputs, self.temperature)
+        return calibrate_outputs(self.model, outputs, self.temperature)
 
-    def finish_unit(self, unit: WorkUnit, answers: Answers, files: list[str], labelled: bool) -> Scored:
+    def finish_unit(self, unit: WorkUnit, answers: Predictions, files: list[str], labelled: bool) -> Scored:
         """Return a unit with its finite answers and the losses of labelled rows."""
         kept = np.flatnonzero(answers.finite)
         not_finite = np.flatnonzero(~answers.finite).tolist()
         unanswered = [Reject(int(unit.row[i]), files[unit.file[i]], NO_ANSWER) for i in not_finite]
         if not_finite:
-            answers = picked(answers, kept)
+            answers = select_rows(answers, kept)
         loss = self._compute_losses(answers, unit.label[kept]) if labelled else None
         return Scored(unit, answers, loss, kept, unanswered)
 
-    def _empty_answers(self) -> Answers:
+    def _empty_answers(self) -> Predictions:
         manifest = self.model.manifest
         rul = None if manifest.rul_thresholds is None else np.empty(0, np.float32)
         logits = np.empty((0, len(manifest.classes)), np.float32)
-        return calibrated(self.model, logits, rul, np.empty(0, np.bool_), self.temperature)
+        return calibrate(self.model, logits, rul, np.empty(0, np.bool_), self.temperature)
 
-    def _compute_losses(self, answers: Answers, label: Integers) -> Floats:
+    def _compute_losses(self, answers: Predictions, label: Integers) -> Floats:
         labelled = label >= 0
         loss = np.full(len(label), np.nan)
         losses = numerics.cross_entropy(answers.logits[labelled], label[labelled], self.temperature, reduction="none")
-        loss[labelled] = np.minimum(losses, FLOAT32)
+        loss[labelled] = np.minimum(losses, FLOAT32_MAX)
         return loss
 
 
@@ -112,8 +119,8 @@ def _slice_starts(starts: Integers, size: int) -> range:
 
 def _group_starts(starts: Integers) -> list[Integers]:
     """Group sorted starts by call, with bounded numbers of windows and rows, which bounds the RAM of a call."""
-    blocks = np.split(starts, np.flatnonzero(np.diff(starts // LARGE)) + 1)
-    return [block[i : i + TOGETHER] for block in blocks for i in _slice_starts(block, TOGETHER)]
+    blocks = np.split(starts, np.flatnonzero(np.diff(starts // MAX_CALL_ROWS)) + 1)
+    return [block[i : i + MAX_OVERLAP_WINDOWS] for block in blocks for i in _slice_starts(block, MAX_OVERLAP_WINDOWS)]
 
 
 def output_table(scored: Scored, model: Model, engine_column: str, cycle_column: str, integer_ids: bool) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from model.data.cmapss import COLUMNS
-from service.codecs.requests import MOST_CYCLE
+from service.codecs.requests import MAX_CYCLE
 
 Parsed = tuple[dict[str, Any], int, dict[int, str]]
 _GAPS, _ENDS = re.compile(rb"[ \t\r\f\v]+"), re.compile(rb" *\n *")
@@ -168,6 +168,6 @@ def _object(line: bytes) -> dict[str, Any]:
 def _as_text(name: str, value: Any) -> str | None:
     if isinstance(value, bool | list | dict):
         raise ValueError(f"{name[:80]}: expected a number or a text, got {orjson.dumps(value).decode()[:40]}")
-    if isinstance(value, float) and value.is_integer() and abs(value) < MOST_CYCLE:
+    if isinstance(value, float) and value.is_integer() and abs(value) < MAX_CYCLE:
         value = int(value)  # an id of 7.0 is 7, as in a piece that is read at once
     return value if value is None or isinstance(value, str) else repr(value)

@@ -17,7 +17,14 @@ import numpy as np
 from model.windows import Readings
 from service.errors import Conflict, Fault, InvalidInput, Overloaded
 from service.ids import prediction_ids
-from service.inference.predictions import Answers, Prediction, calibrated, joined, rows_of, whole
+from service.inference.predictions import (
+    PredictionResult,
+    Predictions,
+    as_slices,
+    calibrate,
+    concatenate_predictions,
+    select_range,
+)
 from service.inference.predictor import Predictor
 from service.store.label_accounting import LabelAccounting
 from service.store.new_predictions import model_version, new_predictions
@@ -60,7 +67,7 @@ class RecordedFlights(NamedTuple):
     """The outcome of every flight, and the predictions and ids of those that were not rejected, in their order."""
 
     outcomes: list[FlightOutcome]
-    prediction: Prediction | None
+    prediction: PredictionResult | None
     ids: list[str]
 
 
@@ -213,9 +220,9 @@ class _Request:
         self._writes: dict[str, EngineFlights] = {}
         self._outcomes: dict[int, FlightOutcome] = {}
         self._windows: dict[int, Readings] = {}  # not predicted yet
-        self._predicted: dict[int, tuple[Prediction, int]] = {}  # and the row there
+        self._predicted: dict[int, tuple[PredictionResult, int]] = {}  # and the row there
         self._made: dict[int, Made] = {}
-        self._rounds: list[Prediction] = []
+        self._rounds: list[PredictionResult] = []
         self._repeats: dict[EngineCycle, int] = {}  # of flights that are stored already
         self._same: dict[int, int] = {}  # flights that are in this request twice, and where they are first
 
@@ -306,8 +313,10 @@ class _Request:
             else:
                 ids.append(self._made[place].id)
                 own, k = self._predicted[place]
-                parts.append(rows_of(own.answers, k, k + 1))
-        return RecordedFlights(outcomes, Prediction(self.predictor.temperature, whole(joined(parts))), ids)
+                parts.append(select_range(own.answers, k, k + 1))
+        return RecordedFlights(
+            outcomes, PredictionResult(self.predictor.temperature, as_slices(concatenate_predictions(parts))), ids
+        )
 
     def _discard(self, name: str) -> None:
         """Drop what was built from a tail that is stale."""
@@ -387,10 +396,10 @@ def _at_flight(error: InvalidInput, places: Sequence[int]) -> InvalidInput:
     return InvalidInput(f"cycles[{place}].telemetry: {fault.msg}", (Fault(("cycles", place, "telemetry"), fault.msg),))
 
 
-def _answers(predictor: Predictor, stored: StoredPrediction) -> Answers:
+def _answers(predictor: Predictor, stored: StoredPrediction) -> Predictions:
     rul = None if stored.rul is None else np.array([stored.rul], dtype=np.float32)
     logits, finite = np.frombuffer(stored.logits, np.float32)[None], np.ones(1, dtype=np.bool_)
-    return calibrated(predictor.model, logits, rul, finite, predictor.temperature)
+    return calibrate(predictor.model, logits, rul, finite, predictor.temperature)
 
 
 def _nothing(_: Any, items: Sequence[None]) -> list[None]:

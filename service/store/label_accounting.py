@@ -11,7 +11,7 @@ import numpy as np
 from model.evaluation import conformal
 from model.numerics import Floats
 from service.inference.label_scores import score_labelled_rows, score_labels
-from service.inference.predictions import Mask, Prediction
+from service.inference.predictions import Mask, PredictionResult
 from service.metrics import Metrics, observe_all
 from service.store.sql.session import Joined
 
@@ -23,7 +23,7 @@ class LabelAccounting:
         self._metrics = metrics
 
     def count_submitted(
-        self, prediction: Prediction, targets: Floats | None, temperature: float, excluded: Mask | None = None
+        self, prediction: PredictionResult, targets: Floats | None, temperature: float, excluded: Mask | None = None
     ) -> None:
         """Count the labels that arrived with a prediction, and these rows as labellable.
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from model.numerics import Floats
 from model.windows import Readings
-from service.inference.predictions import Answers, Prediction
+from service.inference.predictions import PredictionResult, Predictions
 from service.inference.predictor import Predictor
 from service.store.sql.predictions import By, Made
 
@@ -35,7 +35,7 @@ class _Values(NamedTuple):
 
 def new_predictions(
     predictor: Predictor,
-    prediction: Prediction,
+    prediction: PredictionResult,
     rows: Sequence[Named],
     telemetry: Readings,
     ids: Sequence[str],
@@ -61,7 +61,7 @@ def model_version(predictor: Predictor) -> By:
     return By(model.digest, model.manifest, predictor.temperature, predictor.temperature_source)
 
 
-def _values(answers: Answers) -> list[_Values]:
+def _values(answers: Predictions) -> list[_Values]:
     """Return the stored values of every row of a batch, computed once for all requests of the batch."""
     n, width = answers.logits.shape
     raw, size = answers.logits.tobytes(), width * answers.logits.itemsize

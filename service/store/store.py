@@ -14,8 +14,8 @@ from model.numerics import Floats
 from model.windows import Readings
 from service.errors import StoreUnavailable
 from service.ids import prediction_ids
-from service.inference.model_loader import Model
-from service.inference.predictions import Prediction
+from service.inference.onnx_model import Model
+from service.inference.predictions import PredictionResult
 from service.inference.predictor import Predictor
 from service.metrics import Metrics
 from service.settings import Settings
@@ -129,7 +129,7 @@ class Memory:
         predictor: Predictor,
         rows: Sequence[Named],
         telemetry: Readings,
-        found: Prediction,
+        found: PredictionResult,
         targets: Floats | None = None,
     ) -> Remembered:
         """Keep the predictions of engines, and the labels that came with them; counts all labels in the metrics.

@@ -15,7 +15,7 @@ import pytest
 
 from model.contract import CHANNELS
 from model.windows import Readings
-from service.codecs.arrow_limits import MOST_HEADER, UINT32, Flat, get
+from service.codecs.arrow_limits import MAX_HEADER_BYTES, UINT32, FlatbufferTable, read_number
 from tests.support.models import identity_classifier, overflowing_classifier
 from tests.support.processes import Service, absent, running
 from tests.support.tables import ARROW, flights, stream
@@ -272,12 +272,12 @@ def test_damaged_streams_harm_nobody(service: Service, fleet: dict[str, Readings
     assert service.process.poll() is None
 
 
-def headers(body: bytes) -> list[tuple[int, Flat, int]]:
+def headers(body: bytes) -> list[tuple[int, FlatbufferTable, int]]:
     """Of each message: where its header begins in the stream, the header as a flatbuffer, and where its body begins."""
     found, at = [], 0
-    while at < len(body) and (size := get(UINT32, body, at + 4)):
+    while at < len(body) and (size := read_number(UINT32, body, at + 4)):
         data = body[at + 8 : at + 8 + size]
-        message = Flat(data, get(UINT32, data, 0))
+        message = FlatbufferTable(data, read_number(UINT32, data, 0))
         found.append((at + 8, message, at + 8 + size))
         at += 8 + size + message.number(3, struct.Struct("<q"))
     return found
@@ -349,7 +349,7 @@ def bombs() -> dict[str, tuple[bytes, int]]:
         "views": (stream(views), 413),
         "notes": (told_again(stream(few.replace_schema_metadata(notes))), 400),
         "many columns": (stream(pa.table({f"{k}": pa.array([1.0]) for k in range(5000)})), 400),
-        "a long header": (stream(few.replace_schema_metadata({"x": "x" * 2 * MOST_HEADER})), 400),
+        "a long header": (stream(few.replace_schema_metadata({"x": "x" * 2 * MAX_HEADER_BYTES})), 400),
         "many messages": (stream(pa.concat_tables([few] * 17_000), 1), 400),
     }
 

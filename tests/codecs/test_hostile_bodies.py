@@ -9,9 +9,10 @@ import pytest
 
 from model.evaluation.evaluate import ARTEFACT
 from service.api.evaluate import evaluate_logits
-from service.codecs.predict_request import read_evaluate, read_predict
+from service.codecs.predict_request import decode_predict, read_evaluate
 from service.errors import InvalidInput, MalformedJson
-from service.inference.model_loader import Model, open_model
+from service.inference.model_loader import open_model
+from service.inference.onnx_model import Model
 
 CHANNELS = 17
 MANY = 4 << 20  # lists
@@ -22,6 +23,7 @@ from service.codecs import number_parser
 from service.codecs.predict_request import evaluate_json, read_predict
 from service.api.evaluate import evaluate_logits
 from service.codecs.predict_request import read_evaluate, read_predict
+from service.codecs.predict_request import evaluate_json, decode_predict
 from service.errors import ServiceError
 from service.inference.model_loader import open_model
 model, body = open_model(ARTEFACT), sys.stdin.buffer.read()
@@ -31,7 +33,7 @@ def most():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = most()
 try:
-    evaluate_logits(read_evaluate(body, ("a", "b"), 10**9)) if b"logits" in body else read_predict(body, model, 10**9)
+    evaluate_json(body, ("a", "b"), 10**9) if b"logits" in body else decode_predict(body, model, 10**9)
 except ServiceError as error:
     print(most() - before, error.detail)
 """
@@ -72,7 +74,7 @@ def test_what_is_wrong_far_behind_is_named_by_its_place(model: Model) -> None:
     rows = np.random.default_rng(0).normal(500, 1, (20_000, CHANNELS)).tolist()
     rows[15_000][3], rows[19_999] = None, [1.0]
     with pytest.raises(InvalidInput) as refused:
-        read_predict(json.dumps({"instances": [{"telemetry": rows}]}).encode(), model, 10)
+        decode_predict(json.dumps({"instances": [{"telemetry": rows}]}).encode(), model, 10)
     assert [fault.loc[:4] for fault in refused.value.faults] == [
         ("instances", 0, "telemetry", 15_000),
         ("instances", 0, "telemetry", 19_999),
@@ -96,4 +98,4 @@ def test_a_long_list_that_ends_with_a_comma_is_no_json(model: Model) -> None:
     text = ",".join([row.replace("null", "1e0")] * 20_000)
     for bad in (text + ",", text + f",{row},"):
         with pytest.raises(MalformedJson):
-            read_predict(b'{"instances":[{"telemetry":[%s]}],"missing":"hold"}' % bad.encode(), model, 10)
+            decode_predict(b'{"instances":[{"telemetry":[%s]}],"missing":"hold"}' % bad.encode(), model, 10)

@@ -7,13 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.evaluation.evaluate import ARTEFACT
-from service.codecs import requests
+from service.codecs import parse, requests
 from service.codecs.instances import decode_instances
-from service.codecs.instances_fast import read_quickly
-from service.codecs.json_numbers import PIECE
-from service.codecs.predict_request import read_predict
+from service.codecs.instances_fast import parse_plain_predict
+from service.codecs.number_parser import PARSE_BYTES
+from service.codecs.predict_request import decode_predict
 from service.errors import ServiceError
-from service.inference.model_loader import Model, open_model
+from service.inference.model_loader import open_model
+from service.inference.onnx_model import Model
 
 pytestmark = pytest.mark.usefixtures("each_parser")
 CHANNELS = 17
@@ -66,7 +67,7 @@ def model() -> Model:
 
 def slowly(body: bytes, model: Model) -> tuple[list[tuple[str | None, int | None]], bytes, bytes | None]:
     """What the schemas make of a body: names, windows and labels."""
-    asked = requests.parse(body, requests.PredictRequest)
+    asked = parse.parse(body, requests.PredictRequest)
     decoded = decode_instances(asked.instances, model, asked.missing == "hold")
     assert asked.temperature is None
     targets = None if decoded.targets is None else decoded.targets.tobytes()
@@ -77,7 +78,7 @@ def slowly(body: bytes, model: Model) -> tuple[list[tuple[str | None, int | None
 def test_the_quick_way_says_what_the_schemas_say_or_nothing(model: Model, asked: Any, indent: int | None) -> None:
     """Whatever is read in one pass is what the schemas read, to the bit; what they refuse is never read."""
     body = json.dumps(asked, indent=indent).encode()
-    found = read_quickly(body, model, 4096)
+    found = parse_plain_predict(body, model, 4096)
     if found is not None:
         names = [(flight.engine_id, flight.cycle) for flight in found.flights]
         targets = None if found.decoded.targets is None else found.decoded.targets.tobytes()
@@ -108,7 +109,7 @@ def test_the_quick_way_says_what_the_schemas_say_or_nothing(model: Model, asked:
 def test_what_is_no_plain_body_is_left_to_the_schemas(model: Model, body: bytes) -> None:
     """Broken JSON, and names told twice, are not read in one pass."""
     row = json.dumps([[1.0] * CHANNELS] * WINDOW).encode()
-    assert read_quickly(body.replace(b"%s", row), model, 4096) is None
+    assert parse_plain_predict(body.replace(b"%s", row), model, 4096) is None
 
 
 @pytest.mark.parametrize("within", [0, 1, 2, CHANNELS - 1, CHANNELS, CHANNELS + 1, 2 * CHANNELS + 1])
@@ -116,9 +117,9 @@ def test_a_list_within_a_row_is_no_row(model: Model, within: int) -> None:
     """Numbers in a list in place of one number are not taken for more rows, however many they are."""
     rows = [[1.0] * CHANNELS, [[2.0] * within, *[3.0] * (CHANNELS - 1)]]
     body = json.dumps({"instances": [{"telemetry": rows}, {"telemetry": rows[:1]}]}).encode()
-    assert read_quickly(body, model, 4096) is None
+    assert parse_plain_predict(body, model, 4096) is None
     with pytest.raises(ServiceError, match=r"telemetry\[1\].*expected a number, got a list"):
-        read_predict(body, model, 4096)
+        decode_predict(body, model, 4096)
 
 
 def test_plain_bodies_are_read_in_one_pass(model: Model) -> None:
@@ -126,13 +127,13 @@ def test_plain_bodies_are_read_in_one_pass(model: Model) -> None:
     rows = np.random.default_rng(0).normal(500, 100, (3, 130, CHANNELS)).tolist()
     instances = [{"telemetry": rows[0]}, {"telemetry": rows[1][:3], "engine_id": "a"}, {"telemetry": rows[2][:WINDOW]}]
     body = json.dumps({"instances": [*instances, {"cycle": 5, "telemetry": rows[0][:1], "label": 1}]}).encode()
-    found = read_quickly(body, model, 4)
+    found = parse_plain_predict(body, model, 4)
     assert found is not None
     assert found.decoded.targets is not None
     assert slowly(body, model)[1:] == (found.decoded.telemetry.tobytes(), found.decoded.targets.tobytes())
-    assert read_quickly(body, model, 3) is None
+    assert parse_plain_predict(body, model, 3) is None
     with pytest.raises(ServiceError):
-        read_predict(body, model, 3)
+        decode_predict(body, model, 3)
 
 
 def test_a_large_body_is_decoded_in_one_pass(model: Model) -> None:
@@ -142,13 +143,13 @@ def test_a_large_body_is_decoded_in_one_pass(model: Model) -> None:
     instances[200]["engine_id"] = "}, {"  # what looks like the end of an instance
     for indent in (None, 1):
         body = json.dumps({"instances": instances}, indent=indent).encode()
-        assert len(body) > 2 * PIECE
+        assert len(body) > 2 * PARSE_BYTES
         for form in (body, memoryview(bytearray(body))):
-            found = read_quickly(form, model, 400)
+            found = parse_plain_predict(form, model, 400)
             assert found is not None
             assert [(flight.engine_id, flight.cycle) for flight in found.flights] == slowly(body, model)[0]
             assert slowly(body, model)[1] == found.decoded.telemetry.tobytes()
-            assert read_quickly(form, model, 399) is None
+            assert parse_plain_predict(form, model, 399) is None
 
 
 @pytest.mark.parametrize(
@@ -159,9 +160,9 @@ def test_a_large_body_that_is_no_json_is_left_to_the_schemas(model: Model, end: 
     """A large body with something wrong between, behind or after its instances is not read in one pass."""
     instance = {"telemetry": [[1.0] * CHANNELS] * WINDOW}
     body = json.dumps({"instances": [instance] * 400}).encode()
-    assert read_quickly(body, model, 400) is not None
+    assert parse_plain_predict(body, model, 400) is not None
     for at in {body.rindex(end), body.index(end)}:
-        assert read_quickly(body[:at] + wrong + body[at + len(end) :], model, 401) is None
+        assert parse_plain_predict(body[:at] + wrong + body[at + len(end) :], model, 401) is None
 
 
 @pytest.mark.parametrize("rest", ["}", ',"missing":"hold"}', ',"temperature":2}'])
@@ -170,6 +171,6 @@ def test_a_decoded_request_does_not_keep_its_body(model: Model, rest: str) -> No
     rows = [[1.0] * CHANNELS] * WINDOW
     text = f'{{"instances":{json.dumps([{"telemetry": rows, "engine_id": "a", "label": [0, 0, 1]}] * 100)}{rest}'
     body = memoryview(bytearray(text.encode()))
-    request = read_predict(body, model, 100)
+    request = decode_predict(body, model, 100)
     body.release()  # a BufferError if anything still views it
     assert len(request.instances) == 100

@@ -14,32 +14,41 @@ from hypothesis import strategies as st
 
 from model.evaluation.evaluate import ARTEFACT
 from service.api.evaluate import evaluate_logits
-from service.codecs import json_numbers as arrays
-from service.codecs.json_numbers import FLOAT32_MOST, PIECE, columns, fits_float32, numbers, table, tables, to_float32
-from service.codecs.number_parser import DECLINED, NumberParser, PortableParser, SimdjsonParser
-from service.codecs.oip_tensors import read
-from service.codecs.predict_request import read_evaluate, read_predict
+from service.codecs import json_numbers
+from service.codecs.json_numbers import parse_columns, parse_joint_rows, parse_numbers, parse_rows
+from service.codecs.number_parser import (
+    DECLINED,
+    FLOAT32_LIMIT,
+    PARSE_BYTES,
+    NumberParser,
+    PortableParser,
+    SimdjsonParser,
+    fits_float32,
+    to_float32,
+)
+from service.codecs.oip_tensors import decode_inference
+from service.codecs.predict_request import decode_predict, read_evaluate
 from service.errors import InputRejected
 from service.inference.model_loader import open_model
 from tests.support.processes import absent, running
 
 pytestmark = pytest.mark.usefixtures("each_parser")
-ROWS = np.random.default_rng(0).normal(500, 100, (PIECE // 10, 3)).round(3)
+ROWS = np.random.default_rng(0).normal(500, 100, (PARSE_BYTES // 10, 3)).round(3)
 
 
 def test_long_tables_are_what_short_ones_are() -> None:
     """Rows read in pieces are the rows; by rows, by columns, flat or nested."""
     rows = json.dumps(ROWS.tolist()).encode()
-    assert len(rows) > 2 * PIECE
-    found = table(rows, 3)
+    assert len(rows) > 2 * PARSE_BYTES
+    found = parse_rows(rows, 3)
     assert found is not None
     assert np.array_equal(ROWS, found)
     by_name = json.dumps({name: ROWS[:, k].tolist() for k, name in enumerate("abc")}).encode()
-    found = columns(by_name, ("a", "b", "c"))
+    found = parse_columns(by_name, ("a", "b", "c"))
     assert found is not None
     assert np.array_equal(ROWS, found)
     for nested in (ROWS.ravel().tolist(), ROWS.tolist(), [[ROWS.tolist()]]):
-        flat = numbers(json.dumps(nested, indent=1).encode(), "d")
+        flat = parse_numbers(json.dumps(nested, indent=1).encode(), "d")
         assert flat is not None
         assert np.array_equal(ROWS.ravel(), flat)
 
@@ -50,11 +59,11 @@ def test_a_wrong_value_anywhere_in_a_long_table_is_seen(place: int, wrong: str) 
     """A piece with anything but numbers in it makes the whole unusual."""
     rows = [f"[{a}, {b}, {c}]" for a, b, c in ROWS.tolist()]
     rows[place] = rows[place][:-1] + f"{wrong}]" if wrong == "x" else f"[1, 2, {wrong}]"
-    assert table(f"[{', '.join(rows)}]".encode(), 3) is None
+    assert parse_rows(f"[{', '.join(rows)}]".encode(), 3) is None
     flat = [str(value) for value in ROWS.ravel().tolist()]
     flat[3 * place] = wrong
     if wrong != "[1]":  # which is flattened
-        assert numbers(f"[{', '.join(flat)}]".encode(), "d") is None
+        assert parse_numbers(f"[{', '.join(flat)}]".encode(), "d") is None
 
 
 def parsed(text: str) -> Any:
@@ -71,8 +80,8 @@ def test_nested_lists_in_pieces_are_read_if_and_only_if_they_are_json(inside: st
     text = f"[[1,{inside}],2]"
     with pytest.MonkeyPatch.context() as patch:
         for size in (1, 2, 5):
-            patch.setattr(arrays, "PIECE", size)
-            found = numbers(text.encode(), "d")
+            patch.setattr(arrays, "PARSE_BYTES", size)
+            found = parse_numbers(text.encode(), "d")
             assert isinstance(parsed(text), list) == (found is not None)
             if found is not None:
                 assert re.findall(r"\d+", text) == [str(int(value)) for value in found.tolist()]
@@ -90,9 +99,9 @@ PARTS = st.sampled_from(
 def test_tables_read_together_are_what_each_is_by_itself(texts: list[str]) -> None:
     """Whatever stands between the brackets, some that fit those of a neighbour too: all as if alone, or none."""
     texts = [f"[{text}]" for text in texts]
-    alone = [table(text.encode(), 2) for text in texts]
+    alone = [parse_rows(text.encode(), 2) for text in texts]
     single = [None if found is None else to_float32(found) for found in alone]
-    together = tables([text.encode() for text in texts], 2)
+    together = parse_joint_rows([text.encode() for text in texts], 2)
     assert (together is None) == any(found is None for found in single)
     for found, own in zip([] if together is None else together, single, strict=together is not None):
         assert own is not None
@@ -103,7 +112,7 @@ def test_tables_read_together_are_what_each_is_by_itself(texts: list[str]) -> No
 ROW = f"[{','.join(['1.5'] * 17)}]"
 WINDOW = f"[{','.join([ROW] * 100)}]"
 NEARLY_NULL = f"[1e300,{'1,' * 15}0.{'0' * 290}null]"
-PAD, GARBAGE = " " * PIECE, "[@@" + " x" * 4096 + "]"
+PAD, GARBAGE = " " * PARSE_BYTES, "[@@" + " x" * 4096 + "]"
 TENSOR = '{"inputs":[{"name":"telemetry","datatype":"FP32","shape":[1,100,17],"parameters":{"data":%s},"data":%s}]}'
 
 
@@ -118,7 +127,7 @@ def test_a_wrong_window_among_many_is_refused_in_its_own_words(wrong: str, place
     def refusal(windows: list[str]) -> str:
         told = ",".join(f'{{"telemetry":{window}}}' for window in windows)
         with pytest.raises(InputRejected) as refused:
-            read_predict(f'{{"instances":[{told}],"temperature":1}}'.encode(), model, 100)
+            decode_predict(f'{{"instances":[{told}],"temperature":1}}'.encode(), model, 100)
         return refused.value.detail
 
     alone, among = refusal([wrong]), refusal([*[WINDOW] * place, wrong, *[WINDOW] * (19 - place)])
@@ -127,7 +136,7 @@ def test_a_wrong_window_among_many_is_refused_in_its_own_words(wrong: str, place
 
 
 def predicted(body: bytes | memoryview) -> None:
-    read_predict(body, open_model(ARTEFACT), 10)
+    decode_predict(body, open_model(ARTEFACT), 10)
 
 
 def evaluated(body: bytes | memoryview) -> None:
@@ -135,7 +144,7 @@ def evaluated(body: bytes | memoryview) -> None:
 
 
 def inferred(body: bytes | memoryview) -> None:
-    read(body, None, {"telemetry": "FP32"})
+    decode_inference(body, None, {"telemetry": "FP32"})
 
 
 @pytest.mark.parametrize(
@@ -153,7 +162,7 @@ def inferred(body: bytes | memoryview) -> None:
 )
 def test_a_long_body_that_is_no_json_is_never_read(reads: Callable[[bytes | memoryview], None], body: str) -> None:
     """What a parser refuses whole is refused in pieces, also in a value that a later one of its name replaces."""
-    assert len(body) > PIECE
+    assert len(body) > PARSE_BYTES
     assert not isinstance(parsed(body), dict)
     mapping = mmap.mmap(-1, len(body))
     mapping[:] = body.encode()
@@ -166,20 +175,20 @@ def test_missing_values_are_read_as_fast_as_others_and_only_where_they_may() -> 
     """Null is NaN where it may be held, whatever other numbers there are; a number of the same size is none."""
     rows: list[list[float | None]] = [[1.0, None, 2.0], [None, 3.0, 4.0]]
     text = json.dumps(rows).encode()
-    found = table(text, 3, hold=True)
+    found = parse_rows(text, 3, hold=True)
     assert found is not None
     assert [[False, True, False], [True, False, False]] == np.isnan(found).tolist()
     assert to_float32(found) is None
     held = to_float32(found, missing=True)
     assert held is not None
     assert np.array_equal(held, np.array([[1, np.nan, 2], [np.nan, 3, 4]], np.float32), equal_nan=True)
-    assert table(text, 3) is None
-    assert table(text.replace(b"4.0", arrays.MISSING), 3, hold=True) is None
+    assert parse_rows(text, 3) is None
+    assert parse_rows(text.replace(b"4.0", json_numbers.NULL_SENTINEL), 3, hold=True) is None
 
 
 def test_what_fits_in_a_float32_is_what_numpy_says() -> None:
     """Around the largest float32, to the last bit of a float64, both ways of looking agree with the cast."""
-    for value in (FLOAT32_MOST, np.nextafter(FLOAT32_MOST, 0), 3.4e38, 1e39, float(np.finfo(np.float32).max), 0.0):
+    for value in (FLOAT32_LIMIT, np.nextafter(FLOAT32_LIMIT, 0), 3.4e38, 1e39, float(np.finfo(np.float32).max), 0.0):
         for signed in (float(value), -float(value)):
             with np.errstate(over="ignore"):
                 fits = bool(np.isfinite(np.float32(signed)))
@@ -287,6 +296,6 @@ def test_a_service_without_simdjson_returns_the_same_bytes(tmp_path: Path) -> No
 def test_a_decoded_tensor_does_not_keep_its_body() -> None:
     """No part of a tensor that was read from JSON is a view of the body, so that its memory is free."""
     body = memoryview(bytearray((TENSOR % ("[1]", WINDOW)).encode()))
-    inference = read(body, None, {"telemetry": "FP32"})
+    inference = decode_inference(body, None, {"telemetry": "FP32"})
     body.release()  # a BufferError if anything still views it
     assert inference.inputs["telemetry"].shape == (1, 100, 17)

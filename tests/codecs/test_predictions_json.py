@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry
 from model.evaluation.evaluate import ARTEFACT
 from service.codecs.predictions_json import envelope
 from service.inference.model_loader import open_model
-from service.inference.predictions import Evaluation, Prediction
+from service.inference.predictions import Evaluation, PredictionResult
 from service.inference.predictor import Predictor
 from service.metrics import Metrics
 from service.settings import read_settings
@@ -17,7 +17,7 @@ from service.settings import read_settings
 def test_rows_are_written_once_into_their_answer() -> None:
     """An answer is its rows between its head and its end, and costs no second copy: it may have hundreds of MB."""
     predictor = Predictor(open_model(ARTEFACT), Metrics(CollectorRegistry()), read_settings())
-    found = Prediction(2.0, [], evaluation=Evaluation(1, 0.1, 0.2, 1.0, 0.3))
+    found = PredictionResult(2.0, [], evaluation=Evaluation(1, 0.1, 0.2, 1.0, 0.3))
     for n in (1, 2, 20):
         rows = [b'"%s"' % (b"abcdefghij" * 100_000) for _ in range(n)]
         tracemalloc.start()

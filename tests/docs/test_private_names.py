@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from service.codecs.requests import PredictRequest, parse
+from service.codecs.parse import parse
+from service.codecs.requests import PredictRequest
 from service.errors import InvalidInput
 
 ROOT = Path(__file__).parents[2]

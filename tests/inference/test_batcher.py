@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from service.errors import ClientDisconnected, Overloaded
-from service.inference.batcher import HUSH, Batcher, Piece, Rows
+from service.inference.batcher import MAX_NOTIFY_DELAY_SECONDS, Batcher, BatchSlice, Rows
 
 
 class Seen:
@@ -26,7 +26,7 @@ class Seen:
     def waited(self, seconds: list[float]) -> None:
         self.waits += seconds
 
-    def answered(self, answered: list[tuple[Rows, list[Piece[Rows]]]]) -> None:
+    def answered(self, answered: list[tuple[Rows, list[BatchSlice[Rows]]]]) -> None:
         self.rows_answered += sum(len(rows) for rows, _ in answered)
 
 
@@ -60,7 +60,7 @@ def rows_of(*values: float) -> Rows:
     return np.array(values, dtype=np.float32)[:, None] * np.ones((1, 3), dtype=np.float32)
 
 
-def whole(pieces: list[Piece[Rows]]) -> Rows:
+def whole(pieces: list[BatchSlice[Rows]]) -> Rows:
     return np.concatenate([piece.found[piece.begin : piece.end] for piece in pieces])
 
 
@@ -78,7 +78,7 @@ def run(scene: Callable[[Stage], Coroutine[Any, Any, None]], **limits: Any) -> N
     asyncio.run(play())
 
 
-async def busy(stage: Stage) -> "asyncio.Task[list[Piece[Rows]]]":
+async def busy(stage: Stage) -> "asyncio.Task[list[BatchSlice[Rows]]]":
     """A batch held inside the callable."""
     stage.gate.open.clear()
     stage.gate.entered.clear()
@@ -184,7 +184,7 @@ def test_of_slow_batches_the_event_loop_hears_at_once() -> None:
             if answered == 3:
                 stage.gate.open.clear()
             else:
-                time.sleep(2 * HUSH)
+                time.sleep(2 * MAX_NOTIFY_DELAY_SECONDS)
             answered += 1
             return run(rows)
 
@@ -199,7 +199,7 @@ def test_of_slow_batches_the_event_loop_hears_at_once() -> None:
         stage.gate.open.set()
         await large
 
-    run(scene, max_queue_seconds=4 * HUSH)
+    run(scene, max_queue_seconds=4 * MAX_NOTIFY_DELAY_SECONDS)
 
 
 def test_whoever_would_wait_too_long_is_refused_at_once() -> None:

@@ -17,7 +17,7 @@ from model.evaluation.evaluate import ARTEFACT, open_artefact
 from model.training.channel_major import ChannelMajorNetwork
 from model.training.network import CONDITION_RADIUS, EngineHealth, NetworkConfig
 from model.windows import Readings, every_window
-from service.inference import model_loader, probe_windows
+from service.inference import onnx_model, probe_windows
 from service.inference.model_loader import open_model
 from tests.support.models import WINDOW, bundled, manifest_of, untrained, without
 from tests.support.processes import Service
@@ -94,8 +94,8 @@ def test_rows_at_the_border_of_a_condition_are_of_it_or_not_for_both(conditions:
     of = random.integers(conditions, size=windows.shape[:2])
     windows[..., :3] = usual.centres.numpy()[of] + away * usual.scales.numpy()
     verify_channel_major(
-        model_loader.session(export_network(network, WINDOW), 1),
-        model_loader.session(made, 1),
+        onnx_model.open_session(export_network(network, WINDOW), 1),
+        onnx_model.open_session(made, 1),
         windows.astype(np.float32),
     )
 
@@ -103,7 +103,7 @@ def test_rows_at_the_border_of_a_condition_are_of_it_or_not_for_both(conditions:
 @pytest.mark.parametrize("factor", [1.1, 1 + 1e-4, 1 - 1e-4])
 def test_a_plan_with_the_border_elsewhere_is_not_used(tmp_path: Path, factor: float) -> None:
     """A condition that ends a ten-thousandth later or sooner is found out; the trials know where it ends."""
-    assert probe_windows.BORDER == CONDITION_RADIUS
+    assert probe_windows.CONDITION_BORDER == CONDITION_RADIUS
     changed = plan()
     ends = next(node.input[1] for node in changed.graph.node if node.op_type == "LessOrEqual")
     bound = next(one for one in changed.graph.initializer if one.name == ends)
@@ -116,7 +116,7 @@ def test_a_plan_with_the_border_elsewhere_is_not_used(tmp_path: Path, factor: fl
 
 def test_no_plan_is_believed(tmp_path: Path) -> None:
     """One that is no graph, of another network, of other names, without RUL: left aside, and the network answers."""
-    manifest, probes = open_artefact(ARTEFACT)[1], next(probe_windows.batches(open_artefact(ARTEFACT)[1]))
+    manifest, probes = open_artefact(ARTEFACT)[1], next(probe_windows.probe_batches(open_artefact(ARTEFACT)[1]))
     expected = open_model(ARTEFACT).run(probes).logits
     torch.manual_seed(3)
     other = EngineHealth(NetworkConfig(hidden=8)).eval()
@@ -154,9 +154,11 @@ def test_a_network_that_someone_else_trains_has_its_plan_used(network: EngineHea
 def test_an_export_with_a_plan_of_another_network_is_refused() -> None:
     """`make export` does not write a file whose plan would only be laid aside."""
     session, _ = open_artefact(ARTEFACT)
-    other = model_loader.session(export_network(EngineHealth(NetworkConfig(hidden=8)).eval(), 100), 1)
-    with pytest.raises(VerifyError, match="channel-major graph differ from the network"):
-        verify_channel_major(session, other, probe_windows.flown(open_artefact(ARTEFACT)[1])[:400].reshape(4, 100, 17))
+    other = onnx_model.open_session(export_network(EngineHealth(NetworkConfig(hidden=8)).eval(), 100), 1)
+    with pytest.raises(VerifyError, match="the plan answers otherwise"):
+        verify_channel_major(
+            session, other, probe_windows.probe_history(open_artefact(ARTEFACT)[1])[:400].reshape(4, 100, 17)
+        )
 
 
 def test_whether_it_is_used_is_told(service: Service) -> None:

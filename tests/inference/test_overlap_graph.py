@@ -20,9 +20,9 @@ from model.training.network import EngineHealth, NetworkConfig
 from model.training.overlap import OverlapNetwork
 from model.windows import Readings, pad_left
 from service.errors import ArtefactRejected
-from service.inference import model_loader, overlap_graph
-from service.inference.overlap_graph import Histories as Opened
-from service.inference.overlap_graph import open_histories
+from service.inference import model_loader, onnx_model, overlap_graph
+from service.inference.overlap_graph import OverlapGraph as Opened
+from service.inference.overlap_graph import open_overlap_graph
 from service.scoring import job, scorer
 from tests.support.models import WINDOW, manifest_of, untrained, without
 from tests.support.models import bundled as bundled_graph
@@ -38,7 +38,7 @@ def network() -> EngineHealth:
 @pytest.fixture(scope="module")
 def bundled() -> Opened:
     """The second graph of the committed artefact."""
-    found = open_histories(ARTEFACT, model_loader.open_model(ARTEFACT))
+    found = open_overlap_graph(ARTEFACT, model_loader.open_model(ARTEFACT))
     assert found is not None
     return found
 
@@ -122,7 +122,7 @@ def test_a_job_writes_the_same_with_and_without(
     monkeypatch.setattr(Opened, "run", _counting(Opened.run, called))
     assert 0 == score(source, tmp_path / "with.parquet")
     assert 400 in called
-    monkeypatch.setattr(job, "open_histories", lambda *_: None)
+    monkeypatch.setattr(job, "open_overlap_graph", lambda *_: None)
     assert 0 == score(source, tmp_path / "without.parquet")
     assert (tmp_path / "with.parquet").read_bytes() == (tmp_path / "without.parquet").read_bytes()
 
@@ -137,13 +137,13 @@ def test_no_second_graph_is_believed(windows: Readings, tmp_path: Path, monkeypa
     for k, content in enumerate(strange):
         path = tmp_path / f"{k}.onnx"
         contract.write(ARTEFACT.read_bytes(), manifest, path, content)
-        assert open_histories(path, model_loader.open_model(path)) is None
+        assert open_overlap_graph(path, model_loader.open_model(path)) is None
         assert expected.equals(read(_scored(path, windows, tmp_path / f"of-{k}", monkeypatch)))
     torn = onnx.load_model_from_string(ARTEFACT.read_bytes())
     kept = {one.key: one.value for one in torn.metadata_props} | {contract.HISTORIES_KEY: "%%%"}
     onnx.helper.set_model_props(torn, kept)
     contract.write(torn.SerializeToString(), manifest, tmp_path / "torn.onnx")
-    assert open_histories(tmp_path / "torn.onnx", model_loader.open_model(tmp_path / "torn.onnx")) is None
+    assert open_overlap_graph(tmp_path / "torn.onnx", model_loader.open_model(tmp_path / "torn.onnx")) is None
 
 
 @pytest.mark.parametrize(("kind", "kept"), [("Or", 0), ("Or", 1), ("And", 0), ("And", 1), ("Round", 0), ("Relu", 0)])
@@ -153,7 +153,7 @@ def test_a_graph_that_forgets_something_is_not_used(tmp_path: Path, kind: str, k
     for k, node in enumerate(content.graph.node):
         if node.op_type == kind:
             contract.write(ARTEFACT.read_bytes(), manifest, tmp_path / "m.onnx", without(content, k, kept))
-            assert open_histories(tmp_path / "m.onnx", model_loader.open_model(tmp_path / "m.onnx")) is None, (
+            assert open_overlap_graph(tmp_path / "m.onnx", model_loader.open_model(tmp_path / "m.onnx")) is None, (
                 node.output
             )
 
@@ -162,7 +162,7 @@ def test_a_network_with_a_short_window_shares_work_too(network: EngineHealth, tm
     """Whoever trains one has its second graph used: the proof asks for bits, and for a share that all can reach."""
     graphs = export_network(network, WINDOW), export_overlap_graph(network)
     contract.write(graphs[0], manifest_of(network), tmp_path / "m.onnx", graphs[1])
-    assert open_histories(tmp_path / "m.onnx", model_loader.open_model(tmp_path / "m.onnx")) is not None
+    assert open_overlap_graph(tmp_path / "m.onnx", model_loader.open_model(tmp_path / "m.onnx")) is not None
 
 
 def test_where_company_changes_the_bits_nothing_is_shared(bundled: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,17 +170,17 @@ def test_where_company_changes_the_bits_nothing_is_shared(bundled: Opened, monke
     asked, alone = Opened.run, bundled.model.run
 
     def run(
-        self: Opened, rows: model_loader.Batch, starts: overlap_graph.Starts
-    ) -> tuple[model_loader.Outputs, overlap_graph.Mask]:
+        self: Opened, rows: onnx_model.Batch, starts: overlap_graph.WindowStarts
+    ) -> tuple[onnx_model.Outputs, overlap_graph.Mask]:
         found, exact = asked(self, rows, starts)
         return (rounded(found) if len(starts) == 1 else found), exact
 
-    def rounded(found: model_loader.Outputs) -> model_loader.Outputs:
-        return model_loader.Outputs(np.nextafter(found.logits, np.float32(9e9)), found.rul)
+    def rounded(found: onnx_model.Outputs) -> onnx_model.Outputs:
+        return onnx_model.Outputs(np.nextafter(found.logits, np.float32(9e9)), found.rul)
 
     model = dataclasses.replace(bundled.model, run=lambda one: rounded(alone(one)) if len(one) == 1 else alone(one))
     monkeypatch.setattr(Opened, "run", run)
-    assert open_histories(ARTEFACT, model) is None
+    assert open_overlap_graph(ARTEFACT, model) is None
 
 
 def test_a_graph_that_fails_on_some_rows_leaves_them_to_the_network(bundled: Opened) -> None:
@@ -188,7 +188,7 @@ def test_a_graph_that_fails_on_some_rows_leaves_them_to_the_network(bundled: Ope
     content = bundled_graph(contract.HISTORIES_KEY)
     empty = [node.input[0] for node in content.graph.node if node.op_type == "Equal"][-1]  # all spans but the longest
     bound = next(k for k, node in enumerate(content.graph.node) if node.output[0] == empty)
-    failing = Opened(bundled.model, model_loader.session(without(content, bound, 0), 1))
+    failing = Opened(bundled.model, onnx_model.open_session(without(content, bound, 0), 1))
     rows = np.repeat(np.arange(100, dtype=np.float32), 17).reshape(100, 17) - 1e9  # no sensor says anything
     with pytest.raises(Exception, match="Out of range"):
         failing.run(rows, np.array([0]))
@@ -201,7 +201,11 @@ def test_calls_are_no_larger_than_what_was_proven(some: list[int], more: int) ->
     starts = np.union1d(np.array(some, np.int64), np.arange(more))
     calls = scorer._group_starts(starts)
     np.testing.assert_array_equal(starts, np.concatenate(calls))
-    assert all(len(one) <= overlap_graph.TOGETHER and np.ptp(one) < overlap_graph.LARGE for one in calls if len(one))
+    assert all(
+        len(one) <= overlap_graph.MAX_OVERLAP_WINDOWS and np.ptp(one) < overlap_graph.MAX_CALL_ROWS
+        for one in calls
+        if len(one)
+    )
 
 
 def test_a_graph_that_vouches_wrongly_is_not_used(bundled: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,33 +213,33 @@ def test_a_graph_that_vouches_wrongly_is_not_used(bundled: Opened, monkeypatch: 
     asked = Opened.run
 
     def wrong(
-        self: Opened, rows: model_loader.Batch, starts: overlap_graph.Starts
-    ) -> tuple[model_loader.Outputs, overlap_graph.Mask]:
+        self: Opened, rows: onnx_model.Batch, starts: overlap_graph.WindowStarts
+    ) -> tuple[onnx_model.Outputs, overlap_graph.Mask]:
         found, exact = asked(self, rows, starts)
         found.logits.view(np.int32)[-1, -1] ^= 1
         return found, exact
 
     monkeypatch.setattr(Opened, "run", wrong)
-    assert open_histories(ARTEFACT, bundled.model) is None
+    assert open_overlap_graph(ARTEFACT, bundled.model) is None
 
 
 def test_a_file_that_changed_since_is_refused(bundled: Opened, tmp_path: Path) -> None:
     """The second graph is of the very file whose network answers."""
     contract.write(ARTEFACT.read_bytes(), open_artefact(ARTEFACT)[1], tmp_path / "m.onnx", b"x")
     with pytest.raises(ArtefactRejected, match="changed while it was opened"):
-        open_histories(tmp_path / "m.onnx", bundled.model)
+        open_overlap_graph(tmp_path / "m.onnx", bundled.model)
 
 
 def test_the_export_carries_it_as_base64_in_the_one_file() -> None:
     """The artefact stays one file, and its metadata text."""
-    text = model_loader.metadata(ARTEFACT.read_bytes())[contract.HISTORIES_KEY]
+    text = onnx_model.read_metadata(ARTEFACT.read_bytes())[contract.HISTORIES_KEY]
     graph = onnx.load_model_from_string(base64.b64decode(text)).graph
     assert [contract.INPUT, contract.STARTS] == [one.name for one in graph.input]
     assert [contract.LOGITS, contract.RUL, contract.EXACT] == [one.name for one in graph.output]
 
 
 def _counting(called: object, sizes: list[int]) -> object:
-    def run(self: Opened, rows: model_loader.Batch, starts: overlap_graph.Starts) -> object:
+    def run(self: Opened, rows: onnx_model.Batch, starts: overlap_graph.WindowStarts) -> object:
         sizes.append(len(starts))
         return called(self, rows, starts)  # type: ignore[operator]  # as it was
 

@@ -513,11 +513,11 @@ def test_rows_without_a_finite_answer_are_rejected(
     from service.scoring import scorer
 
     def answer(model: Any, batch: Any, temperature: float) -> Any:
-        found = predictions.answer(model, batch, temperature)
+        found = predictions.predict_windows(model, batch, temperature)
         return found._replace(finite=batch[:, -1, 3] != windows[1, 50, 3])
 
-    monkeypatch.setattr(scorer, "answer", answer)
-    monkeypatch.setattr(run, "open_histories", lambda *_: None)  # every window is answered there
+    monkeypatch.setattr(scorer, "predict_windows", answer)
+    monkeypatch.setattr(run, "open_overlap_graph", lambda *_: None)  # every window is answered there
     path, output = write(flights(windows), tmp_path / "a.parquet"), tmp_path / "out.parquet"
     assert 3 == score(path, output, part_rows=100)
     whole, found = output.read_bytes(), rejected(output)

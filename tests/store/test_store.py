@@ -15,8 +15,8 @@ from benchmarks.kills import survive_in
 from model import contract, numerics
 from model.contract import Manifest
 from model.windows import Readings, pad_left
-from service.codecs.requests import MOST_NAME
-from service.codecs.store_requests import read_cursor, write_cursor
+from service.codecs.requests import MAX_NAME_LENGTH
+from service.codecs.store_requests import decode_cursor, encode_cursor
 from service.store.sql.database import address
 from tests.support.models import identity_classifier
 from tests.support.postgres import Postgres, postgres
@@ -399,10 +399,10 @@ def test_engines_come_worst_first_by_pages(windows: Readings) -> None:
             assert 422 == service.client.get(f"/v1/engines?{query}").status_code
 
 
-@pytest.mark.parametrize("name", ["a", "\U0001f680" * MOST_NAME, "\x01" * MOST_NAME, '"' * MOST_NAME])
+@pytest.mark.parametrize("name", ["a", "\U0001f680" * MAX_NAME_LENGTH, "\x01" * MAX_NAME_LENGTH, '"' * MAX_NAME_LENGTH])
 def test_every_page_has_a_next_that_is_understood(name: str) -> None:
     """Where a page ends is told and taken back whatever the last engine is called."""
-    assert (1 / 3, name) == read_cursor(write_cursor(1 / 3, name))
+    assert (1 / 3, name) == decode_cursor(encode_cursor(1 / 3, name))
 
 
 def test_without_a_database_it_is_said(windows: Readings) -> None:

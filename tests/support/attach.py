@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from export.attach import main
-from service.inference.model_loader import Model, open_model
+from service.inference.model_loader import open_model
+from service.inference.onnx_model import Model
 
 Values = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]

@@ -14,7 +14,7 @@ from model import contract
 from model.contract import Manifest
 from model.evaluation.evaluate import ARTEFACT, open_artefact
 from model.training.network import EngineHealth, NetworkConfig
-from service.inference import model_loader
+from service.inference import onnx_model
 
 WINDOW = 23
 
@@ -41,7 +41,7 @@ def manifest_of(network: EngineHealth) -> contract.Manifest:
 
 def bundled(key: str) -> onnx.ModelProto:
     """A graph that lies in the committed artefact beside the network's own."""
-    graph = contract.graph_beside(model_loader.metadata(ARTEFACT.read_bytes()), key)
+    graph = contract.graph_beside(onnx_model.read_metadata(ARTEFACT.read_bytes()), key)
     assert graph is not None
     return onnx.load_model_from_string(graph)
 

@@ -1,0 +1,76 @@
+"""Parse JSON bodies and query strings into request types, and name the place of the first fault."""
+
+import re
+from collections import Counter
+from typing import TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from service.codecs.faults import describe
+from service.codecs.requests import MAX_NAME_LENGTH
+from service.errors import Fault, InvalidInput, MalformedJson
+
+Body = TypeVar("Body", bound=Struct)
+_ERROR_PATH = re.compile(r"^(.*?)(?: - at `\$(.*)`)?$", re.DOTALL)
+_PATH_STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
+_UNKNOWN_FIELD = re.compile(r"^Object contains unknown field `(.*)`$", re.DOTALL)
+
+
+def parse(body: bytes | memoryview, kind: type[Body]) -> Body:
+    """A request body as its type.
+
+    Raises:
+        NotJson: no JSON, or nested too deeply to be a request.
+        InvalidInput: JSON of another shape; names the first place.
+    """
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        _check_json(body)  # the decoder stops at the first value of a wrong type, whatever follows
+        raise _invalid_input(error) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise MalformedJson(f"the body is not JSON: {error}" if body else "the body is empty") from None
+    except RecursionError:
+        raise MalformedJson("the body is nested too deeply") from None
+
+
+def parse_query(query: list[tuple[str, str]], kind: type[Body]) -> Body:
+    """The parameters of a query as a type.
+
+    Raises:
+        InvalidInput: one that is unknown, a duplicate, or has a value of another type; names it.
+    """
+    duplicates = [name[:80] for name, n in Counter(name for name, _ in query).items() if n > 1]
+    if duplicates:
+        message = f"duplicate query parameter {duplicates[0]}"
+        raise InvalidInput(message, (Fault((duplicates[0],), message),))
+    try:
+        return msgspec.convert(dict(query), kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise _invalid_input(error) from None
+
+
+def _invalid_input(error: msgspec.ValidationError) -> InvalidInput:
+    found = _ERROR_PATH.match(str(error))
+    message, path = found.groups() if found else (str(error), None)
+    loc = tuple(name or int(index) for name, index in _PATH_STEP.findall(path or ""))
+    unknown = _UNKNOWN_FIELD.match(message)
+    if unknown:
+        loc, message = (*loc, unknown[1][:MAX_NAME_LENGTH]), "unknown field"
+    return InvalidInput(f"{describe(loc)}: {message}", (Fault(loc, message),))
+
+
+def _check_json(body: bytes | memoryview) -> None:
+    """Refuse a body that is not JSON through and through. No object is made of it: many small ones take a gigabyte.
+
+    Raises:
+        NotJson: what is wrong with it.
+    """
+    try:
+        str(body, "utf-8")  # as nothing but its form is looked at below; a number that no float holds has that
+        msgspec.json.decode(body, type=msgspec.Raw)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise MalformedJson(f"the body is not JSON: {error}") from None
+    except RecursionError:
+        raise MalformedJson("the body is nested too deeply") from None
