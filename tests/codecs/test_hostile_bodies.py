@@ -20,10 +20,8 @@ GROWN = """
 import resource, sys
 from model.evaluation.evaluate import ARTEFACT
 from service.codecs import number_parser
-from service.codecs.predict_request import evaluate_json, read_predict
 from service.api.evaluate import evaluate_logits
-from service.codecs.predict_request import read_evaluate, read_predict
-from service.codecs.predict_request import evaluate_json, decode_predict
+from service.codecs.predict_request import decode_predict, read_evaluate
 from service.errors import ServiceError
 from service.inference.model_loader import open_model
 model, body = open_model(ARTEFACT), sys.stdin.buffer.read()
@@ -33,7 +31,7 @@ def most():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = most()
 try:
-    evaluate_json(body, ("a", "b"), 10**9) if b"logits" in body else decode_predict(body, model, 10**9)
+    evaluate_logits(read_evaluate(body, ("a", "b"), 10**9)) if b"logits" in body else decode_predict(body, model, 10**9)
 except ServiceError as error:
     print(most() - before, error.detail)
 """

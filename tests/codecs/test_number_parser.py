@@ -80,7 +80,7 @@ def test_nested_lists_in_pieces_are_read_if_and_only_if_they_are_json(inside: st
     text = f"[[1,{inside}],2]"
     with pytest.MonkeyPatch.context() as patch:
         for size in (1, 2, 5):
-            patch.setattr(arrays, "PARSE_BYTES", size)
+            patch.setattr(json_numbers, "PARSE_BYTES", size)
             found = parse_numbers(text.encode(), "d")
             assert isinstance(parsed(text), list) == (found is not None)
             if found is not None:
