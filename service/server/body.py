@@ -55,7 +55,8 @@ def _check_headers(context: RequestContext, limit: int) -> bytes:
         raise UnsupportedMediaType(f"content encoding {shown!r}: this call reads plain or gzip bodies")
     if context.content_length > limit:
         raise BodyTooLarge(f"{context.content_length} bytes, at most {limit} are read")
-    context.reservation.check(context.content_length)
+    if context.reservation.budget.bytes:  # nothing is refused while no other request holds a body
+        context.reservation.check(context.content_length)
     return encoding
 
 
