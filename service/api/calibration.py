@@ -24,7 +24,7 @@ def build_router(lifecycle: Lifecycle) -> APIRouter:
 
     @router.get("/v1/calibration", openapi_extra=document_query(None, CalibrationQuery))
     async def watch(request: Request) -> Response:
-        """How far the probabilities can be believed, from the truths that have joined, and drift without any."""
+        """Calibration of stored predictions against their labels, and input drift, which needs no labels."""
         parameters = parse_query(request.query_params.multi_items(), CalibrationQuery)
         store, predictor = lifecycle.require_store(), lifecycle.ready_predictor()
         body = await use_cases.watch(store, predictor, parameters.window, parameters.periods)
@@ -34,7 +34,7 @@ def build_router(lifecycle: Lifecycle) -> APIRouter:
 
     @router.post("/v1/calibration/fits", openapi_extra=document_route("FitRequest", None, "409", "501"))
     async def fits(request: Request) -> Response:
-        """Fit a temperature to the truths that have joined, scored on engines left out; it is kept and not applied."""
+        """Fit a temperature to the joined labels, scored on held-out engines; it is stored, not applied."""
         media_type(request, (JSON,))
         body = await read_body(request, limits.max_body_bytes, limits.request_seconds)
         store, submitted = lifecycle.require_store(), parse(body or b"{}", FitRequest)
@@ -42,7 +42,7 @@ def build_router(lifecycle: Lifecycle) -> APIRouter:
 
     @router.get("/v1/calibration/temperature", openapi_extra=document_query(None, NoQuery))
     async def changes(request: Request) -> Response:
-        """The temperature in force and every change of it: when, by which key, from which fit."""
+        """The active temperature and every change of it: when, by which key, from which fit."""
         parse_query(request.query_params.multi_items(), NoQuery)
         store, predictor = lifecycle.require_store(), lifecycle.ready_predictor()
         rows = [
@@ -62,7 +62,7 @@ def build_router(lifecycle: Lifecycle) -> APIRouter:
 
     @router.put("/v1/calibration/temperature", openapi_extra=extra)
     async def change(request: Request) -> Response:
-        """Put the temperature of a fit in force, or another one, or take the last change back (admin)."""
+        """Activate the temperature of a fit or a given one, or undo the last change (admin)."""
         media_type(request, (JSON,))
         body = await read_body(request, limits.max_body_bytes, limits.request_seconds)
         store, submitted = lifecycle.require_store(), parse(body, TemperatureRequest)

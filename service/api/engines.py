@@ -22,7 +22,7 @@ def build_router(lifecycle: Lifecycle, offloader: Offloader) -> APIRouter:
 
     @router.get("/v1/engines", openapi_extra=document_query("EnginesResponse", EnginesQuery))
     async def engines(request: Request) -> Response:
-        """The latest health of every remembered engine, worst first, a hundred a page."""
+        """The latest health of every stored engine, worst first, 100 per page."""
         parameters = parse_query(request.query_params.multi_items(), EnginesQuery)
         store, classes = lifecycle.require_store(), lifecycle.ready_predictor().model.manifest.classes
         page = await store.engines(_page_query(parameters, classes))
@@ -30,7 +30,7 @@ def build_router(lifecycle: Lifecycle, offloader: Offloader) -> APIRouter:
 
     @router.get("/v1/engines/{engine_id:path}", openapi_extra=document_query("HistoryResponse", HistoryQuery))
     async def history(engine_id: str, request: Request) -> Response:
-        """Everything that was predicted of an engine, oldest first; with `superseded=true` also what counts no more."""
+        """All predictions of an engine, oldest first; with `superseded=true` also replaced ones."""
         parameters = parse_query(request.query_params.multi_items(), HistoryQuery)
         store = lifecycle.require_store()
         predictions = await store.history(engine_id, parameters.superseded)

@@ -20,7 +20,7 @@ def build_endpoint(lifecycle: Lifecycle, offloader: Offloader) -> Endpoint:
     limits = lifecycle.settings
 
     async def cycles(request: Request) -> Response:
-        """Keep flights, one row each, and answer each engine's health from all that is known up to that cycle."""
+        """Store flights, one row each, and predict the health of each engine from its flights up to that cycle."""
         context = context_of(request.scope)
         if context.headers.get(b"content-type") != JSON_HEADER:
             media_type(request, (JSON,))

@@ -22,7 +22,7 @@ def build_router(lifecycle: Lifecycle, offloader: Offloader) -> APIRouter:
 
     @router.post("/v1/labels", openapi_extra=document_route("LabelsRequest", "LabelsResponse", "409", "501"))
     async def labels(request: Request) -> Response:
-        """Truths that arrive late, by prediction or by engine and cycle, before or after the prediction."""
+        """Labels that arrive later, by prediction or by engine and cycle, before or after the prediction."""
         media_type(request, (JSON,))
         body = await read_body(request, limits.max_body_bytes, limits.request_seconds)
         store, classes = lifecycle.require_store(), lifecycle.ready_predictor().model.manifest.classes
@@ -34,7 +34,7 @@ def build_router(lifecycle: Lifecycle, offloader: Offloader) -> APIRouter:
 
     @router.post("/v1/outcomes", openapi_extra=document_route("OutcomeRequest", "OutcomeResponse", "409", "501"))
     async def outcomes(request: Request) -> Response:
-        """The end of an engine, which labels its whole remembered history and what arrives for it later."""
+        """The failure of an engine, which labels its stored history and later predictions of it."""
         media_type(request, (JSON,))
         body = await read_body(request, limits.max_body_bytes, limits.request_seconds)
         store, submitted = lifecycle.require_store(), parse(body, OutcomeRequest)

@@ -40,7 +40,7 @@ def build_endpoint(lifecycle: Lifecycle, offloader: Offloader) -> Endpoint:
     limits = lifecycle.settings
 
     async def infer(request: Request) -> Response:
-        """Inference as tensors, JSON or binary: the answers of `/v1/predict`."""
+        """Inference as tensors, JSON or binary: the predictions of `/v1/predict`."""
         media_type(request, (JSON, BINARY))
         context = context_of(request.scope)
         ticket = lifecycle.ready_predictor().admit(context.content_length)
@@ -85,7 +85,7 @@ def build_router(lifecycle: Lifecycle, infer: Endpoint) -> APIRouter:
 
     @router.get("/v2/health/ready", openapi_extra=described)
     async def ready() -> dict[str, bool]:
-        """A model has proved itself; send traffic."""
+        """A model is verified; send traffic."""
         lifecycle.accepting_predictor()
         return {"ready": True}
 
@@ -98,7 +98,7 @@ def build_router(lifecycle: Lifecycle, infer: Endpoint) -> APIRouter:
     @router.get("/v2/models/{name}/versions/{version}/ready", openapi_extra=described)
     @router.get("/v2/models/{name}/ready", openapi_extra=described)
     async def model_ready(name: str, version: str | None = None) -> dict[str, Any]:
-        """The model answers."""
+        """Whether the model serves."""
         return {"name": check_name(lifecycle.accepting_predictor().model, name, version).manifest.name, "ready": True}
 
     inference = document_route("InferRequest", None, "404", problem=problem)
@@ -118,7 +118,7 @@ def build_router(lifecycle: Lifecycle, infer: Endpoint) -> APIRouter:
         "/v2/repository/models/{name}/load", openapi_extra=document_route(None, None, "404", "409", problem=problem)
     )
     async def load(name: str) -> Response:
-        """Open the configured artefact again beside the one that answers, prove it, swap (admin)."""
+        """Load the configured artefact again while the active one serves, verify it, swap (admin)."""
         check_name(lifecycle.ready_predictor().model, name, None)
         return json_response({"name": name, "digest": await lifecycle.reload()})
 
@@ -222,7 +222,7 @@ def _requested_outputs(inference: DecodedInference, model: Model) -> list[tuple[
         if output.parameters.get("classification"):
             raise InvalidInput(f"output {output.name!r}: classification is not offered; ask for 'health'")
     if len({output.name for output in requested}) != len(requested):
-        raise InvalidInput("an output is asked for twice")
+        raise InvalidInput("duplicate output in outputs")
     return [(output.name, _flag(output.parameters, "binary_data", default)) for output in requested]
 
 

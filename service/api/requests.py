@@ -10,24 +10,24 @@ MOST_ENGINES, MOST_TREND, MOST_PERIODS = 1000, 100, 200  # of one answer
 
 
 class EnginesQuery(Struct, forbid_unknown_fields=True):
-    """Which engines, from where."""
+    """Parameters of a page of engines."""
 
     health: Annotated[str | None, Meta(description="Only engines of this class.")] = None
-    next: Annotated[str | None, Meta(description="As the page before said.")] = None
+    next: Annotated[str | None, Meta(description="The value of `next` in the previous page.")] = None
     limit: Annotated[int, Meta(ge=1, le=MOST_ENGINES, description="Engines of a page.")] = 100
-    running: Annotated[bool, Meta(description="Only engines whose end is not known.")] = False
+    running: Annotated[bool, Meta(description="Only engines without a known failure.")] = False
     since: Annotated[
         str | None,
-        Meta(description="Only what changed: the latest answer or the end was told then or later (RFC 3339)."),
+        Meta(description="Only engines whose latest prediction or failure was received then or later (RFC 3339)."),
     ] = None
     trend: Annotated[
         int,
-        Meta(ge=0, le=MOST_TREND, description="Also `trend`: the last class's probability over so many last cycles."),
+        Meta(ge=0, le=MOST_TREND, description="Also `trend`: the last class's probability over this many last cycles."),
     ] = 0
 
 
 class HistoryQuery(Struct, forbid_unknown_fields=True):
-    """What of a history."""
+    """Parameters of a history."""
 
     superseded: Annotated[bool, Meta(description="Also predictions that a later one of the same cycle replaced.")] = (
         False
@@ -38,34 +38,36 @@ class HistoryQuery(Struct, forbid_unknown_fields=True):
 
 
 class CalibrationQuery(Struct, forbid_unknown_fields=True):
-    """Of which time."""
+    """The time to evaluate."""
 
     window: Annotated[str | None, Meta(description="Only predictions made in that time, as 30d; all if absent.")] = None
     periods: Annotated[
-        int, Meta(ge=0, le=MOST_PERIODS, description="Also `over_time`: the loss in so many equal parts of the time.")
+        int, Meta(ge=0, le=MOST_PERIODS, description="Also `over_time`: the loss in this many equal parts of the time.")
     ] = 0
 
 
 class NoQuery(Struct, forbid_unknown_fields=True):
-    """Nothing can be asked for."""
+    """No parameters."""
 
 
 class OutcomeRequest(Struct, forbid_unknown_fields=True):
-    """The end of an engine: its last cycle, which labels all that was predicted of it."""
+    """The failure of an engine: its last cycle, which labels all predictions of it."""
 
     engine_id: EngineId
     failed_at_cycle: Cycle
-    revise: Annotated[bool, Meta(description="Replace another end that was given before; it is kept aside.")] = False
+    revise: Annotated[
+        bool, Meta(description="Replace a different failure cycle that was given before; the old one is archived.")
+    ] = False
 
 
 class FitRequest(Struct, forbid_unknown_fields=True):
-    """A fit of the temperature on truths that have joined."""
+    """A fit of the temperature to joined labels."""
 
     window: Annotated[str | None, Meta(description="Only predictions made in that time, as 30d; all if absent.")] = None
 
 
 class TemperatureRequest(Struct, forbid_unknown_fields=True):
-    """A temperature to put in force: that of a fit, another one, or the one before."""
+    """A temperature to activate: that of a fit, a given one, or the previous one."""
 
     fit_id: Annotated[str, Meta(min_length=1, max_length=MAX_NAME_LENGTH, pattern="^[^\\x00]*$")] | None = None
     temperature: Temperature | None = None

@@ -9,7 +9,7 @@ from service.errors import Code
 
 
 class ModelName(Struct):
-    """Which model answered."""
+    """The model of a response."""
 
     name: str
     version: str
@@ -17,7 +17,7 @@ class ModelName(Struct):
 
 
 class MovedBody(Struct):
-    """What one channel did to an answer: without it, the distribution would be `shift` (0..1) away."""
+    """The effect of one channel on a prediction: without it, the distribution would be `shift` (0..1) away."""
 
     channel: str
     shift: float
@@ -28,7 +28,7 @@ class MovedBody(Struct):
 class PredictionBody(Struct):
     """The answer for one instance. Losses are in nats, RUL in cycles."""
 
-    prediction_id: Annotated[str | None, Meta(description="None if it should be remembered and could not be.")]
+    prediction_id: Annotated[str | None, Meta(description="None if it could not be stored.")]
     engine_id: str | None
     cycle: int | None
     health: str
@@ -42,7 +42,7 @@ class PredictionBody(Struct):
 
 
 class Told(Struct):
-    """What became of one row."""
+    """The result of one row."""
 
     result: Literal["joined", "pending", "unchanged", "revised", "conflict", "unknown"]
     given: Any = msgspec.UNSET
@@ -50,7 +50,7 @@ class Told(Struct):
 
 
 class CyclesResponse(Struct):
-    """One prediction for each flight, in their order; none for one that contradicts what is known of its cycle."""
+    """One prediction for each flight, in their order; none for one that contradicts the stored flight of its cycle."""
 
     model: ModelName
     temperature: float
@@ -61,13 +61,13 @@ class CyclesResponse(Struct):
 
 
 class LabelsResponse(Struct):
-    """What became of each label, in their order."""
+    """The result of each label, in their order."""
 
     results: list[Told]
 
 
 class OutcomeResponse(Struct):
-    """What became of an end, and how many predictions have a truth by it that had none."""
+    """The result of an outcome, and the number of predictions that it labelled."""
 
     engine_id: str
     failed_at_cycle: int
@@ -85,7 +85,7 @@ class EngineBody(Struct):
     rul: float | None
     prediction_set: list[str] | None
     updated_at: str
-    failed_at_cycle: Annotated[int | None, Meta(description="Its end, if that is known.")]
+    failed_at_cycle: Annotated[int | None, Meta(description="Its failure, if known.")]
     trend: Annotated[
         list[tuple[int, float]] | msgspec.UnsetType, Meta(description="Cycle and probability of the last class.")
     ] = msgspec.UNSET
@@ -100,7 +100,7 @@ class EnginesResponse(Struct):
 
 
 class PastBody(Struct):
-    """A prediction as it was answered, and its truth if that is known."""
+    """A stored prediction, and its label if known."""
 
     prediction_id: str
     cycle: int | None
@@ -134,14 +134,14 @@ class SensorBody(Struct):
 
 
 class SensorsBody(Struct):
-    """The newest flights that are kept: their cycles, rising, and each sensor, the most moved first."""
+    """The newest stored flights: their cycles, rising, and each sensor, the largest shift first."""
 
     cycles: list[int]
     channels: list[SensorBody]
 
 
 class HistoryResponse(Struct):
-    """Everything predicted of an engine, oldest cycle first, and its end if that is known."""
+    """All predictions of an engine, oldest cycle first, and its failure if known."""
 
     engine_id: str
     failed_at_cycle: int | None
@@ -171,12 +171,12 @@ class PredictResponse(Struct):
     evaluation: EvaluationBody | None
     results: Annotated[
         list[Told | None] | msgspec.UnsetType,
-        Meta(description="Where a label contradicts one given before and was not kept: what became of each label."),
+        Meta(description="Only if a label contradicts an earlier one and was rejected: the result of each label."),
     ] = msgspec.UNSET
 
 
 class Warned(Struct):
-    """Rows that were answered as asked, but look like a mistake."""
+    """Rows that were evaluated, but look like a mistake."""
 
     rows: list[int]
     msg: str

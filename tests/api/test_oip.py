@@ -153,7 +153,8 @@ def test_the_stock_client_works_unchanged(service: Service, windows: Readings, t
     np.save(tmp_path / "windows.npy", windows)
     address = f"{service.client.base_url.host}:{service.client.base_url.port}"
     script = Path(__file__).parents[1] / "support" / "stock_client.py"
-    command = [sys.executable, str(script), address, str(tmp_path / "windows.npy")]
+    arguments = [str(script), address, str(tmp_path / "windows.npy")]
+    command = [sys.executable, "-P", *arguments]  # without its folder in the path, which has a module `http`
     found = json.loads(subprocess.check_output(command, text=True))
     rows = service.predict([{"telemetry": w.tolist(), "label": k % 3} for k, w in enumerate(windows)])["predictions"]
     assert "unknown model 'other'" in found["error"]
