@@ -10,11 +10,10 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-import model
 from service.errors import SettingsRejected
 
 PREFIX = "ENGINE_HEALTH_"
-BUNDLED = Path(model.__file__).parent / "artefact" / "engine-health.onnx"
+BUNDLED = Path(__file__).parents[1] / "model" / "artefact" / "engine-health.onnx"
 
 
 class Settings(BaseSettings):
