@@ -25,15 +25,24 @@ ROW_TEMPLATE = b'{"prediction_id":%s,"engine_id":%s,"cycle":%s,%s,"loss":%s%s%s}
 def prediction_rows(
     model: Model, instances: Sequence[Named], found: PredictionResult, ids: Sequence[str | None]
 ) -> list[bytes]:
-    """One object an instance, in their order, as JSON."""
+    """Return one JSON object per instance, in order."""
     write = _row_writer(model.manifest.classes)
-    parts = [part for piece in found.pieces for part in piece.found.once(write)[piece.begin : piece.end]]
+    parts: list[tuple[bytes, bytes]] = []
+    for piece in found.pieces:
+        parts += piece.output.cached(write)[piece.begin : piece.end]
     losses = None if found.loss is None else _number_texts([found.loss[:, None]])
     rows = []
     for i, (instance, (health, sets)) in enumerate(zip(instances, parts, strict=True)):
-        who = (_text(ids[i]), _text(instance.engine_id), _number(instance.cycle))
-        moved = b"" if found.moved is None else b',"explanation":' + _explanation_text(found.moved[i], model)
-        rows.append(ROW_TEMPLATE % (*who, health, NULL if losses is None else losses[i][0], sets, moved))
+        prediction_id, engine_id, cycle = ids[i], instance.engine_id, instance.cycle
+        keys = (
+            NULL if prediction_id is None else orjson.dumps(prediction_id),
+            NULL if engine_id is None else orjson.dumps(engine_id),
+            NULL if cycle is None else b"%d" % cycle,
+        )
+        explanation = (
+            b"" if found.explanation is None else b',"explanation":' + _explanation_text(found.explanation[i], model)
+        )
+        rows.append(ROW_TEMPLATE % (*keys, health, NULL if losses is None else losses[i][0], sets, explanation))
     return rows
 
 
@@ -113,14 +122,6 @@ def _set_text(classes: tuple[str, ...], inside: bytes) -> bytes:
 
 
 _cached_set_text = lru_cache(maxsize=1024)(_set_text)
-
-
-def _text(value: str | None) -> bytes:
-    return NULL if value is None else orjson.dumps(value)
-
-
-def _number(value: int | None) -> bytes:
-    return NULL if value is None else b"%d" % value
 
 
 def _explanation_text(shifts: list[ChannelAttribution], model: Model) -> bytes:

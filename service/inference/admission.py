@@ -11,6 +11,8 @@ import time
 from collections import defaultdict, deque
 from typing import Protocol
 
+import msgspec
+
 from service.errors import Overloaded
 
 MAX_TURN_FRACTION = 1 / 8  # of the longest wait: one turn to be read, one to be answered, the rest for the queue
@@ -24,7 +26,7 @@ RECENT_REQUESTS = 8  # of about the same length, whose rows are known
 class RowQueue(Protocol):
     """The queue of rows that admitted requests will join."""
 
-    def check_room(self, rows: int, other_delay: float = 0.0) -> None:
+    def check_capacity(self, rows: int, other_delay: float = 0.0) -> None:
         """Raise `Overloaded` if `rows` more rows would not be answered in time; `other_delay` in seconds."""
 
 
@@ -85,13 +87,11 @@ class RowCountEstimator:
         self._bytes_per_row[size.bit_length()].append(size / rows)
 
 
-class Ticket:
+class Ticket(msgspec.Struct):
     """An admitted request, whose rows become known once its body is decoded."""
 
-    __slots__ = ("_estimator", "_size")
-
-    def __init__(self, estimator: RowCountEstimator, size: int) -> None:
-        self._estimator, self._size = estimator, size
+    _estimator: RowCountEstimator
+    _size: int
 
     def rows(self, count: int) -> None:
         """Record the number of rows of the request; the next request of this length is estimated from it."""
@@ -113,5 +113,5 @@ class Admission:
             Overloaded: the event loop lags, or the estimated rows would not be answered in time.
         """
         self.shedder.admit(size)
-        self._queue.check_room(self._estimator.estimate(size), self.shedder.other_delay)
+        self._queue.check_capacity(self._estimator.estimate(size), self.shedder.other_delay)
         return Ticket(self._estimator, size)

@@ -1,13 +1,13 @@
-"""Requests that arrive while the model is busy form the next batch: no timer, and nothing is waited for when idle.
+"""Dynamic batching: requests that arrive while the model is busy form the next batch, without a timer.
 
-Takes a callable over rows and knows no model. The callable runs in a thread of the batcher's own. The event loop wakes
-it once whatever came together is in the queue; while full batches wait it helps itself, so that it is kept busy when
-the loop has its hands full. A lock guards what both touch. What the callable finds is nobody's to cut: each caller is
-told where in it its rows are, so that what is made of a batch can be made once for all.
+Takes a callable over rows and is independent of the model. The callable runs in a thread of the batcher. The event loop
+wakes the thread once the requests of one turn are queued. While full batches wait, the thread takes them without the
+loop. A lock guards the state that both change. Each caller receives slices of batch outputs, so that values derived
+from an output are computed once for all its callers.
 
-Batches are counted in rows and capped. Two lines wait: requests that fit in a batch, and larger ones, which are cut.
-Each line is served in order, and they take turns: one window never waits for a thousand, and a request whose turn has
-come is finished at half speed at worst, however many follow it.
+Batches are counted in rows and capped. There are two queues: requests that fit in a batch, and larger ones, which are
+split. Each queue is served in order, and the two alternate: a window never waits for all of a large request, and a
+large request is processed at half speed at worst.
 """
 
 import asyncio
@@ -33,62 +33,67 @@ RATE_SAMPLES = 9  # full batches whose median says how fast rows are answered: o
 
 
 class BatchSlice(NamedTuple, Generic[Output]):
-    """Some rows of what one inference found: those from `begin` on, before `end`."""
+    """The rows `begin` <= row < `end` of the output of one inference."""
 
-    found: Output
+    output: Output
     begin: int
     end: int
 
 
 class Observer(Protocol[Output]):
-    """What is told of each batch and each caller; seconds."""
+    """Receives each batch and each completed caller; durations in seconds."""
 
-    def batch(self, rows: int, seconds: float) -> None:
-        """One inference."""
-
-    def waited(self, seconds: list[float]) -> None:
-        """Callers of a batch, each from its arrival to the inference that answers its first row."""
+    def batch(self, rows: int, seconds: float, waits: list[float]) -> None:
+        """Record one inference, and for callers whose first row is in it the time from arrival to its start."""
 
     def answered(self, answered: list[tuple[Rows, list[BatchSlice[Output]]]]) -> None:
-        """Callers whose last row is answered, before they hear of it; those who are a whole batch as one."""
+        """Record completed callers before they resume; callers that are one whole batch are passed as one."""
 
 
 class _Job(Generic[Output]):
-    """One caller: its rows, how many are to be counted, were taken and answered, and whom to tell."""
+    """One caller: its rows, the numbers of rows that are counted, taken and answered, and the future of its slices."""
 
-    __slots__ = ("answered", "counted", "done", "gone", "parts", "patience", "rows", "settled", "since", "taken")
+    __slots__ = (
+        "answered",
+        "arrived",
+        "completed",
+        "counted",
+        "done",
+        "is_disconnected",
+        "max_wait",
+        "rows",
+        "slices",
+        "taken",
+    )
 
-    def __init__(self, rows: Rows, counted: int, gone: Callable[[], bool], patience: float) -> None:
-        self.rows, self.counted, self.gone, self.patience = rows, counted, gone, patience
+    def __init__(self, rows: Rows, counted: int, is_disconnected: Callable[[], bool], max_wait: float) -> None:
+        self.rows, self.counted, self.is_disconnected, self.max_wait = rows, counted, is_disconnected, max_wait
         self.done: asyncio.Future[list[BatchSlice[Output]]] = asyncio.get_running_loop().create_future()
-        self.since = time.perf_counter()
+        self.arrived = time.perf_counter()
         self.taken = self.answered = 0
-        self.settled = False
-        self.parts: list[BatchSlice[Output]] = []
-
-    def is_taken(self) -> bool:
-        """Whether every row is in a batch."""
-        return self.taken == len(self.rows)
+        self.completed = False
+        self.slices: list[BatchSlice[Output]] = []
 
 
 class _Batch(NamedTuple, Generic[Output]):
-    """The pieces of one inference, and who was sent away instead, and why; None for who had given up."""
+    """The rows of one inference by caller, and the callers refused instead (None: it was cancelled)."""
 
     pieces: list[tuple[_Job[Output], Rows]]
     refused: list[tuple[_Job[Output], ServiceError | None]]
+    completes: bool  # whether the last row of a caller is in the batch
 
 
 class _BatchResult(NamedTuple, Generic[Output]):
-    """The rows of an inference, what it found, when it began and the seconds it took."""
+    """The rows and the output of one inference, its start and its duration in seconds."""
 
     rows: Rows
-    found: Output
+    output: Output
     started: float
     seconds: float
 
 
 class Batcher(Generic[Output]):
-    """A bounded queue before one callable."""
+    """A bounded queue in front of one callable."""
 
     def __init__(
         self,
@@ -100,233 +105,244 @@ class Batcher(Generic[Output]):
     ) -> None:
         self.run = run
         self._observer, self._cap = observer, max_batch_rows
-        self._most_rows, self._most_seconds = max_queue_rows, max_queue_seconds
+        self._max_rows, self._max_seconds = max_queue_rows, max_queue_seconds
         self._lock = threading.Lock()
-        # those who fit in a batch, and those who are cut
+        # requests that fit in a batch, and larger ones
         self._lines: tuple[deque[_Job[Output]], deque[_Job[Output]]] = (deque(), deque())
         self._waiting = [0, 0]  # rows in each line
         self._turn = 0
         self._idle = True  # the thread waits to be woken
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # False ends the thread
         self._thread: threading.Thread | None = None
-        self._paces: deque[float] = deque(maxlen=RATE_SAMPLES)
-        self._row_seconds = 0.0  # until a full batch is seen, rows are thought to take no time
+        self._seconds_per_row: deque[float] = deque(maxlen=RATE_SAMPLES)
+        self._row_seconds = 0.0  # 0 until the first full batch
         self._callers = 0
-        self._nobody = asyncio.Event()
-        self._nobody.set()
+        self._all_answered = asyncio.Event()
+        self._all_answered.set()
         self._closed = False
 
-    def check_room(self, rows: int, other_delay: float = 0.0) -> None:
-        """Let so many rows in, or not: a request is best refused before it has cost anything.
+    def check_capacity(self, rows: int, other_delay: float = 0.0) -> None:
+        """Check that `rows` more rows fit in the queue and would be answered in time.
 
         Args:
             rows: of the request.
-            other_delay: seconds that it waits outside of this queue.
+            other_delay: seconds that the request waits outside of this queue.
 
         Raises:
-            Overloaded: there is no room for them, or their turn would come later than anybody may wait.
+            Overloaded: the queue is full, or its expected delay exceeds the longest wait.
         """
         waiting, line = sum(self._waiting), rows > self._cap
-        if waiting and waiting + rows > self._most_rows:
-            raise Overloaded(f"inference queue is full ({waiting} of {self._most_rows} rows)", self._most_seconds)
+        if waiting and waiting + rows > self._max_rows:
+            raise Overloaded(f"inference queue is full ({waiting} of {self._max_rows} rows)", self._max_seconds)
         before = self._waiting[line] + min(self._waiting)  # the other line takes every second turn while it lasts
         seconds = before * self._row_seconds + other_delay
-        if seconds > self._most_seconds:
-            detail = f"inference queue is too long: {before} rows, {seconds:.1f} s of at most {self._most_seconds:g} s"
-            raise Overloaded(detail, self._most_seconds)
+        if seconds > self._max_seconds:
+            detail = f"inference queue is too long: {before} rows, {seconds:.1f} s of at most {self._max_seconds:g} s"
+            raise Overloaded(detail, self._max_seconds)
 
     async def submit(
         self,
         rows: Rows,
-        gone: Callable[[], bool] = lambda: False,
+        is_disconnected: Callable[[], bool] = lambda: False,
         other_delay: float = 0.0,
         counted: int | None = None,
     ) -> list[BatchSlice[Output]]:
-        """Where the answers for some rows are, in their order.
+        """Queue rows and return the slices of the outputs for them, in order.
 
         Args:
             rows: (N, ...) of which N may be more than a batch holds.
-            gone: asked before each inference, in another thread: whether the caller has left.
+            is_disconnected: called in the inference thread before each inference; whether the client left.
             other_delay: seconds that these rows wait outside of this queue.
-            counted: of how many of them, the first, the observer hears; of all if not given.
+            counted: number of leading rows that the observer receives; all by default.
 
         Raises:
-            Overloaded: the queue is full, or these rows grew too old in it.
+            Overloaded: the queue is full, or these rows waited too long in it.
             ClientDisconnected: the caller left before its rows were taken.
         """
-        self.check_room(len(rows), other_delay)
+        self.check_capacity(len(rows), other_delay)
         job: _Job[Output] = _Job(
-            rows, len(rows) if counted is None else counted, gone, self._most_seconds - other_delay
+            rows, len(rows) if counted is None else counted, is_disconnected, self._max_seconds - other_delay
         )
         line = len(rows) > self._cap
         self._callers += 1
-        self._nobody.clear()
+        self._all_answered.clear()
         with self._lock:
             self._lines[line].append(job)
             self._waiting[line] += len(rows)
-        self._rouse()
+        self._wake_if_idle()
         return await job.done
 
     async def close(self) -> None:
-        """Wait until everybody who was let in is answered, and end the thread; who comes later is answered still."""
+        """Wait until all admitted requests are answered, and stop the thread. Later requests are still answered."""
         self._closed = True
-        await self._nobody.wait()
-        self._end()
+        await self._all_answered.wait()
+        self._stop_thread()
 
-    def _rouse(self) -> None:
-        """Wake the thread if it is idle: in a moment, so that those who come together are a batch."""
+    def _wake_if_idle(self) -> None:
+        """Wake an idle thread at the end of this turn, so that the requests of the turn form one batch."""
         if self._idle and any(self._waiting):
             self._idle = False
-            asyncio.get_running_loop().call_soon(self._begin)
+            asyncio.get_running_loop().call_soon(self._start_or_wake)
 
-    def _begin(self) -> None:
+    def _start_or_wake(self) -> None:
         if self._thread is None:
-            self._wake = queue.SimpleQueue()  # its own: the thread before may not have read its last word yet
-            of = (asyncio.get_running_loop(), self._wake)
-            self._thread = threading.Thread(target=self._infer, args=of, name="inference", daemon=True)
+            self._wake = queue.SimpleQueue()  # a new queue: the previous thread may not have read its last message yet
+            arguments = (asyncio.get_running_loop(), self._wake)
+            self._thread = threading.Thread(target=self._infer, args=arguments, name="inference", daemon=True)
             self._thread.start()
         self._wake.put(True)
 
-    def _end(self) -> None:
+    def _stop_thread(self) -> None:
         if self._thread is not None:
             self._wake.put(False)
             self._thread = None
 
     def _infer(self, loop: asyncio.AbstractEventLoop, wake: "queue.SimpleQueue[bool]") -> None:
-        """The thread's work: whenever it is woken, whatever waits."""
+        """Run the waiting batches whenever the thread is woken."""
         while wake.get():
             self._serve(loop)
 
     def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
-        """A batch, and others while they are full; the event loop sees to the rest.
+        """Run one batch, and further ones while they are full; the event loop starts the next run.
 
-        It is told of a batch that is the last of no caller together with one that is, or that no other follows, but
-        never much later: whoever comes is told by the batches before how long it would wait.
+        A batch that completes no caller is delivered with a later one, at most `MAX_NOTIFY_DELAY_SECONDS` later: the
+        expected delay of new requests is computed from delivered batches.
         """
-        batch, untold = self._next(1), list[tuple[_Batch[Output], _BatchResult[Output] | Exception | None]]()
-        since = 0.0
+        batch, undelivered = self._next(1), list[tuple[_Batch[Output], _BatchResult[Output] | Exception | None]]()
+        first_started = 0.0
         while batch is not None:
-            told: _BatchResult[Output] | Exception | None = None
+            result: _BatchResult[Output] | Exception | None = None
             started = time.perf_counter()
             try:
                 if batch.pieces:
-                    parts = [rows for _, rows in batch.pieces]
-                    rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
-                    told = _BatchResult(rows, self.run(rows), started, time.perf_counter() - started)
-            except Exception as raised:  # whatever the callable raises is its callers' to hear
-                told = raised
-            since = since if untold else started
-            untold.append((batch, told))
-            last = batch.refused or not isinstance(told, _BatchResult) or any(job.is_taken() for job, _ in batch.pieces)
-            batch = self._next(self._cap)  # before the loop hears of this one: it wakes a thread that is idle by then
-            if last or batch is None or time.perf_counter() - since > MAX_NOTIFY_DELAY_SECONDS:
+                    rows = batch.pieces[0][1]
+                    if len(batch.pieces) > 1:
+                        rows = np.concatenate([part for _, part in batch.pieces])
+                    result = _BatchResult(rows, self.run(rows), started, time.perf_counter() - started)
+            except Exception as raised:  # any exception of the callable is raised to the callers
+                result = raised
+            first_started = first_started if undelivered else started
+            undelivered.append((batch, result))
+            completes = batch.completes or batch.refused or not isinstance(result, _BatchResult)
+            batch = self._next(self._cap)  # before the delivery, which wakes a thread that is idle by then
+            if completes or batch is None or time.perf_counter() - first_started > MAX_NOTIFY_DELAY_SECONDS:
                 try:
-                    loop.call_soon_threadsafe(self._tell, untold)
-                except RuntimeError:  # the loop has ended, and with it whoever waited
+                    loop.call_soon_threadsafe(self._deliver, undelivered)
+                except RuntimeError:  # the loop is closed, and all callers with it
                     return
-                untold = []
+                undelivered = []
 
-    def _next(self, least: int) -> _Batch[Output] | None:
-        """The next batch, the lines in turn; the room that one leaves is the other's. None if fewer rows wait."""
+    def _next(self, min_rows: int) -> _Batch[Output] | None:
+        """Return the next batch, filled from both queues in turn; None if fewer than `min_rows` rows wait."""
         with self._lock:
-            if sum(self._waiting) < least:
+            if self._waiting[0] + self._waiting[1] < min_rows:
                 self._idle = True
                 return None
-            batch: _Batch[Output] = _Batch([], [])
+            pieces: list[tuple[_Job[Output], Rows]] = []
+            refused: list[tuple[_Job[Output], ServiceError | None]] = []
+            completes, left = False, self._cap
             self._turn = 1 - self._turn
-            left = self._take(self._turn, self._cap, batch)
-            self._take(1 - self._turn, left, batch)
-            return batch
+            for line in (self._turn, 1 - self._turn):
+                if left and self._lines[line]:
+                    left, completed = self._take(line, left, pieces, refused)
+                    completes = completes or completed
+            return _Batch(pieces, refused, completes)
 
-    def _take(self, line: int, room: int, batch: _Batch[Output]) -> int:
-        """Pieces from the head of a line, in which nobody stays who left, gave up or waited too long; the room left."""
-        jobs, now = self._lines[line], time.perf_counter()
-        while jobs and room:
+    def _take(
+        self,
+        line: int,
+        left: int,
+        pieces: list[tuple[_Job[Output], Rows]],
+        refused: list[tuple[_Job[Output], ServiceError | None]],
+    ) -> tuple[int, bool]:
+        """Move up to `left` rows from the head of a queue to `pieces`, and callers without a claim to `refused`.
+
+        Returns the rows that are left, and whether all rows of a caller are now taken.
+        """
+        jobs, now, completes = self._lines[line], time.perf_counter(), False
+        while jobs and left:
             job = jobs[0]
-            refusal = self._refusal(job, now)
+            refusal: ServiceError | None = None
+            if job.is_disconnected():
+                refusal = ClientDisconnected("the client left before its rows were taken")
+            elif job.taken == 0 and now - job.arrived > job.max_wait:
+                waited = f"waited {now - job.arrived:.1f} s in the inference queue, at most {job.max_wait:.1f} s"
+                refusal = Overloaded(waited, self._max_seconds)
             if refusal is not None or job.done.done():
                 self._waiting[line] -= len(job.rows) - job.taken
-                batch.refused.append((jobs.popleft(), refusal))
+                refused.append((jobs.popleft(), refusal))
                 continue
-            rows = job.rows[job.taken : job.taken + room]
+            rows = job.rows[job.taken : job.taken + left]
             job.taken += len(rows)
-            room -= len(rows)
+            left -= len(rows)
             self._waiting[line] -= len(rows)
-            batch.pieces.append((job, rows))
-            if job.is_taken():
+            pieces.append((job, rows))
+            if job.taken == len(job.rows):
+                completes = True
                 jobs.popleft()
-        return room
+        return left, completes
 
-    def _refusal(self, job: _Job[Output], now: float) -> ServiceError | None:
-        if job.gone():
-            return ClientDisconnected("the client left before its rows were taken")
-        if job.taken == 0 and now - job.since > job.patience:
-            waited = f"waited {now - job.since:.1f} s in the inference queue, at most {job.patience:.1f} s"
-            return Overloaded(waited, self._most_seconds)
-        return None
-
-    def _tell(self, untold: list[tuple[_Batch[Output], _BatchResult[Output] | Exception | None]]) -> None:
-        """What became of some batches, told in the event loop."""
-        for batch, told in untold:
+    def _deliver(self, undelivered: list[tuple[_Batch[Output], _BatchResult[Output] | Exception | None]]) -> None:
+        """Give the results of some batches to their callers; runs in the event loop."""
+        for batch, result in undelivered:
             for job, refusal in batch.refused:
-                self._settle(job, refusal)
-            if isinstance(told, _BatchResult):
+                self._complete(job, refusal)
+            if isinstance(result, _BatchResult):
                 try:
-                    self._answer(batch.pieces, told)
-                except Exception as raised:  # as above; nobody is left waiting
-                    told = raised
-            if isinstance(told, Exception):
+                    self._answer(batch.pieces, result)
+                except Exception as raised:  # as above; no caller waits forever
+                    result = raised
+            if isinstance(result, Exception):
                 for job, _ in batch.pieces:
-                    self._settle(job, told)
-        self._rouse()
+                    self._complete(job, result)
+        self._wake_if_idle()
 
-    def _answer(self, pieces: list[tuple[_Job[Output], Rows]], told: _BatchResult[Output]) -> None:
-        """Each caller its own rows; a caller cut into pieces is answered with the last of them."""
-        at, finished, together = 0, [], True
-        waits = [told.started - job.since for job, _ in pieces if not job.parts]
+    def _answer(self, pieces: list[tuple[_Job[Output], Rows]], result: _BatchResult[Output]) -> None:
+        """Give each caller its slice; a caller in several batches is answered with its last slice."""
+        end, finished, waits, all_whole = 0, list[_Job[Output]](), list[float](), True
         for job, rows in pieces:
-            n = len(rows)
-            job.parts.append(BatchSlice(told.found, at, at + n))
-            at += n
-            job.answered += n
+            count = len(rows)
+            if not job.slices:
+                waits.append(result.started - job.arrived)
+            job.slices.append(BatchSlice(result.output, end, end + count))
+            end += count
+            job.answered += count
             if job.answered == len(job.rows):
                 finished.append(job)
-            together = together and n == job.answered == len(job.rows) == job.counted and not job.done.done()
-        if at == self._cap:
-            self._paces.append(told.seconds / at)
-            self._row_seconds = statistics.median(self._paces)
-        self._observer.batch(at, told.seconds)
-        if waits:
-            self._observer.waited(waits)
-        if together:
-            self._observer.answered([(told.rows, [BatchSlice(told.found, 0, at)])])
-        elif heard := [_counted(job) for job in finished if not job.done.done()]:
-            self._observer.answered(heard)
+            all_whole = all_whole and count == job.answered == len(job.rows) == job.counted and not job.done.done()
+        if end == self._cap:
+            self._seconds_per_row.append(result.seconds / end)
+            self._row_seconds = statistics.median(self._seconds_per_row)
+        self._observer.batch(end, result.seconds, waits)
+        if all_whole:
+            self._observer.answered([(result.rows, [BatchSlice(result.output, 0, end)])])
+        elif counted := [_counted(job) for job in finished if not job.done.done()]:
+            self._observer.answered(counted)
         for job in finished:
-            self._settle(job)
+            self._complete(job)
 
-    def _settle(self, job: _Job[Output], error: Exception | None = None) -> None:
-        """Tell one caller, once."""
-        if job.settled:
+    def _complete(self, job: _Job[Output], error: Exception | None = None) -> None:
+        """Set the result or the error of one caller, the first time only."""
+        if job.completed:
             return
-        job.settled = True
+        job.completed = True
         if not job.done.done():
             if error is None:
-                job.done.set_result(job.parts)
+                job.done.set_result(job.slices)
             else:
                 job.done.set_exception(error)
         self._callers -= 1
         if not self._callers:
-            self._nobody.set()
+            self._all_answered.set()
             if self._closed:
-                self._end()
+                self._stop_thread()
 
 
 def _counted(job: _Job[Output]) -> tuple[Rows, list[BatchSlice[Output]]]:
-    """The rows of a caller that are to be counted, and where their answers are."""
-    left, parts = job.counted, []
-    for part in job.parts:
+    """Return the counted rows of a caller, and the slices of their outputs."""
+    left, slices = job.counted, []
+    for part in job.slices:
         if left > 0:
-            parts.append(BatchSlice(part.found, part.begin, min(part.end, part.begin + left)))
+            slices.append(BatchSlice(part.output, part.begin, min(part.end, part.begin + left)))
         left -= part.end - part.begin
-    return job.rows[: job.counted], parts
+    return job.rows[: job.counted], slices

@@ -23,24 +23,27 @@ class BatchObserver:
         of = (manifest.name, manifest.version, self._model.digest, manifest.classes, temperature, self._bins.widths)
         self._series = self._metrics.serving(*of)
 
-    def batch(self, rows: int, seconds: float) -> None:
-        """Record one inference."""
+    def batch(self, rows: int, seconds: float, waits: list[float]) -> None:
+        """Record one inference, and the queue times of the requests that start in it."""
         self._metrics.batch(rows, seconds)
-
-    def waited(self, seconds: list[float]) -> None:
-        """Record the queue times of some requests."""
-        if len(seconds) == 1:
-            observe(self._metrics.queue_duration, seconds[0])
-        else:
-            observe_all(self._metrics.queue_duration, np.array(seconds))
+        if len(waits) == 1:
+            observe(self._metrics.queue_duration, waits[0])
+        elif waits:
+            observe_all(self._metrics.queue_duration, np.array(waits))
 
     def answered(self, answered: Sequence[tuple[Rows, Sequence[BatchSlice[BatchPredictions]]]]) -> None:
         """Count predictions. Only the newest row of a window is new: the others were counted before."""
-        slices = [piece for _, some in answered for piece in some]
-        predictions = concatenate_slices(slices)
-        windows = [rows if rows.ndim == 2 else rows[:, -1] for rows, _ in answered]
-        newest = windows[0] if len(windows) == 1 else np.concatenate(windows)
-        if not all(piece.found.finite for piece in slices):
+        if len(answered) == 1 and len(answered[0][1]) == 1:
+            (rows, (piece,)) = answered[0]
+            predictions, finite = piece.output.answers, piece.output.finite
+            if piece.end - piece.begin < len(predictions.logits):
+                predictions = select_rows(predictions, slice(piece.begin, piece.end))
+            newest = rows if rows.ndim == 2 else rows[:, -1]
+        else:
+            slices = [piece for _, some in answered for piece in some]
+            predictions, finite = concatenate_slices(slices), all(piece.output.finite for piece in slices)
+            newest = np.concatenate([rows if rows.ndim == 2 else rows[:, -1] for rows, _ in answered])
+        if not finite:
             which = np.flatnonzero(predictions.finite)
             newest, predictions = newest[which], select_rows(predictions, which)
         confidence = predictions.probabilities.max(axis=1)

@@ -21,30 +21,30 @@ Derived = TypeVar("Derived")
 
 
 class Predictions(NamedTuple):
-    """What the model says of N rows, at one temperature."""
+    """Calibrated predictions of N rows, at one temperature."""
 
     logits: Batch  # (N, C)
     rul: Batch | None  # (N,) cycles
     probabilities: Floats  # (N, C)
     expected_loss: Floats  # (N,) nats
-    sets: Mask | None  # (N, C): which classes the prediction set holds
-    finite: Mask  # (N,): whether there is an answer at all; where not, the other columns mean nothing
+    sets: Mask | None  # (N, C): whether the prediction set contains the class
+    finite: Mask  # (N,): whether the output is finite; if not, the other columns are meaningless
 
 
 class BatchPredictions:
-    """The answers of one inference, and what is made of them: once for all callers whose rows they are."""
+    """The predictions of one batch, and values derived from them once for all callers of the batch."""
 
-    __slots__ = ("_made", "answers", "finite")
+    __slots__ = ("_derived", "answers", "finite")
 
     def __init__(self, answers: Predictions) -> None:
         self.answers, self.finite = answers, bool(answers.finite.all())
-        self._made: dict[Any, Any] = {}
+        self._derived: dict[Any, Any] = {}
 
-    def once(self, make: Callable[[Predictions], Derived]) -> Derived:
-        """What `make` makes of the answers; callers in several threads may make it twice, and the same."""
-        if make not in self._made:
-            self._made[make] = make(self.answers)
-        return self._made[make]  # type: ignore[no-any-return]  # as it was put there
+    def cached(self, derive: Callable[[Predictions], Derived]) -> Derived:
+        """Return `derive` of the predictions. Callers in several threads may compute it twice, with equal results."""
+        if derive not in self._derived:
+            self._derived[derive] = derive(self.answers)
+        return self._derived[derive]  # type: ignore[no-any-return]  # the cache holds values of any type
 
 
 PredictionSlices = Sequence[BatchSlice[BatchPredictions]]
@@ -65,7 +65,7 @@ class Evaluation:
 class PredictionResult:
     """Answers for N rows, in pieces. `loss` (N,) is NaN where no label was given, None where there is none at all.
 
-    `moved` says of each row what each channel did to the answer, the strongest first; None if that was not asked.
+    `explanation` has the effect of each channel on each row, the strongest first; None if it was not requested.
     `labelled` is what the labelled rows cost at the service's own temperature, for `LabelAccounting.count_submitted`.
     """
 
@@ -73,22 +73,22 @@ class PredictionResult:
     pieces: PredictionSlices
     loss: Floats | None = None
     evaluation: Evaluation | None = None
-    moved: list[list[ChannelAttribution]] | None = None
+    explanation: list[list[ChannelAttribution]] | None = None
     labelled: Labelled | None = None
 
     @cached_property
     def answers(self) -> Predictions:
-        """All of them together."""
+        """The predictions of all slices."""
         return concatenate_slices(self.pieces)
 
 
 def predict_windows(model: Model, telemetry: Batch, temperature: float) -> Predictions:
-    """Run the network and calibrate: (N, *input_shape) float32, finite, to answers."""
+    """Run the network on windows (N, *input_shape), float32 and finite, and calibrate its outputs."""
     return calibrate_outputs(model, model.run(telemetry), temperature)
 
 
 def calibrate_outputs(model: Model, outputs: Outputs, temperature: float) -> Predictions:
-    """What the network said, calibrated; rows of which it said nothing finite are marked."""
+    """Calibrate the outputs of the network, and mark rows that are not finite."""
     logits, rul = outputs
     finite = np.ones(len(logits), np.bool_)
     if not (np.isfinite(logits).all() and (rul is None or np.isfinite(rul).all())):
@@ -98,7 +98,7 @@ def calibrate_outputs(model: Model, outputs: Outputs, temperature: float) -> Pre
 
 
 def calibrate(model: Model, logits: Batch, rul: Batch | None, finite: Mask, temperature: float) -> Predictions:
-    """Probabilities, their entropy, and prediction sets.
+    """Return probabilities, their entropy, and prediction sets.
 
     The sets are those at the artefact's own temperature, whatever was asked for: the threshold was found there, and its
     coverage holds nowhere else. They are never empty: the most probable class always belongs.
@@ -113,29 +113,32 @@ def calibrate(model: Model, logits: Batch, rul: Batch | None, finite: Mask, temp
 
 
 def select_range(answers: Predictions, begin: int, end: int) -> Predictions:
-    """Some rows of some answers."""
+    """Return the rows `begin` <= row < `end`."""
     if begin == 0 and end == len(answers.logits):
         return answers
     return select_rows(answers, slice(begin, end))
 
 
 def select_rows(answers: Predictions, which: slice | npt.NDArray[np.int64]) -> Predictions:
-    """Some rows of some answers, in this order."""
+    """Return some rows, in the given order."""
     return Predictions(*(None if column is None else column[which] for column in answers))  # type: ignore[arg-type]  # column by column
 
 
-def concatenate_slices(pieces: PredictionSlices) -> Predictions:
-    """The answers that lie in some pieces, in their order."""
-    return concatenate_predictions([select_range(piece.found.answers, piece.begin, piece.end) for piece in pieces])
+def concatenate_slices(slices: PredictionSlices) -> Predictions:
+    """Return the predictions of some slices, in order."""
+    if len(slices) == 1:
+        output, begin, end = slices[0]
+        return select_range(output.answers, begin, end)
+    return concatenate_predictions([select_range(piece.output.answers, piece.begin, piece.end) for piece in slices])
 
 
 def as_slices(answers: Predictions) -> PredictionSlices:
-    """Some answers as one piece."""
+    """Return predictions as one slice."""
     return [BatchSlice(BatchPredictions(answers), 0, len(answers.logits))]
 
 
 def concatenate_predictions(parts: Sequence[Predictions]) -> Predictions:
-    """Answers of some rows after those of others."""
+    """Concatenate predictions."""
     if len(parts) == 1:
         return parts[0]
     columns = zip(*parts, strict=True)

@@ -29,8 +29,8 @@ from service.inference.predictions import (
     PredictionSlices,
     as_slices,
     calibrate,
+    calibrate_outputs,
     concatenate_slices,
-    predict_windows,
     select_range,
 )
 from service.metrics import Labelled, Metrics
@@ -94,8 +94,9 @@ class Predictor:
         """
         n, rows = len(telemetry), await self._with_occluded(telemetry) if explain else telemetry
         pieces: PredictionSlices = await self._batcher.submit(rows, gone, self._admission.shedder.other_delay, n)
-        if not all(piece.found.finite for piece in pieces):
-            _check_finite(pieces, n)
+        for piece in pieces:
+            if not piece.output.finite:
+                _check_finite(pieces, n)
         if imputed is not None:
             self._metrics.imputed(self.model.manifest.channel_names, imputed)
         t = self.temperature if temperature is None else temperature
@@ -128,7 +129,7 @@ class Predictor:
         usual = self._usual
         assert usual is not None  # a model without `conditions` is refused when the request is decoded
         rows = len(telemetry) * (1 + telemetry.shape[-1])
-        self._batcher.check_room(rows, self._admission.shedder.other_delay)
+        self._batcher.check_capacity(rows, self._admission.shedder.other_delay)
         return await asyncio.to_thread(
             lambda: np.concatenate([telemetry, *(occlude_channels(window, usual) for window in telemetry)])
         )
@@ -136,7 +137,7 @@ class Predictor:
     def _run(self, rows: Rows) -> BatchPredictions:
         if not rows.flags.aligned:  # a tensor that follows a header of any length
             rows = rows.copy()
-        return BatchPredictions(predict_windows(self.model, rows, self.temperature))
+        return BatchPredictions(calibrate_outputs(self.model, self.model.run(rows), self.temperature))
 
 
 def _evaluate(labelled: Labelled) -> Evaluation:
@@ -152,20 +153,20 @@ def _evaluate(labelled: Labelled) -> Evaluation:
 def _explain(found: Predictions, prediction: PredictionResult) -> PredictionResult:
     """The prediction with what each channel did: `found` has its N rows, then those of every channel left out."""
     answers, n = prediction.answers, len(prediction.answers.logits)
-    channels, moved = (len(found.logits) - n) // n, []
+    channels, explanation = (len(found.logits) - n) // n, []
     for i in range(n):
         part = slice(n + i * channels, n + (i + 1) * channels)
         without = numerics.softmax(found.logits[part], prediction.temperature)
         rul = None if answers.rul is None else float(answers.rul[i])
-        moved.append(
+        explanation.append(
             attribute_channels(answers.probabilities[i], rul, without, None if found.rul is None else found.rul[part])
         )
-    return replace(prediction, moved=moved)
+    return replace(prediction, explanation=explanation)
 
 
 def _check_finite(pieces: PredictionSlices, n: int) -> None:
     """Refuse the first of N instances that has no answer; behind them, each has as many rows as there are channels."""
-    finite = np.concatenate([piece.found.answers.finite[piece.begin : piece.end] for piece in pieces])
+    finite = np.concatenate([piece.output.answers.finite[piece.begin : piece.end] for piece in pieces])
     for bad in np.flatnonzero(~finite)[:1].tolist():  # none, if it is another caller's
         raise _not_finite(bad if bad < n else (bad - n) * n // (len(finite) - n))
 

@@ -43,7 +43,7 @@ def new_predictions(
 ) -> list[Made]:
     """Return the predictions of rows that have an engine, with the label that arrived with each of them."""
     which = [i for i, row in enumerate(rows) if row.engine_id is not None]
-    values = [row for piece in prediction.pieces for row in piece.found.once(_values)[piece.begin : piece.end]]
+    values = [row for piece in prediction.pieces for row in piece.output.cached(_values)[piece.begin : piece.end]]
     inputs = _inputs(predictor, telemetry, which)
     labelled = None if targets is None else ~np.isnan(targets[:, 0])
     made = []

@@ -133,7 +133,7 @@ class Queue:
     def __init__(self, room: int) -> None:
         self.room = room
 
-    def check_room(self, rows: int, other_delay: float = 0.0) -> None:
+    def check_capacity(self, rows: int, other_delay: float = 0.0) -> None:
         """Refuse more rows than there is room for."""
         assert other_delay >= 0
         if rows > self.room:

@@ -19,12 +19,10 @@ class Seen:
         self.waits: list[float] = []
         self.rows_answered = 0
 
-    def batch(self, rows: int, seconds: float) -> None:
+    def batch(self, rows: int, seconds: float, waits: list[float]) -> None:
         assert seconds >= 0
         self.batches.append(rows)
-
-    def waited(self, seconds: list[float]) -> None:
-        self.waits += seconds
+        self.waits += waits
 
     def answered(self, answered: list[tuple[Rows, list[BatchSlice[Rows]]]]) -> None:
         self.rows_answered += sum(len(rows) for rows, _ in answered)
@@ -61,7 +59,7 @@ def rows_of(*values: float) -> Rows:
 
 
 def whole(pieces: list[BatchSlice[Rows]]) -> Rows:
-    return np.concatenate([piece.found[piece.begin : piece.end] for piece in pieces])
+    return np.concatenate([piece.output[piece.begin : piece.end] for piece in pieces])
 
 
 def run(scene: Callable[[Stage], Coroutine[Any, Any, None]], **limits: Any) -> None:
@@ -195,7 +193,7 @@ def test_of_slow_batches_the_event_loop_hears_at_once() -> None:
         await asyncio.sleep(0)
         assert stage.seen.batches == [8, 8, 8]
         with pytest.raises(Overloaded):
-            stage.batcher.check_room(9)
+            stage.batcher.check_capacity(9)
         stage.gate.open.set()
         await large
 
@@ -218,9 +216,9 @@ def test_whoever_would_wait_too_long_is_refused_at_once() -> None:
         refused = [task for task in waiting if task.done()]
         assert len(refused) >= 300 - 1.0 / 0.005
         assert all("inference queue is too long" in str(task.exception()) for task in refused)
-        stage.batcher.check_room(20)  # large ones have a line of their own, and nobody is in it
+        stage.batcher.check_capacity(20)  # large ones have a line of their own, and nobody is in it
         with pytest.raises(Overloaded, match=r"0 rows, 1\.1 s"):
-            stage.batcher.check_room(20, other_delay=1.1)
+            stage.batcher.check_capacity(20, other_delay=1.1)
         stage.gate.open.set()
         await asyncio.gather(first, *waiting, return_exceptions=True)
 
