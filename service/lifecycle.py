@@ -24,7 +24,7 @@ from service.metrics import Metrics
 from service.server import malloc
 from service.settings import Settings
 from service.store.label_accounting import LabelAccounting
-from service.store.store import Memory
+from service.store.store import Store
 
 GC_THRESHOLDS = (20_000, 20, 20)  # objects of a few hundred requests; Python's default of 700 is reached by a few
 COPY_POLL_SECONDS = 0.25  # between checks for a new model of another worker
@@ -50,7 +50,7 @@ class Lifecycle:
         self.predictor: Predictor | None = None
         self.draining = False
         self.labels = LabelAccounting(metrics)
-        self.store = Memory(settings, metrics, self.labels) if settings.database_url else None
+        self.store = Store(settings, metrics, self.labels) if settings.database_url else None
         self._copy = shared / "model.onnx" if shared else None
         self._served = shared / "served" if shared else None  # exists once any worker has served
         self.verified = asyncio.Event()
@@ -82,7 +82,7 @@ class Lifecycle:
             raise Draining("draining: this process is about to close")
         return self.ready_predictor()
 
-    def require_store(self) -> Memory:
+    def require_store(self) -> Store:
         """Return the store.
 
         Raises:
@@ -162,7 +162,7 @@ class Lifecycle:
         except ServiceError as error:  # predictions do not need it, and it is opened again later
             log.error("nothing is remembered: %s", error.detail)
 
-    async def _follow_store(self, store: Memory) -> None:
+    async def _follow_store(self, store: Store) -> None:
         """Poll for another temperature, reconnect a database that was unavailable, and delete expired rows."""
         was_up, next_prune = True, 0.0
         while True:

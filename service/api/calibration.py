@@ -27,7 +27,7 @@ def build_router(lifecycle: Lifecycle) -> APIRouter:
         """Calibration of stored predictions against their labels, and input drift, which needs no labels."""
         parameters = parse_query(request.query_params.multi_items(), CalibrationQuery)
         store, predictor = lifecycle.require_store(), lifecycle.ready_predictor()
-        body = await use_cases.watch(store, predictor, parameters.window, parameters.periods)
+        body = await use_cases.report(store, predictor, parameters.window, parameters.periods)
         for period in body.get("over_time", ()):
             period["from"], period["to"] = format_time(period["from"]), format_time(period["to"])
         return json_response(body)
@@ -51,8 +51,8 @@ def build_router(lifecycle: Lifecycle) -> APIRouter:
                 "temperature": change.temperature,
                 "temperature_source": change.source,
                 "fit_id": change.fit,
-                "rollback": change.undoes is not None,
-                "who": change.who,
+                "rollback": change.reverts is not None,
+                "who": change.actor,
             }
             for change in await store.temperature_changes(predictor.model.digest)
         ]
@@ -70,7 +70,9 @@ def build_router(lifecycle: Lifecycle) -> APIRouter:
             message = "say one of fit_id, temperature and rollback"
             raise InvalidInput(message, (Fault((), message),))
         actor = fingerprint(dict(request.scope["headers"]))
-        await use_cases.temper(store, lifecycle.ready_predictor(), submitted.fit_id, submitted.temperature, actor)
+        await use_cases.apply_temperature(
+            store, lifecycle.ready_predictor(), submitted.fit_id, submitted.temperature, actor
+        )
         await lifecycle.refresh_temperature()
         return json_response(active_temperature(lifecycle))
 

@@ -11,7 +11,7 @@ from service.codecs.store_requests import decode_cursor, parse_time
 from service.errors import Fault, InvalidInput, NotFound
 from service.lifecycle import Lifecycle
 from service.server.responses import json_response
-from service.store.sql import queries
+from service.store.records import EngineQuery
 
 MAX_SENSOR_FLIGHTS = 500  # of one engine, for its sensors
 
@@ -46,7 +46,7 @@ def build_router(lifecycle: Lifecycle, offloader: Offloader) -> APIRouter:
     return router
 
 
-def _page_query(parameters: EnginesQuery, classes: tuple[str, ...]) -> queries.Wanted:
+def _page_query(parameters: EnginesQuery, classes: tuple[str, ...]) -> EngineQuery:
     """Return the query of one page.
 
     Raises:
@@ -56,7 +56,7 @@ def _page_query(parameters: EnginesQuery, classes: tuple[str, ...]) -> queries.W
     if health is not None and health not in classes:
         message = f"unknown class {health[:50]!r}; classes are {', '.join(classes[:20])}"
         raise InvalidInput(f"health: {message}", (Fault(("health",), message),))
-    return queries.Wanted(
+    return EngineQuery(
         None if health is None else classes.index(health),
         None if parameters.next is None else decode_cursor(parameters.next),
         parameters.limit,

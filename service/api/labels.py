@@ -29,7 +29,7 @@ def build_router(lifecycle: Lifecycle, offloader: Offloader) -> APIRouter:
         rows = await offloader.run_if(
             len(body) > LARGE_BODY, lambda: decode_label_rows(body, classes, limits.max_instances)
         )
-        recorded = await store.label(rows)
+        recorded = await store.record_labels(rows)
         return json_response(labels_json(rows, recorded.results, classes))
 
     @router.post("/v1/outcomes", openapi_extra=document_route("OutcomeRequest", "OutcomeResponse", "409", "501"))
@@ -39,7 +39,7 @@ def build_router(lifecycle: Lifecycle, offloader: Offloader) -> APIRouter:
         body = await read_body(request, limits.max_body_bytes, limits.request_seconds)
         store, submitted = lifecycle.require_store(), parse(body, OutcomeRequest)
         engine, cycle = submitted.engine_id, submitted.failed_at_cycle
-        outcome = await store.end(engine, cycle, submitted.revise)
+        outcome = await store.record_outcome(engine, cycle, submitted.revise)
         if outcome.result == "conflict":
             raise Conflict(
                 f"engine {engine!r} is known to have failed at cycle {outcome.known}, not {cycle}; "

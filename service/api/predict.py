@@ -24,7 +24,7 @@ from service.server.body import read_large
 from service.server.media_types import JSON, JSON_HEADER, media_type
 from service.server.responses import BytesResponse
 from service.server.scope import context_of
-from service.store.new_predictions import Named
+from service.store.new_predictions import NamedRow
 
 _engine_id = attrgetter("engine_id")  # in C
 
@@ -64,7 +64,9 @@ def build_endpoint(lifecycle: Lifecycle, offloader: Offloader) -> Endpoint:
         if decoded.targets is None and set(map(_engine_id, instances)) == {None}:  # nothing to store or to count
             ids = prediction_ids(len(instances), time.time())
         elif (store := lifecycle.store) is not None:
-            stored = await store.remember(predictor, instances, decoded.telemetry, prediction, decoded.targets)
+            stored = await store.record_predictions(
+                predictor, instances, decoded.telemetry, prediction, decoded.targets
+            )
             ids = stored.ids
             if decoded.targets is not None:
                 results = results_json(decoded.targets, stored.results, model.manifest.classes)
@@ -81,7 +83,7 @@ def build_endpoint(lifecycle: Lifecycle, offloader: Offloader) -> Endpoint:
 
 def _respond(
     predictor: Predictor,
-    instances: Sequence[Named],
+    instances: Sequence[NamedRow],
     prediction: PredictionResult,
     ids: Sequence[str | None],
     what_if: bool,

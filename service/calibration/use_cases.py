@@ -1,6 +1,6 @@
-"""Calibration watched and mended: what joined truths say, fits of the temperature, and putting one in force.
+"""Calibration reports, fits of the temperature, and changes of the active temperature.
 
-Use cases above the memory and the monitor's arithmetic; knows no HTTP.
+The use cases above the store and the statistics. Knows no HTTP.
 """
 
 import asyncio
@@ -19,8 +19,8 @@ from service.errors import Conflict, Fault, InvalidInput
 from service.ids import prediction_ids
 from service.inference.onnx_model import Model
 from service.inference.predictor import Predictor
-from service.store.sql import queries, temperatures
-from service.store.store import Memory
+from service.store.records import ActiveTemperature, CountedPredictions, TemperatureChange, TemperatureFit
+from service.store.store import Store
 
 _WINDOW = re.compile(r"([1-9][0-9]{0,8})([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -53,34 +53,34 @@ class CalibrationContext(NamedTuple):
         return cls(predictor.model, predictor.temperature, predictor.temperature_source, predictor.drift_bins.channels)
 
 
-async def watch(memory: Memory, predictor: Predictor, window: str | None, periods: int = 0) -> dict[str, Any]:
-    """The answer of `GET /v1/calibration`: of the model that answers now, at the temperatures that answered.
+async def report(store: Store, predictor: Predictor, window: str | None, periods: int = 0) -> dict[str, Any]:
+    """Return the response of `GET /v1/calibration`: the active model, at the temperatures of its stored predictions.
 
     Args:
-        memory: where predictions and truths are.
-        predictor: whose model it is.
+        store: has the predictions and their labels.
+        predictor: has the model.
         window: as in `seconds_of`; None for all time.
-        periods: equal parts of the time, for each of which the loss is told too; 0 for none.
+        periods: equal parts of the time, for each of which the loss is included; 0 for none.
 
     Raises:
         InvalidInput: a window that is none.
         StoreUnavailable: the database does not answer.
     """
     now = time.time()
-    found = await _counted(memory, predictor.model, window, now)
-    return await asyncio.to_thread(watched, found, CalibrationContext.of(predictor), now, window, periods)
+    found = await _counted(store, predictor.model, window, now)
+    return await asyncio.to_thread(report_of, found, CalibrationContext.of(predictor), now, window, periods)
 
 
-async def fit(memory: Memory, predictor: Predictor, window: str | None) -> dict[str, Any]:
-    """Fit a temperature to joined truths, score it on engines left out, and keep it; nothing is applied.
+async def fit(store: Store, predictor: Predictor, window: str | None) -> dict[str, Any]:
+    """Fit a temperature to joined labels, score it on held-out engines, and store the fit. Apply nothing.
 
     Raises:
-        Conflict: there is no better temperature in these truths; the detail says why.
+        Conflict: these labels give no better temperature; the detail has the reason.
         InvalidInput: a window that is none.
         StoreUnavailable: the database does not answer.
     """
     now, model = time.time(), predictor.model
-    found = await _counted(memory, model, window, now)
+    found = await _counted(store, model, window, now)
     known = ~np.isnan(found.label[:, 0])
     rows = (found.logits[known], found.label[known], found.engine[known], found.temperature[known])
     try:
@@ -103,15 +103,15 @@ async def fit(memory: Memory, predictor: Predictor, window: str | None) -> dict[
             "ece": _change(fitted.ece),
         },
     }
-    kept = temperatures.Fit(name, model.digest, model.manifest, now, fitted.temperature, result)
-    await memory.save_fit(kept)
+    stored = TemperatureFit(name, model.digest, model.manifest, now, fitted.temperature, result)
+    await store.save_fit(stored)
     return result
 
 
-async def temper(
-    memory: Memory, predictor: Predictor, fit_id: str | None, temperature: float | None, who: str
-) -> temperatures.Tempered:
-    """Put the temperature of a fit in force, or another one, or with neither the one before.
+async def apply_temperature(
+    store: Store, predictor: Predictor, fit_id: str | None, temperature: float | None, actor: str
+) -> ActiveTemperature:
+    """Activate the temperature of a fit, or a given one, or with neither restore the previous one.
 
     Raises:
         NotFound: no such fit.
@@ -119,8 +119,8 @@ async def temper(
         StoreUnavailable: the database does not answer.
     """
     model = predictor.model
-    asked = temperatures.Change(model.digest, model.manifest, fit_id, temperature, who, time.time())
-    return await memory.change_temperature(asked)
+    change = TemperatureChange(model.digest, model.manifest, fit_id, temperature, actor, time.time())
+    return await store.change_temperature(change)
 
 
 def _change(change: MetricChange) -> dict[str, Any]:
@@ -132,15 +132,15 @@ def _change(change: MetricChange) -> dict[str, Any]:
     }
 
 
-async def _counted(memory: Memory, model: Model, window: str | None, now: float) -> queries.Found:
+async def _counted(store: Store, model: Model, window: str | None, now: float) -> CountedPredictions:
     since = None if window is None else now - seconds_of(window)
-    return await memory.counted(model.digest, len(model.manifest.classes), since)
+    return await store.counted_predictions(model.digest, len(model.manifest.classes), since)
 
 
-def watched(
-    found: queries.Found, context: CalibrationContext, now: float, window: str | None, periods: int = 0
+def report_of(
+    found: CountedPredictions, context: CalibrationContext, now: float, window: str | None, periods: int = 0
 ) -> dict[str, Any]:
-    """What some predictions and their truths say; batch scoring asks as well, of a file. The clock is passed in."""
+    """Return the report on some predictions and their labels, of the store or of a scored file. `now` is the clock."""
     manifest, rows = context.model.manifest, _rows(found, context.model)
     level = manifest.conformal.level if manifest.conformal else None
     body = statistics.calibration(rows, manifest.classes, now, level, window)
@@ -150,17 +150,17 @@ def watched(
     return body | about | {"temperature_source": context.source, "drift": _drift(found, context)}
 
 
-def _rows(found: queries.Found, model: Model) -> statistics.Rows:
-    covered = sizes = np.full(len(found.made), np.nan)
+def _rows(found: CountedPredictions, model: Model) -> statistics.Rows:
+    covered = sizes = np.full(len(found.created_at), np.nan)
     rule = model.manifest.conformal
-    if rule is not None and len(found.made):
+    if rule is not None and len(found.created_at):
         sets = conformal.prediction_sets(found.logits, model.manifest.temperature, rule.threshold, rule.method)
         covered, sizes = (found.label * sets).sum(axis=1), sets.sum(axis=1).astype(np.float64)
     columns = (found.logits, found.temperature, found.label, found.engine, covered, sizes)
-    return statistics.Rows(*columns, found.made, found.labelled, found.source)
+    return statistics.Rows(*columns, found.created_at, found.labelled, found.source)
 
 
-def _drift(found: queries.Found, context: CalibrationContext) -> dict[str, Any] | None:
+def _drift(found: CountedPredictions, context: CalibrationContext) -> dict[str, Any] | None:
     """Confidence, entropy and newest readings of the window against the manifest's reference; None without one."""
     reference = context.model.manifest.reference
     if reference is None:
@@ -171,7 +171,7 @@ def _drift(found: queries.Found, context: CalibrationContext) -> dict[str, Any] 
     expected = numerics.entropy(own) if len(own) else np.empty(0)
     confidence: npt.ArrayLike = drift.count_bins(top, reference.confidence) if reference.confidence else []
     entropy: npt.ArrayLike = drift.count_bins(expected, reference.entropy_nats) if reference.entropy_nats else []
-    bins = np.frombuffer(found.inputs, dtype=np.uint8).reshape(-1, max(1, len(context.channels)))
+    bins = np.frombuffer(found.feature_bins, dtype=np.uint8).reshape(-1, max(1, len(context.channels)))
     channels = {
         name: np.bincount(bins[:, k], minlength=len(reference.channels[name].shares))
         for k, name in enumerate(context.channels)

@@ -10,7 +10,7 @@ from model.numerics import Floats
 from service.codecs.faults import MAX_FAULTS
 from service.codecs.requests import Label
 from service.errors import Fault
-from service.store.store import Results
+from service.store.store import LabelResultColumn
 
 
 def decode_labels(
@@ -49,7 +49,7 @@ def label_distribution(label: Label, classes: tuple[str, ...]) -> Floats:
     return numerics.as_distributions([label], len(classes))[0]  # type: ignore[no-any-return]  # numpy's indexing is Any
 
 
-def results_json(targets: Floats | None, results: Results, classes: tuple[str, ...]) -> dict[str, Any]:
+def results_json(targets: Floats | None, results: LabelResultColumn, classes: tuple[str, ...]) -> dict[str, Any]:
     """What `/v1/predict` adds to its answer where it did not apply a label: what became of each, null without one."""
     if targets is None or all(one is None or one[0] != "conflict" for one in results):
         return {}

@@ -17,13 +17,13 @@ from service.codecs.labels import decode_labels
 from service.errors import Fault, InvalidInput
 from service.inference.onnx_model import Model
 from service.settings import Settings
-from service.store.new_predictions import Named
+from service.store.new_predictions import NamedRow
 
 
 class PredictInputs(NamedTuple):
     """A decoded predict request, ready for the network."""
 
-    instances: Sequence[Named]
+    instances: Sequence[NamedRow]
     decoded: DecodedInstances
     temperature: float | None
     explain: bool

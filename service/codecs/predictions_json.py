@@ -16,14 +16,14 @@ from model.evaluation.occlusion import ChannelAttribution
 from service.inference.onnx_model import Model
 from service.inference.predictions import Evaluation, PredictionResult, Predictions
 from service.inference.predictor import Predictor
-from service.store.new_predictions import Named
+from service.store.new_predictions import NamedRow
 
 NULL = b"null"
 ROW_TEMPLATE = b'{"prediction_id":%s,"engine_id":%s,"cycle":%s,%s,"loss":%s%s%s}'
 
 
 def prediction_rows(
-    model: Model, instances: Sequence[Named], found: PredictionResult, ids: Sequence[str | None]
+    model: Model, instances: Sequence[NamedRow], found: PredictionResult, ids: Sequence[str | None]
 ) -> list[bytes]:
     """Return one JSON object per instance, in order."""
     write = _row_writer(model.manifest.classes)

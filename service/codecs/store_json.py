@@ -19,11 +19,9 @@ from service.codecs.predictions_json import NULL, envelope, prediction_rows
 from service.codecs.store_requests import encode_cursor
 from service.errors import Conflict
 from service.inference.predictor import Predictor
-from service.store.flight_recording import Flight, RecordedFlights
+from service.store.flight_rounds import Flight, RecordedFlights
 from service.store.labelling import Source
-from service.store.sql.labels import Said
-from service.store.sql.queries import History, Page
-from service.store.sql.session import Kind
+from service.store.records import EngineHistory, EnginePage, LabelSubmission, StoredModel
 
 StoredRow = Any  # a row of the table of predictions
 
@@ -55,7 +53,9 @@ def _by_channel(channels: tuple[str, ...], values: Readings) -> dict[str, np.flo
     return dict(zip(channels, values, strict=True))
 
 
-def labels_json(rows: Sequence[Said], results: Sequence[tuple[str, Floats | None]], classes: tuple[str, ...]) -> Any:
+def labels_json(
+    rows: Sequence[LabelSubmission], results: Sequence[tuple[str, Floats | None]], classes: tuple[str, ...]
+) -> Any:
     """What `/v1/labels` answers.
 
     Raises:
@@ -68,12 +68,12 @@ def labels_json(rows: Sequence[Said], results: Sequence[tuple[str, Floats | None
     return {"results": told}
 
 
-def engines_json(found: Page) -> dict[str, Any]:
+def engines_json(found: EnginePage) -> dict[str, Any]:
     """What `/v1/engines` answers."""
     rows = stored_predictions_json(found.rows, found.kinds)
     for row, stored in zip(rows, found.rows, strict=True):
         row["engine_id"], row["cycle"] = stored.engine_id, stored.cycle
-        row["updated_at"], row["failed_at_cycle"] = format_time(stored.made), stored.failed_at
+        row["updated_at"], row["failed_at_cycle"] = format_time(stored.created_at), stored.failed_at
     if found.trend is not None:
         trends = _trends(found.trend, found.kinds)
         for row, stored in zip(rows, found.rows, strict=True):
@@ -86,7 +86,7 @@ def engines_json(found: Page) -> dict[str, Any]:
     }
 
 
-def _trends(rows: Sequence[StoredRow], kinds: Mapping[int, Kind]) -> dict[int, list[tuple[int, np.float32]]]:
+def _trends(rows: Sequence[StoredRow], kinds: Mapping[int, StoredModel]) -> dict[int, list[tuple[int, np.float32]]]:
     """Cycle and probability of the last class, by engine."""
     found: dict[int, list[tuple[int, np.float32]]] = {}
     for group in _group_by_model(rows, kinds):
@@ -97,7 +97,7 @@ def _trends(rows: Sequence[StoredRow], kinds: Mapping[int, Kind]) -> dict[int, l
     return found
 
 
-def history_json(engine_id: str, found: History) -> dict[str, Any]:
+def history_json(engine_id: str, found: EngineHistory) -> dict[str, Any]:
     """What `/v1/engines/{id}` answers."""
     answered = stored_predictions_json(found.rows, found.kinds)
     for group in _group_by_model(found.rows, found.kinds):
@@ -119,7 +119,7 @@ def sensors_json(manifest: Manifest, cycles: Sequence[int], flights: Readings) -
     return {"cycles": cycles, "channels": rows}
 
 
-def _history_row(row: StoredRow, kind: Kind, answered: dict[str, Any]) -> dict[str, Any]:
+def _history_row(row: StoredRow, kind: StoredModel, answered: dict[str, Any]) -> dict[str, Any]:
     truth = None if row.label is None else np.frombuffer(row.label)
     loss = None
     if truth is not None:
@@ -128,11 +128,11 @@ def _history_row(row: StoredRow, kind: Kind, answered: dict[str, Any]) -> dict[s
     return {
         "prediction_id": row.id,
         "cycle": row.cycle,
-        "made_at": format_time(row.made),
+        "made_at": format_time(row.created_at),
         "model": kind.digest,
         "temperature": row.temperature,
         "temperature_source": row.temperature_source,
-        "counts": row.counts,
+        "counts": row.is_latest,
         **answered,
         "label": None if truth is None else label_json(truth, kind.classes),
         "source": None if row.source is None else Source(row.source).name.lower(),
@@ -141,7 +141,7 @@ def _history_row(row: StoredRow, kind: Kind, answered: dict[str, Any]) -> dict[s
     }
 
 
-def stored_predictions_json(rows: Sequence[StoredRow], kinds: Mapping[int, Kind]) -> list[dict[str, Any]]:
+def stored_predictions_json(rows: Sequence[StoredRow], kinds: Mapping[int, StoredModel]) -> list[dict[str, Any]]:
     """The health of stored predictions as it was answered."""
     found: list[dict[str, Any]] = [{}] * len(rows)
     for group in _group_by_model(rows, kinds):
@@ -160,7 +160,7 @@ def stored_predictions_json(rows: Sequence[StoredRow], kinds: Mapping[int, Kind]
 class ModelRows(NamedTuple):
     """Rows of one model: their places, and logits (N, C) as the network gave them and over their temperatures."""
 
-    kind: Kind
+    kind: StoredModel
     places: list[int]
     logits: Readings
     scaled: Floats
@@ -178,7 +178,7 @@ class ModelRows(NamedTuple):
         return [[name for name, held in zip(classes, row, strict=True) if held] for row in inside]
 
 
-def _group_by_model(rows: Sequence[StoredRow], kinds: Mapping[int, Kind]) -> Iterator[ModelRows]:
+def _group_by_model(rows: Sequence[StoredRow], kinds: Mapping[int, StoredModel]) -> Iterator[ModelRows]:
     groups: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(row.model, []).append(i)

@@ -14,8 +14,8 @@ from service.codecs.labels import label_distribution
 from service.codecs.number_parser import fits_float32, to_float32
 from service.errors import Fault, InvalidInput, MalformedJson
 from service.inference.onnx_model import Model
-from service.store.flight_recording import Flight
-from service.store.sql.labels import Said
+from service.store.flight_rounds import Flight
+from service.store.records import LabelSubmission
 
 CURSOR_BYTES = 2048  # the longest name, escaped as JSON, in base64, is 1632
 
@@ -80,7 +80,7 @@ def _diagnose_reading(raw: msgspec.Raw, channels: tuple[str, ...], loc: Loc, fau
     return np.array(values, dtype=np.float32) if len(faults) == before else None
 
 
-def decode_label_rows(body: bytes, classes: tuple[str, ...], most: int) -> list[Said]:
+def decode_label_rows(body: bytes, classes: tuple[str, ...], most: int) -> list[LabelSubmission]:
     """A body of `/v1/labels`, decoded.
 
     Raises:
@@ -101,7 +101,7 @@ def decode_label_rows(body: bytes, classes: tuple[str, ...], most: int) -> list[
         except ValueError as error:
             faults.append(Fault(("labels", i, "label"), str(error)))
             continue
-        found.append(Said(row.prediction_id, row.engine_id, row.cycle, label, row.revise or asked.revise))
+        found.append(LabelSubmission(row.prediction_id, row.engine_id, row.cycle, label, row.revise or asked.revise))
     refuse(faults)
     return found
 

@@ -13,12 +13,12 @@ import numpy as np
 from model import numerics
 from model.evaluation.calibration_report import Json, LabelledRows, measure_rows, replace_non_finite
 from service.calibration.statistics import SOURCES
-from service.calibration.use_cases import CalibrationContext, watched
+from service.calibration.use_cases import CalibrationContext, report_of
 from service.inference.drift_bins import DriftBins
 from service.inference.onnx_model import Model
 from service.scoring.outputs import whole
 from service.scoring.scorer import Scored
-from service.store.sql.queries import Found
+from service.store.records import CountedPredictions
 
 POINTS = 200  # of the risk-coverage curve
 
@@ -65,7 +65,7 @@ def measured(table: Any, context: CalibrationContext, source: str) -> Json:
     known = index >= 0
     found = measure_rows(numerics.scaled(logits[known], context.temperature), index[known], about[3][known])
     curves = {"confusion": confusion(found), "risk_coverage": risk_coverage(found)}
-    return watched(Found(*about), context, 0.0, None) | {
+    return report_of(CountedPredictions(*about), context, 0.0, None) | {
         key: replace_non_finite(value) for key, value in curves.items()
     }
 

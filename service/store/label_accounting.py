@@ -13,7 +13,7 @@ from model.numerics import Floats
 from service.inference.label_scores import score_labelled_rows, score_labels
 from service.inference.predictions import Mask, PredictionResult
 from service.metrics import Metrics, observe_all
-from service.store.sql.session import Joined
+from service.store.records import JoinedLabel
 
 
 class LabelAccounting:
@@ -48,9 +48,9 @@ class LabelAccounting:
         """Count stored predictions as labellable, without those that `count_submitted` counts."""
         self._metrics.labellable.inc(predictions)
 
-    def count_joined(self, joined: Sequence[Joined]) -> None:
+    def count_joined(self, joined: Sequence[JoinedLabel]) -> None:
         """Count labels that have just joined stored predictions; those of one model and temperature together."""
-        groups: dict[tuple[int, float], list[Joined]] = {}
+        groups: dict[tuple[int, float], list[JoinedLabel]] = {}
         for row in joined:
             groups.setdefault((row.kind.id, row.temperature), []).append(row)
         for (_, temperature), group in groups.items():
@@ -60,4 +60,4 @@ class LabelAccounting:
             rule = kind.conformal
             sets = conformal.prediction_sets(logits, kind.temperature, rule.threshold, rule.method) if rule else None
             self._metrics.labelled_answers(score_labels(logits, labels, temperature, sets))
-            observe_all(self._metrics.label_lag, np.array([row.labelled - row.made for row in group]))
+            observe_all(self._metrics.label_lag, np.array([row.labelled - row.created_at for row in group]))

@@ -21,7 +21,7 @@ class Source(IntEnum):
     SURVIVAL = 2
 
 
-def truth(
+def derive_label(
     inspected: Floats | None,
     cycle: int | None,
     failed_at: int | None,

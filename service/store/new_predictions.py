@@ -9,10 +9,10 @@ from model.numerics import Floats
 from model.windows import Readings
 from service.inference.predictions import PredictionResult, Predictions
 from service.inference.predictor import Predictor
-from service.store.sql.predictions import By, Made
+from service.store.sql.predictions import ModelVersion, NewPrediction
 
 
-class Named(Protocol):
+class NamedRow(Protocol):
     """The engine and cycle of a row."""
 
     @property
@@ -36,14 +36,18 @@ class _Values(NamedTuple):
 def new_predictions(
     predictor: Predictor,
     prediction: PredictionResult,
-    rows: Sequence[Named],
+    rows: Sequence[NamedRow],
     telemetry: Readings,
     ids: Sequence[str],
     targets: Floats | None = None,
-) -> list[Made]:
+) -> list[NewPrediction]:
     """Return the predictions of rows that have an engine, with the label that arrived with each of them."""
-    which = [i for i, row in enumerate(rows) if row.engine_id is not None]
-    values = [row for piece in prediction.pieces for row in piece.output.cached(_values)[piece.begin : piece.end]]
+    which, values = list[int](), list[_Values]()
+    for i, named in enumerate(rows):
+        if named.engine_id is not None:
+            which.append(i)  # a comprehension is a frame of every request
+    for piece in prediction.pieces:
+        values += piece.output.cached(_values)[piece.begin : piece.end]
     inputs = _inputs(predictor, telemetry, which)
     labelled = None if targets is None else ~np.isnan(targets[:, 0])
     made = []
@@ -51,14 +55,14 @@ def new_predictions(
         row, (logits, rul, health, risk) = rows[i], values[i]
         label = targets[i] if targets is not None and labelled is not None and labelled[i] else None
         assert row.engine_id is not None  # as chosen above
-        made.append(Made(ids[i], row.engine_id, row.cycle, logits, rul, health, risk, label, bins))
+        made.append(NewPrediction(ids[i], row.engine_id, row.cycle, logits, rul, health, risk, label, bins))
     return made
 
 
-def model_version(predictor: Predictor) -> By:
+def model_version(predictor: Predictor) -> ModelVersion:
     """Return the model and temperature of a predictor, as stored with its predictions."""
     model = predictor.model
-    return By(model.digest, model.manifest, predictor.temperature, predictor.temperature_source)
+    return ModelVersion(model.digest, model.manifest, predictor.temperature, predictor.temperature_source)
 
 
 def _values(answers: Predictions) -> list[_Values]:

@@ -1,4 +1,4 @@
-"""What the service remembers, and what it makes of it: predictions, flights, truths that arrive late, calibration.
+"""The use cases of the store: predictions, flights, labels that arrive later, and temperatures.
 
 The use case above the database; knows the predictor, no HTTP and no SQL. Whatever is answered here is committed.
 """
@@ -21,42 +21,67 @@ from service.metrics import Metrics
 from service.settings import Settings
 from service.store.flight_recording import FlightRecorder
 from service.store.label_accounting import LabelAccounting
-from service.store.new_predictions import Named, model_version, new_predictions
+from service.store.new_predictions import NamedRow, model_version, new_predictions
+from service.store.records import (
+    ActiveTemperature,
+    CountedPredictions,
+    EngineHistory,
+    EnginePage,
+    EngineQuery,
+    LabelResultKind,
+    LabelResults,
+    LabelSubmission,
+    OutcomeResult,
+    StoredChange,
+    TemperatureChange,
+    TemperatureFit,
+)
 from service.store.sql import labels, predictions, queries, retention, temperatures
 from service.store.sql.database import Database
-from service.store.sql.labels import Answered, End, Ended, Labels, Result, Said
+from service.store.sql.labels import LabelWrite, Outcome
 from service.store.sql.locks import lock_all
-from service.store.sql.predictions import Batch, Made
-from service.store.sql.session import Book
+from service.store.sql.predictions import NewPrediction, PredictionWrite
+from service.store.sql.session import WriteSession
 
-Told = tuple[Result, Floats | None]  # what became of a label, and the one that stands if it was refused
-Results = list[Told | None]  # None where no label was told
+LabelResult = tuple[LabelResultKind, Floats | None]  # what became of a label, and the one that stands if it was refused
+LabelResultColumn = list[LabelResult | None]  # None where no label was told
 
 
-class Remembered(NamedTuple):
+class RecordedPredictions(NamedTuple):
     """Ids of predictions, None for one that should have been kept and could not be, and what became of labels."""
 
     ids: list[str | None]
-    results: Results
+    results: LabelResultColumn
 
 
-class Memory:
-    """One database's worth of memory, in one process."""
+class Store:
+    """The predictions, flights, labels and temperatures in one database, seen from one process."""
 
     def __init__(self, settings: Settings, metrics: Metrics, accounting: LabelAccounting) -> None:
         self._metrics, self._accounting = metrics, accounting
-        book = Book()
+        session = WriteSession()
         self._database = Database(
-            settings.database_url, book.forget, settings.max_queue_rows, settings.max_queue_seconds, lock_all
+            settings.database_url, session.clear, settings.max_queue_rows, settings.max_queue_seconds, lock_all
         )
         self._retention = settings.retention_days * 86400
-        self._remember = partial(predictions.remember, book)
-        self._label, self._end = partial(labels.label, book), partial(labels.end, book)
+        self._record_predictions = partial(predictions.record_predictions, session)
+        self._record_labels, self._record_outcomes = (
+            partial(labels.record_labels, session),
+            partial(labels.record_outcomes, session),
+        )
         self._flights = FlightRecorder(
-            self._database, book, accounting, settings.max_queue_rows, settings.max_queue_seconds, settings.workers > 1
+            self._database,
+            session,
+            accounting,
+            settings.max_queue_rows,
+            settings.max_queue_seconds,
+            settings.workers > 1,
         )
         self.record_flights = self._flights.record
-        self._keep_fits, self._change = partial(temperatures.keep_fits, book), partial(temperatures.change, book)
+        self._store_fits, self._change = (
+            partial(temperatures.store_fits, session),
+            partial(temperatures.change_temperatures, session),
+        )
 
     async def open(self) -> None:
         """Make or migrate the database; one that failed last has to prove that it can be written to.
@@ -73,10 +98,10 @@ class Memory:
 
     async def temperature(self, model: Model) -> tuple[float, str] | None:
         """The temperature in force for a model and its source; None while it has its artefact's."""
-        found = await self._database.read(lambda connection: temperatures.in_force(connection, model.digest))
+        found = await self._database.read(lambda connection: temperatures.active_temperature(connection, model.digest))
         return None if found is None else (found.temperature, found.source)
 
-    async def engines(self, query: queries.Wanted) -> queries.Page:
+    async def engines(self, query: EngineQuery) -> EnginePage:
         """One page of engines with the latest prediction of each, worst first.
 
         Raises:
@@ -84,7 +109,7 @@ class Memory:
         """
         return await self._database.read(lambda connection: queries.page(connection, query))
 
-    async def history(self, engine_id: str, superseded: bool) -> queries.History | None:
+    async def history(self, engine_id: str, superseded: bool) -> EngineHistory | None:
         """Every stored prediction of an engine; None for an unknown engine."""
         return await self._database.read(lambda connection: queries.history(connection, engine_id, superseded))
 
@@ -92,19 +117,19 @@ class Memory:
         """The newest flights of an engine, at most `most`: rising cycles, and readings (N, channels)."""
         return await self._database.read(lambda connection: queries.flights(connection, engine_id, channels, most))
 
-    async def temperature_changes(self, digest: str) -> list[temperatures.StoredChange]:
+    async def temperature_changes(self, digest: str) -> list[StoredChange]:
         """Every change of a model's temperature, oldest first."""
         return await self._database.read(lambda connection: temperatures.changes(connection, digest))
 
-    async def counted(self, digest: str, classes: int, since: float | None) -> queries.Found:
+    async def counted_predictions(self, digest: str, classes: int, since: float | None) -> CountedPredictions:
         """Every prediction of one model that counts, made since some time in seconds since 1970; None for all."""
         return await self._database.read(lambda connection: queries.counted(connection, digest, classes, since))
 
-    async def save_fit(self, fit: temperatures.Fit) -> None:
+    async def save_fit(self, fit: TemperatureFit) -> None:
         """Store a fitted temperature; nothing is applied."""
-        await self._database.write(self._keep_fits, fit)
+        await self._database.write(self._store_fits, fit)
 
-    async def change_temperature(self, change: temperatures.Change) -> temperatures.Tempered:
+    async def change_temperature(self, change: TemperatureChange) -> ActiveTemperature:
         """Apply the temperature of a fit or a given one, or restore the one before.
 
         Raises:
@@ -114,79 +139,86 @@ class Memory:
         return await self._database.write(self._change, change)
 
     async def prune(self) -> None:
-        """Forget what is older than the settings say, a little at a time."""
+        """Delete what is older than the retention of the settings, a limited number of rows in each transaction."""
         if not self._retention:
             return
         gone, before = 1, time.time() - self._retention
         while gone:
-            old = await self._database.read(lambda connection: retention.too_old(connection, before))
-            gone = await self._database.write(retention.prune, old) if old.engines else 0
+            old = await self._database.read(lambda connection: retention.find_expired(connection, before))
+            gone = await self._database.write(retention.delete_expired, old) if old.engines else 0
             if gone:
                 self._flights.clear_cache()
 
-    async def remember(
+    async def record_predictions(
         self,
         predictor: Predictor,
-        rows: Sequence[Named],
+        rows: Sequence[NamedRow],
         telemetry: Readings,
         found: PredictionResult,
         targets: Floats | None = None,
-    ) -> Remembered:
+    ) -> RecordedPredictions:
         """Keep the predictions of engines, and the labels that came with them; counts all labels in the metrics.
 
-        A prediction is an answer before it is a memory: without the database it is still given, and says so. One at a
-        temperature of the caller's own is what if: the service did not say it by itself, so nothing is kept of it but
-        the truth, which depends on no temperature.
+        Without the database predictions are still returned, with None as their id. Of a prediction at a temperature of
+        the request only the label is stored, which depends on no temperature.
         """
         now = time.time()
         ids = prediction_ids(len(rows), now)
         if targets is None and all(row.engine_id is None for row in rows):  # nothing to keep, and nothing to count
-            return Remembered(list(ids), [None] * len(rows))
+            return RecordedPredictions(list(ids), [None] * len(rows))
         own = found.temperature == predictor.temperature
         made = new_predictions(predictor, found, rows, telemetry, ids, targets)
         made = made if own else [row for row in made if row.label is not None and row.cycle is not None]
-        said: dict[str, Told] = {}
+        said: dict[str, LabelResult] = {}
         lost: set[str] = set()
         if made:
             try:
                 if not self._database.up:  # it is asked every second; no prediction waits for it meanwhile
                     raise StoreUnavailable("the database does not answer")
-                said = await (self._keep(Batch(model_version(predictor), now, made)) if own else self._say(made))
+                said = await (
+                    self._store_predictions(PredictionWrite(model_version(predictor), now, made))
+                    if own
+                    else self._store_labels(made)
+                )
             except StoreUnavailable:
                 self._metrics.unremembered.inc(len(made))
                 lost = {row.id for row in made}
         if targets is not None:
             elsewhere = [name in said and (not own or said[name][0] == "conflict") for name in ids]
             self._accounting.count_submitted(found, targets, predictor.temperature, np.array(elsewhere))
-        return Remembered([None if name in lost else name for name in ids], [said.get(name) for name in ids])
+        return RecordedPredictions([None if name in lost else name for name in ids], [said.get(name) for name in ids])
 
-    async def label(self, rows: Sequence[Said]) -> Answered:
+    async def record_labels(self, rows: Sequence[LabelSubmission]) -> LabelResults:
         """Keep labels, each with its own result."""
-        told = Labels(rows, time.time())
+        write = LabelWrite(rows, time.time())
         return await self._database.write(
-            self._label, told, lambda answered: self._accounting.count_joined(answered.joined), len(rows)
+            self._record_labels, write, lambda answered: self._accounting.count_joined(answered.joined), len(rows)
         )
 
-    async def end(self, engine_id: str, failed_at: int, revise: bool) -> Ended:
+    async def record_outcome(self, engine_id: str, failed_at: int, revise: bool) -> OutcomeResult:
         """Keep an engine's end, which labels its history."""
-        told = End(engine_id, failed_at, revise, time.time())
-        return await self._database.write(self._end, told, lambda ended: self._accounting.count_joined(ended.joined))
+        write = Outcome(engine_id, failed_at, revise, time.time())
+        return await self._database.write(
+            self._record_outcomes, write, lambda ended: self._accounting.count_joined(ended.joined)
+        )
 
-    async def _keep(self, batch: Batch) -> dict[str, Told]:
+    async def _store_predictions(self, batch: PredictionWrite) -> dict[str, LabelResult]:
         """Keep predictions; what became of the labels that came with them, by prediction id."""
 
-        def committed(kept: predictions.Remembered) -> None:
+        def committed(kept: predictions.PredictionWriteResult) -> None:
             self._accounting.count_joined(kept.joined)
             counted = sum(row.label is not None and kept.said[row.id][0] != "conflict" for row in batch.rows)
             self._accounting.count_stored(len(batch.rows) - counted)  # the others are with their labels
 
-        said = (await self._database.write(self._remember, batch, committed, len(batch.rows))).said
+        said = (await self._database.write(self._record_predictions, batch, committed, len(batch.rows))).said
         return {row.id: said[row.id] for row in batch.rows if row.id in said} if said else {}
 
-    async def _say(self, made: Sequence[Made]) -> dict[str, Told]:
+    async def _store_labels(self, made: Sequence[NewPrediction]) -> dict[str, LabelResult]:
         """Keep the labels of predictions that are not kept themselves; what became of each, by prediction id."""
-        rows = [Said(None, row.engine_id, row.cycle, row.label, False) for row in made if row.label is not None]
-        answered = await self.label(rows)
+        rows = [
+            LabelSubmission(None, row.engine_id, row.cycle, row.label, False) for row in made if row.label is not None
+        ]
+        answered = await self.record_labels(rows)
         return {row.id: result for row, result in zip(made, answered.results, strict=True)}
 
 

@@ -8,15 +8,16 @@ import pytest
 from sqlalchemy import Connection, text
 
 from model.contract import Manifest
+from service.store.records import LabelSubmission
 from service.store.sql import labels, predictions, retention
 from service.store.sql.database import Database
-from service.store.sql.labels import End, Labels, Said
+from service.store.sql.labels import LabelWrite, Outcome
 from service.store.sql.locks import lock_all
-from service.store.sql.predictions import Batch, By, Made
-from service.store.sql.session import Book
+from service.store.sql.predictions import ModelVersion, NewPrediction, PredictionWrite
+from service.store.sql.session import WriteSession
 from tests.support.postgres import Postgres, postgres
 
-BY = By("d" * 64, Manifest(name="tested", version="1", classes=("a", "b", "c")), 1.0, "artefact")
+BY = ModelVersion("d" * 64, Manifest(name="tested", version="1", classes=("a", "b", "c")), 1.0, "artefact")
 LABEL = np.array([1.0, 0.0, 0.0])
 
 
@@ -31,12 +32,12 @@ class Process:
 
     def __init__(self, url: str) -> None:
         self.again = 0
-        self.book = Book()
+        self.session = WriteSession()
         self.database = Database(url, self._failed, 1000, 60, lock_all)
 
     def _failed(self, replaced: bool) -> None:
         self.again += 1
-        self.book.forget(replaced)
+        self.session.clear(replaced)
 
     async def together(self, *asked: tuple[Any, Any]) -> None:
         """Do work and items in one transaction, in this order."""
@@ -44,17 +45,21 @@ class Process:
         await asyncio.gather(waits, *(self.database.write(work, item) for work, item in asked))
 
     def end(self, engine: str, at: int) -> tuple[Any, Any]:
-        return partial(labels.end, self.book), End(engine, at, True, 1.0)
+        return partial(labels.record_outcomes, self.session), Outcome(engine, at, True, 1.0)
 
     def label(self, engine: str, cycle: int) -> tuple[Any, Any]:
-        return partial(labels.label, self.book), Labels([Said(None, engine, cycle, LABEL, False)], 1.0)
+        return partial(labels.record_labels, self.session), LabelWrite(
+            [LabelSubmission(None, engine, cycle, LABEL, False)], 1.0
+        )
 
     def label_of(self, prediction: str) -> tuple[Any, Any]:
-        return partial(labels.label, self.book), Labels([Said(prediction, None, None, LABEL, True)], 1.0)
+        return partial(labels.record_labels, self.session), LabelWrite(
+            [LabelSubmission(prediction, None, None, LABEL, True)], 1.0
+        )
 
     def predict(self, name: str, engine: str, cycle: int) -> tuple[Any, Any]:
-        made = Made(name, engine, cycle, np.ones(3, np.float32).tobytes(), None, 0, 0.5, None)
-        return partial(predictions.remember, self.book), Batch(BY, 1.0, [made])
+        made = NewPrediction(name, engine, cycle, np.ones(3, np.float32).tobytes(), None, 0, 0.5, None)
+        return partial(predictions.record_predictions, self.session), PredictionWrite(BY, 1.0, [made])
 
 
 def _wait(connection: Connection, items: Any) -> list[None]:
@@ -95,12 +100,12 @@ def test_forgetting_locks_as_everybody_does(cluster: Postgres) -> None:
         await other.together()
         for k in range(10):
             await one.together(one.predict(f"{k:032x}", "e1", k))
-            old = await other.database.read(lambda connection: retention.too_old(connection, 2.0))
-            forgets = other.together(other.end("e2", k), (_pause, None), (retention.prune, old))
+            old = await other.database.read(lambda connection: retention.find_expired(connection, 2.0))
+            forgets = other.together(other.end("e2", k), (_pause, None), (retention.delete_expired, old))
             await asyncio.gather(forgets, one.together(one.end("e1", k), one.end("e2", k)))
-        old = await other.database.read(lambda connection: retention.too_old(connection, 2.0))
-        await other.database.write(retention.prune, old)
-        left = await other.database.read(lambda connection: retention.too_old(connection, 2.0))
+        old = await other.database.read(lambda connection: retention.find_expired(connection, 2.0))
+        await other.database.write(retention.delete_expired, old)
+        left = await other.database.read(lambda connection: retention.find_expired(connection, 2.0))
         await one.database.close()
         await other.database.close()
         return one.again + other.again, len(left.engines)

@@ -20,12 +20,13 @@ from sqlalchemy import Connection, create_engine, text
 from model.contract import Manifest
 from model.numerics import Floats, log_softmax
 from service.errors import SchemaRejected, SettingsRejected, StoreUnavailable
+from service.store.records import CountedPredictions, EnginePage, EngineQuery, LabelSubmission
 from service.store.sql import labels, predictions, queries, retention
 from service.store.sql.database import Database, address
-from service.store.sql.labels import End, Labels, Said
+from service.store.sql.labels import LabelWrite, Outcome
 from service.store.sql.migrate import migrate
-from service.store.sql.predictions import Batch, By, Made
-from service.store.sql.session import Book
+from service.store.sql.predictions import ModelVersion, NewPrediction, PredictionWrite
+from service.store.sql.session import WriteSession
 from service.store.sql.tables import metadata
 from tests.support.postgres import Postgres, postgres
 from tests.support.stored import CLASSES, MANIFEST
@@ -47,9 +48,9 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def opened(url: str) -> tuple[Database, Book]:
-    book = Book()
-    return Database(url, book.forget, 1000, 60), book
+def opened(url: str) -> tuple[Database, WriteSession]:
+    session = WriteSession()
+    return Database(url, session.clear, 1000, 60), session
 
 
 def logits_of(engine: str, cycle: int) -> bytes:
@@ -61,29 +62,29 @@ def one_hot(k: int) -> Floats:
     return np.asarray(np.eye(CLASSES)[k])
 
 
-async def told(url: str, steps: list[Step]) -> queries.Found:
+async def told(url: str, steps: list[Step]) -> CountedPredictions:
     """Tell a database some things in their order; after "kill" go on with what another process would find."""
-    database, book = opened(url)
+    database, session = opened(url)
     left = [database]
     await database.write(nothing, None)
     for k, step in enumerate(steps):
         kind, *rest = step
         if kind == "kill":
-            database, book = opened(url)
+            database, session = opened(url)
             left.append(database)
             await database.write(nothing, None)
         elif kind == "predict":
             engine, cycle = rest
-            made = Made(f"{k:032x}", engine, cycle, logits_of(engine, cycle), 1.0, 0, 0.5, None)
-            batch = Batch(By(DIGEST, MANIFEST, 1.0, "artefact"), float(k), [made])
-            await database.write(partial(predictions.remember, book), batch)
+            made = NewPrediction(f"{k:032x}", engine, cycle, logits_of(engine, cycle), 1.0, 0, 0.5, None)
+            batch = PredictionWrite(ModelVersion(DIGEST, MANIFEST, 1.0, "artefact"), float(k), [made])
+            await database.write(partial(predictions.record_predictions, session), batch)
         elif kind == "label":
             engine, cycle, truth, revise = rest
-            said = Said(None, engine, cycle, one_hot(truth), revise)
-            await database.write(partial(labels.label, book), Labels([said], float(k)))
+            said = LabelSubmission(None, engine, cycle, one_hot(truth), revise)
+            await database.write(partial(labels.record_labels, session), LabelWrite([said], float(k)))
         else:
             engine, failed_at, revise = rest
-            await database.write(partial(labels.end, book), End(engine, failed_at, revise, float(k)))
+            await database.write(partial(labels.record_outcomes, session), Outcome(engine, failed_at, revise, float(k)))
     found = await database.read(lambda connection: queries.counted(connection, DIGEST, CLASSES, None))
     for one in left:
         await one.close()
@@ -93,8 +94,8 @@ async def told(url: str, steps: list[Step]) -> queries.Found:
 async def pruned(database: Database, before: float) -> int:
     """How much of what is older was forgotten."""
     await database.write(nothing, None)
-    old = await database.read(lambda connection: retention.too_old(connection, before))
-    return await database.write(retention.prune, old)
+    old = await database.read(lambda connection: retention.find_expired(connection, before))
+    return await database.write(retention.delete_expired, old)
 
 
 def nothing(_: Connection, items: Any) -> list[None]:
@@ -279,17 +280,17 @@ def test_a_database_that_is_away_is_said_and_found_again(tmp_path: Path) -> None
     path = tmp_path / "memory.db"
 
     async def ask() -> None:
-        database, book = opened(f"sqlite:///{path}")
-        work = partial(labels.end, book)
-        assert "pending" == (await database.write(work, End("a", 9, False, 1.0))).result
+        database, session = opened(f"sqlite:///{path}")
+        work = partial(labels.record_outcomes, session)
+        assert "pending" == (await database.write(work, Outcome("a", 9, False, 1.0))).result
         for name in ("memory.db", "memory.db-wal", "memory.db-shm"):
             (tmp_path / name).rename(tmp_path / f"away-{name}")
         with pytest.raises(StoreUnavailable, match="gone"):
-            await database.write(work, End("b", 9, False, 1.0))
+            await database.write(work, Outcome("b", 9, False, 1.0))
         for name in ("memory.db", "memory.db-wal", "memory.db-shm"):
             (tmp_path / f"away-{name}").rename(tmp_path / name)
-        assert "unchanged" == (await database.write(work, End("a", 9, False, 1.0))).result
-        assert "pending" == (await database.write(work, End("b", 9, False, 1.0))).result
+        assert "unchanged" == (await database.write(work, Outcome("a", 9, False, 1.0))).result
+        assert "pending" == (await database.write(work, Outcome("b", 9, False, 1.0))).result
         await database.close()
 
     asyncio.run(ask())
@@ -306,7 +307,7 @@ def test_what_is_too_old_is_forgotten_a_little_at_a_time(tmp_path: Path) -> None
         assert 0 == await pruned(database, 4.0)
         left = await database.read(lambda connection: queries.counted(connection, DIGEST, CLASSES, None))
         await database.close()
-        return len(left.made)
+        return len(left.created_at)
 
     assert 6 == asyncio.run(ask())
 
@@ -327,13 +328,13 @@ def test_whatever_was_said_before_is_kept(template: Path, tmp_path: Path) -> Non
     """Each label that was revised is in the history, also where all were said within one transaction."""
     path = tmp_path / "memory.db"
     shutil.copy(template, path)
-    rows = [Said(None, "a", 1, one_hot(k), True) for k in (0, 1, 2)]
+    rows = [LabelSubmission(None, "a", 1, one_hot(k), True) for k in (0, 1, 2)]
 
     async def ask() -> list[str]:
-        database, book = opened(f"sqlite:///{path}")
-        answered = await database.write(partial(labels.label, book), Labels(rows, 1.0))
-        again = [Said(None, "a", 1, one_hot(0), True), Said(None, "a", 1, one_hot(1), True)]
-        answered_then = await database.write(partial(labels.label, book), Labels(again, 2.0))
+        database, session = opened(f"sqlite:///{path}")
+        answered = await database.write(partial(labels.record_labels, session), LabelWrite(rows, 1.0))
+        again = [LabelSubmission(None, "a", 1, one_hot(0), True), LabelSubmission(None, "a", 1, one_hot(1), True)]
+        answered_then = await database.write(partial(labels.record_labels, session), LabelWrite(again, 2.0))
         await database.close()
         return [result for result, _ in [*answered.results, *answered_then.results]]
 
@@ -352,9 +353,9 @@ def test_a_truth_is_not_forgotten_before_its_prediction(tmp_path: Path) -> None:
 
     async def ask() -> Floats:
         await told(f"sqlite:///{tmp_path}/memory.db", steps)
-        database, book = opened(f"sqlite:///{tmp_path}/memory.db")
+        database, session = opened(f"sqlite:///{tmp_path}/memory.db")
         assert 0 == await pruned(database, 1.0)
-        await database.write(partial(labels.end, book), End("a", 200, False, 9.0))
+        await database.write(partial(labels.record_outcomes, session), Outcome("a", 200, False, 9.0))
         left = await database.read(lambda connection: queries.counted(connection, DIGEST, CLASSES, None))
         await database.close()
         return np.asarray(left.label[left.source == 0])
@@ -368,13 +369,14 @@ def test_what_is_left_of_an_engine_is_shown(tmp_path: Path) -> None:
 
     async def ask() -> list[tuple[str, int]]:
         await told(f"sqlite:///{tmp_path}/memory.db", steps)
-        database, book = opened(f"sqlite:///{tmp_path}/memory.db")
+        database, session = opened(f"sqlite:///{tmp_path}/memory.db")
         assert 2 == await pruned(database, 2.0)
-        made = Made("f" * 32, "b", 1, logits_of("b", 1), None, 0, 0.1, None)
+        made = NewPrediction("f" * 32, "b", 1, logits_of("b", 1), None, 0, 0.1, None)
         await database.write(
-            partial(predictions.remember, book), Batch(By(DIGEST, MANIFEST, 1.0, "artefact"), 9.0, [made])
+            partial(predictions.record_predictions, session),
+            PredictionWrite(ModelVersion(DIGEST, MANIFEST, 1.0, "artefact"), 9.0, [made]),
         )
-        found = await database.read(lambda connection: queries.page(connection, queries.Wanted()))
+        found = await database.read(lambda connection: queries.page(connection, EngineQuery()))
         await database.close()
         logits = np.frombuffer(logits_of("a", 5), np.float32)
         assert {np.exp(log_softmax(logits))[-1], 0.1} == {row.risk for row in found.rows}
@@ -387,11 +389,11 @@ def test_a_page_counts_the_engines_that_it_shows(tmp_path: Path) -> None:
     """An engine whose latest prediction was forgotten is neither shown nor counted."""
     steps: list[Step] = [("predict", "a", 5), ("predict", "b", 5)]
 
-    async def ask() -> queries.Page:
+    async def ask() -> EnginePage:
         await told(f"sqlite:///{tmp_path}/memory.db", steps)
         database, _ = opened(f"sqlite:///{tmp_path}/memory.db")
         assert 1 == await pruned(database, 1.0)
-        found = await database.read(lambda connection: queries.page(connection, queries.Wanted()))
+        found = await database.read(lambda connection: queries.page(connection, EngineQuery()))
         await database.close()
         return found
 
@@ -401,14 +403,16 @@ def test_a_page_counts_the_engines_that_it_shows(tmp_path: Path) -> None:
 
 def test_survivors_testify_for_a_model_that_came_later(tmp_path: Path) -> None:
     """Where a model that knows no RUL was met first, engines that run on still prove what another one predicted."""
-    knows_none = By("e" * 64, Manifest(name="other", version="1", classes=("x", "y", "z")), 1.0, "artefact")
-    said = [(knows_none, 0), *((By(DIGEST, MANIFEST, 1.0, "artefact"), cycle) for cycle in (1, 2, 127, 128))]
+    knows_none = ModelVersion("e" * 64, Manifest(name="other", version="1", classes=("x", "y", "z")), 1.0, "artefact")
+    said = [(knows_none, 0), *((ModelVersion(DIGEST, MANIFEST, 1.0, "artefact"), cycle) for cycle in (1, 2, 127, 128))]
 
     async def ask() -> list[int]:
-        database, book = opened(f"sqlite:///{tmp_path}/memory.db")
+        database, session = opened(f"sqlite:///{tmp_path}/memory.db")
         for k, (by, cycle) in enumerate(said):
-            made = Made(f"{k:032x}", "a", cycle, logits_of("a", cycle), None, 0, 0.5, None)
-            await database.write(partial(predictions.remember, book), Batch(by, float(k), [made]))
+            made = NewPrediction(f"{k:032x}", "a", cycle, logits_of("a", cycle), None, 0, 0.5, None)
+            await database.write(
+                partial(predictions.record_predictions, session), PredictionWrite(by, float(k), [made])
+            )
         found = await database.read(lambda connection: queries.counted(connection, DIGEST, CLASSES, None))
         await database.close()
         return [int(source) for source in found.source]

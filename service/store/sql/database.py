@@ -13,6 +13,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
@@ -46,6 +47,9 @@ class _Asked(NamedTuple):
     rows: int
 
 
+_ITEM = attrgetter("item")
+
+
 def address(text: str) -> URL:
     """A database's URL.
 
@@ -62,7 +66,7 @@ def address(text: str) -> URL:
     if kind != "sqlite":
         raise SettingsRejected(f"ENGINE_HEALTH_DATABASE_URL: {kind[:40]} is not sqlite or postgresql")
     if url.database in (None, "", ":memory:"):
-        raise SettingsRejected("ENGINE_HEALTH_DATABASE_URL: SQLite needs a file; leave it empty for no memory at all")
+        raise SettingsRejected("ENGINE_HEALTH_DATABASE_URL: SQLite needs a file; leave it empty for no store at all")
     return url.set(drivername="sqlite")
 
 
@@ -81,10 +85,9 @@ class Database:
         self._file = str(self._url.database) if self._url.get_backend_name() == "sqlite" else None
         self._writing = _engine(self._url, "BEGIN IMMEDIATE", 1)
         self._reading = _engine(_there_only(self._url), "BEGIN", READERS)
-        self._readers = ThreadPoolExecutor(READERS, "memory-reader")  # of its own: one may wait for long
-        self._waiting: float | None = None  # since when the writing thread waits for the database
+        self._readers = ThreadPoolExecutor(READERS, "store-reader")  # of its own: one may wait for long
+        self._waiting: float | None = None  # since when the writing thread waits for its statement
         event.listen(self._writing, "before_cursor_execute", self._wait)
-        event.listen(self._writing, "after_cursor_execute", self._work)
         event.listen(self._writing, "commit", self._wait)
         self._failed = failed  # called when a transaction was not committed; True if the database may be another one
         self._begun = begun  # told of all items of a transaction, by kind of work, before any of it is done
@@ -93,7 +96,7 @@ class Database:
         self._queue: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
         self._together: list[_Asked] = []  # of one turn of the event loop, so that they are one transaction
         self._most, self._seconds = max_queue, max_seconds
-        self._thread = threading.Thread(target=self._write, name="memory", daemon=True)
+        self._thread = threading.Thread(target=self._write, name="store", daemon=True)
         self._thread.start()
 
     async def write(
@@ -160,9 +163,6 @@ class Database:
     def _wait(self, *_: object) -> None:
         self._waiting = time.monotonic()
 
-    def _work(self, *_: object) -> None:
-        self._waiting = None
-
     def _stuck(self) -> bool:
         since = self._waiting
         return since is not None and time.monotonic() - since >= STUCK_SECONDS
@@ -201,10 +201,18 @@ class Database:
                 asked += [found] if found else []
                 rows += found.rows if found else 0
             late = time.monotonic() - self._seconds
-            told = self._committed([one for one in asked if one.since >= late])
-            told += [(one, self._too_late()) for one in asked if one.since < late]
-            for loop in {one.done.get_loop() for one in asked}:
-                loop.call_soon_threadsafe(_tell, [pair for pair in told if pair[0].done.get_loop() is loop])
+            in_time, results = list[_Asked](), list[tuple[_Asked, Any]]()
+            for one in asked:
+                if one.since < late:
+                    results.append((one, self._too_late()))
+                else:
+                    in_time.append(one)
+            results += self._committed(in_time)
+            loops: dict[asyncio.AbstractEventLoop, list[tuple[_Asked, Any]]] = {}
+            for pair in results:
+                loops.setdefault(pair[0].done.get_loop(), []).append(pair)
+            for loop, pairs in loops.items():
+                loop.call_soon_threadsafe(_tell, pairs)
             if last:
                 return
 
@@ -240,17 +248,20 @@ class Database:
             self._find()
             done: list[tuple[_Asked, Any]] = []
             with self._writing.begin() as connection:
-                if self._begun is not None:
-                    self._begun(connection, [[one.item for one in asked] for asked in kinds.values()])
+                items = dict[Work, list[Any]]()
                 for work, asked in kinds.items():
-                    done += zip(asked, work(connection, [one.item for one in asked]), strict=True)
+                    items[work] = list(map(_ITEM, asked))
+                if self._begun is not None:
+                    self._begun(connection, list(items.values()))
+                for work, asked in kinds.items():
+                    done += zip(asked, work(connection, items[work]), strict=True)
         except DBAPIError as error:
             if tries > 1 and getattr(error.orig, "sqlstate", None) in PASSING:
                 self._failed(False)
                 return self._transaction(kinds, tries - 1)
             raise
         finally:
-            self._work()
+            self._waiting = None
         self.up = True
         return done
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from model.windows import Readings, pad_left
 
-Result = Literal["joined", "unchanged", "conflict"]
+FlightResult = Literal["joined", "unchanged", "conflict"]
 SPARE_ROWS = 16  # at least; the array is copied only when that many flights have been appended
 
 
@@ -58,7 +58,7 @@ class EngineTail:
         """Return whether the window that ends at a cycle, and every later flight, is included."""
         return self.complete or bisect_right(self.cycles, cycle) >= window
 
-    def add(self, cycle: int, row: Readings) -> Result:
+    def add(self, cycle: int, row: Readings) -> FlightResult:
         """Insert a flight in order of cycle, unless there is one of that cycle."""
         n, at = len(self.cycles), bisect_left(self.cycles, cycle)
         if at < n and self.cycles[at] == cycle:

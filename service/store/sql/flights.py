@@ -12,9 +12,10 @@ import numpy as np
 from sqlalchemy import Connection, Row, bindparam, insert, select, tuple_
 
 from model.windows import Readings
+from service.store.records import JoinedLabel
 from service.store.sql.flight_cache import EngineTail
-from service.store.sql.predictions import Batch, By, Made, add
-from service.store.sql.session import Book, EngineRow, Joined, insert_missing, parts
+from service.store.sql.predictions import ModelVersion, NewPrediction, PredictionWrite, add_predictions
+from service.store.sql.session import EngineRow, WriteSession, insert_missing, parts
 from service.store.sql.tables import engines, layouts, models, predictions, readings
 
 EngineCycle = tuple[str, int]
@@ -52,15 +53,15 @@ class EngineFlights(NamedTuple):
 class FlightWrite(NamedTuple):
     """The flights of one request and their predictions, which are stored together or not at all.
 
-    `repeats` are flights that are stored already. They need a prediction in `made` only if none was stored for them by
-    this model at this temperature. `told` is in seconds since 1970.
+    `repeats` are flights that are stored already. They need a prediction in `predictions` only if none was stored for
+    them by this model at this temperature. `received_at` is in seconds since 1970.
     """
 
-    by: By
+    by: ModelVersion
     engines: Sequence[EngineFlights]
-    made: Sequence[Made]
+    predictions: Sequence[NewPrediction]
     repeats: Sequence[EngineCycle]
-    told: float
+    received_at: float
 
 
 class StoredPrediction(NamedTuple):
@@ -78,7 +79,7 @@ class FlightWriteResult(NamedTuple):
     unpredicted: list[EngineCycle]  # repeats that lack a prediction
     earlier: dict[EngineCycle, StoredPrediction]  # of repeats
     stored: int  # predictions
-    joined: list[Joined]  # predictions of the whole transaction whose label was known, in the first of its results
+    joined: list[JoinedLabel]  # predictions of the whole transaction whose label was known, in the first of its results
 
 
 class _Checked(NamedTuple):
@@ -87,34 +88,49 @@ class _Checked(NamedTuple):
     stale: list[TailRequest]
     unpredicted: list[EngineCycle]
     earlier: dict[EngineCycle, StoredPrediction]
-    made: Sequence[Made]  # without those of repeats that have a prediction already
+    predictions: Sequence[NewPrediction]  # without those of repeats that have a prediction already
 
 
-def record_flights(book: Book, connection: Connection, items: Sequence[FlightWrite]) -> list[FlightWriteResult]:
+def record_flights(
+    session: WriteSession, connection: Connection, items: Sequence[FlightWrite]
+) -> list[FlightWriteResult]:
     """Store flights, each with its prediction, if their windows were built from what is stored."""
-    by_name = book.engines(connection, (engine.tail.engine_id for item in items for engine in item.engines))
-    before = {engine.id: engine.newest_cycle for engine in by_name.values()}
-    earlier = _earlier(connection, items, by_name)
+    names, before, repeated, now = list[str](), dict[int, int | None](), False, 0.0
+    for item in items:
+        now = max(now, item.received_at)
+        repeated = repeated or bool(item.repeats)
+        for flights in item.engines:
+            names.append(flights.tail.engine_id)  # a comprehension is a frame of every request
+    by_name = session.engines(connection, names)
+    for engine in by_name.values():
+        before[engine.id] = engine.newest_cycle
+    earlier = _earlier(connection, items, by_name) if repeated else {}
     new: list[dict[str, object]] = []
-    batches: list[Batch] = []
+    batches: list[PredictionWrite] = []
     every = []
     for item in items:
-        checked = _check(book, item, earlier, by_name)
+        checked = _check(session, item, earlier, by_name)
         every.append(checked)
         if not (checked.stale or checked.unpredicted):
-            _take(book, connection, item, by_name, new)
-            batches += [Batch(item.by, item.told, checked.made, flight=True)] if checked.made else []
+            _take(session, connection, item, by_name, new)
+            batches += (
+                [PredictionWrite(item.by, item.received_at, checked.predictions, from_flight=True)]
+                if checked.predictions
+                else []
+            )
     if new:
         connection.execute(_ADD, new)
-    joined = add(book, connection, batches, by_name).joined if batches else []
+    joined = add_predictions(session, connection, batches, by_name).joined if batches else []
     if new or batches:
-        joined += book.survivors(connection, before, by_name.values(), max(item.told for item in items))
-        book.keep(connection, by_name.values())
+        joined += session.join_survivors(connection, before, by_name.values(), now)
+        session.update_engines(connection, by_name.values())
     results = []
     for k, one in enumerate(every):
-        now = {tail.engine_id: _read(book.generation, connection, by_name[tail.engine_id], tail) for tail in one.stale}
-        stored = 0 if one.stale or one.unpredicted else len(one.made)
-        results.append(FlightWriteResult(now, one.unpredicted, one.earlier, stored, joined if k == 0 else []))
+        stale = dict[str, EngineTail]()
+        for tail in one.stale:
+            stale[tail.engine_id] = _read(session.generation, connection, by_name[tail.engine_id], tail)
+        stored = 0 if one.stale or one.unpredicted else len(one.predictions)
+        results.append(FlightWriteResult(stale, one.unpredicted, one.earlier, stored, joined if k == 0 else []))
     return results
 
 
@@ -143,51 +159,54 @@ def any_flights(connection: Connection) -> bool:
 
 
 def _check(
-    book: Book,
+    session: WriteSession,
     item: FlightWrite,
     earlier: dict[tuple[int, int, str, float], StoredPrediction],
     by_name: dict[str, EngineRow],
 ) -> _Checked:
-    stale = [
-        engine.tail
-        for engine in item.engines
-        if engine.generation != book.generation or engine.revision != by_name[engine.tail.engine_id].revision
-    ]
+    stale = []
+    for engine in item.engines:
+        if engine.generation != session.generation or engine.revision != by_name[engine.tail.engine_id].revision:
+            stale.append(engine.tail)  # noqa: PERF401  # a comprehension is a frame of every request
     if not item.repeats:
-        return _Checked(stale, [], {}, item.made)
+        return _Checked(stale, [], {}, item.predictions)
     known = {}
     for name, cycle in item.repeats:
         key = (by_name[name].id, cycle, item.by.digest, item.by.temperature)
         if key in earlier:
             known[name, cycle] = earlier[key]
-    made = [row for row in item.made if (row.engine_id, row.cycle) not in known]
+    made = [row for row in item.predictions if (row.engine_id, row.cycle) not in known]
     predicted = {(row.engine_id, row.cycle) for row in made}
     unpredicted = [key for key in item.repeats if key not in known and key not in predicted]
     return _Checked(stale, unpredicted, known, made)
 
 
 def _take(
-    book: Book, connection: Connection, item: FlightWrite, by_name: dict[str, EngineRow], new: list[dict[str, object]]
+    session: WriteSession,
+    connection: Connection,
+    item: FlightWrite,
+    by_name: dict[str, EngineRow],
+    new: list[dict[str, object]],
 ) -> None:
     """Append the rows of a write to `new`, and change its engines."""
-    layout = _layout(book, connection, item.by)
+    layout = _layout(session, connection, item.by)
     for flights in item.engines:
         engine = by_name[flights.tail.engine_id]
         for cycle, values in flights.new:
-            row = {"layout": layout, "told": item.told, "telemetry": values.tobytes()}
+            row = {"layout": layout, "received_at": item.received_at, "telemetry": values.tobytes()}
             new.append({"engine": engine.id, "cycle": cycle} | row)
-            engine.seen(cycle)
+            engine.extend_to(cycle)
         engine.revision += bool(flights.new)
 
 
-def _layout(book: Book, connection: Connection, by: By) -> int:
+def _layout(session: WriteSession, connection: Connection, by: ModelVersion) -> int:
     """The number of a model's channels, by their names and order."""
-    if by.digest not in book.layouts:
+    if by.digest not in session.layouts:
         names = json.dumps(by.manifest.channel_names)
         connection.execute(insert_missing(connection, layouts), {"channels": names})
         found = connection.execute(select(layouts.c.id).where(layouts.c.channels == names)).scalar_one()
-        book.layouts[by.digest] = int(found)
-    return book.layouts[by.digest]
+        session.layouts[by.digest] = int(found)
+    return session.layouts[by.digest]
 
 
 def _read(
@@ -224,8 +243,8 @@ def _earlier(
     keys = {(by_name[name].id, cycle) for item in items for name, cycle in item.repeats}
     c, found = predictions.c, {}
     columns = (c.engine, c.cycle, models.c.digest, c.temperature, c.id, c.logits, c.rul)
-    which = select(*columns).join(models, models.c.id == c.model).where(c.flight.is_distinct_from(False))
-    best_last = (c.flight.is_(True), c.counts, c.id)
+    which = select(*columns).join(models, models.c.id == c.model).where(c.from_flight.is_distinct_from(False))
+    best_last = (c.from_flight.is_(True), c.is_latest, c.id)
     for part in parts(sorted(keys)):
         rows = which.where(tuple_(c.engine, c.cycle).in_(part)).order_by(*best_last)
         for engine, cycle, digest, temperature, *stored in connection.execute(rows):

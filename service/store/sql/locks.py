@@ -10,9 +10,9 @@ from typing import Any
 from sqlalchemy import ARRAY, Connection, Integer, String, any_, bindparam, or_, select
 
 from service.store.sql.flights import FlightWrite
-from service.store.sql.labels import End, Labels
-from service.store.sql.predictions import Batch
-from service.store.sql.retention import Old
+from service.store.sql.labels import LabelWrite, Outcome
+from service.store.sql.predictions import PredictionWrite
+from service.store.sql.retention import ExpiredRows
 from service.store.sql.session import MOST_VALUES
 from service.store.sql.tables import engines, predictions
 
@@ -47,14 +47,14 @@ def lock_all(connection: Connection, together: Sequence[Sequence[Any]]) -> None:
 
 def _add(item: Any, names: set[str], made: set[str], ids: set[int]) -> None:
     """What an item says of whose engine it is: a name, the id of a prediction, or the engine's number."""
-    if isinstance(item, End):
+    if isinstance(item, Outcome):
         names.add(item.engine_id)
-    elif isinstance(item, Batch):
+    elif isinstance(item, PredictionWrite):
         names.update(row.engine_id for row in item.rows)
     elif isinstance(item, FlightWrite):
         names.update(engine.tail.engine_id for engine in item.engines)
-    elif isinstance(item, Old):
+    elif isinstance(item, ExpiredRows):
         ids.update(item.engines)
-    elif isinstance(item, Labels):
+    elif isinstance(item, LabelWrite):
         made.update(row.prediction_id for row in item.rows if row.prediction_id)
         names.update(row.engine_id for row in item.rows if row.engine_id and not row.prediction_id)

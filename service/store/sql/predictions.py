@@ -8,13 +8,13 @@ from sqlalchemy import Connection, bindparam, insert, update
 
 from model.contract import Manifest
 from model.numerics import Floats
-from service.store.labelling import Source, truth
-from service.store.sql.labels import Result
-from service.store.sql.session import Book, EngineRow, Joined, Key, Kind, inspections
+from service.store.labelling import Source, derive_label
+from service.store.records import JoinedLabel, LabelResultKind, StoredModel
+from service.store.sql.session import EngineRow, Key, WriteSession, inspections
 from service.store.sql.tables import predictions, truths
 
 
-class Made(NamedTuple):
+class NewPrediction(NamedTuple):
     """One prediction of an engine. `label` is what came with the request."""
 
     id: str
@@ -25,20 +25,20 @@ class Made(NamedTuple):
     health: int
     risk: float
     label: Floats | None
-    inputs: bytes | None = None  # the reference bin of each channel's newest reading, one byte each
+    feature_bins: bytes | None = None  # the reference bin of each channel's newest reading, one byte each
 
 
-class Remembered(NamedTuple):
+class PredictionWriteResult(NamedTuple):
     """Whose truth was known before, and what became of the labels that came with predictions, by prediction id.
 
     A label that contradicts one that was given before is a conflict; the one that stands is told.
     """
 
-    joined: list[Joined]
-    said: dict[str, tuple[Result, Floats | None]]
+    joined: list[JoinedLabel]
+    said: dict[str, tuple[LabelResultKind, Floats | None]]
 
 
-class By(NamedTuple):
+class ModelVersion(NamedTuple):
     """Who answered: a model, at a temperature that came from somewhere."""
 
     digest: str
@@ -47,84 +47,111 @@ class By(NamedTuple):
     source: str
 
 
-class Batch(NamedTuple):
-    """Predictions of one request. `made` is in seconds since 1970; `flight` says that they answer flights."""
+class PredictionWrite(NamedTuple):
+    """Predictions of one request. `created_at` is in seconds since 1970; `from_flight`: they belong to flights."""
 
-    by: By
-    made: float
-    rows: Sequence[Made]
-    flight: bool = False
+    by: ModelVersion
+    created_at: float
+    rows: Sequence[NewPrediction]
+    from_flight: bool = False
 
 
 _ADD = insert(predictions)
 _SUPERSEDE = (
     update(predictions)
     .where(
-        predictions.c.engine == bindparam("of"), predictions.c.cycle == bindparam("at"), predictions.c.counts.is_(True)
+        predictions.c.engine == bindparam("of"),
+        predictions.c.cycle == bindparam("at"),
+        predictions.c.is_latest.is_(True),
     )
-    .values(counts=False)
+    .values(is_latest=False)
 )
 
 
-def remember(book: Book, connection: Connection, items: Sequence[Batch]) -> list[Remembered]:
+def record_predictions(
+    session: WriteSession, connection: Connection, items: Sequence[PredictionWrite]
+) -> list[PredictionWriteResult]:
     """Keep predictions; of each engine and cycle the latest counts."""
-    by_name = book.engines(connection, (row.engine_id for item in items for row in item.rows))
-    before = {engine.id: engine.newest_cycle for engine in by_name.values()}
-    joined, said = add(book, connection, items, by_name)
-    joined += book.survivors(connection, before, by_name.values(), max(item.made for item in items))
-    book.keep(connection, by_name.values())
-    return [Remembered(joined if k == 0 else [], said) for k in range(len(items))]
+    names, before = list[str](), dict[int, int | None]()
+    for item in items:
+        for row in item.rows:
+            names.append(row.engine_id)  # a comprehension is a frame of every request
+    by_name = session.engines(connection, names)
+    for engine in by_name.values():
+        before[engine.id] = engine.newest_cycle
+    joined, said = add_predictions(session, connection, items, by_name)
+    joined += session.join_survivors(connection, before, by_name.values(), max([item.created_at for item in items]))
+    session.update_engines(connection, by_name.values())
+    return [PredictionWriteResult(joined if k == 0 else [], said) for k in range(len(items))]
 
 
-def add(book: Book, connection: Connection, items: Sequence[Batch], by_name: dict[str, EngineRow]) -> Remembered:
+def add_predictions(
+    session: WriteSession, connection: Connection, items: Sequence[PredictionWrite], by_name: dict[str, EngineRow]
+) -> PredictionWriteResult:
     """As `remember`, of engines that are locked already and are kept by the caller."""
-    every = [
-        (item, book.kind(connection, item.by.digest, item.by.manifest), row) for item in items for row in item.rows
-    ]
-    last = {(row.engine_id, row.cycle): row.id for _, _, row in every}  # the latest of those that come together
-    again = _met_before(every, by_name)
+    every = list[tuple[PredictionWrite, StoredModel, NewPrediction]]()
+    last, labelled = dict[tuple[str, int | None], str](), False  # the latest of those that come together
+    for item in items:
+        kind = session.stored_model(connection, item.by.digest, item.by.manifest)
+        for row in item.rows:
+            every.append((item, kind, row))
+            last[row.engine_id, row.cycle] = row.id
+            labelled = labelled or row.label is not None
+    again = _repeated_cycles(every, by_name)
     if again:
         connection.execute(_SUPERSEDE, again)
     for _, _, row in every:
         if row.cycle is not None:
-            by_name[row.engine_id].seen(row.cycle)
-    said = _keep_labels(connection, every, by_name)
-    asked = [(engine.id, row.cycle, row.id) for _, _, row in every if (engine := by_name[row.engine_id]).truths]
+            by_name[row.engine_id].extend_to(row.cycle)
+    said = _store_labels(connection, every, by_name) if labelled else {}
+    asked = []
+    for _, _, row in every:
+        engine = by_name[row.engine_id]
+        if engine.truths:
+            asked.append((engine.id, row.cycle, row.id))
     known_of = inspections(connection, asked) if asked else {}
     rows, joined = [], []
     for item, kind, row in every:
         engine = by_name[row.engine_id]
         inspected = known_of.get((engine.id, row.cycle) if row.cycle is not None else row.id) if known_of else None
-        known = truth(inspected, row.cycle, engine.failed_at, engine.newest_cycle, kind.thresholds, len(kind.classes))
-        counts = row.cycle is None or last[row.engine_id, row.cycle] == row.id
-        rows.append(_stored(item, kind, row, engine.id, counts, known))
+        known = derive_label(
+            inspected, row.cycle, engine.failed_at, engine.newest_cycle, kind.thresholds, len(kind.classes)
+        )
+        is_latest = row.cycle is None or last[row.engine_id, row.cycle] == row.id
+        rows.append(_stored(item, kind, row, engine.id, is_latest, known))
         if known is not None and (row.label is None or said[row.id][0] == "conflict"):
-            joined.append(Joined(kind, row.logits, item.by.temperature, known[0].tobytes(), item.made, item.made))
+            joined.append(
+                JoinedLabel(kind, row.logits, item.by.temperature, known[0].tobytes(), item.created_at, item.created_at)
+            )
         if row.cycle is None or engine.latest_cycle is None or row.cycle >= engine.latest_cycle:
             engine.latest, engine.health, engine.risk = row.id, row.health, row.risk
             engine.latest_cycle = engine.latest_cycle if row.cycle is None else row.cycle
     connection.execute(_ADD, rows)
-    return Remembered(joined, said)
+    return PredictionWriteResult(joined, said)
 
 
-def _met_before(every: Sequence[tuple[Batch, Kind, Made]], by_name: dict[str, EngineRow]) -> list[dict[str, int]]:
+def _repeated_cycles(
+    every: Sequence[tuple[PredictionWrite, StoredModel, NewPrediction]], by_name: dict[str, EngineRow]
+) -> list[dict[str, int]]:
     """Engines and cycles that may have been predicted before: only those not newer than the engine's latest."""
     found = set()
     for _, _, row in every:
         latest = by_name[row.engine_id].latest_cycle
         if row.cycle is not None and latest is not None and row.cycle <= latest:
             found.add((by_name[row.engine_id].id, row.cycle))
-    return [{"of": engine, "at": cycle} for engine, cycle in sorted(found)]
+    return [{"of": engine, "at": cycle} for engine, cycle in sorted(found)] if found else []
 
 
-def _keep_labels(
-    connection: Connection, every: Sequence[tuple[Batch, Kind, Made]], by_name: dict[str, EngineRow]
-) -> dict[str, tuple[Result, Floats | None]]:
+def _store_labels(
+    connection: Connection,
+    every: Sequence[tuple[PredictionWrite, StoredModel, NewPrediction]],
+    by_name: dict[str, EngineRow],
+) -> dict[str, tuple[LabelResultKind, Floats | None]]:
     """Labels that came with predictions are truths like any other; what was said before stands, and is told."""
     given = [(item, row, row.label, by_name[row.engine_id]) for item, _, row in every if row.label is not None]
     known = inspections(connection, [(engine.id, row.cycle, row.id) for _, row, _, engine in given if engine.truths])
     new: list[dict[str, object]] = []
-    said: dict[str, tuple[Result, Floats | None]] = {}
+    said: dict[str, tuple[LabelResultKind, Floats | None]] = {}
     for item, row, label, engine in given:
         key: Key = (engine.id, row.cycle) if row.cycle is not None else row.id
         standing = known.setdefault(key, label)
@@ -132,7 +159,7 @@ def _keep_labels(
             said[row.id] = ("joined", None)
             engine.truths += 1
             name = row.id if row.cycle is None else None
-            told = {"label": label.tobytes(), "told": item.made}
+            told = {"label": label.tobytes(), "received_at": item.created_at}
             new.append({"engine": engine.id, "cycle": row.cycle, "prediction": name} | told)
         else:
             said[row.id] = ("unchanged", None) if np.array_equal(standing, label) else ("conflict", standing)
@@ -142,27 +169,27 @@ def _keep_labels(
 
 
 def _stored(
-    item: Batch,
-    kind: Kind,
-    row: Made,
+    item: PredictionWrite,
+    kind: StoredModel,
+    row: NewPrediction,
     engine: int,
-    counts: bool,
+    is_latest: bool,
     known: tuple[Floats, Source] | None,
 ) -> dict[str, object]:
     return {
         "id": row.id,
         "engine": engine,
         "cycle": row.cycle,
-        "made": item.made,
+        "created_at": item.created_at,
         "model": kind.id,
         "temperature": item.by.temperature,
         "temperature_source": item.by.source,
         "logits": row.logits,
         "rul": row.rul,
-        "inputs": row.inputs,
-        "counts": counts,
+        "feature_bins": row.feature_bins,
+        "is_latest": is_latest,
         "label": None if known is None else np.asarray(known[0]).tobytes(),
         "source": None if known is None else int(known[1]),
-        "labelled": None if known is None else item.made,
-        "flight": item.flight,
+        "labelled": None if known is None else item.created_at,
+        "from_flight": item.from_flight,
     }

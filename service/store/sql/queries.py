@@ -3,46 +3,22 @@
 import json
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from sqlalchemy import ColumnElement, Connection, Row, and_, delete, func, insert, or_, select
 
-from model.numerics import Floats
 from model.windows import Readings
-from service.store.sql.session import Kind, parts, read_kind
+from service.store.records import CountedPredictions, EngineHistory, EnginePage, EngineQuery, StoredModel
+from service.store.sql.session import parts, read_stored_model
 from service.store.sql.tables import engines, layouts, models, predictions, readings
 
-PAGE = 100
 AT_ONCE = 4096  # predictions that are objects at one time, where all are counted
 PROOF_BYTES = 16_384  # more than there is room for in pages that are not full
-_ANSWER = [predictions.c[name] for name in ("engine", "cycle", "made", "model", "temperature", "logits", "rul")]
+_ANSWER = [predictions.c[name] for name in ("engine", "cycle", "created_at", "model", "temperature", "logits", "rul")]
 
 
-class Wanted(NamedTuple):
-    """Which engines are asked for."""
-
-    health: int | None = None  # only engines of this class
-    after: tuple[float, str] | None = None  # risk and engine_id of the last engine of the page before
-    limit: int = PAGE
-    since: float | None = (
-        None  # only engines of which a prediction or the end was told then or later, seconds since 1970
-    )
-    running: bool = False  # only engines whose end is not known
-    trend: int = 0  # also what was predicted of the last so many cycles
-
-
-class Page(NamedTuple):
-    """Some engines, how many there are in all, and whether more follow."""
-
-    rows: list[Row[Any]]
-    kinds: dict[int, Kind]
-    total: int
-    more: bool
-    trend: list[Row[Any]] | None  # engine, cycle, model, temperature and logits, by engine and cycle
-
-
-def page(connection: Connection, asked: Wanted) -> Page:
+def page(connection: Connection, asked: EngineQuery) -> EnginePage:
     """The latest prediction of every engine, the worst first."""
     which: list[ColumnElement[bool]] = [engines.c.latest.is_not(None)]
     which += [engines.c.health == asked.health] if asked.health is not None else []
@@ -51,7 +27,7 @@ def page(connection: Connection, asked: Wanted) -> Page:
     latest = latest.join(predictions, predictions.c.id == engines.c.latest)
     counting = select(func.count()).select_from(engines)
     if asked.since is not None:
-        which.append(or_(predictions.c.made >= asked.since, engines.c.failed_told >= asked.since))
+        which.append(or_(predictions.c.created_at >= asked.since, engines.c.failure_reported_at >= asked.since))
         counting = counting.join(predictions, predictions.c.id == engines.c.latest)
     total = connection.execute(counting.where(*which)).scalar_one()
     if asked.after is not None:
@@ -61,36 +37,28 @@ def page(connection: Connection, asked: Wanted) -> Page:
     rows = list(connection.execute(ordered))
     more, rows = len(rows) > asked.limit, rows[: asked.limit]
     trend = _trend(connection, [row.engine for row in rows], asked.trend) if asked.trend else None
-    return Page(rows, all_kinds(connection), total, more, trend)
+    return EnginePage(rows, all_kinds(connection), total, more, trend)
 
 
 def _trend(connection: Connection, ids: Sequence[int], cycles: int) -> list[Row[Any]]:
     found: list[Row[Any]] = []
     c = predictions.c
     columns = select(c.engine, c.cycle, c.model, c.temperature, c.logits).join(engines, engines.c.id == c.engine)
-    within = (c.cycle > engines.c.latest_cycle - cycles, c.cycle <= engines.c.latest_cycle, c.counts)
+    within = (c.cycle > engines.c.latest_cycle - cycles, c.cycle <= engines.c.latest_cycle, c.is_latest)
     for part in parts(ids):
         found.extend(connection.execute(columns.where(c.engine.in_(part), *within).order_by(c.engine, c.cycle)))
     return found
 
 
-class History(NamedTuple):
-    """Predictions of one engine, oldest cycle first, and the cycle of its end if that is known."""
-
-    rows: list[Row[Any]]
-    kinds: dict[int, Kind]
-    failed_at: int | None
-
-
-def history(connection: Connection, engine_id: str, superseded: bool) -> History | None:
+def history(connection: Connection, engine_id: str, superseded: bool) -> EngineHistory | None:
     """Every prediction of an engine; None for an engine that nothing is known of."""
     c = engines.c
     engine = connection.execute(select(c.id, c.failed_at).where(c.engine_id == engine_id)).first()
     if engine is None:
         return None
-    which = [predictions.c.engine == engine.id] + ([] if superseded else [predictions.c.counts])
+    which = [predictions.c.engine == engine.id] + ([] if superseded else [predictions.c.is_latest])
     asked = select(predictions).where(*which).order_by(predictions.c.cycle.nulls_last(), predictions.c.id)
-    return History(list(connection.execute(asked)), all_kinds(connection), engine.failed_at)
+    return EngineHistory(list(connection.execute(asked)), all_kinds(connection), engine.failed_at)
 
 
 def flights(connection: Connection, engine_id: str, channels: tuple[str, ...], most: int) -> tuple[list[int], Readings]:
@@ -103,38 +71,22 @@ def flights(connection: Connection, engine_id: str, channels: tuple[str, ...], m
     return [row.cycle for row in rows], values.reshape(len(rows), len(channels))  # a foreign model may name none
 
 
-def all_kinds(connection: Connection) -> dict[int, Kind]:
+def all_kinds(connection: Connection) -> dict[int, StoredModel]:
     """Every model that ever predicted."""
-    return {row.id: read_kind(row) for row in connection.execute(select(models))}
+    return {row.id: read_stored_model(row) for row in connection.execute(select(models))}
 
 
-class Found(NamedTuple):
-    """Predictions that count, by engine and cycle, so that the order of telling changes no bit of any figure.
-
-    Labels (N, C), NaN where none is. Engines are numbered in the order of their names.
-    """
-
-    logits: Floats
-    temperature: Floats
-    label: Floats
-    engine: Any
-    made: Floats
-    labelled: Floats
-    source: Any
-    inputs: bytes  # the reference bins of all predictions that have them, one behind another
-
-
-def counted(connection: Connection, digest: str, classes: int, since: float | None) -> Found:
+def counted(connection: Connection, digest: str, classes: int, since: float | None) -> CountedPredictions:
     """Every prediction of one model that counts, made since some time in seconds since 1970."""
     c = predictions.c
-    columns = (c.logits, c.temperature, c.label, c.engine, c.made, c.labelled, c.source, c.inputs)
-    which = [c.counts, models.c.digest == digest] + ([c.made >= since] if since is not None else [])
+    columns = (c.logits, c.temperature, c.label, c.engine, c.created_at, c.labelled, c.source, c.feature_bins)
+    which = [c.is_latest, models.c.digest == digest] + ([c.created_at >= since] if since is not None else [])
     asked = select(*columns).join(models, models.c.id == c.model).join(engines, engines.c.id == c.engine).where(*which)
     ordered = asked.order_by(engines.c.engine_id, c.cycle.nulls_last(), c.id).execution_options(yield_per=AT_ONCE)
     found = [_columns(rows, classes) for rows in connection.execute(ordered).partitions()] or [_columns([], classes)]
     logits, temperature, label, engine, made, labelled, source, inputs = zip(*found, strict=True)
     numbers = np.concatenate(engine)
-    return Found(
+    return CountedPredictions(
         np.concatenate(logits),
         np.concatenate(temperature),
         np.concatenate(label),

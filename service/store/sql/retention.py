@@ -19,7 +19,7 @@ _LATEST = ("latest", "latest_cycle", "health", "risk")
 _LEAD = update(engines).where(engines.c.id == bindparam("key")).values({name: bindparam(name) for name in _LATEST})
 
 
-class Old(NamedTuple):
+class ExpiredRows(NamedTuple):
     """What is to be forgotten: what is from before some time, of these engines."""
 
     before: float
@@ -29,21 +29,21 @@ class Old(NamedTuple):
 def _too_old(before: float) -> dict[Table, ColumnElement[bool]]:
     """Which rows of which table; a truth stays as long as a prediction that it is of."""
     return {
-        predictions: predictions.c.made < before,
-        readings: readings.c.told < before,
-        truths: (truths.c.told < before) & ~_OF_TRUTH,
+        predictions: predictions.c.created_at < before,
+        readings: readings.c.received_at < before,
+        truths: (truths.c.received_at < before) & ~_OF_TRUTH,
     }
 
 
-def too_old(connection: Connection, before: float) -> Old:
+def find_expired(connection: Connection, before: float) -> ExpiredRows:
     """Some of the engines of which something is to be forgotten, so that they can be locked before it is."""
     found: set[int] = set()
     for table, old in _too_old(before).items():
         found |= set(connection.execute(select(table.c.engine).where(old).limit(PRUNE_ROWS)).scalars())
-    return Old(before, sorted(found)[:MOST_VALUES])
+    return ExpiredRows(before, sorted(found)[:MOST_VALUES])
 
 
-def prune(connection: Connection, items: Sequence[Old]) -> list[int]:
+def delete_expired(connection: Connection, items: Sequence[ExpiredRows]) -> list[int]:
     """Forget predictions, flights and truths, a little of each; how much it was.
 
     Who remembers flights reads them again.
@@ -51,7 +51,7 @@ def prune(connection: Connection, items: Sequence[Old]) -> list[int]:
     return [_pruned(connection, item) for item in items]
 
 
-def _pruned(connection: Connection, item: Old) -> int:
+def _pruned(connection: Connection, item: ExpiredRows) -> int:
     gone = 0
     for table, old in _too_old(item.before).items():
         keys = list(table.primary_key.columns)
@@ -76,7 +76,9 @@ def _lead(connection: Connection, gone: Sequence[str]) -> None:
     order = (c.cycle.desc().nulls_last(), c.id.desc())
     rank = func.row_number().over(partition_by=c.engine, order_by=order).label("rank")
     left = (
-        select(c.engine, c.id, c.cycle, c.temperature, c.logits, rank).where(c.engine.in_(which), c.counts).subquery()
+        select(c.engine, c.id, c.cycle, c.temperature, c.logits, rank)
+        .where(c.engine.in_(which), c.is_latest)
+        .subquery()
     )
     none = dict.fromkeys(_LATEST)
     found = {engine: {"key": engine} | none for engine in which}

@@ -6,7 +6,7 @@ Belongs to the writing thread. What it keeps in mind is forgotten whenever a tra
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from sqlalchemy import ColumnElement, Connection, Row, Select, Table, bindparam, or_, select, tuple_, update
@@ -14,7 +14,8 @@ from sqlalchemy.dialects import sqlite
 
 from model.contract import Conformal, Manifest
 from model.numerics import Floats
-from service.store.labelling import truth
+from service.store.labelling import derive_label
+from service.store.records import JoinedLabel, StoredModel
 from service.store.sql.tables import engines, models, predictions, truths
 
 MOST_VALUES = 500  # in one statement; every database takes so many
@@ -22,45 +23,23 @@ Part = TypeVar("Part")
 Key = tuple[int, int] | str  # engine and cycle, or the id of a prediction without a cycle
 
 
-class Kind(NamedTuple):
-    """A model as its stored predictions need it: to read their logits and to know their truth."""
-
-    id: int
-    digest: str
-    classes: tuple[str, ...]
-    thresholds: tuple[float, ...] | None
-    conformal: Conformal | None
-    temperature: float  # at which the prediction sets hold
-
-
-class Joined(NamedTuple):
-    """A prediction whose truth has just become known. Times in seconds since 1970."""
-
-    kind: Kind
-    logits: bytes
-    temperature: float
-    label: bytes
-    made: float
-    labelled: float
-
-
 @dataclass
 class EngineRow:
-    """An engine, locked until the transaction ends; written back by `keep`."""
+    """An engine, locked until the transaction ends; written back by `update_engines`."""
 
     id: int
     engine_id: str
     revision: int
     newest_cycle: int | None
     failed_at: int | None
-    failed_told: float | None
+    failure_reported_at: float | None
     truths: int
     latest: str | None
     latest_cycle: int | None
     health: int | None
     risk: float | None
 
-    def seen(self, cycle: int) -> None:
+    def extend_to(self, cycle: int) -> None:
         """It ran at that cycle."""
         self.newest_cycle = cycle if self.newest_cycle is None else max(self.newest_cycle, cycle)
 
@@ -77,39 +56,41 @@ _LABEL = (
 )
 
 
-class Book:
+class WriteSession:
     """The caches of the writing thread, and the steps that several kinds of work share."""
 
     def __init__(self) -> None:
         self.generation = 0  # of the database: what was read under another one proves nothing
         self.layouts: dict[str, int] = {}  # by model
-        self._kinds: dict[str, Kind] = {}
-        self._by_id: dict[int, Kind] = {}
+        self._models: dict[str, StoredModel] = {}
+        self._by_id: dict[int, StoredModel] = {}
 
-    def forget(self, replaced: bool = False) -> None:
+    def clear(self, replaced: bool = False) -> None:
         """Clear the caches after a failed transaction; `replaced` if the database may be another one from now on."""
         self.generation += replaced
         self.layouts.clear()
-        self._kinds.clear()
+        self._models.clear()
         self._by_id.clear()
 
-    def kind(self, connection: Connection, digest: str, manifest: Manifest) -> Kind:
+    def stored_model(self, connection: Connection, digest: str, manifest: Manifest) -> StoredModel:
         """The stored row of a model, made if it is not there."""
-        if digest not in self._kinds:
+        if digest not in self._models:
             kept = {"name", "version", "classes", "rul_thresholds", "conformal", "temperature"}
             row = {"digest": digest, "manifest": manifest.model_dump_json(include=kept)}
             connection.execute(insert_missing(connection, models), row)
             found = connection.execute(select(models).where(models.c.digest == digest)).one()
-            self._kinds[digest] = read_kind(found)
+            self._models[digest] = read_stored_model(found)
             self._by_id.clear()  # it lacks this one: survivors would not testify for its predictions
-        return self._kinds[digest]
+        return self._models[digest]
 
     def engines(self, connection: Connection, names: Iterable[str]) -> dict[str, EngineRow]:
         """Engines by name, made if they are not there, locked."""
         wanted = sorted(set(names))
-        found = {row.engine_id: row for row in _engines(connection, _BY_NAME, wanted)}
-        missing = [name for name in wanted if name not in found]
-        if missing:
+        found = dict[str, EngineRow]()
+        for engine in _engines(connection, _BY_NAME, wanted):
+            found[engine.engine_id] = engine
+        if len(found) < len(wanted):
+            missing = [name for name in wanted if name not in found]
             rows = [{"engine_id": name, "revision": 0, "truths": 0} for name in missing]
             connection.execute(insert_missing(connection, engines), rows)
             found |= {row.engine_id: row for row in _engines(connection, _BY_NAME, missing)}
@@ -117,48 +98,69 @@ class Book:
 
     def engines_by_id(self, connection: Connection, ids: Iterable[int]) -> list[EngineRow]:
         """Engines that are there, locked."""
-        return list(_engines(connection, _BY_ID, sorted(set(ids))))
+        return _engines(connection, _BY_ID, sorted(set(ids)))
 
-    def keep(self, connection: Connection, rows: Iterable[EngineRow]) -> None:
+    def update_engines(self, connection: Connection, rows: Iterable[EngineRow]) -> None:
         """Write engines back."""
-        changed = [{"key": row.id, **{name: getattr(row, name) for name in _FIELDS[2:]}} for row in rows]
+        changed = []
+        for row in rows:
+            values = {"key": row.id}
+            for name in _FIELDS[2:]:
+                values[name] = getattr(row, name)
+            changed.append(values)
         if changed:
             connection.execute(_KEEP, changed)
 
-    def join(
+    def join_labels(
         self, connection: Connection, where: ColumnElement[bool], rows: Iterable[EngineRow], now: float
-    ) -> list[Joined]:
+    ) -> list[JoinedLabel]:
         """Give predictions of some engines the truth that is known now; tells of those that had none before."""
         by_id = {row.id: row for row in rows}
         columns = [
             predictions.c[n]
-            for n in ("id", "engine", "cycle", "made", "model", "temperature", "logits", "label", "source", "labelled")
+            for n in (
+                "id",
+                "engine",
+                "cycle",
+                "created_at",
+                "model",
+                "temperature",
+                "logits",
+                "label",
+                "source",
+                "labelled",
+            )
         ]
-        found = connection.execute(select(*columns).where(where, predictions.c.counts)).all()
+        found = connection.execute(select(*columns).where(where, predictions.c.is_latest)).all()
         inspected = inspections(connection, [(p.engine, p.cycle, p.id) for p in found if by_id[p.engine].truths])
-        kinds = self.kinds(connection, {p.model for p in found})
+        kinds = self.stored_models(connection, {p.model for p in found})
         changed, joined = [], []
         for p in found:
             engine, kind = by_id[p.engine], kinds[p.model]
             said = inspected.get((p.engine, p.cycle) if p.cycle is not None else p.id)
-            known = truth(said, p.cycle, engine.failed_at, engine.newest_cycle, kind.thresholds, len(kind.classes))
+            known = derive_label(
+                said, p.cycle, engine.failed_at, engine.newest_cycle, kind.thresholds, len(kind.classes)
+            )
             label = None if known is None else known[0].tobytes()
             source = None if known is None else int(known[1])
             if (label, source) == (p.label, p.source):
                 continue
-            when = p.labelled if label == p.label else None if label is None else max(now, p.made)
+            when = p.labelled if label == p.label else None if label is None else max(now, p.created_at)
             changed.append({"key": p.id, "label": label, "source": source, "labelled": when})
             if p.label is None and label is not None:
-                joined.append(Joined(kind, p.logits, p.temperature, label, p.made, max(now, p.made)))
+                joined.append(JoinedLabel(kind, p.logits, p.temperature, label, p.created_at, max(now, p.created_at)))
         if changed:
             connection.execute(_LABEL, changed)
         return joined
 
-    def survivors(
+    def join_survivors(
         self, connection: Connection, before: dict[int, int | None], rows: Iterable[EngineRow], now: float
-    ) -> list[Joined]:
+    ) -> list[JoinedLabel]:
         """Join what an engine's running on has just proven; `before` is the newest cycle of each until now."""
-        firsts = [kind.thresholds[0] for kind in self._stored(connection).values() if kind.thresholds]
+        firsts = []
+        for kind in (self._by_id or self.stored_models(connection, {0})).values():
+            if kind.thresholds:
+                firsts.append(kind.thresholds[0])  # noqa: PERF401  # a comprehension is a frame of every request
         if not firsts:
             return []
         running, spans, cycle = [], [], predictions.c.cycle
@@ -168,23 +170,23 @@ class Book:
                 proven = (cycle >= (old or 0) - max(firsts)) & (cycle < newest - min(firsts))
                 spans.append((predictions.c.engine == row.id) & proven & predictions.c.label.is_(None))
                 running.append(row)
-        return [one for part in parts(spans, 50) for one in self.join(connection, or_(*part), running, now)]
+        joined = list[JoinedLabel]()
+        for i in range(0, len(spans), 50):
+            joined += self.join_labels(connection, or_(*spans[i : i + 50]), running, now)
+        return joined
 
-    def kinds(self, connection: Connection, ids: set[int]) -> dict[int, Kind]:
+    def stored_models(self, connection: Connection, ids: set[int]) -> dict[int, StoredModel]:
         """Models by the numbers that predictions have."""
         if not ids <= set(self._by_id):
-            self._by_id = {row.id: read_kind(row) for row in connection.execute(select(models))}
+            self._by_id = {row.id: read_stored_model(row) for row in connection.execute(select(models))}
         return self._by_id
 
-    def _stored(self, connection: Connection) -> dict[int, Kind]:
-        return self._by_id or self.kinds(connection, {0})
 
-
-def read_kind(row: Row[Any]) -> Kind:
+def read_stored_model(row: Row[Any]) -> StoredModel:
     """A model from its stored row."""
     said = json.loads(row.manifest)
     rule, thresholds = said["conformal"], said["rul_thresholds"]
-    return Kind(
+    return StoredModel(
         row.id,
         row.digest,
         tuple(said["classes"]),
@@ -203,12 +205,12 @@ def inspections(connection: Connection, keys: Iterable[tuple[int, int | None, st
     """What was said of predictions, given as engine, cycle and id; by engine and cycle, or by id where no cycle is."""
     found: dict[Key, Floats] = {}
     wanted = {(engine, cycle) if cycle is not None else name for engine, cycle, name in keys}
-    for row in said_of(connection, wanted):
+    for row in stored_labels(connection, wanted):
         found[row.prediction or (row.engine, row.cycle)] = np.frombuffer(row.label)
     return found
 
 
-def said_of(connection: Connection, keys: Iterable[Key]) -> Iterator[Row[Any]]:
+def stored_labels(connection: Connection, keys: Iterable[Key]) -> Iterator[Row[Any]]:
     """The stored truths of some keys."""
     pairs, names = sorted(k for k in keys if isinstance(k, tuple)), sorted(k for k in keys if isinstance(k, str))
     for pair in parts(pairs):
@@ -226,6 +228,9 @@ def insert_missing(connection: Connection, table: Table) -> Any:
     return sqlite.insert(table).on_conflict_do_nothing()
 
 
-def _engines(connection: Connection, asked: Select[Any], values: Sequence[Any]) -> Iterator[EngineRow]:
-    for part in parts(values):
-        yield from (EngineRow(*row) for row in connection.execute(asked, {"some": part}))
+def _engines(connection: Connection, statement: Select[Any], values: Sequence[Any]) -> list[EngineRow]:
+    rows = []
+    for i in range(0, len(values), MOST_VALUES):
+        for row in connection.execute(statement, {"some": values[i : i + MOST_VALUES]}):
+            rows.append(EngineRow(*row))  # noqa: PERF401  # a comprehension is a frame of every request
+    return rows

@@ -2,72 +2,47 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from sqlalchemy import Connection, Row, insert, select
 
-from model.contract import Manifest
 from service.errors import Conflict, NotFound
-from service.store.sql.session import Book
+from service.store.records import ActiveTemperature, TemperatureChange, TemperatureFit
+from service.store.sql.session import WriteSession
 from service.store.sql.tables import fits, models, temperatures
 
 
-class Fit(NamedTuple):
-    """A fit that is kept; `result` is what was answered, `made` in seconds since 1970."""
-
-    id: str
-    digest: str
-    manifest: Manifest
-    made: float
-    temperature: float
-    result: dict[str, Any]
-
-
-class Change(NamedTuple):
-    """A change that is asked for: to the temperature of a fit, to another one, or, with neither, back."""
-
-    digest: str
-    manifest: Manifest
-    fit: str | None
-    temperature: float | None
-    who: str
-    changed: float
-
-
-class Tempered(NamedTuple):
-    """The temperature in force, where it comes from, and the number of the change that made it so."""
-
-    change: int
-    temperature: float
-    source: str
-
-
-StoredChange = Row[Any]  # of the table of temperatures
-
-
-def keep_fits(book: Book, connection: Connection, items: Sequence[Fit]) -> list[None]:
+def store_fits(session: WriteSession, connection: Connection, items: Sequence[TemperatureFit]) -> list[None]:
     """Keep fits."""
     for item in items:
-        model = book.kind(connection, item.digest, item.manifest).id
-        row = {"id": item.id, "model": model, "made": item.made, "temperature": item.temperature}
+        model = session.stored_model(connection, item.digest, item.manifest).id
+        row = {"id": item.id, "model": model, "created_at": item.created_at, "temperature": item.temperature}
         connection.execute(insert(fits), row | {"result": json.dumps(item.result)})
     return [None for _ in items]
 
 
-def change(book: Book, connection: Connection, items: Sequence[Change]) -> list[Tempered]:
+def change_temperatures(
+    session: WriteSession, connection: Connection, items: Sequence[TemperatureChange]
+) -> list[ActiveTemperature]:
     """Put temperatures in force.
 
     Raises:
         NotFound: no such fit.
         Conflict: a fit of another model, or nothing to take back.
     """
-    return [_change(book, connection, item) for item in items]
+    return [_change(session, connection, item) for item in items]
 
 
-def _change(book: Book, connection: Connection, item: Change) -> Tempered:
-    model = book.kind(connection, item.digest, item.manifest).id
+def _change(session: WriteSession, connection: Connection, item: TemperatureChange) -> ActiveTemperature:
+    model = session.stored_model(connection, item.digest, item.manifest).id
     connection.execute(select(models.c.id).where(models.c.id == model).with_for_update())  # one change after the other
-    row: dict[str, Any] = {"model": model, "who": item.who, "changed": item.changed, "fit": item.fit, "undoes": None}
+    row: dict[str, Any] = {
+        "model": model,
+        "actor": item.actor,
+        "changed": item.changed,
+        "fit": item.fit,
+        "reverts": None,
+    }
     if item.fit is not None:
         row |= {"temperature": _fitted(connection, item.fit, model), "source": "fit"}
     elif item.temperature is not None:
@@ -79,9 +54,9 @@ def _change(book: Book, connection: Connection, item: Change) -> Tempered:
         before = {"temperature": item.manifest.temperature, "source": "artefact", "fit": None}
         if len(standing) > 1:
             before = {name: getattr(standing[-2], name) for name in before}
-        row |= before | {"undoes": standing[-1].id}
+        row |= before | {"reverts": standing[-1].id}
     number = connection.execute(insert(temperatures).returning(temperatures.c.id), row).scalar_one()
-    return Tempered(number, row["temperature"], row["source"])
+    return ActiveTemperature(number, row["temperature"], row["source"])
 
 
 def _fitted(connection: Connection, name: str, model: int) -> float:
@@ -97,7 +72,7 @@ def _standing(every: Sequence[Row[Any]]) -> list[Row[Any]]:
     """The changes that were not taken back, oldest first."""
     stack: list[Row[Any]] = []
     for row in every:
-        if row.undoes is None:
+        if row.reverts is None:
             stack.append(row)
         else:
             stack.pop()
@@ -110,9 +85,9 @@ def changes(connection: Connection, digest: str) -> list[Row[Any]]:
     return list(connection.execute(asked.order_by(temperatures.c.id)))
 
 
-def in_force(connection: Connection, digest: str) -> Tempered | None:
+def active_temperature(connection: Connection, digest: str) -> ActiveTemperature | None:
     """A model's temperature after its last change; None while it has its artefact's."""
     c = temperatures.c
     asked = select(c.id, c.temperature, c.source).join(models, models.c.id == c.model).where(models.c.digest == digest)
     row = connection.execute(asked.order_by(c.id.desc()).limit(1)).first()
-    return None if row is None else Tempered(*row)
+    return None if row is None else ActiveTemperature(*row)
