@@ -16,7 +16,7 @@ from model.evaluation import sequential
 from model.evaluation.cluster_bootstrap import MIN_ENGINES
 from model.evaluation.sequential import Deviations
 from model.numerics import Floats
-from service.calibration.statistics import ALPHA_CLASSES, ALPHA_GAP, Rows, calibration
+from service.calibration.statistics import ALPHA_CLASSES, ALPHA_GAP, CalibrationRows, calibration
 
 CLASSES = ("normal", "degrading", "critical")
 THRESHOLDS = (125.0, 50.0)  # cycles of remaining life
@@ -158,12 +158,12 @@ def _within(engine: Integers, values: Floats) -> tuple[Floats, Floats]:
     return found, found - values
 
 
-def rows_of(stream: Stream, begin: int, end: int) -> Rows:
+def rows_of(stream: Stream, begin: int, end: int) -> CalibrationRows:
     """Labels begin..end of a stream as the service would hand them to its monitor."""
     n, part = end - begin, slice(begin, end)
     nothing, zero = np.full(n, np.nan), np.zeros(n)
     label, source = np.eye(3)[stream.label[part]], np.ones(n, dtype=int)
-    return Rows(stream.z[part], np.ones(n), label, stream.engine[part], nothing, nothing, zero, zero, source)
+    return CalibrationRows(stream.z[part], np.ones(n), label, stream.engine[part], nothing, nothing, zero, zero, source)
 
 
 def agrees(stream: Stream, seen: Looks, label: int) -> bool:

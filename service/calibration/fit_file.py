@@ -21,7 +21,7 @@ from service.errors import InvalidInput
 CSV = (".csv", ".tsv")
 
 
-class Rows(NamedTuple):
+class FitFileRows(NamedTuple):
     """Logits and labels (N, C), and the engine of each row (N,)."""
 
     logits: Floats
@@ -50,7 +50,7 @@ def from_file(path: Path, classes: Sequence[str], temperature: float) -> Tempera
         raise InvalidInput(f"{path}: {refused}") from None
 
 
-def read(path: Path, classes: tuple[str, ...]) -> Rows:
+def read(path: Path, classes: tuple[str, ...]) -> FitFileRows:
     """The rows of a file.
 
     Raises:
@@ -69,7 +69,7 @@ def read(path: Path, classes: tuple[str, ...]) -> Rows:
         raise InvalidInput(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     if not logits:
         raise InvalidInput(f"{path}: no rows")
-    return Rows(np.array(logits), np.array(labels), engines)
+    return FitFileRows(np.array(logits), np.array(labels), engines)
 
 
 def _csv(path: Path, classes: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:

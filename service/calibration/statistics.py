@@ -38,7 +38,7 @@ MAX_SCALED = 1e41  # no float32 logit over a temperature is larger, and no squar
 
 
 @dataclass(frozen=True)
-class Rows:
+class CalibrationRows:
     """Every prediction of a window that counts, the latest of each engine and cycle.
 
     The order of rows matters for rounding alone, and the order of ids for resampled intervals: the same rows in the
@@ -63,7 +63,7 @@ class Rows:
 
 
 def calibration(
-    rows: Rows, classes: tuple[str, ...], now: float, level: float | None = None, window: str | None = None
+    rows: CalibrationRows, classes: tuple[str, ...], now: float, level: float | None = None, window: str | None = None
 ) -> Json:
     """The answer of `GET /v1/calibration`: JSON-ready, every float finite or None.
 
@@ -96,7 +96,7 @@ def calibration(
     return {key: replace_non_finite(value) for key, value in body.items()}
 
 
-def over_time(rows: Rows, periods: int) -> list[Json]:
+def over_time(rows: CalibrationRows, periods: int) -> list[Json]:
     """The loss of labelled predictions by when they were made, in equal parts of the time between first and last.
 
     `noise` is the standard deviation that a calibrated model's mean loss has. Parts without a label have no figures.
@@ -182,12 +182,12 @@ def _evidence(gap: Evidence, frequencies: list[Evidence]) -> Json:
     }
 
 
-def _conformal(rows: Rows, known: Mask, level: float) -> Json:
+def _conformal(rows: CalibrationRows, known: Mask, level: float) -> Json:
     covered, sizes = (column[known & ~np.isnan(column)] for column in (rows.covered, rows.set_size))
     return {"level": level, "coverage": mean_or_nan(covered), "mean_size": mean_or_nan(sizes)}
 
 
-def _labels(rows: Rows, known: Mask, now: float) -> Json:
+def _labels(rows: CalibrationRows, known: Mask, now: float) -> Json:
     """What share is labelled, after how long, by whom. A label that came before its prediction has no lag."""
     share = mean_or_nan(known)
     lag = np.maximum(rows.labelled_at[known] - rows.made_at[known], 0)

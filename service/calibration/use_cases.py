@@ -150,14 +150,14 @@ def report_of(
     return body | about | {"temperature_source": context.source, "drift": _drift(found, context)}
 
 
-def _rows(found: CountedPredictions, model: Model) -> statistics.Rows:
+def _rows(found: CountedPredictions, model: Model) -> statistics.CalibrationRows:
     covered = sizes = np.full(len(found.created_at), np.nan)
     rule = model.manifest.conformal
     if rule is not None and len(found.created_at):
         sets = conformal.prediction_sets(found.logits, model.manifest.temperature, rule.threshold, rule.method)
         covered, sizes = (found.label * sets).sum(axis=1), sets.sum(axis=1).astype(np.float64)
     columns = (found.logits, found.temperature, found.label, found.engine, covered, sizes)
-    return statistics.Rows(*columns, found.created_at, found.labelled, found.source)
+    return statistics.CalibrationRows(*columns, found.created_at, found.labelled, found.source)
 
 
 def _drift(found: CountedPredictions, context: CalibrationContext) -> dict[str, Any] | None:

@@ -19,14 +19,14 @@ from service.codecs.predictions_json import NULL, envelope, prediction_rows
 from service.codecs.store_requests import encode_cursor
 from service.errors import Conflict
 from service.inference.predictor import Predictor
-from service.store.flight_rounds import Flight, RecordedFlights
-from service.store.labelling import Source
+from service.store.flight_rounds import NewFlight, RecordedFlights
+from service.store.labelling import LabelSource
 from service.store.records import EngineHistory, EnginePage, LabelSubmission, StoredModel
 
 StoredRow = Any  # a row of the table of predictions
 
 
-def cycles_json(predictor: Predictor, flights: Sequence[Flight], recorded: RecordedFlights) -> bytes:
+def cycles_json(predictor: Predictor, flights: Sequence[NewFlight], recorded: RecordedFlights) -> bytes:
     """What `/v1/cycles` answers, as JSON.
 
     Raises:
@@ -135,7 +135,7 @@ def _history_row(row: StoredRow, kind: StoredModel, answered: dict[str, Any]) ->
         "counts": row.is_latest,
         **answered,
         "label": None if truth is None else label_json(truth, kind.classes),
-        "source": None if row.source is None else Source(row.source).name.lower(),
+        "source": None if row.source is None else LabelSource(row.source).name.lower(),
         "labelled_at": None if row.labelled is None else format_time(row.labelled),
         "loss": loss,
     }

@@ -14,13 +14,13 @@ from service.codecs.labels import label_distribution
 from service.codecs.number_parser import fits_float32, to_float32
 from service.errors import Fault, InvalidInput, MalformedJson
 from service.inference.onnx_model import Model
-from service.store.flight_rounds import Flight
+from service.store.flight_rounds import NewFlight
 from service.store.records import LabelSubmission
 
 CURSOR_BYTES = 2048  # the longest name, escaped as JSON, in base64, is 1632
 
 
-def decode_flights(body: bytes, model: Model, most: int) -> list[Flight]:
+def decode_flights(body: bytes, model: Model, most: int) -> list[NewFlight]:
     """A body of `/v1/cycles`, decoded.
 
     Raises:
@@ -38,7 +38,7 @@ def decode_flights(body: bytes, model: Model, most: int) -> list[Flight]:
         if values is None:
             values = _diagnose_reading(flight.telemetry, channels, ("cycles", i, "telemetry"), faults)
         if values is not None:
-            found.append(Flight(flight.engine_id, flight.cycle, values))
+            found.append(NewFlight(flight.engine_id, flight.cycle, values))
         if len(faults) >= MAX_FAULTS:
             break
     refuse(faults)

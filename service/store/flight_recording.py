@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from service.errors import ClientDisconnected, Overloaded, StoreUnavailable
 from service.inference.predictor import Predictor
-from service.store.flight_rounds import Flight, FlightRequest, RecordedFlights, Round
+from service.store.flight_rounds import FlightRequest, FlightRound, NewFlight, RecordedFlights
 from service.store.label_accounting import LabelAccounting
 from service.store.sql import flights as readings
 from service.store.sql.database import Database
@@ -69,7 +69,7 @@ class FlightRecorder:
         self._rounds: set[asyncio.Task[None]] = set()  # of requests that have waited
 
     async def record(
-        self, predictor: Predictor, flights: Sequence[Flight], gone: Callable[[], bool] = lambda: False
+        self, predictor: Predictor, flights: Sequence[NewFlight], gone: Callable[[], bool] = lambda: False
     ) -> RecordedFlights:
         """Store flights and their predictions, all of them or none.
 
@@ -174,7 +174,7 @@ class FlightRecorder:
 
     async def _store(self, requests: Sequence[FlightRequest]) -> list[Recorded]:
         """Store requests together, and return the result of each."""
-        current = Round(requests)
+        current = FlightRound(requests)
         current.build(await self._current_tails(current))
         for _ in range(MAX_TRIES):
             if not current.updated:
@@ -195,7 +195,7 @@ class FlightRecorder:
             current.require(result.unpredicted)
         raise Overloaded("other processes keep changing these engines", 1.0)
 
-    def _stored(self, current: Round, result: FlightWriteResult) -> None:
+    def _stored(self, current: FlightRound, result: FlightWriteResult) -> None:
         """Count what was committed, and cache the tails."""
         self._accounting.count_stored(result.stored)
         if result.joined:
@@ -210,7 +210,7 @@ class FlightRecorder:
             del self._tails[next(iter(self._tails))]
             self._all_cached = False
 
-    async def _current_tails(self, current: Round) -> dict[str, EngineTail]:
+    async def _current_tails(self, current: FlightRound) -> dict[str, EngineTail]:
         """Return the tails of the engines of a round, as far as this process can tell without a lock.
 
         A cached tail is read again only if other processes write, or if it does not reach far enough back.

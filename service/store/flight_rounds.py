@@ -29,7 +29,7 @@ from service.store.sql.flights import (
 from service.store.sql.predictions import NewPrediction
 
 
-class Flight(NamedTuple):
+class NewFlight(NamedTuple):
     """One engine's readings (channels,) float32 of one cycle."""
 
     engine_id: str
@@ -57,7 +57,7 @@ class FlightRequest:
 
     __slots__ = ("engines", "flights", "gone", "outcomes", "predictor")
 
-    def __init__(self, predictor: Predictor, flights: Sequence[Flight], gone: Callable[[], bool]) -> None:
+    def __init__(self, predictor: Predictor, flights: Sequence[NewFlight], gone: Callable[[], bool]) -> None:
         self.predictor, self.flights, self.gone = predictor, flights, gone
         self.engines: dict[str, int] = {}
         for name, cycle, _ in flights:
@@ -71,11 +71,11 @@ class _Window(NamedTuple):
     """A flight, its place in its request, and the window that ends with it."""
 
     place: int
-    flight: Flight
+    flight: NewFlight
     values: Readings
 
 
-class Round:
+class FlightRound:
     """Requests of one predictor on their way into the store.
 
     `tails` has the tails of all engines as they are stored, and `updated` as they are once the round is stored.

@@ -13,7 +13,7 @@ import numpy as np
 from model.numerics import Floats
 
 
-class Source(IntEnum):
+class LabelSource(IntEnum):
     """Where a label comes from, as it is stored."""
 
     INSPECTION = 0
@@ -28,7 +28,7 @@ def derive_label(
     newest_cycle: int | None,
     thresholds: Sequence[float] | None,
     classes: int,
-) -> tuple[Floats, Source] | None:
+) -> tuple[Floats, LabelSource] | None:
     """The label (C,) and its source; None while nothing is known.
 
     Args:
@@ -40,13 +40,13 @@ def derive_label(
         classes: how many the model of the prediction has.
     """
     if inspected is not None and len(inspected) == classes:
-        return inspected, Source.INSPECTION
+        return inspected, LabelSource.INSPECTION
     if cycle is None or not thresholds:
         return None
     if failed_at is not None:  # after its end there is no engine to be right about
-        return (_of_rul(failed_at - cycle, thresholds, classes), Source.OUTCOME) if cycle <= failed_at else None
+        return (_of_rul(failed_at - cycle, thresholds, classes), LabelSource.OUTCOME) if cycle <= failed_at else None
     if newest_cycle is not None and newest_cycle - cycle > thresholds[0]:
-        return _of_rul(newest_cycle - cycle, thresholds, classes), Source.SURVIVAL
+        return _of_rul(newest_cycle - cycle, thresholds, classes), LabelSource.SURVIVAL
     return None
 
 

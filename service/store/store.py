@@ -38,7 +38,7 @@ from service.store.records import (
 )
 from service.store.sql import labels, predictions, queries, retention, temperatures
 from service.store.sql.database import Database
-from service.store.sql.labels import LabelWrite, Outcome
+from service.store.sql.labels import LabelWrite, OutcomeSubmission
 from service.store.sql.locks import lock_all
 from service.store.sql.predictions import NewPrediction, PredictionWrite
 from service.store.sql.session import WriteSession
@@ -197,7 +197,7 @@ class Store:
 
     async def record_outcome(self, engine_id: str, failed_at: int, revise: bool) -> OutcomeResult:
         """Keep an engine's end, which labels its history."""
-        write = Outcome(engine_id, failed_at, revise, time.time())
+        write = OutcomeSubmission(engine_id, failed_at, revise, time.time())
         return await self._database.write(
             self._record_outcomes, write, lambda ended: self._accounting.count_joined(ended.joined)
         )

@@ -14,14 +14,14 @@ from model.data import cmapss
 from model.evaluation.evaluate import ARTEFACT, onnx_runner, open_artefact, predict_histories
 from model.evaluation.evaluation_metrics import class_metrics, concatenate_rows
 from model.windows import Readings, every_window
-from service.calibration.statistics import AGES, DAY, REPRESENTATIVE_SHARE, Rows, calibration, over_time
+from service.calibration.statistics import AGES, DAY, REPRESENTATIVE_SHARE, CalibrationRows, calibration, over_time
 
 CLASSES = ("normal", "degrading", "critical")
 NOW = 1_000_000.0
 Random = np.random.Generator
 
 
-def rows(z: Any, label: Any, engine: Any = None, **rest: Any) -> Rows:
+def rows(z: Any, label: Any, engine: Any = None, **rest: Any) -> CalibrationRows:
     """Predictions made a minute ago and labelled half a minute later, but for what is given."""
     logits = np.atleast_2d(np.asarray(z, dtype=np.float32))
     n, classes = logits.shape
@@ -29,7 +29,7 @@ def rows(z: Any, label: Any, engine: Any = None, **rest: Any) -> Rows:
     if q.ndim == 1:
         q = np.where(np.isnan(q)[:, None], np.nan, np.eye(classes)[np.nan_to_num(q).astype(int)])
     known = ~np.isnan(q[:, 0])
-    made = Rows(
+    made = CalibrationRows(
         logits,
         np.ones(n),
         q,
@@ -43,12 +43,12 @@ def rows(z: Any, label: Any, engine: Any = None, **rest: Any) -> Rows:
     return replace(made, **rest)
 
 
-def calibrated(n: int = 600, engines: int = 60, seed: int = 0, sharpness: float = 1.0) -> Rows:
+def calibrated(n: int = 600, engines: int = 60, seed: int = 0, sharpness: float = 1.0) -> CalibrationRows:
     stream = independent(np.random.default_rng(seed), n, sharpness, engines)
     return rows(stream.z, stream.label, stream.engine)
 
 
-def said(found: Rows, classes: tuple[str, ...] = CLASSES) -> dict[str, Any]:
+def said(found: CalibrationRows, classes: tuple[str, ...] = CLASSES) -> dict[str, Any]:
     """The answer, which must be JSON without NaN and survive it."""
     answer = calibration(found, classes, NOW, 0.9, "30d")
     read: dict[str, Any] = json.loads(json.dumps(answer, allow_nan=False))
@@ -56,8 +56,8 @@ def said(found: Rows, classes: tuple[str, ...] = CLASSES) -> dict[str, Any]:
     return read
 
 
-def moved(found: Rows, order: np.ndarray) -> Rows:
-    return Rows(*(column[order] for column in vars(found).values()))
+def moved(found: CalibrationRows, order: np.ndarray) -> CalibrationRows:
+    return CalibrationRows(*(column[order] for column in vars(found).values()))
 
 
 def test_the_answer_has_the_shape_of_the_design() -> None:
@@ -305,7 +305,9 @@ def test_rows_that_do_not_fit_are_refused(change: dict[str, Any], words: str) ->
         calibration(replace(rows(np.zeros((6, 3)), np.zeros(6)), **change), CLASSES, NOW)
 
 
-def replayed(folder: Path, manifest: Manifest, make: Callable[[Readings, int], Readings]) -> tuple[Rows, Any]:
+def replayed(
+    folder: Path, manifest: Manifest, make: Callable[[Readings, int], Readings]
+) -> tuple[CalibrationRows, Any]:
     """The test engines of FD001 and FD003 as the artefact answers them, every cycle labelled by its outcome."""
     engines = [history for subset in ("FD001", "FD003") for history in cmapss.read_test(folder, subset)]
     parts = predict_histories(onnx_runner(open_artefact(ARTEFACT)[0]), manifest.window or 1, engines, make=make)

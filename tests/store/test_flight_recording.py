@@ -17,12 +17,12 @@ from service.inference.model_loader import open_model
 from service.inference.predictor import Predictor
 from service.metrics import Metrics
 from service.settings import read_settings
-from service.store.flight_rounds import Flight, RecordedFlights
+from service.store.flight_rounds import NewFlight, RecordedFlights
 from service.store.label_accounting import LabelAccounting
 from service.store.store import Store
 
 INFINITE = 3e38  # on which the network overflows
-Requests = Sequence[Sequence[Flight]]
+Requests = Sequence[Sequence[NewFlight]]
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +60,9 @@ async def opened(artefact: Path, folder: Path, **settings: Any) -> AsyncIterator
         await store.close()
 
 
-def flight(engine_id: str, cycle: int, value: float | None = None) -> Flight:
+def flight(engine_id: str, cycle: int, value: float | None = None) -> NewFlight:
     x = cycle / 7 if value is None else value
-    return Flight(engine_id, cycle, np.array([x, 1 / (1 + cycle)], dtype=np.float32))
+    return NewFlight(engine_id, cycle, np.array([x, 1 / (1 + cycle)], dtype=np.float32))
 
 
 async def record(store: Store, predictor: Predictor, requests: Requests, together: bool) -> list[Any]:

@@ -11,7 +11,7 @@ from model.contract import Manifest
 from service.store.records import LabelSubmission
 from service.store.sql import labels, predictions, retention
 from service.store.sql.database import Database
-from service.store.sql.labels import LabelWrite, Outcome
+from service.store.sql.labels import LabelWrite, OutcomeSubmission
 from service.store.sql.locks import lock_all
 from service.store.sql.predictions import ModelVersion, NewPrediction, PredictionWrite
 from service.store.sql.session import WriteSession
@@ -45,7 +45,7 @@ class Process:
         await asyncio.gather(waits, *(self.database.write(work, item) for work, item in asked))
 
     def end(self, engine: str, at: int) -> tuple[Any, Any]:
-        return partial(labels.record_outcomes, self.session), Outcome(engine, at, True, 1.0)
+        return partial(labels.record_outcomes, self.session), OutcomeSubmission(engine, at, True, 1.0)
 
     def label(self, engine: str, cycle: int) -> tuple[Any, Any]:
         return partial(labels.record_labels, self.session), LabelWrite(

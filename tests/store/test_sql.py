@@ -23,7 +23,7 @@ from service.errors import SchemaRejected, SettingsRejected, StoreUnavailable
 from service.store.records import CountedPredictions, EnginePage, EngineQuery, LabelSubmission
 from service.store.sql import labels, predictions, queries, retention
 from service.store.sql.database import Database, address
-from service.store.sql.labels import LabelWrite, Outcome
+from service.store.sql.labels import LabelWrite, OutcomeSubmission
 from service.store.sql.migrate import migrate
 from service.store.sql.predictions import ModelVersion, NewPrediction, PredictionWrite
 from service.store.sql.session import WriteSession
@@ -84,7 +84,9 @@ async def told(url: str, steps: list[Step]) -> CountedPredictions:
             await database.write(partial(labels.record_labels, session), LabelWrite([said], float(k)))
         else:
             engine, failed_at, revise = rest
-            await database.write(partial(labels.record_outcomes, session), Outcome(engine, failed_at, revise, float(k)))
+            await database.write(
+                partial(labels.record_outcomes, session), OutcomeSubmission(engine, failed_at, revise, float(k))
+            )
     found = await database.read(lambda connection: queries.counted(connection, DIGEST, CLASSES, None))
     for one in left:
         await one.close()
@@ -282,15 +284,15 @@ def test_a_database_that_is_away_is_said_and_found_again(tmp_path: Path) -> None
     async def ask() -> None:
         database, session = opened(f"sqlite:///{path}")
         work = partial(labels.record_outcomes, session)
-        assert "pending" == (await database.write(work, Outcome("a", 9, False, 1.0))).result
+        assert "pending" == (await database.write(work, OutcomeSubmission("a", 9, False, 1.0))).result
         for name in ("memory.db", "memory.db-wal", "memory.db-shm"):
             (tmp_path / name).rename(tmp_path / f"away-{name}")
         with pytest.raises(StoreUnavailable, match="gone"):
-            await database.write(work, Outcome("b", 9, False, 1.0))
+            await database.write(work, OutcomeSubmission("b", 9, False, 1.0))
         for name in ("memory.db", "memory.db-wal", "memory.db-shm"):
             (tmp_path / f"away-{name}").rename(tmp_path / name)
-        assert "unchanged" == (await database.write(work, Outcome("a", 9, False, 1.0))).result
-        assert "pending" == (await database.write(work, Outcome("b", 9, False, 1.0))).result
+        assert "unchanged" == (await database.write(work, OutcomeSubmission("a", 9, False, 1.0))).result
+        assert "pending" == (await database.write(work, OutcomeSubmission("b", 9, False, 1.0))).result
         await database.close()
 
     asyncio.run(ask())
@@ -355,7 +357,7 @@ def test_a_truth_is_not_forgotten_before_its_prediction(tmp_path: Path) -> None:
         await told(f"sqlite:///{tmp_path}/memory.db", steps)
         database, session = opened(f"sqlite:///{tmp_path}/memory.db")
         assert 0 == await pruned(database, 1.0)
-        await database.write(partial(labels.record_outcomes, session), Outcome("a", 200, False, 9.0))
+        await database.write(partial(labels.record_outcomes, session), OutcomeSubmission("a", 200, False, 9.0))
         left = await database.read(lambda connection: queries.counted(connection, DIGEST, CLASSES, None))
         await database.close()
         return np.asarray(left.label[left.source == 0])

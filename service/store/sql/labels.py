@@ -20,7 +20,7 @@ class LabelWrite(NamedTuple):
     received_at: float
 
 
-class Outcome(NamedTuple):
+class OutcomeSubmission(NamedTuple):
     """An engine's last cycle."""
 
     engine_id: str
@@ -73,7 +73,9 @@ def record_labels(session: WriteSession, connection: Connection, items: Sequence
     return answered
 
 
-def record_outcomes(session: WriteSession, connection: Connection, items: Sequence[Outcome]) -> list[OutcomeResult]:
+def record_outcomes(
+    session: WriteSession, connection: Connection, items: Sequence[OutcomeSubmission]
+) -> list[OutcomeResult]:
     """Keep the ends of engines, and label their whole histories."""
     by_name = session.engines(connection, (item.engine_id for item in items))
     answered = []

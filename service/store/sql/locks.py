@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import ARRAY, Connection, Integer, String, any_, bindparam, or_, select
 
 from service.store.sql.flights import FlightWrite
-from service.store.sql.labels import LabelWrite, Outcome
+from service.store.sql.labels import LabelWrite, OutcomeSubmission
 from service.store.sql.predictions import PredictionWrite
 from service.store.sql.retention import ExpiredRows
 from service.store.sql.session import MOST_VALUES
@@ -47,7 +47,7 @@ def lock_all(connection: Connection, together: Sequence[Sequence[Any]]) -> None:
 
 def _add(item: Any, names: set[str], made: set[str], ids: set[int]) -> None:
     """What an item says of whose engine it is: a name, the id of a prediction, or the engine's number."""
-    if isinstance(item, Outcome):
+    if isinstance(item, OutcomeSubmission):
         names.add(item.engine_id)
     elif isinstance(item, PredictionWrite):
         names.update(row.engine_id for row in item.rows)

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, bindparam, insert, update
 
 from model.contract import Manifest
 from model.numerics import Floats
-from service.store.labelling import Source, derive_label
+from service.store.labelling import LabelSource, derive_label
 from service.store.records import JoinedLabel, LabelResultKind, StoredModel
 from service.store.sql.session import EngineRow, Key, WriteSession, inspections
 from service.store.sql.tables import predictions, truths
@@ -174,7 +174,7 @@ def _stored(
     row: NewPrediction,
     engine: int,
     is_latest: bool,
-    known: tuple[Floats, Source] | None,
+    known: tuple[Floats, LabelSource] | None,
 ) -> dict[str, object]:
     return {
         "id": row.id,
