@@ -79,7 +79,7 @@ def up() -> Iterator[Panel]:
     """Row 1."""
     yield stat("Does every replica answer?", "Prometheus reaches it.", 'up{job="engine-health"}')
     yield stat("Is every replica ready?", "Each of its workers has a proven model.", "engine_health_ready")
-    yield stat("Does the memory answer?", "The database, as each replica sees it.", "engine_health_memory_up")
+    yield stat("Does the memory answer?", "The database, as each replica sees it.", "engine_health_store_up")
     model = "The same name for the same file; 1 while it answers."
     found = stat("Which model answers?", model, "engine_health_model_info", textMode="name")
     found["targets"][0]["legendFormat"] = "{{name}} {{version}} {{digest}}"
@@ -112,7 +112,7 @@ def refused() -> Iterator[Panel]:
     yield panel("What is refused, and why?", "reqps", "Requests that their callers can mend.", reasons)
     lost = {"failed": "engine_health:errors:ratio5m", "turned away": "engine_health:overloaded:ratio5m"}
     yield panel("What is not answered?", "percentunit", "Share of requests answered with a 5xx, and with 429.", lost)
-    forgotten = {"predictions": "sum(increase(engine_health_unremembered_total[$__rate_interval]))"}
+    forgotten = {"predictions": "sum(increase(engine_health_predictions_not_stored_total[$__rate_interval]))"}
     yield panel("What was not remembered?", "short", "Predictions answered while the database did not.", forgotten)
 
 

@@ -59,7 +59,7 @@ class Lifecycle:
         self._change = asyncio.Lock()
         self._closing: set[asyncio.Task[None]] = set()
         metrics.ready.set(0)
-        metrics.memory_up.set(0 if settings.database_url else math.nan)  # NaN: not down, but not configured
+        metrics.store_up.set(0 if settings.database_url else math.nan)  # NaN: not down, but not configured
 
     def ready_predictor(self) -> Predictor:
         """Return the active predictor.
@@ -183,7 +183,7 @@ class Lifecycle:
             if up and not was_up:
                 log.info("the database answers again")
             was_up = up
-            self.metrics.memory_up.set(up)
+            self.metrics.store_up.set(up)
             await asyncio.sleep(STORE_POLL_SECONDS)
 
     async def _follow_workers(self, copy: Path) -> None:

@@ -114,13 +114,13 @@ class Metrics:
         self.reliability_confidence = counter("reliability_confidence_total", "Sum of top probabilities.", "bin")
         self.reliability_correct = counter("reliability_correct_total", "Sum of hits.", "bin")
         self.label_lag = histogram("label_lag_seconds", "From a prediction to its truth.", LAGS)
-        self.memory_up = gauge(
-            "memory_up", "1 while the database answers, in every worker; NaN without one.", "livemin"
-        )
+        self.store_up = gauge("store_up", "1 while the database answers, in every worker; NaN without one.", "livemin")
         self.labellable = counter(
             "labellable_total", "Predictions that a truth can reach: kept with their engine, or labelled at once."
         )
-        self.unremembered = counter("unremembered_total", "Predictions answered while the database did not.")
+        self.predictions_not_stored = counter(
+            "predictions_not_stored_total", "Predictions that were returned but could not be stored."
+        )
         self.confidence = histogram("confidence", "Top probability of every prediction.", CONFIDENCE)
         self.entropy = histogram("entropy_nats", "Entropy of every prediction.", ENTROPY)
         self.input_values = counter("input_values_total", "Newest readings, by reference bin.", "channel", "bin")

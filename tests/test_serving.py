@@ -303,7 +303,7 @@ def test_the_same_window_has_the_same_bits_in_any_company(windows: Readings, det
     """A window answers bit for bit alike alone, beside others, at any place of any batch: the bundled model always."""
     with running(ENGINE_HEALTH_DETERMINISTIC=deterministic) as service:
         model = service.client.get("/v1/model").json()
-        assert (bool(int(deterministic)), 0.0) == (model["deterministic"], model["batch_difference"])
+        assert (bool(int(deterministic)), 0.0) == (model["deterministic"], model["batch_max_difference"])
         random = np.random.default_rng(7)
         some = [windows[k % 4] * random.normal(1, 0.01, windows[0].shape).astype(np.float32) for k in range(150)]
         alone = [service.predict([{"telemetry": w.tolist()}])["predictions"][0] for w in some]

@@ -120,8 +120,8 @@ def class_section(rows: LabelledRows, k: int, name: str) -> Json:
         "ece": reliability.class_ece(predicted, observed) if len(predicted) else np.nan,
         "recall": ratio_or_nan(hits, n),
         "precision": ratio_or_nan(hits, is_predicted.sum()),
-        "said": mean_or_nan(predicted),
-        "seen": mean_or_nan(observed),
+        "mean_predicted": mean_or_nan(predicted),
+        "mean_observed": mean_or_nan(observed),
     }
 
 

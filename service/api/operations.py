@@ -58,8 +58,8 @@ def model_json(predictor: Predictor, limits: Settings) -> dict[str, Any]:
         "temperature_source": predictor.temperature_source,
         "input_shape": predictor.model.input_shape,
         "deterministic": limits.deterministic,
-        "batch_difference": predictor.model.batch_difference,
-        "planned": predictor.model.planned,
+        "batch_max_difference": predictor.model.batch_max_difference,
+        "optimised_graph": predictor.model.optimised_graph,
         "limits": {
             "max_body_bytes": limits.max_body_bytes,
             "max_buffered_bytes": limits.max_buffered_bytes,

@@ -108,7 +108,7 @@ class PastBody(Struct):
     model: str
     temperature: float
     temperature_source: str
-    counts: bool
+    is_latest: bool
     health: str
     probabilities: dict[str, float]
     logits: list[float]
@@ -124,13 +124,12 @@ class PastBody(Struct):
 class SensorBody(Struct):
     """One sensor less what is usual in the operating condition of each flight, in physical units.
 
-    `noise` is the standard deviation from flight to flight; `moved` the mean of the last flights, in units of it.
+    `shift` is the mean of the last flights, in standard deviations from flight to flight.
     """
 
     channel: str
-    moved: float | None
-    noise: float | None
-    away: list[float]
+    shift: float | None
+    deviations: list[float]
 
 
 class SensorsBody(Struct):

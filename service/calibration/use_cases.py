@@ -96,7 +96,7 @@ async def fit(store: Store, predictor: Predictor, window: str | None) -> dict[st
         "active_temperature": predictor.temperature,
         "n": fitted.rows,
         "engines": fitted.engines,
-        "sure": fitted.significant,  # whether all of the held-out interval is a gain
+        "significant": fitted.significant,  # whether all of the held-out interval is a gain
         "held_out": {
             "temperatures": fitted.held_out_temperatures,
             "cross_entropy": _change(fitted.cross_entropy),

@@ -115,7 +115,7 @@ def sensors_json(manifest: Manifest, cycles: Sequence[int], flights: Readings) -
         return None
     usual = ConditionBaselines.from_lists(conditions.setting_scales, conditions.usual)
     found = sensor_shifts(flights, usual, conditions.deviations) if len(cycles) else []
-    rows = [{"channel": names[one.channel], "moved": one.shift, "away": one.deviations.round(4)} for one in found]
+    rows = [{"channel": names[one.channel], "shift": one.shift, "deviations": one.deviations.round(4)} for one in found]
     return {"cycles": cycles, "channels": rows}
 
 
@@ -132,7 +132,7 @@ def _history_row(row: StoredRow, kind: StoredModel, answered: dict[str, Any]) ->
         "model": kind.digest,
         "temperature": row.temperature,
         "temperature_source": row.temperature_source,
-        "counts": row.is_latest,
+        "is_latest": row.is_latest,
         **answered,
         "label": None if truth is None else label_json(truth, kind.classes),
         "source": None if row.source is None else LabelSource(row.source).name.lower(),

@@ -32,8 +32,10 @@ class Model:
     digest: str
     input_shape: tuple[int, ...]
     run: Callable[[Batch], Outputs]
-    planned: bool = False  # whether `run` is the plan in the file, and not the network's own graph: the same bits
-    batch_difference: float = 0.0  # the most that logits, and RUL in hundreds of cycles, were seen to differ
+    optimised_graph: bool = (
+        False  # whether `run` is the plan in the file, and not the network's own graph: the same bits
+    )
+    batch_max_difference: float = 0.0  # the most that logits, and RUL in hundreds of cycles, were seen to differ
 
     @cached_property
     def channels(self) -> tuple[str, ...]:

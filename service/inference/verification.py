@@ -55,7 +55,7 @@ def use_channel_major_graph(model: Model, opened: ort.InferenceSession, threads:
         )
     except Exception:  # each way in which a graph can fail has a class of its own, and here all mean: it is of no use
         return model
-    return replace(model, run=run, planned=True) if same else model
+    return replace(model, run=run, optimised_graph=True) if same else model
 
 
 def warm_up(model: Model, batch_rows: int, deterministic: bool) -> Model:
@@ -70,8 +70,8 @@ def warm_up(model: Model, batch_rows: int, deterministic: bool) -> Model:
     run = _present_outputs(model.run)
     difference = max_difference(run, probes, run_alone(run, probes), batches, _tolerance_units(model))
     if not deterministic:
-        return replace(model, batch_difference=difference)
-    return replace(model, run=run_singly(model.run), batch_difference=0.0)
+        return replace(model, batch_max_difference=difference)
+    return replace(model, run=run_singly(model.run), batch_max_difference=0.0)
 
 
 def _present_outputs(run: Callable[[Batch], Outputs]) -> Callable[[Batch], list[Batch]]:

@@ -181,7 +181,7 @@ class Store:
                     else self._store_labels(made)
                 )
             except StoreUnavailable:
-                self._metrics.unremembered.inc(len(made))
+                self._metrics.predictions_not_stored.inc(len(made))
                 lost = {row.id for row in made}
         if targets is not None:
             elsewhere = [name in said and (not own or said[name][0] == "conflict") for name in ids]

@@ -72,7 +72,9 @@ def test_the_answer_has_the_shape_of_the_design() -> None:
     assert {"value", "noise_band", "equal_mass", "interval"} == set(found["ece"])
     assert {"lower", "upper", "n", "confidence", "accuracy"} == set(found["reliability"][0])
     assert 15 == len(found["reliability"])
-    assert {"class", "n", "ece", "recall", "precision", "said", "seen", "log10_e"} == set(found["classes"][0])
+    assert {"class", "n", "ece", "recall", "precision", "mean_predicted", "mean_observed", "log10_e"} == set(
+        found["classes"][0]
+    )
     assert CLASSES == tuple(one["class"] for one in found["classes"])
     assert {"level": 0.9, "coverage": 1.0, "mean_size": 2.0} == found["conformal"]
     assert {"share", "by_age", "lag_seconds", "sources", "selection_biased"} == set(found["labels"])
@@ -153,7 +155,7 @@ def test_classes_by_hand() -> None:
     assert (1, 1.0, 0.5) == (normal["n"], normal["recall"], normal["precision"])
     assert (2, 0.5, 1.0) == (degrading["n"], degrading["recall"], degrading["precision"])
     assert (0, None, None) == (critical["n"], critical["recall"], critical["precision"])
-    assert (0.6, 2 / 3) == pytest.approx((normal["said"], degrading["seen"]), abs=1e-6)
+    assert (0.6, 2 / 3) == pytest.approx((normal["mean_predicted"], degrading["mean_observed"]), abs=1e-6)
 
 
 @pytest.mark.parametrize("n", [0, 1, 2])

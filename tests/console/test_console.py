@@ -147,7 +147,7 @@ def test_an_engine_shows_its_history_and_its_sensors(console: Watched, fleet: Se
     moved = history["sensors"]["channels"][0]
     first = page.get_by_role("region", name="Sensors that moved most").locator("tbody tr").first
     expect(first).to_contain_text(moved["channel"].replace("sensor_", "sensor "))
-    expect(first).to_contain_text(f"{abs(moved['moved']):.2f}")
+    expect(first).to_contain_text(f"{abs(moved['shift']):.2f}")
     other = page.locator(".pick").nth(2)
     other.click()
     expect(page.get_by_role("heading", name=re.compile("over time"))).to_contain_text(

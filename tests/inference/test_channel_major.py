@@ -54,7 +54,7 @@ def test_it_says_what_the_network_says(network: EngineHealth, data: st.DataObjec
 def test_windows_of_real_engines_have_the_networks_bits(cmapss_dir: Path) -> None:
     """Official test engines of all four subsets, every cycle, short histories too, in batches of several sizes."""
     model, (session, _) = open_model(ARTEFACT, threads=1), open_artefact(ARTEFACT)
-    assert model.planned
+    assert model.optimised_graph
     for subset in cmapss.SUBSETS:
         windows = np.concatenate([every_window(one.telemetry, 100) for one in cmapss.read_test(cmapss_dir, subset)[:6]])
         for size in (1, 5, 64, 256):
@@ -111,7 +111,7 @@ def test_a_plan_with_the_border_elsewhere_is_not_used(tmp_path: Path, factor: fl
     contract.write(
         ARTEFACT.read_bytes(), open_artefact(ARTEFACT)[1], tmp_path / "m.onnx", plan=changed.SerializeToString()
     )
-    assert not open_model(tmp_path / "m.onnx").planned
+    assert not open_model(tmp_path / "m.onnx").optimised_graph
 
 
 def test_no_plan_is_believed(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_no_plan_is_believed(tmp_path: Path) -> None:
         path = tmp_path / f"{k}.onnx"
         contract.write(ARTEFACT.read_bytes(), manifest, path, plan=content)
         model = open_model(path)
-        assert not model.planned
+        assert not model.optimised_graph
         np.testing.assert_array_equal(expected, model.run(probes).logits)
 
 
@@ -140,7 +140,7 @@ def test_a_plan_that_forgets_something_is_not_used(tmp_path: Path, kind: str, ke
     assert some
     for k in some[-1:] if kind == "Clip" else some:  # the first bounds settings of which nothing is said anyway
         contract.write(ARTEFACT.read_bytes(), manifest, tmp_path / "m.onnx", plan=without(content, k, kept))
-        assert not open_model(tmp_path / "m.onnx").planned, (k, content.graph.node[k].output)
+        assert not open_model(tmp_path / "m.onnx").optimised_graph, (k, content.graph.node[k].output)
 
 
 def test_a_network_that_someone_else_trains_has_its_plan_used(network: EngineHealth, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_network_that_someone_else_trains_has_its_plan_used(network: EngineHea
     contract.write(
         export_network(network, WINDOW), manifest_of(network), tmp_path / "m.onnx", plan=export_channel_major(network)
     )
-    assert open_model(tmp_path / "m.onnx").planned
+    assert open_model(tmp_path / "m.onnx").optimised_graph
 
 
 def test_an_export_with_a_plan_of_another_network_is_refused() -> None:
@@ -163,7 +163,7 @@ def test_an_export_with_a_plan_of_another_network_is_refused() -> None:
 
 def test_whether_it_is_used_is_told(service: Service) -> None:
     """`GET /v1/model` says so."""
-    assert service.client.get("/v1/model").json()["planned"] is True
+    assert service.client.get("/v1/model").json()["optimised_graph"] is True
 
 
 def renamed() -> bytes:

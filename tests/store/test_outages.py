@@ -89,7 +89,7 @@ def test_nobody_s_prediction_is_refused_for_a_locked_database(windows: Readings,
 
         with ThreadPoolExecutor(6) as pool:
             assert [None] * 6 == list(pool.map(ask, range(6)))
-        assert 6 == service.metrics()["engine_health_unremembered_total"]
+        assert 6 == service.metrics()["engine_health_predictions_not_stored_total"]
         other.execute("ROLLBACK")
         until(lambda: kept_id(service, windows, 9))
 
@@ -161,7 +161,7 @@ def test_a_database_that_says_nothing_is_given_up(windows: Readings, cluster: Po
             assert {(503, "the database does not answer: it has been silent for too long")} == {
                 (answer.status_code, answer.json()["detail"]) for answer in (told, looked)
             }
-            until(lambda: service.metrics()["engine_health_memory_up"] == 0)
+            until(lambda: service.metrics()["engine_health_store_up"] == 0)
         finally:
             cluster.pause(False)
         until(lambda: service.client.post("/v1/cycles", json=flight).status_code == 200)
@@ -190,8 +190,8 @@ def test_a_disk_that_is_really_full(
         refused = service.client.post("/v1/cycles", json=asked)
         assert 503 == refused.status_code
         assert kept_id(service, windows, 1) is None
-        until(lambda: service.metrics()["engine_health_memory_up"] == 0)
-        assert 1 <= service.metrics()["engine_health_unremembered_total"]
+        until(lambda: service.metrics()["engine_health_store_up"] == 0)
+        assert 1 <= service.metrics()["engine_health_predictions_not_stored_total"]
         ballast.unlink()
         until(lambda: service.client.post("/v1/cycles", json=asked).is_success)
         assert list(range(acknowledged + 20)) == [row["cycle"] for row in history(service, "full")]

@@ -128,7 +128,7 @@ def test_a_flight_told_again_after_a_prediction_has_its_own_answer(kept: Service
     assert between["logits"] != first["predictions"][0]["logits"]
     every = kept.client.get("/v1/engines/own?superseded=true").json()["history"]
     assert {first["predictions"][0]["prediction_id"]: False, between["prediction_id"]: True} == {
-        row["prediction_id"]: row["counts"] for row in every if row["cycle"] == 2
+        row["prediction_id"]: row["is_latest"] for row in every if row["cycle"] == 2
     }
 
 
@@ -362,7 +362,7 @@ def test_predicted_again_the_latest_counts(kept: Service, windows: Readings) -> 
     assert ids[-1:] == [row["prediction_id"] for row in history(kept, "again")]
     every = kept.client.get("/v1/engines/again?superseded=true").json()["history"]
     assert sorted(ids) == sorted(row["prediction_id"] for row in every)
-    assert [ids[-1]] == [row["prediction_id"] for row in every if row["counts"]]
+    assert [ids[-1]] == [row["prediction_id"] for row in every if row["is_latest"]]
 
 
 def test_what_if_is_not_remembered(kept: Service, windows: Readings) -> None:
@@ -409,7 +409,7 @@ def test_without_a_database_it_is_said(windows: Readings) -> None:
     """Stateless: predictions are answered as ever, and every call that needs memory is a 501 that says why."""
     with running(ENGINE_HEALTH_DATABASE_URL="") as service:
         assert service.predict([{"telemetry": windows[0].tolist(), "engine_id": "a", "cycle": 1}])
-        assert math.isnan(service.metrics()["engine_health_memory_up"])  # neither up nor down: no alert
+        assert math.isnan(service.metrics()["engine_health_store_up"])  # neither up nor down: no alert
         flight = {"engine_id": "a", "cycle": 1, "telemetry": windows[0][0].tolist()}
         asked = [
             service.client.post("/v1/cycles", json={"cycles": [flight]}),
@@ -485,10 +485,10 @@ def test_predictions_go_on_without_the_database(windows: Readings, tmp_path: Pat
             assert 503 == answer.status_code
             assert "locked" in answer.json()["detail"]
             assert int(answer.headers["retry-after"]) >= 1
-            until(lambda: service.metrics()["engine_health_memory_up"] == 0)
-            assert 1 == service.metrics()["engine_health_unremembered_total"]
+            until(lambda: service.metrics()["engine_health_store_up"] == 0)
+            assert 1 == service.metrics()["engine_health_predictions_not_stored_total"]
             other.execute("ROLLBACK")
-        until(lambda: service.metrics()["engine_health_memory_up"] == 1)
+        until(lambda: service.metrics()["engine_health_store_up"] == 1)
         assert service.predict([asked | {"cycle": 3}])["predictions"][0]["prediction_id"]
         assert [1, 3] == [row["cycle"] for row in history(service, "a")]
 
@@ -603,8 +603,8 @@ def test_sensors_are_told_of_flights_alone(kept: Service, windows: Readings, man
     assert {name for name in manifest.channel_names if name.startswith("sensor")} == {
         one["channel"] for one in told["channels"]
     }
-    distances = [abs(one["moved"]) for one in told["channels"]]
+    distances = [abs(one["shift"]) for one in told["channels"]]
     assert sorted(distances, reverse=True) == distances
-    assert distances[0] == pytest.approx(abs(np.mean(told["channels"][0]["away"][-10:])), abs=1e-4)
+    assert distances[0] == pytest.approx(abs(np.mean(told["channels"][0]["deviations"][-10:])), abs=1e-4)
     unflown = kept.client.get("/v1/engines/unflown", params={"sensors": True}).json()["sensors"]
     assert {"cycles": [], "channels": []} == unflown

@@ -126,7 +126,7 @@ class Calibration {
     const name = (one, k) => h("span", { class: "health" }, shape(level(k, classes.length)), h("span", { text: one.class }));
     refill(this.classes, h("h2", { text: "By class" }), h("p", { text: "How often each class was said to be and was, and how well it was found." }),
       table(["Class", ["Truths", "number"], ["Said", "number"], ["Seen", "number"], ["Found", "number"], ["Right when called", "number"], ["ECE", "number"]],
-        classes.map((one, k) => [name(one, k), number(one.n), percent(one.said), percent(one.seen), percent(one.recall), percent(one.precision), one.ece === null ? dash : one.ece.toFixed(3)]), "By class"));
+        classes.map((one, k) => [name(one, k), number(one.n), percent(one.mean_predicted), percent(one.mean_observed), percent(one.recall), percent(one.precision), one.ece === null ? dash : one.ece.toFixed(3)]), "By class"));
   }
 
   tellLabels({ labels }) {
@@ -170,7 +170,7 @@ class Calibration {
       const apply = h("button", { type: "button", class: "button first", text: `Apply ${fit.temperature.toFixed(4)}`, on: { click: () => this.change({ fit_id: fit.fit_id }, "Applied.") } });
       this.said.replaceChildren(h("div", { class: "note stack" },
         h("p", {}, h("b", { text: `Temperature ${fit.temperature.toFixed(4)}` }), ` from ${plural(fit.n, "truth")} of ${plural(fit.engines, "engine")}; in force is ${fit.active_temperature.toFixed(4)}.`),
-        h("p", { text: `On engines left out the loss goes from ${loss.before.toFixed(4)} to ${loss.after.toFixed(4)} nats. ${fit.sure ? "The whole interval is a gain." : "That may still be chance: the interval includes none."}` }),
+        h("p", { text: `On engines left out the loss goes from ${loss.before.toFixed(4)} to ${loss.after.toFixed(4)} nats. ${fit.significant ? "The whole interval is a gain." : "That may still be chance: the interval includes none."}` }),
         apply));
     });
   }
@@ -219,11 +219,11 @@ export function verdict(found) {
     const how = range[0] > 0 ? "surer than it is right" : "right more often than it says";
     return ["watch", `No alarm: ${both}`, `In these truths it is ${how}, beyond what this one look would give by chance. Proof that may be looked at every day needs more engines; wait, or fit a temperature below.${biased}`];
   }
-  const off = [...classes].sort((a, b) => Math.abs(b.said - b.seen) - Math.abs(a.said - a.seen))[0];
+  const off = [...classes].sort((a, b) => Math.abs(b.mean_predicted - b.mean_observed) - Math.abs(a.mean_predicted - a.mean_observed))[0];
   return {
     overconfident: ["bad", `Over-confident: ${both}`, `It is surer than it has reason to be. If sensors drifted, mend those first; else fit a temperature below.${biased}`],
     underconfident: ["watch", `Under-confident: ${both}`, `It is right more often than it says. A temperature fitted below sharpens it.${biased}`],
-    drifting: ["bad", `Drifting: ${off.class} said ${percent(off.said)}, seen ${percent(off.seen)}, ${plural(engines, "engine")}`, `Classes occur more or less often than the probabilities say, which no temperature mends. Look at the sensors below; then train again.${biased}`],
+    drifting: ["bad", `Drifting: ${off.class} said ${percent(off.mean_predicted)}, seen ${percent(off.mean_observed)}, ${plural(engines, "engine")}`, `Classes occur more or less often than the probabilities say, which no temperature mends. Look at the sensors below; then train again.${biased}`],
     calibrated: ["good", `Calibrated: ${both}`, `What it says and what happens differ by no more than chance among so many engines.${biased}`],
     insufficient_data: ["watch", `Too few truths to tell: ${engines} of ${evidence.engines_needed} engines`, "Record how engines ended or what inspections found, on an engine's page or with /v1/outcomes and /v1/labels. Drift below needs no truth."],
   }[found.state];

@@ -151,23 +151,23 @@ class Engine {
       return;
     }
     const described = Object.fromEntries(this.model.channels.map((one) => [one.name, one]));
-    const widest = Math.max(1, ...channels.map((one) => Math.abs(one.moved)));
+    const widest = Math.max(1, ...channels.map((one) => Math.abs(one.shift)));
     this.picked ??= channels[0].channel;
     const bar = (moved) => h("div", { class: "sensor-bar", "aria-hidden": "true" }, h("i", { style: { width: `${(50 * Math.abs(moved)) / widest}%`, [moved < 0 ? "right" : "left"]: "50%" } }));
     const rows = channels.slice(0, 7).map((one) => [
       h("div", {}, h("button", { type: "button", class: "pick", "aria-pressed": String(one.channel === this.picked), text: one.channel.replace("sensor_", "sensor "), on: { click: () => this.pick(one.channel) } }),
-        h("div", { class: "muted small", text: described[one.channel]?.description ?? "" })), bar(one.moved), signed(one.moved, 2)]);
+        h("div", { class: "muted small", text: described[one.channel]?.description ?? "" })), bar(one.shift), signed(one.shift, 2)]);
     refill(this.sensors, table(["Sensor", "Away from usual", ["Moved", "number"]], rows, "Sensors that moved most"));
     const of = channels.find((one) => one.channel === this.picked) ?? channels[0];
     const about = described[of.channel];
     say(this.awayTitle, `${of.channel.replace("sensor_", "Sensor ")} over time`);
     say(this.awayAbout, `${about?.description ?? ""}. Standard deviations from what is usual.`.replace(/^\. /, ""));
-    const smooth = of.away.map((_, i) => { const part = of.away.slice(Math.max(0, i - 9), i + 1); return part.reduce((a, b) => a + b, 0) / part.length; });
+    const smooth = of.deviations.map((_, i) => { const part = of.deviations.slice(Math.max(0, i - 9), i + 1); return part.reduce((a, b) => a + b, 0) / part.length; });
     this.away.draw((c) => ({
-      traces: [{ x: cycles, y: of.away, name: "each flight", mode: "markers", marker: { size: 4, color: faded(c.accent, 0.45) }, hovertemplate: "%{y:.2f}" },
+      traces: [{ x: cycles, y: of.deviations, name: "each flight", mode: "markers", marker: { size: 4, color: faded(c.accent, 0.45) }, hovertemplate: "%{y:.2f}" },
         { x: cycles, y: smooth, name: "mean of ten", mode: "lines", line: { color: c.accent, width: 2 }, hovertemplate: "%{y:.2f}" }],
       layout: { xaxis: { title: { text: "cycle" } }, yaxis: { title: { text: "deviations" }, zeroline: true, zerolinecolor: c["line-strong"] } },
-    }), () => ({ titles: ["Cycle", ["Deviations", "number"], ["Mean of ten", "number"]], rows: cycles.map((cycle, i) => [number(cycle), signed(of.away[i], 2), signed(smooth[i], 2)]) }));
+    }), () => ({ titles: ["Cycle", ["Deviations", "number"], ["Mean of ten", "number"]], rows: cycles.map((cycle, i) => [number(cycle), signed(of.deviations[i], 2), signed(smooth[i], 2)]) }));
   }
 
   pick(channel) {
