@@ -29,7 +29,10 @@ def prediction_rows(
     write = _row_writer(model.manifest.classes)
     parts: list[tuple[bytes, bytes]] = []
     for piece in found.pieces:
-        parts += piece.output.cached(write)[piece.begin : piece.end]
+        texts = piece.output.derived.get(write)
+        if texts is None:
+            texts = piece.output.derived[write] = write(piece.output.answers)
+        parts += texts[piece.begin : piece.end]
     losses = None if found.loss is None else _number_texts([found.loss[:, None]])
     rows = []
     for i, (instance, (health, sets)) in enumerate(zip(instances, parts, strict=True)):

@@ -21,6 +21,7 @@ class DriftBins:
         self._columns = [k for k, name in enumerate(names) if name in reference]
         self.channels = tuple(names[k] for k in self._columns)
         self._edges = [reference[name].edges for name in self.channels]
+        self.columns = list(zip(self._columns, self._edges, strict=True))  # index and bin edges of each channel
         self.widths = {name: len(edges) + 1 for name, edges in zip(self.channels, self._edges, strict=True)}
         self._padded_edges = np.full((len(self.channels), max(map(len, self._edges), default=0)), np.nan)
         for row, edges in zip(self._padded_edges, self._edges, strict=True):
@@ -39,4 +40,4 @@ class DriftBins:
     def bins_of_one(self, newest: Readings) -> list[int]:
         """Return the same for a single reading (all channels,), without arrays: faster for one."""
         values = newest.tolist()
-        return [bisect_left(edges, values[k]) for k, edges in zip(self._columns, self._edges, strict=True)]
+        return [bisect_left(edges, values[k]) for k, edges in self.columns]

@@ -1,5 +1,6 @@
 """Metrics of inference: what the batcher reports of each batch and request. Independent of HTTP and of the queue."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
@@ -46,11 +47,14 @@ class BatchObserver:
         if not finite:
             which = np.flatnonzero(predictions.finite)
             newest, predictions = newest[which], select_rows(predictions, which)
+        single: list[int] = []
+        if len(newest) == 1:  # binned and counted one by one, which is faster for one
+            values = newest[0].tolist()
+            for column, edges in self._bins.columns:
+                single.append(bisect_left(edges, values[column]))
         confidence = predictions.probabilities.max(axis=1)
         self._metrics.answers(self._series, predictions.logits.argmax(axis=1), confidence, predictions.expected_loss)
-        if not self._bins.channels:
-            return
-        if len(newest) == 1:  # binned and counted one by one, which is faster for one
-            self._metrics.input(self._series, self._bins.bins_of_one(newest[0]))
-        else:
+        if single:
+            self._metrics.input(self._series, single)
+        elif self._bins.channels:
             self._metrics.inputs(self._series, self._bins.bins(newest))

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct, field
 
 from model import numerics
 from model.evaluation import conformal
@@ -17,7 +18,6 @@ from service.inference.onnx_model import Batch, Model, Outputs
 from service.metrics import Labelled
 
 Mask = npt.NDArray[np.bool_]
-Derived = TypeVar("Derived")
 
 
 class Predictions(NamedTuple):
@@ -31,20 +31,21 @@ class Predictions(NamedTuple):
     finite: Mask  # (N,): whether the output is finite; if not, the other columns are meaningless
 
 
-class BatchPredictions:
-    """The predictions of one batch, and values derived from them once for all callers of the batch."""
+class BatchPredictions(Struct, gc=False):
+    """The predictions of one batch, and values derived from them once for all requests of the batch.
 
-    __slots__ = ("_derived", "answers", "finite")
+    `derived` holds each value under the function that computed it. Two threads may compute it twice, to equal results.
+    A Struct, because its constructor enters no Python frame.
+    """
 
-    def __init__(self, answers: Predictions) -> None:
-        self.answers, self.finite = answers, bool(answers.finite.all())
-        self._derived: dict[Any, Any] = {}
+    answers: Predictions
+    finite: bool
+    derived: dict[Callable[[Predictions], Any], Any] = field(default_factory=dict)
 
-    def cached(self, derive: Callable[[Predictions], Derived]) -> Derived:
-        """Return `derive` of the predictions. Callers in several threads may compute it twice, with equal results."""
-        if derive not in self._derived:
-            self._derived[derive] = derive(self.answers)
-        return self._derived[derive]  # type: ignore[no-any-return]  # the cache holds values of any type
+    @classmethod
+    def of(cls, answers: Predictions) -> "BatchPredictions":
+        """Return these predictions as one batch."""
+        return cls(answers, bool(answers.finite.all()))
 
 
 PredictionSlices = Sequence[BatchSlice[BatchPredictions]]
@@ -134,7 +135,7 @@ def concatenate_slices(slices: PredictionSlices) -> Predictions:
 
 def as_slices(answers: Predictions) -> PredictionSlices:
     """Return predictions as one slice."""
-    return [BatchSlice(BatchPredictions(answers), 0, len(answers.logits))]
+    return [BatchSlice(BatchPredictions.of(answers), 0, len(answers.logits))]
 
 
 def concatenate_predictions(parts: Sequence[Predictions]) -> Predictions:

@@ -137,7 +137,8 @@ class Predictor:
     def _run(self, rows: Rows) -> BatchPredictions:
         if not rows.flags.aligned:  # a tensor that follows a header of any length
             rows = rows.copy()
-        return BatchPredictions(calibrate_outputs(self.model, self.model.run(rows), self.temperature))
+        predictions = calibrate_outputs(self.model, self.model.run(rows), self.temperature)
+        return BatchPredictions(predictions, bool(predictions.finite.all()))
 
 
 def _evaluate(labelled: Labelled) -> Evaluation:

@@ -209,7 +209,7 @@ class FlightRound:
         logits = np.frombuffer(b"".join([row.logits for row in rows]), np.float32).reshape(len(rows), -1)
         rul = None if rows[0].rul is None else np.array([row.rul for row in rows], np.float32)
         finite = np.ones(len(rows), np.bool_)
-        found = BatchPredictions(calibrate(self.predictor.model, logits, rul, finite, self.predictor.temperature))
+        found = BatchPredictions.of(calibrate(self.predictor.model, logits, rul, finite, self.predictor.temperature))
         return {key: (row, BatchSlice(found, k, k + 1)) for k, (key, row) in enumerate(stored.items())}
 
 

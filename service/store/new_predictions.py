@@ -47,7 +47,10 @@ def new_predictions(
         if named.engine_id is not None:
             which.append(i)  # a comprehension is a frame of every request
     for piece in prediction.pieces:
-        values += piece.output.cached(_values)[piece.begin : piece.end]
+        stored = piece.output.derived.get(_values)
+        if stored is None:
+            stored = piece.output.derived[_values] = _values(piece.output.answers)
+        values += stored[piece.begin : piece.end]
     inputs = _inputs(predictor, telemetry, which)
     labelled = None if targets is None else ~np.isnan(targets[:, 0])
     made = []
