@@ -7,7 +7,7 @@ PIP := -m pip --disable-pip-version-check --quiet
 CMAPSS_URL ?= https://phm-datasets.s3.amazonaws.com/NASA/6.+Turbofan+Engine+Degradation+Simulation+Data+Set.zip
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo test test-unit check format train export evaluate fleet study fuzz kills bench bench-peers bench-score bench-monitor \
+.PHONY: help serve demo test test-unit check format train export evaluate fleet study fuzz kills bench bench-hooks bench-peers bench-score bench-monitor \
 	bench-console kills-score endurance faults soak scaling data docs trace screenshots lock clean
 
 help:                            ## list the commands
@@ -76,6 +76,9 @@ fuzz: $(DEV)/ready              ## five thousand requests and more, generated fr
 
 bench: $(DEV)/ready              ## the README's performance table: against a bare route and ONNX Runtime alone
 	$(BIN)/python -m benchmarks.serving
+
+bench-hooks: $(DEV)/ready        ## the gain of each private hook of the server, with it and without it; ten minutes
+	$(BIN)/python -m benchmarks.hooks
 
 kills: $(DEV)/ready             ## kill -9 a hundred times while truths are told, on SQLite and PostgreSQL; five minutes
 	$(BIN)/python -m benchmarks.kills
