@@ -255,6 +255,7 @@ def test_a_slow_client_is_sent_away(windows: Readings) -> None:
             assert b"431" in wordy.recv(4096)
 
 
+@pytest.mark.slow
 def test_live_while_a_large_body_is_read(service: Service, windows: Readings) -> None:
     """/livez goes on being answered while 30 MB are parsed and scored."""
     rows = windows[0].tolist()

@@ -91,6 +91,7 @@ def test_a_gzip_body_is_inflated_and_never_beyond_the_limit(service: Service, wi
     assert 415 == answer.status_code
 
 
+@pytest.mark.slow
 def test_a_gzip_body_of_very_many_members_is_refused_soon(service: Service) -> None:
     """Members that hold nothing cost their bytes once: 32 MiB of them are a 413, as are more than anybody needs."""
     headers, empty = JSON | {"Content-Encoding": "gzip"}, gzip.compress(b"")

@@ -354,6 +354,7 @@ def bombs() -> dict[str, tuple[bytes, int]]:
     }
 
 
+@pytest.mark.slow
 def test_small_streams_that_ask_for_much_get_nothing(windows: Readings) -> None:
     """Bombs of every kind are refused at little cost: memory hardly grows, and the next stream is answered."""
     with running() as fresh:

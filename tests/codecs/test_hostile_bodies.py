@@ -43,6 +43,7 @@ def model() -> Model:
     return open_model(ARTEFACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "told"),
     [

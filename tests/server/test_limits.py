@@ -48,6 +48,7 @@ def heard(connection: socket.socket) -> bytes:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "begin", "value", "end", "most"),
     [
@@ -122,6 +123,7 @@ def test_bodies_held_at_once_have_a_limit_together(windows: Readings) -> None:
             assert 200 == tight.client.post("/v1/predict", content=body.ljust(3_000_000), headers=JSON).status_code
 
 
+@pytest.mark.slow
 def test_memory_is_what_it_was_after_bodies_that_are_refused() -> None:
     """Bodies over the limit, of very many chunks, or inflated beyond the limit leave nothing behind."""
     tiny = b"1\r\n[\r\n" * 100_000 + b"0\r\n\r\n"
@@ -205,6 +207,7 @@ def test_requests_in_flight_when_told_to_stop_are_answered(windows: Readings) ->
         assert 0 == service.process.wait(timeout=20)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_replaced_is_forgotten(tmp_path: Path, windows: Readings) -> None:
     """Reload after reload the service holds one model, and large requests that were being read are answered."""
     path = tmp_path / "model.onnx"
@@ -252,6 +255,7 @@ def test_restarted_workers_leave_nothing_behind_and_nobody_alone(windows: Readin
         assert len({path.name.rpartition("_")[2] for path in folder.glob("*.db")}) <= 2
 
 
+@pytest.mark.slow
 def test_requests_of_any_size_leave_memory_and_descriptors_alone(service: Service, windows: Readings) -> None:
     """After many requests of random size the service holds what it held before, and has as many files open."""
     chance = random.Random(0)

@@ -34,6 +34,7 @@ def held(fixed: bool, **environment: str) -> float:
     return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these limits")
 def test_large_blocks_go_back_to_the_machine() -> None:
     """What is freed is not held between what is not; glibc by itself would hold it, and who tunes it is left alone."""
@@ -57,6 +58,7 @@ print(before - held, held - resident(), sum(block.sum(dtype=int) for block in bl
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these limits")
 def test_holes_are_given_back() -> None:
     """Of 100 MiB between what stays nothing is held once the heap is tidied, but by who tunes it."""

@@ -150,6 +150,7 @@ def test_two_lengths_are_no_request(service: Service) -> None:
         assert 400 == hear(ear)[0]
 
 
+@pytest.mark.slow
 def test_clients_that_leave_within_large_bodies_leave_nothing_behind() -> None:
     """However many come together and hang up, no memory but that of one body stays."""
     most = HEAD + b"Content-Length: %d\r\n\r\n" % MAX_SPARE_BYTES + bytes(MAX_SPARE_BYTES - 1)
