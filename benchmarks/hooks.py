@@ -24,7 +24,6 @@ from benchmarks.load import CLIENT_CORE, JSON_HEADERS, SERVER_CORE
 from benchmarks.peers import BUILD, CONNECTIONS, INFER, ROOT, ROWS, unfailing
 from benchmarks.serving import resident
 
-EVALUATE = json.dumps({"logits": [[1.0, 2.0, 0.5]], "labels": [1]}).encode()
 MANY_CONNECTIONS = 1000
 
 
@@ -57,11 +56,6 @@ def thousand_windows(server: Server, seconds: float) -> float:
     return _rate(INFER, body, headers, 1)(server, seconds)
 
 
-def evaluations(server: Server, seconds: float) -> float:
-    """Requests/s of /v1/evaluate, whose response is sent as ASGI messages, at 64 connections."""
-    return _rate("/v1/evaluate", EVALUATE, JSON_HEADERS, CONNECTIONS)(server, seconds)
-
-
 def crowd(server: Server, seconds: float) -> float:
     """The inverse of p99 in seconds of one window at 1,000 connections; refusals count as responses."""
     body = load.predict_json(load.windows(1))
@@ -80,12 +74,6 @@ def _patch(target: object, **values: Any) -> None:
     """Replace attributes of a module or class."""
     for name, value in values.items():
         setattr(target, name, value)
-
-
-def _without_coalescing() -> None:
-    from service.server import protocol
-
-    _patch(protocol, CoalescingTransport=lambda transport, _loop: transport)
 
 
 def _without_direct_writes() -> None:
@@ -168,7 +156,6 @@ class Hook(NamedTuple):
 
 
 HOOKS = {
-    "server.protocol.CoalescingTransport": Hook(evaluations, _without_coalescing),
     "server.direct.DirectExchange (write)": Hook(single_window, _without_direct_writes),
     "server.upload.BodyUpload": Hook(thousand_windows, _without_uploads),
     "server.body_budget (reused buffer)": Hook(thousand_windows, _without_spare_buffer),

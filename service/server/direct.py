@@ -85,7 +85,7 @@ class DirectExchange(Struct, eq=False):  # constructed in C
             cycle.keep_alive = False
         elif not cycle.keep_alive:
             headers.append(CLOSE)
-        cycle.transport.writelines([response.encode_http1(headers)])
+        cycle.transport.write(response.encode_http1(headers))
         if not cycle.keep_alive:
             cycle.transport.close()
         cycle.on_response()

@@ -3,14 +3,11 @@
 Independent of routes; the application defines the responses to malformed requests.
 """
 
-import asyncio
-from collections.abc import Iterable
 from math import inf
 from typing import Any, ClassVar
 from weakref import ref
 
 import httptools
-from msgspec import Struct
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -25,43 +22,6 @@ class _DiscardTrailers(list[tuple[bytes, bytes]]):
 
     def append(self, _: tuple[bytes, bytes]) -> None:
         """Discard a trailer."""
-
-
-class CoalescingTransport(Struct, eq=False):  # constructed in C
-    """The transport of one response. Its head waits for its body, so that both are sent in one system call."""
-
-    transport: asyncio.Transport
-    loop: asyncio.AbstractEventLoop
-    head: bytes = b""
-    started: bool = False
-
-    def write(self, data: bytes) -> None:
-        """Write data. The first piece waits for the second, at most one turn of the event loop."""
-        if self.started:
-            self.transport.write(self.head + data if self.head else data)
-            self.head = b""
-        else:
-            self.head, self.started = data, True
-            self.loop.call_soon(self._flush)
-
-    def writelines(self, data: Iterable[bytes]) -> None:
-        """Write a complete response immediately, behind a waiting `100 Continue`."""
-        self.transport.write(b"".join((self.head, *data)))
-        self.head, self.started = b"", True
-
-    def close(self) -> None:
-        """Write what waits, and close the connection."""
-        self._flush()
-        self.transport.close()
-
-    def is_closing(self) -> bool:
-        """Return whether the connection is closing."""
-        return self.transport.is_closing()
-
-    def _flush(self) -> None:
-        if self.head:
-            self.transport.write(self.head)
-            self.head = b""
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -129,7 +89,6 @@ class BoundedProtocol(HttpToolsProtocol):
         self._reading_head, self._non_body_bytes = False, 0
         super().on_headers_complete()
         self.cycle.scope[CONTEXT] = RequestContext(DirectExchange(self, ref(self.cycle)))  # type: ignore[literal-required]  # our own key
-        self.cycle.transport = CoalescingTransport(self.transport, self.loop)  # type: ignore[assignment]  # has the methods that it uses
         self.headers = _NO_TRAILERS
 
     def on_body(self, body: bytes) -> None:
