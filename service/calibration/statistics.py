@@ -77,7 +77,7 @@ def calibration(
     Raises:
         ValueError: logits or temperatures out of range, or a label that is no distribution.
     """
-    z = numerics.scaled_rows(np.asfortranarray(rows.logits), rows.temperature)  # as in report.labelled
+    z = numerics.scaled_rows(np.asfortranarray(rows.logits), rows.temperature)  # as in calibration_report.measure_rows
     if z.shape[1] != len(classes) or not (abs(z) <= MAX_SCALED).all():
         raise ValueError(f"logits of shape {z.shape} are too many or too large for {len(classes)} classes")
     known: Mask = ~np.isnan(rows.label[:, 0])
@@ -148,7 +148,7 @@ def drift(
 ) -> Json:
     """PSI, its noise and Jensen-Shannon of confidence, entropy and each channel, against the manifest's reference.
 
-    Counts are per bin of the reference (`drift.counts_of`). A histogram that the reference lacks is null.
+    Counts are per bin of the reference (`drift.count_bins`). A histogram that the reference lacks is null.
 
     Raises:
         ValueError: counts that do not fit the bins, or a channel that the reference does not know.

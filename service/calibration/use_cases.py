@@ -19,7 +19,7 @@ from service.errors import Conflict, Fault, InvalidInput
 from service.ids import prediction_ids
 from service.inference.onnx_model import Model
 from service.inference.predictor import Predictor
-from service.store.records import ActiveTemperature, CountedPredictions, TemperatureChange, TemperatureFit
+from service.store.records import ActiveTemperature, CountedPredictions, StoredFit, TemperatureChange
 from service.store.store import Store
 
 _WINDOW = re.compile(r"([1-9][0-9]{0,8})([smhdw])")
@@ -103,7 +103,7 @@ async def fit(store: Store, predictor: Predictor, window: str | None) -> dict[st
             "ece": _change(fitted.ece),
         },
     }
-    stored = TemperatureFit(name, model.digest, model.manifest, now, fitted.temperature, result)
+    stored = StoredFit(name, model.digest, model.manifest, now, fitted.temperature, result)
     await store.save_fit(stored)
     return result
 

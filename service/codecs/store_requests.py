@@ -128,10 +128,10 @@ def encode_cursor(risk: float, engine_id: str) -> str:
 
 
 def decode_cursor(text: str) -> tuple[float, str]:
-    """As `write_cursor` wrote it.
+    """Decode a cursor that `encode_cursor` wrote.
 
     Raises:
-        InvalidInput: somebody else did.
+        InvalidInput: it is not such a cursor.
     """
     try:
         if len(text) > CURSOR_BYTES:

@@ -72,7 +72,7 @@ class Layout:
         """The rows of a file, those that are rejected, and the fraction of the file that is read with them.
 
         Raises:
-            InvalidInput: as `reading.chunks`.
+            InvalidInput: as `readers.chunks`.
         """
         text = source.kind == "cmapss"
         engine = COLUMNS[0] if text else self.options.engine_column

@@ -107,7 +107,7 @@ class CountedPredictions(NamedTuple):
     feature_bins: bytes  # the reference bins of all predictions that have them, one behind another
 
 
-class TemperatureFit(NamedTuple):
+class StoredFit(NamedTuple):
     """A fit that is kept; `result` is what was answered, `created_at` in seconds since 1970."""
 
     id: str

@@ -33,8 +33,8 @@ from service.store.records import (
     LabelSubmission,
     OutcomeResult,
     StoredChange,
+    StoredFit,
     TemperatureChange,
-    TemperatureFit,
 )
 from service.store.sql import labels, predictions, queries, retention, temperatures
 from service.store.sql.database import Database
@@ -125,7 +125,7 @@ class Store:
         """Every prediction of one model that counts, made since some time in seconds since 1970; None for all."""
         return await self._database.read(lambda connection: queries.counted(connection, digest, classes, since))
 
-    async def save_fit(self, fit: TemperatureFit) -> None:
+    async def save_fit(self, fit: StoredFit) -> None:
         """Store a fitted temperature; nothing is applied."""
         await self._database.write(self._store_fits, fit)
 

@@ -266,6 +266,7 @@ DEPENDENT: dict[str, Callable[[Random], Stream]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DEPENDENT)
 def test_looking_after_every_label_raises_no_false_alarm(kind: str) -> None:
     """Of sixty calibrated streams at most eight ever alarm: at 5 % more than eight come once in three hundred."""

@@ -68,6 +68,7 @@ def test_nothing_but_brackets_takes_no_memory_to_speak_of(form: bytes, told: str
     assert float(grown) < 150  # MiB; as objects they would take 270
 
 
+@pytest.mark.slow
 def test_what_is_wrong_far_behind_is_named_by_its_place(model: Model) -> None:
     """A wrong value and a short row some megabytes into a history are told by their row and channel."""
     rows = np.random.default_rng(0).normal(500, 1, (20_000, CHANNELS)).tolist()
@@ -80,6 +81,7 @@ def test_what_is_wrong_far_behind_is_named_by_its_place(model: Model) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_wrong_logits_far_behind_are_named_by_their_place() -> None:
     """The same of logits."""
     rows = np.random.default_rng(0).normal(0, 1, (200_000, 3)).tolist()

@@ -136,6 +136,7 @@ def test_plain_bodies_are_read_in_one_pass(model: Model) -> None:
         decode_predict(body, model, 3)
 
 
+@pytest.mark.slow
 def test_a_large_body_is_decoded_in_one_pass(model: Model) -> None:
     """A plain body of several MiB, which is split behind instances, is what the schemas make of it; also as a view."""
     rows = np.random.default_rng(0).normal(500, 100, (WINDOW, CHANNELS)).round(3).tolist()

@@ -36,6 +36,7 @@ pytestmark = pytest.mark.usefixtures("each_parser")
 ROWS = np.random.default_rng(0).normal(500, 100, (PARSE_BYTES // 10, 3)).round(3)
 
 
+@pytest.mark.slow
 def test_long_tables_are_what_short_ones_are() -> None:
     """Rows read in pieces are the rows; by rows, by columns, flat or nested."""
     rows = json.dumps(ROWS.tolist()).encode()
@@ -53,6 +54,7 @@ def test_long_tables_are_what_short_ones_are() -> None:
         assert np.array_equal(ROWS.ravel(), flat)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [0, len(ROWS) // 2, len(ROWS) - 1])
 @pytest.mark.parametrize("wrong", ["x", "1]", "[1]", "1,", "null", "true", '"1"', "1 2"])
 def test_a_wrong_value_anywhere_in_a_long_table_is_seen(place: int, wrong: str) -> None:

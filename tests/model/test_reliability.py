@@ -61,6 +61,7 @@ def test_brier_parts_add_up(seed: int, classes: int, rows: int, soft: bool) -> N
     assert min(found.reliability, found.resolution, found.uncertainty) >= 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharpness", [1.0, 1.5, 2.5])
 @pytest.mark.parametrize("kind", ["rows", "engines"])
 def test_the_interval_of_ece_holds_the_truth(sharpness: float, kind: str) -> None:

@@ -38,6 +38,7 @@ def real(subsets: dict[str, list[cmapss.History]]) -> list[cmapss.History]:
     return subsets[SUBSET]
 
 
+@pytest.mark.slow
 def test_the_committed_model_finds_simulated_engines_plausible(
     simulated: list[cmapss.History], manifest: Manifest
 ) -> None:

@@ -54,6 +54,7 @@ def test_empty_inputs_fail() -> None:
         supported_versions("[project]\n")
 
 
+@pytest.mark.slow
 def test_every_package_without_wheel_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pip finds wheels of the version, stable ABI and pure Python; all packages that lack one are named."""
     write_wheel(tmp_path, "compiled", "cp312-cp312-manylinux_2_28_x86_64")

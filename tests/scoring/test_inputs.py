@@ -18,6 +18,8 @@ from service.scoring import readers
 from service.scoring.sources import input_contains
 from tests.support.scoring import flights, read, rejected, score, write
 
+pytestmark = pytest.mark.slow  # whole scoring jobs in this process
+
 ROW = 5  # where something is wrong
 
 

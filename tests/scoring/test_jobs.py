@@ -26,6 +26,8 @@ from service.scoring.progress import Progress
 from tests.support.processes import absent, start
 from tests.support.scoring import flights, read, rejected, score, write
 
+pytestmark = pytest.mark.slow  # whole scoring jobs in this process
+
 PART = "1500"  # rows of a part: many of them in a file that is scored in seconds
 OUTPUTS = ("out.parquet", "out.csv", "out")
 KILLS = {"out.parquet": 2, "out.csv": 1, "out": 1}  # `make kills-score` kills twenty times

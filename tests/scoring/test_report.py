@@ -12,6 +12,8 @@ from model.windows import Readings
 from tests.support.processes import running
 from tests.support.scoring import flights, probabilities, read, score, write
 
+pytestmark = pytest.mark.slow  # whole scoring jobs in this process
+
 OF_TIME = ("window", "labels", "model", "temperature_source")  # what a file has no word on, or says in other ones
 
 

@@ -24,6 +24,8 @@ from model.windows import Readings, every_window
 from tests.support.processes import Service
 from tests.support.scoring import FORMS, flights, probabilities, read, score, write
 
+pytestmark = pytest.mark.slow  # whole scoring jobs in this process
+
 RUL_UNITS = 100  # cycles to logits
 
 

@@ -149,6 +149,7 @@ def as_clients_tell(events: list[Step]) -> list[Step]:
     return steps
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.lists(EVENTS, min_size=3, max_size=25), st.data())
 def test_truths_join_in_any_order(

@@ -1,7 +1,7 @@
 """Which marker a test has: derived from what it uses, so that no test is forgotten.
 
-`browser` needs Chromium, `service` starts a process or a database, `slow` is marked where it is written (long runs, and
-thresholds of time or memory). Everything else is `unit`, and runs in one process without a socket to another.
+`browser` needs Chromium, `service` starts a process or a database. `slow` reads C-MAPSS, uses torch, or is marked where
+it is written (long runs, and thresholds of time or memory). Everything else is `unit`, and runs in one process.
 """
 
 import inspect
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 PROCESSES = frozenset(
-    {"running", "start", "served", "postgres", "serving", "watched", "connected", "Popen", "check_output"}
+    {"running", "start", "served", "postgres", "serving", "watched", "connected", "recorded", "Popen", "check_output"}
 )
 PROCESSES_OF_SUBPROCESS = frozenset({"run", "check_call"})
 MARKERS = ("browser", "slow", "service", "unit")
@@ -22,7 +22,7 @@ def marker_of(item: pytest.Function) -> str:
     """Return the one marker of a test: the first of MARKERS that applies."""
     if "browser" in item.fixturenames:
         return "browser"
-    if item.get_closest_marker("slow"):
+    if item.get_closest_marker("slow") or "cmapss_dir" in item.fixturenames or "torch" in vars(item.module):
         return "slow"
     fixtures = [d.func for defs in item._fixtureinfo.name2fixturedefs.values() for d in defs]
     return "service" if any(starts_process(function, set()) for function in (item.function, *fixtures)) else "unit"

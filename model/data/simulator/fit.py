@@ -152,7 +152,7 @@ def _count_decimals(rows: Floats) -> Integers:
 
 
 def main() -> None:
-    """Write the statistics of the training engines to model/fleet.json."""
+    """Write the statistics of the training engines to model/data/simulator/fleet.json."""
     try:
         subsets = {name: cmapss.read_train(cmapss.data_folder(), name) for name in cmapss.SUBSETS}
     except DataError as error:

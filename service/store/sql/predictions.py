@@ -88,7 +88,7 @@ def record_predictions(
 def add_predictions(
     session: WriteSession, connection: Connection, items: Sequence[PredictionWrite], by_name: dict[str, EngineRow]
 ) -> PredictionWriteResult:
-    """As `remember`, of engines that are locked already and are kept by the caller."""
+    """Store predictions of engines that are locked already. The caller updates the engines."""
     every = list[tuple[PredictionWrite, StoredModel, NewPrediction]]()
     last, labelled = dict[tuple[str, int | None], str](), False  # the latest of those that come together
     for item in items:

@@ -74,7 +74,7 @@ predictions = _table(
     ),  # the reference bin of each channel's newest reading, a byte each
     Column("counts", Boolean, key="is_latest", nullable=False),  # the latest of its engine and cycle
     Column("label", LargeBinary),  # the truth that joined it
-    Column("source", Integer),  # of that truth, see `truth.Source`
+    Column("source", Integer),  # of that truth, see `labelling.LabelSource`
     Column("labelled", Real),  # when the truth joined
     Column("flight", Boolean, key="from_flight"),  # made for a flight that was told; unknown of what older code kept
     clustered=True,

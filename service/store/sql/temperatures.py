@@ -7,12 +7,12 @@ from typing import Any
 from sqlalchemy import Connection, Row, insert, select
 
 from service.errors import Conflict, NotFound
-from service.store.records import ActiveTemperature, TemperatureChange, TemperatureFit
+from service.store.records import ActiveTemperature, StoredFit, TemperatureChange
 from service.store.sql.session import WriteSession
 from service.store.sql.tables import fits, models, temperatures
 
 
-def store_fits(session: WriteSession, connection: Connection, items: Sequence[TemperatureFit]) -> list[None]:
+def store_fits(session: WriteSession, connection: Connection, items: Sequence[StoredFit]) -> list[None]:
     """Keep fits."""
     for item in items:
         model = session.stored_model(connection, item.digest, item.manifest).id
