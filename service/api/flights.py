@@ -1,7 +1,5 @@
 """The route of /v1/cycles: store flights and predict the health of their engines."""
 
-from functools import partial
-
 from fastapi import APIRouter, Request, Response
 
 from service.api.offload import LARGE_BODY, LARGE_RESPONSE, Offloader
@@ -34,7 +32,7 @@ def build_endpoint(lifecycle: Lifecycle, offloader: Offloader) -> Endpoint:
             flights = await offloader.run(lambda: store_requests.decode_flights(body, model, most))
         else:
             flights = store_requests.decode_flights(body, model, most)
-        recorded = await store.record_flights(predictor, flights, partial(getattr, context, "disconnected"))
+        recorded = await store.record_flights(predictor, flights)
         if len(flights) * len(model.manifest.classes) > LARGE_RESPONSE:
             document = await offloader.run(lambda: store_json.cycles_json(predictor, flights, recorded))
         else:

@@ -8,11 +8,11 @@ processes and retention make a tail stale. Runs in the event loop.
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from service.errors import ClientDisconnected, Overloaded, StoreUnavailable
+from service.errors import Overloaded, StoreUnavailable
 from service.inference.predictor import Predictor
 from service.store.flight_rounds import FlightRequest, FlightRound, NewFlight, RecordedFlights
 from service.store.label_accounting import LabelAccounting
@@ -68,21 +68,18 @@ class FlightRecorder:
         self._reserved: set[str] = set()  # engines of waiting requests
         self._rounds: set[asyncio.Task[None]] = set()  # of requests that have waited
 
-    async def record(
-        self, predictor: Predictor, flights: Sequence[NewFlight], gone: Callable[[], bool] = lambda: False
-    ) -> RecordedFlights:
-        """Store flights and their predictions, all of them or none.
+    async def record(self, predictor: Predictor, flights: Sequence[NewFlight]) -> RecordedFlights:
+        """Store flights and their predictions, all of them or none, even if the client has left meanwhile.
 
         Raises:
             InvalidInput: the output of the network is not finite for some readings; nothing was stored.
             Conflict: flights with other channels are stored for an engine; nothing was stored.
             StoreUnavailable: nothing was stored.
             Overloaded: nothing was stored.
-            ClientDisconnected: the client disconnected before its flights were predicted.
         """
         if not self._database.up:  # it is tried before anything is predicted
             await self._database.write(_nothing, None)
-        request = FlightRequest(predictor, flights, gone)
+        request = FlightRequest(predictor, flights)
         engines = request.engines
         if not (self._busy.isdisjoint(engines) and self._reserved.isdisjoint(engines)):
             return await self._wait(request)
@@ -120,9 +117,7 @@ class FlightRecorder:
             request, done, since = one
             if done.done():  # the caller was cancelled
                 continue
-            if request.gone():
-                done.set_exception(ClientDisconnected("the client left before its flights were predicted"))
-            elif since < late:
+            if since < late:
                 detail = f"waited {self._max_seconds:g} s for other requests of the same engine"
                 done.set_exception(Overloaded(detail, self._max_seconds))
             elif (

@@ -5,7 +5,7 @@ windows in one call. Each request has the outcomes that it would have if the req
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -53,12 +53,12 @@ class RecordedFlights(NamedTuple):
 
 
 class FlightRequest:
-    """The flights of one caller. `engines` has the lowest cycle of each engine; `gone` tells of a disconnection."""
+    """The flights of one caller. `engines` has the lowest cycle of each engine."""
 
-    __slots__ = ("engines", "flights", "gone", "outcomes", "predictor")
+    __slots__ = ("engines", "flights", "outcomes", "predictor")
 
-    def __init__(self, predictor: Predictor, flights: Sequence[NewFlight], gone: Callable[[], bool]) -> None:
-        self.predictor, self.flights, self.gone = predictor, flights, gone
+    def __init__(self, predictor: Predictor, flights: Sequence[NewFlight]) -> None:
+        self.predictor, self.flights = predictor, flights
         self.engines: dict[str, int] = {}
         for name, cycle, _ in flights:
             lowest = self.engines.get(name)
@@ -134,9 +134,8 @@ class FlightRound:
             values, flights = chosen[0].values[None], [chosen[0].flight]
         else:
             values, flights = np.stack([window.values for window in chosen]), [window.flight for window in chosen]
-        gone = self.requests[0].gone if len(self.requests) == 1 else self._all_gone
         try:
-            prediction = await self.predictor.predict(values, gone=gone)
+            prediction = await self.predictor.predict(values)
         except InvalidInput as error:
             raise _name_flight(error, chosen) from None
         ids = prediction_ids(len(chosen), time.time())
@@ -197,9 +196,6 @@ class FlightRound:
                 self._windows[key] = _Window(i, flight, tail.window(cycle, self.window))
             elif key not in self._windows and key not in self._repeats:
                 self._repeats[key] = _Window(i, flight, tail.window(cycle, self.window))
-
-    def _all_gone(self) -> bool:
-        return all(request.gone() for request in self.requests)
 
     def _earlier(
         self, stored: dict[EngineCycle, StoredPrediction]
