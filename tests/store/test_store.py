@@ -1,4 +1,6 @@
+import json
 import math
+import socket
 import sqlite3
 import subprocess
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from service.store.sql.database import address
 from tests.support.models import identity_classifier
 from tests.support.postgres import Postgres, postgres
 from tests.support.processes import Service, running, until, until_all_are_ready
+from tests.support.raw_http import connected
 from tests.support.stored import engines, fly, history, say
 
 FOUR: dict[str, object] = {"name": "four", "version": "1", "classes": ["a", "b", "c", "d"]}
@@ -58,6 +61,20 @@ def test_a_flight_is_answered_as_its_window(kept: Service, windows: Readings, ma
             found["rul"],
             found["probabilities"],
         )
+
+
+@pytest.mark.parametrize("how", [socket.SHUT_WR, socket.SHUT_RDWR])
+def test_flights_whose_clients_left_are_stored(kept: Service, windows: Readings, how: int) -> None:
+    """A flight that arrived whole is stored even if its client leaves before the response, also while it waits."""
+    name, count = f"departed-{how}", 20
+    for cycle in range(count):
+        flight = {"engine_id": name, "cycle": cycle, "telemetry": windows[0, cycle].tolist()}
+        body = json.dumps({"cycles": [flight]}).encode()
+        head = b"POST /v1/cycles HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        with connected(kept) as connection:
+            connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            connection.shutdown(how)
+    until(lambda: len(kept.client.get(f"/v1/engines/{name}").json().get("history", [])) == count)
 
 
 def test_an_engine_that_no_path_could_name_is_refused(kept: Service, windows: Readings) -> None:
