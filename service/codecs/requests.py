@@ -13,26 +13,24 @@ from model.contract import CHANNELS
 from model.numerics import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 _READINGS = {"type": "array", "items": {"type": "number"}}
-_EXAMPLE = [
-    [
-        0.0,
-        0.0,
-        100.0,
-        642.3,
-        1587.0,
-        1400.0,
-        553.9,
-        2388.1,
-        9055.0,
-        47.4,
-        521.9,
-        2388.0,
-        8132.0,
-        8.42,
-        392.0,
-        39.0,
-        23.4,
-    ]
+EXAMPLE_ROW = [
+    0.0,
+    0.0,
+    100.0,
+    642.3,
+    1587.0,
+    1400.0,
+    553.9,
+    2388.1,
+    9055.0,
+    47.4,
+    521.9,
+    2388.0,
+    8132.0,
+    8.42,
+    392.0,
+    39.0,
+    23.4,
 ]
 Telemetry = Annotated[
     Raw,
@@ -44,7 +42,7 @@ Telemetry = Annotated[
                 {"type": "array", "minItems": 1, "items": {"type": "array", "items": {"type": ["number", "null"]}}},
                 {"type": "object", "additionalProperties": {"type": "array", "items": {"type": ["number", "null"]}}},
             ],
-            "examples": [_EXAMPLE, {name: [value] for name, value in zip(CHANNELS, _EXAMPLE[0], strict=True)}],
+            "examples": [[EXAMPLE_ROW], {name: [value] for name, value in zip(CHANNELS, EXAMPLE_ROW, strict=True)}],
         },
     ),
 ]

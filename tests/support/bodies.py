@@ -9,6 +9,7 @@ import numpy as np
 
 from model.contract import CHANNELS
 from model.windows import Readings
+from service.codecs.requests import EXAMPLE_ROW
 
 
 def asked(windows: Readings, **rest: Any) -> dict[str, Any]:
@@ -24,25 +25,7 @@ def texts(raw: bytes) -> list[str]:
     return found
 
 
-ROW = [
-    0.0,
-    0.0,
-    100.0,
-    642.3,
-    1587.0,
-    1400.0,
-    553.9,
-    2388.1,
-    9055.0,
-    47.4,
-    521.9,
-    2388.0,
-    8132.0,
-    8.42,
-    392.0,
-    39.0,
-    23.4,
-]
+ROW = EXAMPLE_ROW
 BY_NAME = {name: [value] for name, value in zip(CHANNELS, ROW, strict=True)}
 
 
