@@ -9,11 +9,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from model import contract
-from model.contract import Manifest
 from model.evaluation.evaluate import ARTEFACT
 from service.errors import ArtefactRejected
 from service.inference.model_loader import open_model
-from tests.support.models import Change, edited, identity_classifier
+from tests.support.models import Change, classifier, edited, identity_classifier
 from tests.support.processes import start
 
 
@@ -83,15 +82,10 @@ def test_a_network_that_mixes_the_rows_of_a_batch_is_refused(tmp_path: Path) -> 
         helper.make_node("ReduceMean", ["telemetry", "rows"], ["mean"], keepdims=1),
         helper.make_node("Sub", ["telemetry", "mean"], ["logits"]),
     ]
-    telemetry = helper.make_tensor_value_info("telemetry", TensorProto.FLOAT, ["n", 4])
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 4])
-    rows = numpy_helper.from_array(np.array([0], np.int64), "rows")
-    graph = helper.make_graph(nodes, "g", [telemetry], [logits], [rows])
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    manifest = Manifest.model_validate({"name": "mix", "version": "1", "classes": ["n", "e", "s", "w"]})
-    contract.write(proto.SerializeToString(), manifest, tmp_path / "mix.onnx")
+    manifest: dict[str, object] = {"name": "mix", "version": "1", "classes": ["n", "e", "s", "w"]}
+    path = classifier(tmp_path / "mix.onnx", nodes, (4,), manifest)
     with pytest.raises(ArtefactRejected, match="batches of 1"):
-        open_model(tmp_path / "mix.onnx")
+        open_model(path)
 
 
 def broken_files(folder: Path) -> dict[str, Path]:

@@ -7,11 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 from prometheus_client import CollectorRegistry
 
-from model import contract
-from model.contract import Manifest
 from service.errors import InvalidInput, Overloaded
 from service.inference.model_loader import open_model
 from service.inference.predictor import Predictor
@@ -20,6 +17,7 @@ from service.settings import read_settings
 from service.store.flight_rounds import NewFlight, RecordedFlights
 from service.store.label_accounting import LabelAccounting
 from service.store.store import Store
+from tests.support.models import window_classifier
 
 INFINITE = 3e38  # on which the network overflows
 Requests = Sequence[Sequence[NewFlight]]
@@ -28,20 +26,7 @@ Requests = Sequence[Sequence[NewFlight]]
 @pytest.fixture(scope="module")
 def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A network of windows (3, 2) whose logits are ten times the sums over time: they depend on the whole window."""
-    telemetry = helper.make_tensor_value_info("telemetry", TensorProto.FLOAT, ["n", 3, 2])
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 2])
-    parts = [numpy_helper.from_array(np.array(10, np.float32), "ten"), numpy_helper.from_array(np.array([1]), "time")]
-    nodes = [
-        helper.make_node("ReduceSum", ["telemetry", "time"], ["sums"], keepdims=0),
-        helper.make_node("Mul", ["sums", "ten"], ["logits"]),
-    ]
-    graph = helper.make_graph(nodes, "g", [telemetry], [logits], parts)
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    values = {"name": "sums", "version": "1", "classes": ("a", "b"), "window": 3}
-    manifest = Manifest.model_validate(values | {"channels": [{"name": "x"}, {"name": "y"}]})
-    path = tmp_path_factory.mktemp("model") / "sums.onnx"
-    contract.write(proto.SerializeToString(), manifest, path)
-    return path
+    return window_classifier(tmp_path_factory.mktemp("model") / "sums.onnx", "ReduceSum", 3)
 
 
 @asynccontextmanager

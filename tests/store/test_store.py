@@ -10,17 +10,16 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 from sqlalchemy import create_engine
 
 from benchmarks.kills import survive_in
-from model import contract, numerics
+from model import numerics
 from model.contract import Manifest
 from model.windows import Readings, pad_left
 from service.codecs.requests import MAX_NAME_LENGTH
 from service.codecs.store_requests import decode_cursor, encode_cursor
 from service.store.sql.database import address
-from tests.support.models import identity_classifier
+from tests.support.models import identity_classifier, window_classifier
 from tests.support.postgres import Postgres, postgres
 from tests.support.processes import Service, running, until, until_all_are_ready
 from tests.support.raw_http import connected
@@ -544,19 +543,8 @@ def test_postgresql_may_go_and_come_back(windows: Readings, cluster: Postgres) -
 
 def test_a_flight_without_an_answer_is_named_by_its_own_place(tmp_path: Path) -> None:
     """Readings on which the network overflows are a 422 at their row of `cycles`, and nothing of the call is kept."""
-    window = helper.make_tensor_value_info("telemetry", TensorProto.FLOAT, ["n", 2, 2])
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 2])
-    parts = [numpy_helper.from_array(np.array(10, np.float32), "ten"), numpy_helper.from_array(np.array([1]), "time")]
-    nodes = [
-        helper.make_node("ReduceMax", ["telemetry", "time"], ["newest"], keepdims=0),
-        helper.make_node("Mul", ["newest", "ten"], ["logits"]),
-    ]
-    graph = helper.make_graph(nodes, "g", [window], [logits], parts)
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    said = {"name": "over", "version": "1", "classes": ("a", "b"), "window": 2}
-    manifest = Manifest.model_validate(said | {"channels": [{"name": "x"}, {"name": "y"}]})
-    contract.write(proto.SerializeToString(), manifest, tmp_path / "over.onnx")
-    with running(ENGINE_HEALTH_MODEL=str(tmp_path / "over.onnx")) as service:
+    path = window_classifier(tmp_path / "over.onnx", "ReduceMax", 2)
+    with running(ENGINE_HEALTH_MODEL=str(path)) as service:
         rows = [("b", 7, [1, 2]), ("a", 3, [1, 2]), ("b", 2, [3e38, 1]), ("a", 1, [2, 1])]
         cycles = [{"engine_id": e, "cycle": c, "telemetry": row} for e, c, row in rows]
         answer = service.client.post("/v1/cycles", json={"cycles": cycles})

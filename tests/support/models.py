@@ -1,7 +1,7 @@
 """Small ONNX models and edited artefacts for tests."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,12 +69,15 @@ def edited(path: Path, manifest: dict[str, object] | None = None, change: Change
     return path
 
 
-def foreign(path: Path, node: onnx.NodeProto, width: int, manifest: dict[str, object]) -> Path:
-    """A network of one node from `telemetry` [n, width] to `logits`."""
-    telemetry = helper.make_tensor_value_info("telemetry", TensorProto.FLOAT, ["n", width])
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", width])
+def classifier(
+    path: Path, nodes: Sequence[onnx.NodeProto], shape: tuple[int, ...], manifest: dict[str, object]
+) -> Path:
+    """A network from `telemetry` [n, *shape] to `logits` [n, shape[-1]]; constants of its nodes: ten, rows, time."""
+    telemetry = helper.make_tensor_value_info("telemetry", TensorProto.FLOAT, ["n", *shape])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", shape[-1]])
     ten = numpy_helper.from_array(np.array(10, np.float32), "ten")
-    graph = helper.make_graph([node], "g", [telemetry], [logits], [ten])
+    axes = [numpy_helper.from_array(np.array([axis]), name) for axis, name in enumerate(("rows", "time"))]
+    graph = helper.make_graph(nodes, "g", [telemetry], [logits], [ten, *axes])
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     contract.write(proto.SerializeToString(), Manifest.model_validate(manifest), path)
     return path
@@ -82,13 +85,24 @@ def foreign(path: Path, node: onnx.NodeProto, width: int, manifest: dict[str, ob
 
 def identity_classifier(path: Path, manifest: dict[str, object]) -> Path:
     """Four inputs, which are the logits."""
-    return foreign(path, helper.make_node("Identity", ["telemetry"], ["logits"]), 4, manifest)
+    return classifier(path, [helper.make_node("Identity", ["telemetry"], ["logits"])], (4,), manifest)
 
 
 def overflowing_classifier(path: Path) -> Path:
     """Two inputs, ten times which are the logits."""
     manifest: dict[str, object] = {"name": "over", "version": "1", "classes": ["a", "b"]}
-    return foreign(path, helper.make_node("Mul", ["telemetry", "ten"], ["logits"]), 2, manifest)
+    return classifier(path, [helper.make_node("Mul", ["telemetry", "ten"], ["logits"])], (2,), manifest)
+
+
+def window_classifier(path: Path, reduction: str, window: int) -> Path:
+    """Windows of two channels; the logits are ten times their reduction over time, for example ReduceSum."""
+    nodes = [
+        helper.make_node(reduction, ["telemetry", "time"], ["reduced"], keepdims=0),
+        helper.make_node("Mul", ["reduced", "ten"], ["logits"]),
+    ]
+    channels = [{"name": "x"}, {"name": "y"}]
+    manifest = {"name": "reduced", "version": "1", "classes": ["a", "b"], "window": window, "channels": channels}
+    return classifier(path, nodes, (window, 2), manifest)
 
 
 def slow_classifier(path: Path, steps: int = 20_000) -> Path:
