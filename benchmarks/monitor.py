@@ -8,6 +8,7 @@ right at one look and were never meant for thousands. Prints Markdown; a quarter
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 
@@ -110,18 +111,18 @@ def calibrated_table(streams: int, labels: int) -> Iterator[str]:
 
 def found_table(streams: int, labels: int) -> Iterator[str]:
     """Lines of Markdown: streams found when logits are too sharp or too flat."""
-    cases: dict[str, Callable[[Random, float], Stream]] = {
-        "rows independent": lambda random, sharpness: independent(random, labels, sharpness),
-        "engines to failure, outcome at once": lambda random, sharpness: fleet(
+    cases: dict[str, Callable[[float, Random], Stream]] = {
+        "rows independent": lambda sharpness, random: independent(random, labels, sharpness),
+        "engines to failure, outcome at once": lambda sharpness, random: fleet(
             random, LARGE_FLEET, "outcome", sharpness
         ),
-        "engines, day by day": lambda random, sharpness: fleet(random, LARGE_FLEET, "daily", sharpness),
+        "engines, day by day": lambda sharpness, random: fleet(random, LARGE_FLEET, "daily", sharpness),
     }
     yield "| true temperature | streams | found | labels: half / 90 % found | engines: half / 90 % |"
     yield "| --- | --- | ---: | ---: | ---: |"
     for name, make in cases.items():
         for sharpness, sign in ((SHARP, 1), (FLAT, -1)):
-            found = first_found(lambda random, make=make, s=sharpness: make(random, s), sign, streams)  # type: ignore[misc]
+            found = first_found(partial(make, sharpness), sign, streams)
             shares = (" / ".join(f"{x:,.0f}" for x in np.quantile(one, [0.5, 0.9], method="higher")) for one in found)
             yield f"| {sharpness:.2f} | {name} | {np.isfinite(found[0]).mean():.1%} | " + " | ".join(shares) + " |"
 

@@ -210,9 +210,9 @@ def test_a_loss_beyond_float32_is_the_largest_there_is(tmp_path: Path) -> None:
             assert losses == pytest.approx([3.4028235e38] * 2)
         x = {"name": "telemetry", "datatype": "FP32", "shape": [1, 2], "data": [-3e37, 3e37]}
         y = {"name": "label", "datatype": "INT64", "shape": [1], "data": [0]}
-        asked = {"inputs": [x, y], "outputs": [{"name": "loss"}], "parameters": {"temperature": 0.01}}
+        asked: dict[str, Any] = {"inputs": [x, y], "outputs": [{"name": "loss"}], "parameters": {"temperature": 0.01}}
         for binary in (False, True):
-            asked["outputs"][0]["parameters"] = {"binary_data": binary}  # type: ignore[index]
+            asked["outputs"][0]["parameters"] = {"binary_data": binary}
             answer = other.client.post("/v2/models/over/infer", json=asked)
             assert np.isfinite(np.frombuffer(answer.content[-4:], "<f4")[0]) if binary else answer.json()
             assert b"null" not in answer.content
