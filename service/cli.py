@@ -60,7 +60,7 @@ def calibrate(file: Path, model: Path | None, temperature: float | None, as_json
 
 def predict(file: str, model: Path | None, temperature: float | None, missing: str, as_json: bool) -> int:
     """Print the newest health of each engine of a file."""
-    from service.scoring.latest import predict as predict_file  # as in `calibrate`
+    from service.scoring.latest import predict_file  # as in `calibrate`
 
     return predict_file(file, read_settings(model=model), temperature, missing, as_json)
 

@@ -70,7 +70,7 @@ class Checkpoint:
                 if path.name not in ("lock", "stdin"):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         if not (self.folder / "journal").exists():
-            with outputs.whole(identity_path) as temporary:
+            with outputs.write_atomically(identity_path) as temporary:
                 temporary.write_text(json.dumps(self.identity, indent=1))
         elif (stored := _read_json(identity_path)) != self.identity:
             difference = _describe_difference(stored or {}, self.identity)

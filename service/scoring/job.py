@@ -108,7 +108,7 @@ class _ScoringJob:
             "rejected": str(self.rejected.count),
         }
         if self.options.report:
-            self._report(self.options.report)
+            self._write_report(self.options.report)
         self.checkpoint.publish(metadata, self.rejected.path if self.rejected.count else None)
         self.progress.log_finished(str(self.options.output))
         return EXIT_REJECTED if self.rejected.count else EXIT_DONE
@@ -170,14 +170,14 @@ class _ScoringJob:
         self._add_rejected([*unit.rejects, *scored.unanswered])
         tables = {"part": self._output_table(scored).replace_schema_metadata(self._metadata)}
         if self.options.report:
-            tables["report"] = self._side(scored)
+            tables["report"] = self._report_rows(scored)
         for kind, table in tables.items():
             self._tables.setdefault(kind, []).append(table)
         if scored.unanswered:
             self._part.unanswered[str(self._part.units)] = [list(row) for row in scored.unanswered]
         self._part.units += 1
-        self._part.rows += len(scored.kept)
-        self.progress.advance(len(scored.kept), unit.engine_count, self.rejected.count, unit.input_fraction)
+        self._part.rows += len(scored.finite_rows)
+        self.progress.advance(len(scored.finite_rows), unit.engine_count, self.rejected.count, unit.input_fraction)
         if self._part.rows >= self.options.part_rows:
             self._submit_part()
 
@@ -206,23 +206,23 @@ class _ScoringJob:
             raise InvalidInput(f"{rejected.file}, row {rejected.row}: {rejected.reason}")
         self.rejected.add_rows(rejects)
 
-    def _side(self, scored: Scored) -> Any:
-        from service.scoring import report  # what only a report needs
+    def _report_rows(self, scored: Scored) -> Any:
+        from service.scoring import report  # only a report needs its imports
 
-        return report.side(scored, self.model.manifest.window, self._bins)
+        return report.report_rows(scored, self.model.manifest.window, self._bins)
 
-    def _report(self, path: Path) -> None:
+    def _write_report(self, path: Path) -> None:
         import pyarrow as pa
 
         from service.scoring import report
 
-        context = report.context_of(self.model, self.scorer.temperature, self._bins)
+        context = report.build_context(self.model, self.scorer.temperature, self._bins)
         paths = [self.checkpoint.part_path(k, "report") for k in range(len(self.checkpoint.parts))]
         table = pa.concat_tables([outputs.read_part(path) for path in paths])
         source = "outcome" if self.options.rul else "inspection"
         fingerprint = compute_fingerprint(self.checkpoint.identity)
-        body = report.measured(table, context, source) | {"fingerprint": fingerprint}
-        report.write(path, body, self.model.manifest.classes)
+        body = report.evaluate_rows(table, context, source) | {"fingerprint": fingerprint}
+        report.write_report(path, body, self.model.manifest.classes)
 
     @property
     def _metadata(self) -> dict[str, str]:
@@ -302,7 +302,7 @@ def _finished_exit_code(options: Options, identity: dict[str, Any]) -> int | Non
     if options.report and not (options.report.exists() and fingerprint in options.report.read_text(errors="replace")):
         return None
     rejected = rejected_rows_path(options.output)
-    if metadata.get("rejected") == "0":  # a job that was killed before it published its output may have left some
+    if metadata.get("rejected") == "0":  # rejected rows are then those of a job killed before it published its output
         return None if rejected.exists() else EXIT_DONE
     if options.strict or outputs.read_metadata(rejected).get("fingerprint") != fingerprint:
         return None

@@ -14,7 +14,7 @@ SET_SEPARATOR = "|"  # between the classes of a prediction set in CSV
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def write_atomically(path: Path) -> Iterator[Path]:
     """Yield a temporary path, then sync the file and rename it to `path`."""
     temporary = path.with_name(path.name + ".tmp")
     yield temporary
@@ -38,7 +38,7 @@ def write_part(table: Any, path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with whole(path) as temporary:
+    with write_atomically(path) as temporary:
         if path.suffix == ".parquet":
             pq.write_table(table, temporary, compression="zstd", row_group_size=max(table.num_rows, 1))
         else:
@@ -57,7 +57,7 @@ def read_part(path: Path) -> Any:
 def assemble_output(parts: list[Path], target: Path, metadata: dict[str, str]) -> None:
     """Write one file of all parts, with one row group per part and the metadata of the job."""
     write = _write_csv if target.suffix.lower() == ".csv" else _write_parquet
-    with whole(target) as temporary:
+    with write_atomically(target) as temporary:
         write(parts, temporary, metadata)
 
 
@@ -126,7 +126,7 @@ def is_job_output(folder: Path) -> bool:
 
 def write_metadata(output: Path, metadata: dict[str, str], path: Path | None = None) -> None:
     """Write the metadata of a CSV file or folder."""
-    with whole(path or metadata_path(output)) as temporary:
+    with write_atomically(path or metadata_path(output)) as temporary:
         temporary.write_text(json.dumps(metadata, indent=1) + "\n")
 
 

@@ -30,7 +30,7 @@ class Chunk:
     fraction: float = 1.0  # share of the file that is read after this chunk
 
 
-def chunks(source: Source, required: list[str]) -> Iterator[Chunk]:
+def read_chunks(source: Source, required: list[str]) -> Iterator[Chunk]:
     """Yield the rows of a file.
 
     Args:
@@ -40,9 +40,9 @@ def chunks(source: Source, required: list[str]) -> Iterator[Chunk]:
     Raises:
         InvalidInput: the file is malformed or lacks a column.
     """
-    read = _read_parquet if source.kind == "parquet" else _read_text
+    read_format = _read_parquet if source.kind == "parquet" else _read_text
     with name_source_in_errors(source):
-        yield from read(source, required)
+        yield from read_format(source, required)
 
 
 def engine_ids_are_integers(sources: list[Source], column: str) -> bool:
@@ -120,16 +120,16 @@ def _read_text(source: Source, required: list[str]) -> Iterator[Chunk]:
 def _choose_parser(source: Source, text_chunk: bytes, required: list[str]) -> tuple[Any, bytes]:
     """Return the parser of the chunks of a text, and the first chunk without its header."""
     if source.kind == "cmapss":
-        return partial(text_formats.numbers, wanted=required), text_chunk
+        return partial(text_formats.parse_cmapss, wanted=required), text_chunk
     file_columns = [name for name in required if name not in source.partition]
     if source.kind == "json":
-        _check_columns(source, text_formats.keys_of_first(text_chunk), required)
-        return partial(text_formats.json, wanted=file_columns), text_chunk
-    head, _, rest = text_chunk.removeprefix(b"\xef\xbb\xbf").lstrip(b"\r\n").partition(b"\n")
+        _check_columns(source, text_formats.read_first_keys(text_chunk), required)
+        return partial(text_formats.parse_json, wanted=file_columns), text_chunk
+    header, _, text_rows = text_chunk.removeprefix(b"\xef\xbb\xbf").lstrip(b"\r\n").partition(b"\n")
     delimiter = "\t" if source.kind == "tsv" else ","
-    names = text_formats.fields(head, delimiter)
+    names = text_formats.split_fields(header, delimiter)
     _check_columns(source, names, required)
-    return partial(text_formats.csv, names=names, wanted=file_columns, delimiter=delimiter), rest
+    return partial(text_formats.parse_csv, names=names, wanted=file_columns, delimiter=delimiter), text_rows
 
 
 def _check_columns(source: Source, names: list[str], required: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Chunks of columns to rows that can be scored, and the rejected ones with their reasons. Knows columns, no files."""
+"""Turn chunks of columns into rows to score and rejected rows with their reasons. Independent of file formats."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from service.errors import InvalidInput
 from service.inference.onnx_model import Model
 from service.scoring import columns
 from service.scoring.options import Options
-from service.scoring.readers import Chunk, chunks
+from service.scoring.readers import Chunk, read_chunks
 from service.scoring.sources import Source
 
 Integers = npt.NDArray[np.int64]
-SHOWN = 40  # characters of a wrong value
+MAX_SHOWN_CHARACTERS = 40  # of an invalid value in a reason
 
 
 class Reject(NamedTuple):
-    """A row without an answer: where it stands, counted from 0, and why."""
+    """A row that is not scored: its position in the file, counted from 0, and the reason."""
 
     row: int
     file: str
@@ -32,17 +32,17 @@ class Reject(NamedTuple):
 
 @dataclass
 class Rows:
-    """Rows of one file, all of them fit: engine ids (N,) in Arrow, and what stands there. A label of -1 is none."""
+    """Valid rows of one file: engine ids (N,) as Arrow strings, and arrays with their values."""
 
-    names: Any
+    engine_ids: Any
     cycle: Integers
-    readings: npt.NDArray[np.float32]  # (N, C), NaN where a value is missing and shall be held
-    label: Integers
+    readings: npt.NDArray[np.float32]  # (N, C), NaN where a value is missing and is to be held
+    label: Integers  # class index, -1 without a label
     row: Integers
 
 
 class Layout:
-    """Where the columns of a job stand: under their names in most files, by place in C-MAPSS text."""
+    """Columns of a job: by name in most formats, by position in C-MAPSS text."""
 
     def __init__(self, options: Options, model: Model) -> None:
         self.options, self.classes, self.hold = options, model.manifest.classes, options.missing == "hold"
@@ -51,9 +51,10 @@ class Layout:
             raise InvalidInput(
                 f"{model.manifest.name}: its input {list(model.input_shape)} is no window of named channels"
             )
-        made = {"health", "rul", "prediction_set", "expected_loss", "loss", *(f"p_{name}" for name in self.classes)}
+        probabilities = (f"p_{name}" for name in self.classes)
+        output_columns = {"health", "rul", "prediction_set", "expected_loss", "loss", *probabilities}
         for flag, name in (("--engine-column", options.engine_column), ("--cycle-column", options.cycle_column)):
-            if name in made:
+            if name in output_columns:
                 raise InvalidInput(f"{flag} {name}: the output has a column of its own of this name")
         unknown = sorted(set(options.columns) - set(self.channels))
         if unknown:
@@ -61,18 +62,18 @@ class Layout:
         thresholds = model.manifest.rul_thresholds
         if options.rul and thresholds is None:
             raise InvalidInput("--rul: this model knows no RUL, so that no class follows from it")
-        self.what = "true RUL" if options.rul else f"class among {', '.join(self.classes[:20])}"
-        self.truth: Callable[[Any], tuple[Integers, columns.Mask]] = (
-            (lambda column: columns.classes_of_rul(column, lambda rul: health_classes(rul, thresholds or ())))
+        self.label_kind = "true RUL" if options.rul else f"class among {', '.join(self.classes[:20])}"
+        self.parse_labels: Callable[[Any], tuple[Integers, columns.Mask]] = (
+            (lambda column: columns.parse_rul_classes(column, lambda rul: health_classes(rul, thresholds or ())))
             if options.rul
-            else (lambda column: columns.classes(column, self.classes))
+            else (lambda column: columns.parse_classes(column, self.classes))
         )
 
-    def read(self, source: Source) -> Iterator[tuple[Rows, list[Reject], float]]:
-        """The rows of a file, those that are rejected, and the fraction of the file that is read with them.
+    def read_rows(self, source: Source) -> Iterator[tuple[Rows, list[Reject], float]]:
+        """Yield valid rows of a file, rejected rows, and the fraction of the file that is read so far.
 
         Raises:
-            InvalidInput: as `readers.chunks`.
+            InvalidInput: as `readers.read_chunks`.
         """
         text = source.kind == "cmapss"
         engine = COLUMNS[0] if text else self.options.engine_column
@@ -80,75 +81,80 @@ class Layout:
         readings = [name if text else self.options.columns.get(name, name) for name in self.channels]
         if text and not set(readings) <= set(COLUMNS):
             raise InvalidInput(f"{source.name}: C-MAPSS text does not hold this model's channels")
-        truth = [] if self.options.truth_column is None else [self.options.truth_column]
-        if text and truth:
-            raise InvalidInput(f"{source.name}: C-MAPSS text has no column {truth[0]!r}")
-        for chunk in chunks(source, list(dict.fromkeys([engine, cycle, *readings, *truth]))):
-            yield *self._checked(chunk, source, engine, cycle, readings, truth), chunk.fraction
+        labels = [] if self.options.truth_column is None else [self.options.truth_column]
+        if text and labels:
+            raise InvalidInput(f"{source.name}: C-MAPSS text has no column {labels[0]!r}")
+        for chunk in read_chunks(source, list(dict.fromkeys([engine, cycle, *readings, *labels]))):
+            yield *self._parse_chunk(chunk, source, engine, cycle, readings, labels), chunk.fraction
 
-    def _checked(
-        self, chunk: Chunk, source: Source, engine: str, cycle: str, readings: list[str], truth: list[str]
+    def _parse_chunk(
+        self, chunk: Chunk, source: Source, engine: str, cycle: str, readings: list[str], labels: list[str]
     ) -> tuple[Rows, list[Reject]]:
-        found = _Reasons(chunk)
-        names, wrong = columns.names(chunk.columns[engine])
-        found.add(wrong, partial(found.no_name, engine))
-        at, wrong = columns.cycles(chunk.columns[cycle])
-        found.add(wrong, lambda i: f"{cycle}: {found.shown(cycle, i)} is not a whole number from 0 to {MAX_CYCLE}")
-        telemetry, no_number = columns.readings([chunk.columns[name] for name in readings])
-        unfit = np.isinf(telemetry) if self.hold else ~np.isfinite(telemetry)
-        if unfit.any() or any(wrong.any() for wrong in no_number):
+        reasons = _RejectReasons(chunk)
+        engine_ids, invalid = columns.parse_engine_ids(chunk.columns[engine])
+        reasons.add(invalid, partial(reasons.describe_engine_id, engine))
+        cycles, invalid = columns.parse_cycles(chunk.columns[cycle])
+        reasons.add(invalid, partial(reasons.describe_cycle, cycle))
+        telemetry, not_numeric = columns.parse_readings([chunk.columns[name] for name in readings])
+        not_usable = np.isinf(telemetry) if self.hold else ~np.isfinite(telemetry)
+        if not_usable.any() or any(mask.any() for mask in not_numeric):
             for k, name in enumerate(readings):
-                found.add(no_number[k], partial(found.no_number, name))
-                found.add(unfit[:, k], partial(_unfit, name, telemetry[:, k]))
+                reasons.add(not_numeric[k], partial(reasons.describe_number, name))
+                reasons.add(not_usable[:, k], partial(_describe_reading, name, telemetry[:, k]))
         label = np.full(chunk.rows, -1, dtype=np.int64)
-        for name in truth:
-            label, wrong = self.truth(chunk.columns[name])
-            found.add(wrong, partial(found.untrue, name, self.what))
-        return self._split(Rows(names, at, telemetry, label, chunk.first + np.arange(chunk.rows)), found, source)
+        for name in labels:
+            label, invalid = self.parse_labels(chunk.columns[name])
+            reasons.add(invalid, partial(reasons.describe_label, name, self.label_kind))
+        rows = Rows(engine_ids, cycles, telemetry, label, chunk.first + np.arange(chunk.rows))
+        return self._split_rows(rows, reasons, source)
 
-    def _split(self, rows: Rows, found: "_Reasons", source: Source) -> tuple[Rows, list[Reject]]:
+    def _split_rows(self, rows: Rows, reasons: "_RejectReasons", source: Source) -> tuple[Rows, list[Reject]]:
         import pyarrow as pa
         import pyarrow.compute as pc
 
         if source.subset:
-            rows.names = pc.binary_join_element_wise(pa.scalar(source.subset), rows.names, "-")
-        rejected = [Reject(int(rows.row[i]), source.name, reason) for i, reason in sorted(found.reasons.items())]
+            rows.engine_ids = pc.binary_join_element_wise(pa.scalar(source.subset), rows.engine_ids, "-")
+        rejected = [Reject(int(rows.row[i]), source.name, reason) for i, reason in sorted(reasons.by_row.items())]
         if not rejected:
             return rows, []
-        fit = np.ones(len(rows.cycle), dtype=np.bool_)
-        fit[list(found.reasons)] = False
-        kept = rows.names.filter(pa.array(fit))
-        return Rows(kept, rows.cycle[fit], rows.readings[fit], rows.label[fit], rows.row[fit]), rejected
+        valid = np.ones(len(rows.cycle), dtype=np.bool_)
+        valid[list(reasons.by_row)] = False
+        engine_ids = rows.engine_ids.filter(pa.array(valid))
+        return Rows(engine_ids, rows.cycle[valid], rows.readings[valid], rows.label[valid], rows.row[valid]), rejected
 
 
-class _Reasons:
-    """The first reason of each row of a chunk."""
+class _RejectReasons:
+    """First reason of each rejected row of a chunk."""
 
     def __init__(self, chunk: Chunk) -> None:
-        self.reasons, self._columns = dict(chunk.reasons), chunk.columns
+        self.by_row, self._columns = dict(chunk.reasons), chunk.columns
 
-    def add(self, wrong: columns.Mask, reason: Callable[[int], str]) -> None:
-        for i in np.flatnonzero(wrong).tolist():
-            if i not in self.reasons:
-                self.reasons[i] = reason(i)
+    def add(self, rejected: columns.Mask, describe: Callable[[int], str]) -> None:
+        """Add reasons of rows that have none yet. `describe` returns the reason of a row."""
+        for i in np.flatnonzero(rejected).tolist():
+            if i not in self.by_row:
+                self.by_row[i] = describe(i)
 
-    def no_name(self, name: str, i: int) -> str:
+    def describe_engine_id(self, name: str, i: int) -> str:
         value = self._columns[name][i].as_py()
         if isinstance(value, str) and CONTROL_CHARACTER.search(value):
             return f"{name}: {faults.CONTROL_CHARACTERS}"
-        return f"{name}: {faults.wrong_length(MAX_NAME_LENGTH, self.shown(name, i))}"
+        return f"{name}: {faults.wrong_length(MAX_NAME_LENGTH, self._format_value(name, i))}"
 
-    def no_number(self, name: str, i: int) -> str:
-        return f"{name}: expected a number, got {self.shown(name, i)}"
+    def describe_cycle(self, name: str, i: int) -> str:
+        return f"{name}: {self._format_value(name, i)} is not a whole number from 0 to {MAX_CYCLE}"
 
-    def untrue(self, name: str, what: str, i: int) -> str:
-        return f"{name}: {self.shown(name, i)} is no {what}"
+    def describe_number(self, name: str, i: int) -> str:
+        return f"{name}: expected a number, got {self._format_value(name, i)}"
 
-    def shown(self, name: str, i: int) -> str:
-        """A wrong value, in short."""
+    def describe_label(self, name: str, label_kind: str, i: int) -> str:
+        return f"{name}: {self._format_value(name, i)} is no {label_kind}"
+
+    def _format_value(self, name: str, i: int) -> str:
+        """Return an invalid value, shortened."""
         value = self._columns[name][i].as_py()
-        return "nothing" if value is None else repr(value)[:SHOWN]
+        return "nothing" if value is None else repr(value)[:MAX_SHOWN_CHARACTERS]
 
 
-def _unfit(name: str, column: npt.NDArray[np.float32], i: int) -> str:
+def _describe_reading(name: str, column: npt.NDArray[np.float32], i: int) -> str:
     return f"{name}: {faults.missing_reading('--missing hold') if np.isnan(column[i]) else faults.TOO_LARGE}"

@@ -40,7 +40,7 @@ class Scored:
     unit: WorkUnit
     answers: Predictions
     loss: Floats | None  # (N,) NaN without a label; None if the job has no labels
-    kept: Integers  # rows of the unit that have answers
+    finite_rows: Integers  # rows of the unit that have answers
     unanswered: list[Reject]
 
 
@@ -91,13 +91,13 @@ class Scorer:
 
     def finish_unit(self, unit: WorkUnit, answers: Predictions, files: list[str], labelled: bool) -> Scored:
         """Return a unit with its finite answers and the losses of labelled rows."""
-        kept = np.flatnonzero(answers.finite)
+        finite_rows = np.flatnonzero(answers.finite)
         not_finite = np.flatnonzero(~answers.finite).tolist()
         unanswered = [Reject(int(unit.row[i]), files[unit.file[i]], NO_ANSWER) for i in not_finite]
         if not_finite:
-            answers = select_rows(answers, kept)
-        loss = self._compute_losses(answers, unit.label[kept]) if labelled else None
-        return Scored(unit, answers, loss, kept, unanswered)
+            answers = select_rows(answers, finite_rows)
+        loss = self._compute_losses(answers, unit.label[finite_rows]) if labelled else None
+        return Scored(unit, answers, loss, finite_rows, unanswered)
 
     def _empty_answers(self) -> Predictions:
         manifest = self.model.manifest
@@ -128,10 +128,10 @@ def output_table(scored: Scored, model: Model, engine_column: str, cycle_column:
     import pyarrow as pa
 
     answers, unit, classes = scored.answers, scored.unit, model.manifest.classes
-    engine_ids = unit.engine_ids.take(pa.array(scored.kept))
+    engine_ids = unit.engine_ids.take(pa.array(scored.finite_rows))
     columns: dict[str, Any] = {
         engine_column: engine_ids.cast(pa.int64()) if integer_ids else engine_ids,
-        cycle_column: unit.cycle[scored.kept],
+        cycle_column: unit.cycle[scored.finite_rows],
         "health": pa.array(classes, pa.string()).take(pa.array(answers.logits.argmax(axis=1))),
     }
     columns |= {f"p_{name}": np.ascontiguousarray(answers.probabilities[:, k]) for k, name in enumerate(classes)}

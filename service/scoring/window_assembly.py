@@ -90,7 +90,7 @@ class WindowAssembler:
         """Add rows of one file. Yield the units of the rows that leave the horizon."""
         self._rejects += rejects
         self._fraction = fraction
-        engine, n, added = self._number_engines(rows.names), len(rows.cycle), 0
+        engine, n, added = self._number_engines(rows.engine_ids), len(rows.cycle), 0
         max_pending = self.horizon + RELEASE_ROWS
         files, positions = np.full(n, file), self._row_count + np.arange(n)
         new = PendingRows(rows.readings, engine, rows.cycle, rows.label, files, rows.row, positions)
@@ -249,7 +249,7 @@ def assemble_units(options: Options, layout: Layout, sources: list[Source], stat
     assembler = WindowAssembler(states, [source.name for source in sources], options)
     total, read = sum(source.size for source in sources), 0
     for k, source in enumerate(sources):
-        for rows, rejects, fraction in layout.read(source):
+        for rows, rejects, fraction in layout.read_rows(source):
             yield from assembler.add_rows(rows, k, rejects, (read + fraction * source.size) / total)
         read += source.size
     yield from assembler.flush()

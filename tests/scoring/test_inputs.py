@@ -334,7 +334,7 @@ def test_one_large_row_group_is_read_in_pieces(tmp_path: Path) -> None:
     from service.scoring.sources import find_sources
 
     source = find_sources((str(tmp_path / "a.parquet"),), tmp_path)[0]
-    sizes = [chunk.rows for chunk in readers.chunks(source, ["engine_id", "cycle", *CHANNELS])]
+    sizes = [chunk.rows for chunk in readers.read_chunks(source, ["engine_id", "cycle", *CHANNELS])]
     assert [readers.CHUNK_ROWS] * 3 + [5] == sizes
 
 
