@@ -316,7 +316,7 @@ class Batcher(Generic[Output]):
         self._observer.batch(end, result.seconds, waits)
         if all_whole:
             self._observer.answered([(result.rows, [BatchSlice(result.output, 0, end)])])
-        elif counted := [_counted(job) for job in finished if not job.done.done()]:
+        elif counted := [_counted(job) for job in finished if job.counted and not job.done.done()]:
             self._observer.answered(counted)
         for job in finished:
             self._complete(job)

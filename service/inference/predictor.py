@@ -75,6 +75,7 @@ class Predictor:
         imputed: npt.NDArray[np.int64] | None = None,
         gone: Callable[[], bool] = lambda: False,
         explain: bool = False,
+        counted: bool = True,
     ) -> PredictionResult:
         """Return calibrated predictions for N instances. Labels are scored; `LabelAccounting` counts them.
 
@@ -86,6 +87,7 @@ class Predictor:
             gone: returns whether the client has disconnected; rows of such a client do not reach the model.
             explain: also attribute each prediction to channels, at the cost of one inference row per channel for each
                 instance; only for a model whose manifest has `conditions`.
+            counted: count the predictions in the metrics now; otherwise the caller calls `count` once they are stored.
 
         Raises:
             InvalidInput: an instance for which the output of the network is not finite.
@@ -93,7 +95,9 @@ class Predictor:
             ClientDisconnected: the client disconnected before its rows were taken.
         """
         n, rows = len(telemetry), await self._with_occluded(telemetry) if explain else telemetry
-        pieces: PredictionSlices = await self._batcher.submit(rows, gone, self._admission.shedder.other_delay, n)
+        pieces: PredictionSlices = await self._batcher.submit(
+            rows, gone, self._admission.shedder.other_delay, n if counted else 0
+        )
         for piece in pieces:
             if not piece.output.finite:
                 _check_finite(pieces, n)
@@ -109,6 +113,10 @@ class Predictor:
         else:
             prediction = self._scored(own, targets, t)
         return await asyncio.to_thread(_explain, predictions, prediction) if explain else prediction
+
+    def count(self, newest: Rows, slices: PredictionSlices) -> None:
+        """Count predictions in the metrics. `newest` (N, channels) has the newest readings of each."""
+        self._observer.answered([(newest, slices)])
 
     def _scored(self, answers: Predictions, targets: Floats | None, t: float) -> PredictionResult:
         """What the caller is told, and what the counters are."""

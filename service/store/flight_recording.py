@@ -197,6 +197,8 @@ class FlightRecorder:
             self._accounting.count_joined(result.joined)
         if result.stale or result.unpredicted:
             return
+        if result.stored:
+            current.predictor.count(*current.stored_predictions(result))
         for name, tail in current.updated.items():
             tail.trim(current.window)
             self._tails.pop(name, None)  # inserted again as the newest

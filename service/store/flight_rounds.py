@@ -135,7 +135,7 @@ class FlightRound:
         else:
             values, flights = np.stack([window.values for window in chosen]), [window.flight for window in chosen]
         try:
-            prediction = await self.predictor.predict(values)
+            prediction = await self.predictor.predict(values, counted=False)
         except InvalidInput as error:
             raise _name_flight(error, chosen) from None
         ids = prediction_ids(len(chosen), time.time())
@@ -162,6 +162,15 @@ class FlightRound:
         """Return the result of each request once all is stored; repeated flights have their earlier predictions."""
         known = self._predicted | self._earlier(written.earlier) if written.earlier else self._predicted
         return [self.failures.get(request) or _recorded(request, known) for request in self.requests]
+
+    def stored_predictions(self, written: FlightWriteResult) -> tuple[Readings, list[BatchSlice[BatchPredictions]]]:
+        """Return the newest readings (N, channels) of the predictions that were stored, and slices of these."""
+        newest, slices = [], list[BatchSlice[BatchPredictions]]()
+        for key, window in self._windows.items():
+            if key not in written.earlier:
+                newest.append(window.flight.telemetry)
+                _append_slice(slices, self._predicted[key][1])
+        return np.array(newest), slices
 
     def _check_channels(self, request: FlightRequest) -> bool:
         for name in request.engines:
@@ -221,11 +230,16 @@ def _recorded(
         if outcome.known is None:
             row, piece = known[flight.engine_id, flight.cycle]
             ids.append(row.id)
-            if pieces and pieces[-1].output is piece.output and pieces[-1].end == piece.begin:
-                pieces[-1] = BatchSlice(piece.output, pieces[-1].begin, piece.end)
-            else:
-                pieces.append(piece)
+            _append_slice(pieces, piece)
     return RecordedFlights(outcomes, PredictionResult(request.predictor.temperature, pieces) if ids else None, ids)
+
+
+def _append_slice(slices: list[BatchSlice[BatchPredictions]], new: BatchSlice[BatchPredictions]) -> None:
+    """Append a slice, or extend the last one by it if it follows that one in the same output."""
+    if slices and slices[-1].output is new.output and slices[-1].end == new.begin:
+        slices[-1] = BatchSlice(new.output, slices[-1].begin, new.end)
+    else:
+        slices.append(new)
 
 
 def _name_flight(error: InvalidInput, windows: Sequence[_Window]) -> InvalidInput:

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.samples import Sample
 
-from service.errors import InvalidInput, Overloaded
+from service.errors import InvalidInput, Overloaded, StoreUnavailable
 from service.inference.model_loader import open_model
 from service.inference.predictor import Predictor
 from service.metrics import Metrics
@@ -91,11 +92,23 @@ def compare(artefact: Path, folder: Path, requests: Requests) -> tuple[list[Any]
             names = dict[str, int]()
             engines = sorted({one.engine_id for flights in requests for one in flights})
             described = [describe(result, names) for result in results]
+            assert counted(metrics) == (metrics.labellable._value.get(),) * 2  # every stored prediction, once
             return described, await rows(store, engines), int(metrics.labellable._value.get())
 
     sequential, concurrent = asyncio.run(run(False)), asyncio.run(run(True))
     assert sequential == concurrent
     return concurrent[0], concurrent[2]
+
+
+def counted(metrics: Metrics) -> tuple[float, float]:
+    """The number of predictions in `predictions_total` and in `confidence`."""
+    by_class = {s.labels["health"]: s.value for s in samples(metrics.predictions) if s.name.endswith("_total")}
+    (confidence,) = (s.value for s in samples(metrics.confidence) if s.name.endswith("_count"))
+    return sum(by_class.values()), confidence
+
+
+def samples(family: Counter | Histogram) -> list[Sample]:
+    return [sample for metric in family.collect() for sample in metric.samples]
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -177,3 +190,44 @@ def test_requests_that_wait_too_long_are_refused(artefact: Path, tmp_path: Path)
 
     assert [RecordedFlights, RecordedFlights, Overloaded] == asyncio.run(run(0, max_queue_rows=1))
     assert [RecordedFlights, Overloaded, Overloaded] == asyncio.run(run(0.7, max_queue_seconds=0.5))
+
+
+def test_flight_predicted_again_is_counted_once(artefact: Path, tmp_path: Path) -> None:
+    """Two processes that make each other's tails stale count each stored prediction of a flight once."""
+
+    async def run() -> tuple[float, ...]:
+        async with opened(artefact, tmp_path) as (store, predictor, metrics):
+            one = tmp_path / "0.db"
+            other_metrics = Metrics(CollectorRegistry())
+            other = Store(read_settings(database_url=f"sqlite:///{one}"), other_metrics, LabelAccounting(other_metrics))
+            await other.open()
+            try:
+                for cycle in range(4):
+                    for each in (store, other):
+                        both = [flight("a", 2 * cycle + (each is other)), flight("b", 2 * cycle + (each is other))]
+                        await each.record_flights(predictor, both)
+            finally:
+                await other.close()
+            (inferences,) = (s.value for s in samples(metrics.batch_rows) if s.name.endswith("_sum"))
+            return *counted(metrics), inferences
+
+    predictions, confidence, inferences = asyncio.run(run())
+    assert (16, 16) == (predictions, confidence)
+    assert inferences > 16  # some were predicted again
+
+
+def test_flight_that_is_not_stored_is_not_counted(artefact: Path, tmp_path: Path) -> None:
+    """The prediction of a flight that the store refuses is in no metric of predictions, and of its retry once."""
+
+    async def run() -> list[tuple[float, float]]:
+        async with opened(artefact, tmp_path, max_queue_seconds=0.5) as (store, predictor, metrics):
+            with sqlite3.connect(tmp_path / "0.db", isolation_level=None) as other:
+                other.execute("ALTER TABLE predictions RENAME TO hidden")
+                with pytest.raises(StoreUnavailable):
+                    await store.record_flights(predictor, [flight("a", 1)])
+                before = counted(metrics)
+                other.execute("ALTER TABLE hidden RENAME TO predictions")
+            await store.record_flights(predictor, [flight("a", 1)])
+            return [before, counted(metrics)]
+
+    assert [(0, 0), (1, 1)] == asyncio.run(run())
