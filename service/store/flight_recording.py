@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from service.errors import Overloaded, StoreUnavailable
 from service.inference.predictor import Predictor
@@ -22,9 +22,9 @@ from service.store.sql.flight_cache import EngineTail
 from service.store.sql.flights import CachedTail, FlightWriteResult
 from service.store.sql.session import WriteSession
 
-MAX_CACHED_ENGINES = 10_000  # two hundred flights of each are 140 MB
+MAX_CACHED_ENGINES = 10_000  # 200 flights of each take 140 MB
 MAX_ROUND_FLIGHTS = 1024  # of waiting requests, beyond which a round takes no further request
-SHARED_SECONDS = 60.0  # that tails are verified first after another process changed an engine
+SHARED_SECONDS = 60.0  # for which tails are verified after another process has changed an engine
 MAX_TRIES = 20  # of one round whose engines other processes keep changing
 
 Recorded = RecordedFlights | Exception  # the result of one request
@@ -39,10 +39,10 @@ class _Waiting(NamedTuple):
 
 
 class FlightRecorder:
-    """Stores flights and predicts each from all that is known up to its cycle.
+    """Stores flights and predicts each from the flights of its engine up to its cycle.
 
-    `shared` says that other processes store flights too: cached tails are then compared with the store before anything
-    is predicted. Without it this is done for a while after another process was noticed.
+    With `shared`, other processes store flights too: cached tails are compared with the store before each prediction.
+    Without it this is done for `SHARED_SECONDS` after a write of another process was noticed.
     """
 
     def __init__(
@@ -56,12 +56,15 @@ class FlightRecorder:
     ) -> None:
         self._database, self._session, self._accounting = database, session, accounting
         self._record_flights = partial(readings.record_flights, session)
-        self._tails: dict[str, EngineTail] = {}  # the engine used longest ago first
+        self._tails: dict[str, EngineTail] = {}  # least recently used engine first
         self._shared = shared
-        self._shared_until = 0.0  # other processes changed these engines lately
-        self._all_cached, self._generation = False, -1  # whether every engine with flights is cached, and as of when
+        self._shared_until = 0.0  # end of the time in which tails are verified
+        self._all_cached, self._generation = (
+            False,
+            -1,
+        )  # whether every engine with flights is cached, and in which generation
         self._reads: list[tuple[list[CachedTail], asyncio.Future[dict[str, EngineTail]]]] = []
-        self._reader: asyncio.Task[None] | None = None  # reads tails while there are any to be read
+        self._reader: asyncio.Task[None] | None = None  # runs while there are tails to read
         self._max_queue, self._max_seconds = max_queue, max_queue_seconds
         self._busy: set[str] = set()  # engines that a round works on
         self._waiting: list[_Waiting] = []  # in order of arrival
@@ -77,8 +80,8 @@ class FlightRecorder:
             StoreUnavailable: nothing was stored.
             Overloaded: nothing was stored.
         """
-        if not self._database.up:  # it is tried before anything is predicted
-            await self._database.write(_nothing, None)
+        if not self._database.up:  # so that an unavailable store fails before the prediction
+            await self._database.connect()
         request = FlightRequest(predictor, flights)
         engines = request.engines
         if not (self._busy.isdisjoint(engines) and self._reserved.isdisjoint(engines)):
@@ -113,8 +116,8 @@ class FlightRecorder:
             return
         waiting, self._waiting, chosen, flights = self._waiting, [], list[_Waiting](), 0
         blocked, late = self._busy.copy(), time.monotonic() - self._max_seconds
-        for one in waiting:
-            request, done, since = one
+        for entry in waiting:
+            request, done, since = entry
             if done.done():  # the caller was cancelled
                 continue
             if since < late:
@@ -125,14 +128,14 @@ class FlightRecorder:
                 and (not chosen or request.predictor is chosen[0].request.predictor)
                 and flights < MAX_ROUND_FLIGHTS
             ):
-                chosen.append(one)
+                chosen.append(entry)
                 flights += len(request.flights)
             else:
                 blocked.update(request.engines)
-                self._waiting.append(one)
-        self._reserved = {name for one in self._waiting for name in one.request.engines}
+                self._waiting.append(entry)
+        self._reserved = {name for entry in self._waiting for name in entry.request.engines}
         if chosen:
-            engines = {name for one in chosen for name in one.request.engines}
+            engines = {name for entry in chosen for name in entry.request.engines}
             self._busy |= engines
             task = asyncio.get_running_loop().create_task(self._run(chosen, engines))
             self._rounds.add(task)  # the loop itself keeps no reference to a task
@@ -141,10 +144,10 @@ class FlightRecorder:
     async def _run(self, chosen: Sequence[_Waiting], engines: set[str]) -> None:
         """Store a round of requests that have waited, and give each its result."""
         try:
-            results = await self._store_apart([one.request for one in chosen])
-        except asyncio.CancelledError:  # the service ends
-            for one in chosen:
-                one.done.cancel()
+            results = await self._store_apart([entry.request for entry in chosen])
+        except asyncio.CancelledError:  # the service stops
+            for entry in chosen:
+                entry.done.cancel()
             raise
         finally:
             self._release(engines)
@@ -208,7 +211,7 @@ class FlightRecorder:
             self._all_cached = False
 
     async def _current_tails(self, current: FlightRound) -> dict[str, EngineTail]:
-        """Return the tails of the engines of a round, as far as this process can tell without a lock.
+        """Return the tails of the engines of a round, without a lock in the store.
 
         A cached tail is read again only if other processes write, or if it does not reach far enough back.
         """
@@ -231,7 +234,7 @@ class FlightRecorder:
         return tails | await self._read(missing) if missing else tails
 
     async def _read(self, requests: list[CachedTail]) -> dict[str, EngineTail]:
-        """Read tails together with whatever other requests have to read."""
+        """Read tails together with those that other requests wait for."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[dict[str, EngineTail]] = loop.create_future()
         self._reads.append((requests, done))
@@ -242,9 +245,11 @@ class FlightRecorder:
     async def _read_all(self) -> None:
         while self._reads:
             reads, self._reads = self._reads, []
-            every, generation = [one for requests, _ in reads for one in requests], self._session.generation
+            tail_requests, generation = [tail for tails, _ in reads for tail in tails], self._session.generation
             try:
-                tails = await self._database.read(partial(readings.read_tails, requests=every, generation=generation))
+                tails = await self._database.read(
+                    partial(readings.read_tails, requests=tail_requests, generation=generation)
+                )
             except Exception as error:  # raised in every request that waits for these tails
                 for _, done in reads:
                     if not done.done():
@@ -254,7 +259,3 @@ class FlightRecorder:
                 if not done.done():
                     done.set_result({request.engine_id: tails[request.engine_id] for request, _ in requests})
         self._reader = None
-
-
-def _nothing(_: Any, items: Sequence[None]) -> list[None]:
-    return list(items)

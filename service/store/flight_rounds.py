@@ -41,7 +41,7 @@ class FlightOutcome(NamedTuple):
     """The result of one flight."""
 
     result: FlightResult
-    known: Readings | None = None  # the stored readings, where these were rejected
+    known: Readings | None = None  # the stored readings if the flight was rejected
 
 
 class RecordedFlights(NamedTuple):
@@ -141,10 +141,10 @@ class FlightRound:
         ids = prediction_ids(len(chosen), time.time())
         rows = new_predictions(self.predictor, prediction, flights, values, ids)
         k = 0
-        for found, begin, end in prediction.pieces:
+        for output, begin, end in prediction.pieces:
             for i in range(begin, end):
                 row = rows[k]
-                self._predicted[row.engine_id, flights[k].cycle] = row, BatchSlice(found, i, i + 1)
+                self._predicted[row.engine_id, flights[k].cycle] = row, BatchSlice(output, i, i + 1)
                 k += 1
 
     def write(self) -> FlightWrite:
@@ -160,8 +160,8 @@ class FlightRound:
 
     def results(self, written: FlightWriteResult) -> list[RecordedFlights | Exception]:
         """Return the result of each request once all is stored; repeated flights have their earlier predictions."""
-        known = self._predicted | self._earlier(written.earlier) if written.earlier else self._predicted
-        return [self.failures.get(request) or _recorded(request, known) for request in self.requests]
+        predicted = self._predicted | self._earlier(written.earlier) if written.earlier else self._predicted
+        return [self.failures.get(request) or _recorded(request, predicted) for request in self.requests]
 
     def stored_predictions(self, written: FlightWriteResult) -> tuple[Readings, list[BatchSlice[BatchPredictions]]]:
         """Return the newest readings (N, channels) of the predictions that were stored, and slices of these."""
@@ -209,18 +209,18 @@ class FlightRound:
     def _earlier(
         self, stored: dict[EngineCycle, StoredPrediction]
     ) -> dict[EngineCycle, tuple[StoredPrediction, BatchSlice[BatchPredictions]]]:
-        """Return stored predictions, calibrated as they were when they were made."""
+        """Return stored predictions, calibrated as when they were stored."""
         rows = list(stored.values())
         logits = np.frombuffer(b"".join([row.logits for row in rows]), np.float32).reshape(len(rows), -1)
         rul = None if rows[0].rul is None else np.array([row.rul for row in rows], np.float32)
         finite = np.ones(len(rows), np.bool_)
-        found = BatchPredictions.of(calibrate(self.predictor.model, logits, rul, finite, self.predictor.temperature))
-        return {key: (row, BatchSlice(found, k, k + 1)) for k, (key, row) in enumerate(stored.items())}
+        output = BatchPredictions.of(calibrate(self.predictor.model, logits, rul, finite, self.predictor.temperature))
+        return {key: (row, BatchSlice(output, k, k + 1)) for k, (key, row) in enumerate(stored.items())}
 
 
 def _recorded(
     request: FlightRequest,
-    known: Mapping[EngineCycle, tuple[NewPrediction | StoredPrediction, BatchSlice[BatchPredictions]]],
+    predicted: Mapping[EngineCycle, tuple[NewPrediction | StoredPrediction, BatchSlice[BatchPredictions]]],
 ) -> RecordedFlights:
     outcomes, ids, pieces = [], list[str](), list[BatchSlice[BatchPredictions]]()
     for i, flight in enumerate(request.flights):
@@ -228,7 +228,7 @@ def _recorded(
         assert outcome is not None  # every flight of a request was added
         outcomes.append(outcome)
         if outcome.known is None:
-            row, piece = known[flight.engine_id, flight.cycle]
+            row, piece = predicted[flight.engine_id, flight.cycle]
             ids.append(row.id)
             _append_slice(pieces, piece)
     return RecordedFlights(outcomes, PredictionResult(request.predictor.temperature, pieces) if ids else None, ids)

@@ -1,8 +1,9 @@
-"""What the truth of a prediction is, from all that was said of its engine. Pure, and blind to the order of saying.
+"""Derive the label of a prediction from everything reported about its engine. Independent of the order of reports.
 
-An inspection of that engine at that cycle counts first. Else the engine's end tells: RUL = failed_at - cycle. Else an
-engine still running more cycles later than the highest threshold was surely in the first class: survivors testify too,
-because truths from failures alone describe only the engines that failed early.
+1. An inspection of the engine at that cycle takes precedence.
+2. Otherwise the failure of the engine gives the label: RUL = failed_at - cycle.
+3. Otherwise an engine that ran more cycles later than the highest threshold was in the first class. Without labels from
+   continued operation, labels would describe only engines that failed early.
 """
 
 from collections.abc import Sequence
@@ -29,28 +30,30 @@ def derive_label(
     thresholds: Sequence[float] | None,
     classes: int,
 ) -> tuple[Floats, LabelSource] | None:
-    """The label (C,) and its source; None while nothing is known.
+    """Return the label (C,) and its source; None while there is no label.
 
     Args:
-        inspected: what was said of this engine at this cycle, a distribution over the classes.
-        cycle: of the prediction.
+        inspected: (C,) the label reported for this engine at this cycle, a distribution over the classes.
+        cycle: cycle of the prediction.
         failed_at: the last cycle of the engine.
-        newest_cycle: at which the engine was seen running.
-        thresholds: RUL in cycles that part the classes, falling; None for a model without RUL.
-        classes: how many the model of the prediction has.
+        newest_cycle: the newest cycle at which the engine was running.
+        thresholds: RUL in cycles that separate the classes, in descending order; None for a model without RUL.
+        classes: number of classes of the model of the prediction.
     """
     if inspected is not None and len(inspected) == classes:
         return inspected, LabelSource.INSPECTION
     if cycle is None or not thresholds:
         return None
-    if failed_at is not None:  # after its end there is no engine to be right about
-        return (_of_rul(failed_at - cycle, thresholds, classes), LabelSource.OUTCOME) if cycle <= failed_at else None
+    if failed_at is not None:  # predictions after the failure have no label
+        return (
+            (_label_of_rul(failed_at - cycle, thresholds, classes), LabelSource.OUTCOME) if cycle <= failed_at else None
+        )
     if newest_cycle is not None and newest_cycle - cycle > thresholds[0]:
-        return _of_rul(newest_cycle - cycle, thresholds, classes), LabelSource.SURVIVAL
+        return _label_of_rul(newest_cycle - cycle, thresholds, classes), LabelSource.SURVIVAL
     return None
 
 
-def _of_rul(rul: float, thresholds: Sequence[float], classes: int) -> Floats:
+def _label_of_rul(rul: float, thresholds: Sequence[float], classes: int) -> Floats:
     label = np.zeros(classes)
     label[sum(rul <= threshold for threshold in thresholds)] = 1.0
     return label

@@ -1,12 +1,12 @@
 """The use cases of the store: predictions, flights, labels that arrive later, and temperatures.
 
-The use case above the database; knows the predictor, no HTTP and no SQL. Whatever is answered here is committed.
+Uses the predictor and the database. Independent of HTTP and SQL. Every result is returned after its commit.
 """
 
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -43,12 +43,12 @@ from service.store.sql.locks import lock_all
 from service.store.sql.predictions import NewPrediction, PredictionWrite
 from service.store.sql.session import WriteSession
 
-LabelResult = tuple[LabelResultKind, Floats | None]  # what became of a label, and the one that stands if it was refused
-LabelResultColumn = list[LabelResult | None]  # None where no label was told
+LabelResult = tuple[LabelResultKind, Floats | None]  # result of a label, and the stored label after a conflict
+LabelResultColumn = list[LabelResult | None]  # None for a row without a label
 
 
 class RecordedPredictions(NamedTuple):
-    """Ids of predictions, None for one that should have been kept and could not be, and what became of labels."""
+    """Ids of predictions, None for one that could not be stored, and the results of labels."""
 
     ids: list[str | None]
     results: LabelResultColumn
@@ -84,25 +84,28 @@ class Store:
         )
 
     async def open(self) -> None:
-        """Make or migrate the database; one that failed last has to prove that it can be written to.
+        """Create or migrate the database. If its last transaction failed, verify that it can be written to.
 
         Raises:
-            SchemaRejected: newer code made it.
+            SchemaRejected: newer code has migrated it.
             StoreUnavailable: it cannot be reached now.
         """
-        await self._database.write(_nothing if self._database.up else queries.prove, None)
+        if self._database.up:
+            await self._database.connect()
+        else:
+            await self._database.write(queries.prove, None)
 
     async def close(self) -> None:
-        """Commit what was accepted."""
+        """Commit all accepted writes, and stop."""
         await self._database.close()
 
     async def temperature(self, model: Model) -> tuple[float, str] | None:
-        """The temperature in force for a model and its source; None while it has its artefact's."""
-        found = await self._database.read(lambda connection: temperatures.active_temperature(connection, model.digest))
-        return None if found is None else (found.temperature, found.source)
+        """Return the active temperature of a model and its source; None for the temperature of its artefact."""
+        active = await self._database.read(lambda connection: temperatures.active_temperature(connection, model.digest))
+        return None if active is None else (active.temperature, active.source)
 
     async def engines(self, query: EngineQuery) -> EnginePage:
-        """One page of engines with the latest prediction of each, worst first.
+        """Return one page of engines with the latest prediction of each, in descending order of risk.
 
         Raises:
             StoreUnavailable: the database cannot be reached, as in every method that reads or writes.
@@ -110,19 +113,19 @@ class Store:
         return await self._database.read(lambda connection: queries.page(connection, query))
 
     async def history(self, engine_id: str, superseded: bool) -> EngineHistory | None:
-        """Every stored prediction of an engine; None for an unknown engine."""
+        """Return every stored prediction of an engine; None for an unknown engine."""
         return await self._database.read(lambda connection: queries.history(connection, engine_id, superseded))
 
-    async def sensors(self, engine_id: str, channels: tuple[str, ...], most: int) -> tuple[list[int], Readings]:
-        """The newest flights of an engine, at most `most`: rising cycles, and readings (N, channels)."""
-        return await self._database.read(lambda connection: queries.flights(connection, engine_id, channels, most))
+    async def sensors(self, engine_id: str, channels: tuple[str, ...], limit: int) -> tuple[list[int], Readings]:
+        """Return the newest `limit` flights of an engine: ascending cycles, and readings (N, channels)."""
+        return await self._database.read(lambda connection: queries.flights(connection, engine_id, channels, limit))
 
     async def temperature_changes(self, digest: str) -> list[StoredChange]:
-        """Every change of a model's temperature, oldest first."""
+        """Return every temperature change of a model, oldest first."""
         return await self._database.read(lambda connection: temperatures.changes(connection, digest))
 
     async def counted_predictions(self, digest: str, classes: int, since: float | None) -> CountedPredictions:
-        """Every prediction of one model that counts, made since some time in seconds since 1970; None for all."""
+        """Return the predictions of one model that statistics use, since a time in seconds since 1970; None for all."""
         return await self._database.read(lambda connection: queries.counted(connection, digest, classes, since))
 
     async def save_fit(self, fit: StoredFit) -> None:
@@ -130,7 +133,7 @@ class Store:
         await self._database.write(self._store_fits, fit)
 
     async def change_temperature(self, change: TemperatureChange) -> ActiveTemperature:
-        """Apply the temperature of a fit or a given one, or restore the one before.
+        """Apply the temperature of a fit or a given temperature, or restore the previous one.
 
         Raises:
             NotFound: no such fit.
@@ -139,14 +142,14 @@ class Store:
         return await self._database.write(self._change, change)
 
     async def prune(self) -> None:
-        """Delete what is older than the retention of the settings, a limited number of rows in each transaction."""
+        """Delete rows older than the retention of the settings, a limited number in each transaction."""
         if not self._retention:
             return
-        gone, before = 1, time.time() - self._retention
-        while gone:
-            old = await self._database.read(lambda connection: retention.find_expired(connection, before))
-            gone = await self._database.write(retention.delete_expired, old) if old.engines else 0
-            if gone:
+        deleted, before = 1, time.time() - self._retention
+        while deleted:
+            expired = await self._database.read(lambda connection: retention.find_expired(connection, before))
+            deleted = await self._database.write(retention.delete_expired, expired) if expired.engines else 0
+            if deleted:
                 self._flights.clear_cache()
 
     async def record_predictions(
@@ -154,73 +157,75 @@ class Store:
         predictor: Predictor,
         rows: Sequence[NamedRow],
         telemetry: Readings,
-        found: PredictionResult,
+        prediction: PredictionResult,
         targets: Floats | None = None,
     ) -> RecordedPredictions:
-        """Keep the predictions of engines, and the labels that came with them; counts all labels in the metrics.
+        """Store the predictions of engines and the labels that arrived with them; count all labels in the metrics.
 
-        Without the database predictions are still returned, with None as their id. Of a prediction at a temperature of
-        the request only the label is stored, which depends on no temperature.
+        If the database is unavailable, predictions have None as their id. A prediction at a temperature of the request
+        is not stored. Its label is, because labels do not depend on the temperature.
         """
         now = time.time()
         ids = prediction_ids(len(rows), now)
-        if targets is None and all(row.engine_id is None for row in rows):  # nothing to keep, and nothing to count
+        if targets is None and all(row.engine_id is None for row in rows):  # nothing to store or count
             return RecordedPredictions(list(ids), [None] * len(rows))
-        own = found.temperature == predictor.temperature
-        made = new_predictions(predictor, found, rows, telemetry, ids, targets)
-        made = made if own else [row for row in made if row.label is not None and row.cycle is not None]
-        said: dict[str, LabelResult] = {}
-        lost: set[str] = set()
-        if made:
+        at_active = prediction.temperature == predictor.temperature
+        new = new_predictions(predictor, prediction, rows, telemetry, ids, targets)
+        new = new if at_active else [row for row in new if row.label is not None and row.cycle is not None]
+        results: dict[str, LabelResult] = {}
+        not_stored: set[str] = set()
+        if new:
             try:
-                if not self._database.up:  # it is asked every second; no prediction waits for it meanwhile
+                if not self._database.up:  # it is tried every second; predictions do not wait for that
                     raise StoreUnavailable("the database does not answer")
-                said = await (
-                    self._store_predictions(PredictionWrite(model_version(predictor), now, made))
-                    if own
-                    else self._store_labels(made)
+                results = await (
+                    self._store_predictions(PredictionWrite(model_version(predictor), now, new))
+                    if at_active
+                    else self._store_labels(new)
                 )
             except StoreUnavailable:
-                self._metrics.predictions_not_stored.inc(len(made))
-                lost = {row.id for row in made}
+                self._metrics.predictions_not_stored.inc(len(new))
+                not_stored = {row.id for row in new}
         if targets is not None:
-            elsewhere = [name in said and (not own or said[name][0] == "conflict") for name in ids]
-            self._accounting.count_submitted(found, targets, predictor.temperature, np.array(elsewhere))
-        return RecordedPredictions([None if name in lost else name for name in ids], [said.get(name) for name in ids])
+            excluded = [name in results and (not at_active or results[name][0] == "conflict") for name in ids]
+            self._accounting.count_submitted(prediction, targets, predictor.temperature, np.array(excluded))
+        return RecordedPredictions(
+            [None if name in not_stored else name for name in ids], [results.get(name) for name in ids]
+        )
 
     async def record_labels(self, rows: Sequence[LabelSubmission]) -> LabelResults:
-        """Keep labels, each with its own result."""
+        """Store labels, and return the result of each."""
         write = LabelWrite(rows, time.time())
         return await self._database.write(
-            self._record_labels, write, lambda answered: self._accounting.count_joined(answered.joined), len(rows)
+            self._record_labels, write, lambda result: self._accounting.count_joined(result.joined), len(rows)
         )
 
     async def record_outcome(self, engine_id: str, failed_at: int, revise: bool) -> OutcomeResult:
-        """Keep an engine's end, which labels its history."""
+        """Store the failure of an engine, which labels its history."""
         write = OutcomeSubmission(engine_id, failed_at, revise, time.time())
         return await self._database.write(
-            self._record_outcomes, write, lambda ended: self._accounting.count_joined(ended.joined)
+            self._record_outcomes, write, lambda result: self._accounting.count_joined(result.joined)
         )
 
     async def _store_predictions(self, batch: PredictionWrite) -> dict[str, LabelResult]:
-        """Keep predictions; what became of the labels that came with them, by prediction id."""
+        """Store predictions, and return the results of their labels by prediction id."""
 
-        def committed(kept: predictions.PredictionWriteResult) -> None:
-            self._accounting.count_joined(kept.joined)
-            counted = sum(row.label is not None and kept.said[row.id][0] != "conflict" for row in batch.rows)
-            self._accounting.count_stored(len(batch.rows) - counted)  # the others are with their labels
+        def committed(written: predictions.PredictionWriteResult) -> None:
+            self._accounting.count_joined(written.joined)
+            results = written.label_results
+            submitted = sum(row.label is not None and results[row.id][0] != "conflict" for row in batch.rows)
+            self._accounting.count_stored(len(batch.rows) - submitted)  # `count_submitted` counts those
 
-        said = (await self._database.write(self._record_predictions, batch, committed, len(batch.rows))).said
-        return {row.id: said[row.id] for row in batch.rows if row.id in said} if said else {}
+        written = await self._database.write(self._record_predictions, batch, committed, len(batch.rows))
+        results = written.label_results
+        return {row.id: results[row.id] for row in batch.rows if row.id in results} if results else {}
 
-    async def _store_labels(self, made: Sequence[NewPrediction]) -> dict[str, LabelResult]:
-        """Keep the labels of predictions that are not kept themselves; what became of each, by prediction id."""
+    async def _store_labels(self, unstored: Sequence[NewPrediction]) -> dict[str, LabelResult]:
+        """Store the labels of predictions that are not stored, and return the result of each by prediction id."""
         rows = [
-            LabelSubmission(None, row.engine_id, row.cycle, row.label, False) for row in made if row.label is not None
+            LabelSubmission(None, row.engine_id, row.cycle, row.label, False)
+            for row in unstored
+            if row.label is not None
         ]
-        answered = await self.record_labels(rows)
-        return {row.id: result for row, result in zip(made, answered.results, strict=True)}
-
-
-def _nothing(_: Any, items: Sequence[None]) -> list[None]:
-    return [None for _ in items]
+        submitted = await self.record_labels(rows)
+        return {row.id: result for row, result in zip(unstored, submitted.results, strict=True)}

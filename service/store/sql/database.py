@@ -1,7 +1,7 @@
-"""Connections: SQLite or PostgreSQL, migrated at start, one writing thread that commits for many at once, readers.
+"""Connections to SQLite or PostgreSQL: migration, one writing thread with group commit, and reading threads.
 
-Work that arrives while a commit is under way forms the next transaction; whoever asked hears of it after the commit.
-Knows transactions and no table.
+Writes that arrive during a commit form the next transaction. Callers receive their results after the commit.
+Independent of tables.
 """
 
 import asyncio
@@ -23,27 +23,29 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from service.errors import Overloaded, SettingsRejected, StoreUnavailable
 from service.store.sql.migrate import migrate
 
-LOCK_SECONDS = 5.0  # how long another process's transaction is waited for
-SLOW_SECONDS = 10  # how long PostgreSQL may take to connect, or for one statement
-STUCK_SECONDS = SLOW_SECONDS + 1  # after which a server that said nothing, not even that it failed, is given up
+LOCK_SECONDS = 5.0  # maximum wait for a transaction of another process
+SLOW_SECONDS = 10  # maximum time in which PostgreSQL connects, or executes one statement
+STUCK_SECONDS = SLOW_SECONDS + 1  # after which a server that sends neither a result nor an error is unavailable
 READERS = 4
-TRIES = 4  # of a transaction that PostgreSQL gave up in favour of another one
-MOST_WORK = 256  # requests of one transaction
-MOST_ROWS = 4096  # and rows beyond which it takes no further request: windows of flights are in memory together
-PASSING = ("40001", "40P01")  # SQLSTATE of serialization failure and deadlock: the same again may succeed
-TOO_LONG = "57014"  # SQLSTATE of a statement that was cancelled after its time
+MAX_TRIES = 4  # of a transaction that PostgreSQL rolled back in favour of another one
+MAX_TRANSACTION_WRITES = 256
+MAX_TRANSACTION_ROWS = 4096  # beyond which a transaction takes no further write: windows of flights are in RAM together
+TRANSIENT_SQLSTATES = ("40001", "40P01")  # serialization failure and deadlock: a retry may succeed
+CANCELLED_SQLSTATE = "57014"  # the statement exceeded its timeout
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Work = Callable[[Connection, Sequence[Any]], Sequence[Any]]  # of many items of one kind, a result for each
+Work = Callable[[Connection, Sequence[Any]], Sequence[Any]]  # writes items of one kind, returns a result for each
 
 
-class _Asked(NamedTuple):
+class _Write(NamedTuple):
+    """One call of `Database.write` that waits for its transaction."""
+
     work: Work
     item: Any
     done: "asyncio.Future[Any]"
     since: float
-    then: Callable[[Any], None] | None
+    committed: Callable[[Any], None] | None
     rows: int
 
 
@@ -51,10 +53,10 @@ _ITEM = attrgetter("item")
 
 
 def address(text: str) -> URL:
-    """A database's URL.
+    """Parse the URL of a database.
 
     Raises:
-        SettingsRejected: none that this service can use.
+        SettingsRejected: it is not the URL of a database that this service supports.
     """
     try:
         url = make_url(text)
@@ -71,31 +73,41 @@ def address(text: str) -> URL:
 
 
 class Database:
-    """One database, seen from one process. `up` says whether the last transaction succeeded."""
+    """The connections of one process to a database. `up` is whether the last transaction succeeded."""
 
     def __init__(
         self,
         url: str,
-        failed: Callable[[bool], None],
+        rolled_back: Callable[[bool], None],
         max_queue: int,
         max_seconds: float,
-        begun: Callable[[Connection, Sequence[Sequence[Any]]], None] | None = None,
+        lock: Callable[[Connection, Sequence[Sequence[Any]]], None] | None = None,
     ) -> None:
+        """Start the writing thread.
+
+        Args:
+            url: of the database.
+            rolled_back: called after a failed transaction; True if the database may be another one from now on.
+            max_queue: writes that may wait.
+            max_seconds: time that a write may wait.
+            lock: called at the start of a transaction with all its items, by kind of work. Not for SQLite, which has
+                one writer.
+        """
         self._url = address(url)
         self._file = str(self._url.database) if self._url.get_backend_name() == "sqlite" else None
         self._writing = _engine(self._url, "BEGIN IMMEDIATE", 1)
-        self._reading = _engine(_there_only(self._url), "BEGIN", READERS)
-        self._readers = ThreadPoolExecutor(READERS, "store-reader")  # of its own: one may wait for long
-        self._waiting: float | None = None  # since when the writing thread waits for its statement
-        event.listen(self._writing, "before_cursor_execute", self._wait)
-        event.listen(self._writing, "commit", self._wait)
-        self._failed = failed  # called when a transaction was not committed; True if the database may be another one
-        self._begun = begun  # told of all items of a transaction, by kind of work, before any of it is done
+        self._reading = _engine(_existing_only(self._url), "BEGIN", READERS)
+        self._readers = ThreadPoolExecutor(READERS, "store-reader")  # not the loop's pool: a query may wait for long
+        self._waiting_since: float | None = None  # start of the writing thread's current statement
+        event.listen(self._writing, "before_cursor_execute", self._note_progress)
+        event.listen(self._writing, "commit", self._note_progress)
+        self._rolled_back = rolled_back
+        self._lock = lock if self._file is None else None
         self._inode: int | None = None  # of the file that was migrated
         self.up, self._reason = False, "the database does not answer"
-        self._queue: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
-        self._together: list[_Asked] = []  # of one turn of the event loop, so that they are one transaction
-        self._most, self._seconds = max_queue, max_seconds
+        self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
+        self._turn: list[_Write] = []  # writes of this turn of the event loop, which form one transaction
+        self._max_queue, self._max_seconds = max_queue, max_seconds
         self._thread = threading.Thread(target=self._write, name="store", daemon=True)
         self._thread.start()
 
@@ -103,51 +115,59 @@ class Database:
         self,
         work: Callable[[Connection, Sequence[Item]], Sequence[Result]],
         item: Item,
-        then: Callable[[Result], None] | None = None,
+        committed: Callable[[Result], None] | None = None,
         rows: int = 1,
     ) -> Result:
-        """Do work in a transaction shared with whatever else waits; answered once that is committed.
+        """Write in one transaction with all other waiting writes, and return the result once it is committed.
 
         Args:
-            work: what is done with all items of its kind; it may be done again.
+            work: writes all items of its kind; it may be called again.
             item: of this caller.
-            then: told of the result once it is committed, also if the caller has left or was told that nobody answers.
-            rows: of the item.
+            committed: called with the result once it is committed, even if this call was cancelled or has failed.
+            rows: number of rows of the item.
 
         Raises:
-            StoreUnavailable: the database cannot be reached, is locked, or is full, or this waited for one that is.
-            Overloaded: too many wait already, or this waited too long.
+            StoreUnavailable: the database cannot be reached, is locked, is full, or was so while this write waited.
+            Overloaded: too many writes wait already, or this one waited too long.
         """
-        if self._queue.qsize() + len(self._together) >= self._most:
-            raise Overloaded(f"{self._most} requests wait for the database, no more may", self._seconds)
-        if not self.up and self._stuck():
+        if self._queue.qsize() + len(self._turn) >= self._max_queue:
+            raise Overloaded(f"{self._max_queue} requests wait for the database, no more may", self._max_seconds)
+        if not self.up and self._is_stuck():
             raise StoreUnavailable(self._reason)
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Result] = loop.create_future()
-        self._together.append(_Asked(work, item, done, time.monotonic(), then, rows))
-        if len(self._together) == 1:
+        self._turn.append(_Write(work, item, done, time.monotonic(), committed, rows))
+        if len(self._turn) == 1:
             loop.call_soon(self._hand_over)
-        patience = loop.call_later(STUCK_SECONDS, self._lose_patience, loop, done)
+        timer = loop.call_later(STUCK_SECONDS, self._give_up, loop, done)
         try:
             return await done
         finally:
-            patience.cancel()
+            timer.cancel()
 
-    async def read(self, work: Callable[[Connection], Result]) -> Result:
-        """Look something up in one consistent view.
+    async def connect(self) -> None:
+        """Connect by an empty transaction, which creates or migrates the database if necessary.
 
         Raises:
             StoreUnavailable: as in `write`.
         """
-        found = asyncio.get_running_loop().run_in_executor(self._readers, self._read, work)
-        while not (await asyncio.wait({found}, timeout=STUCK_SECONDS))[0]:
+        await self.write(_write_nothing, None)
+
+    async def read(self, work: Callable[[Connection], Result]) -> Result:
+        """Run queries in one consistent view.
+
+        Raises:
+            StoreUnavailable: as in `write`.
+        """
+        result = asyncio.get_running_loop().run_in_executor(self._readers, self._read, work)
+        while not (await asyncio.wait({result}, timeout=STUCK_SECONDS))[0]:
             if not self.up:
-                found.add_done_callback(lambda late: late.exception())  # nobody is left to hear it
+                result.add_done_callback(lambda late: late.exception())  # marks the exception as retrieved
                 raise StoreUnavailable(self._reason)
-        return await found
+        return await result
 
     async def close(self) -> None:
-        """Commit what was accepted, and end."""
+        """Commit all accepted writes, and stop."""
         self._hand_over()
         self._queue.put(None)
         await asyncio.to_thread(self._thread.join, STUCK_SECONDS)
@@ -156,23 +176,23 @@ class Database:
         self._reading.dispose()
 
     def _hand_over(self) -> None:
-        for asked in self._together:
-            self._queue.put(asked)
-        self._together = []
+        for write in self._turn:
+            self._queue.put(write)
+        self._turn = []
 
-    def _wait(self, *_: object) -> None:
-        self._waiting = time.monotonic()
+    def _note_progress(self, *_: object) -> None:
+        self._waiting_since = time.monotonic()
 
-    def _stuck(self) -> bool:
-        since = self._waiting
+    def _is_stuck(self) -> bool:
+        since = self._waiting_since
         return since is not None and time.monotonic() - since >= STUCK_SECONDS
 
-    def _lose_patience(self, loop: asyncio.AbstractEventLoop, done: "asyncio.Future[Any]") -> None:
-        """Give up a database that says nothing at all; work of ours that takes long is waited for."""
+    def _give_up(self, loop: asyncio.AbstractEventLoop, done: "asyncio.Future[Any]") -> None:
+        """Fail a write if the database does not respond at all. Long work of this process does not count as that."""
         if done.done():
             return
-        if not self._stuck():
-            loop.call_later(1, self._lose_patience, loop, done)
+        if not self._is_stuck():
+            loop.call_later(1, self._give_up, loop, done)
             return
         self.up, self._reason = False, "the database does not answer: it has been silent for too long"
         done.set_exception(StoreUnavailable(self._reason))
@@ -184,7 +204,7 @@ class Database:
             with self._reading.begin() as connection:
                 return work(connection)
         except DBAPIError as error:
-            if getattr(error.orig, "sqlstate", None) == TOO_LONG:  # it is there; who writes is not to think otherwise
+            if getattr(error.orig, "sqlstate", None) == CANCELLED_SQLSTATE:  # `up` stays: the database does respond
                 message = f"the database took longer than {SLOW_SECONDS} s to look this up"
                 raise StoreUnavailable(message) from error
             raise self._unavailable(error) from error
@@ -192,83 +212,88 @@ class Database:
             raise self._unavailable(error) from error
 
     def _write(self) -> None:
-        """The thread's work: whatever waits, in one transaction; then again."""
+        """Commit all waiting writes in one transaction, again and again. Runs in the writing thread."""
         while (first := self._queue.get()) is not None:
-            asked, rows, last = [first], first.rows, False
-            while len(asked) < MOST_WORK and rows < MOST_ROWS and not last and not self._queue.empty():
-                found = self._queue.get()
-                last = found is None
-                asked += [found] if found else []
-                rows += found.rows if found else 0
-            late = time.monotonic() - self._seconds
-            in_time, results = list[_Asked](), list[tuple[_Asked, Any]]()
-            for one in asked:
-                if one.since < late:
-                    results.append((one, self._too_late()))
+            writes, rows, last = [first], first.rows, False
+            while (
+                len(writes) < MAX_TRANSACTION_WRITES
+                and rows < MAX_TRANSACTION_ROWS
+                and not last
+                and not self._queue.empty()
+            ):
+                following = self._queue.get()
+                last = following is None
+                writes += [following] if following else []
+                rows += following.rows if following else 0
+            oldest = time.monotonic() - self._max_seconds
+            in_time, results = list[_Write](), list[tuple[_Write, Any]]()
+            for write in writes:
+                if write.since < oldest:
+                    results.append((write, self._late_error()))
                 else:
-                    in_time.append(one)
-            results += self._committed(in_time)
-            loops: dict[asyncio.AbstractEventLoop, list[tuple[_Asked, Any]]] = {}
+                    in_time.append(write)
+            results += self._commit(in_time)
+            loops: dict[asyncio.AbstractEventLoop, list[tuple[_Write, Any]]] = {}
             for pair in results:
                 loops.setdefault(pair[0].done.get_loop(), []).append(pair)
             for loop, pairs in loops.items():
-                loop.call_soon_threadsafe(_tell, pairs)
+                loop.call_soon_threadsafe(_deliver, pairs)
             if last:
                 return
 
-    def _too_late(self) -> Exception:
-        """What to tell who waited too long: for others, or for a database that does not answer."""
+    def _late_error(self) -> Exception:
+        """Return the error of a write that waited too long: for other writes, or for an unavailable database."""
         if not self.up:
             return StoreUnavailable(self._reason)
-        return Overloaded(f"waited {self._seconds:g} s for the database, no longer is waited", self._seconds)
+        return Overloaded(f"waited {self._max_seconds:g} s for the database, no longer is waited", self._max_seconds)
 
-    def _committed(self, asked: list[_Asked]) -> list[tuple[_Asked, Any]]:
-        """The results, committed. What cannot be done together is done one by one, so that one fails nobody else."""
-        if not asked:
+    def _commit(self, writes: list[_Write]) -> list[tuple[_Write, Any]]:
+        """Commit writes and return their results. If they fail together, each is tried alone."""
+        if not writes:
             return []
-        kinds: dict[Work, list[_Asked]] = {}
-        for one in asked:
-            kinds.setdefault(one.work, []).append(one)
+        kinds: dict[Work, list[_Write]] = {}
+        for write in writes:
+            kinds.setdefault(write.work, []).append(write)
         try:
-            return self._transaction(kinds, TRIES)
+            return self._transaction(kinds, MAX_TRIES)
         except (SQLAlchemyError, sqlite3.Error, OSError) as error:
             failure = self._unavailable(error)
         except StoreUnavailable as error:
             failure, self.up, self._reason = error, False, error.detail
-        except Exception as error:  # of one item, it may be; the others are not to suffer
+        except Exception as error:  # possibly caused by one item only; the other writes must not fail with it
             failure = error
-        self._failed(isinstance(failure, StoreUnavailable))
-        if isinstance(failure, StoreUnavailable) or len(asked) == 1:
-            return [(one, failure) for one in asked]
-        return [pair for one in asked for pair in self._committed([one])]
+        self._rolled_back(isinstance(failure, StoreUnavailable))
+        if isinstance(failure, StoreUnavailable) or len(writes) == 1:
+            return [(write, failure) for write in writes]
+        return [pair for write in writes for pair in self._commit([write])]
 
-    def _transaction(self, kinds: dict[Work, list[_Asked]], tries: int) -> list[tuple[_Asked, Any]]:
+    def _transaction(self, kinds: dict[Work, list[_Write]], tries: int) -> list[tuple[_Write, Any]]:
         try:
-            self._wait()
-            self._find()
-            done: list[tuple[_Asked, Any]] = []
+            self._note_progress()
+            self._check_file()
+            results: list[tuple[_Write, Any]] = []
             with self._writing.begin() as connection:
                 items = dict[Work, list[Any]]()
-                for work, asked in kinds.items():
-                    items[work] = list(map(_ITEM, asked))
-                if self._begun is not None:
-                    self._begun(connection, list(items.values()))
-                for work, asked in kinds.items():
-                    done += zip(asked, work(connection, items[work]), strict=True)
+                for work, writes in kinds.items():
+                    items[work] = list(map(_ITEM, writes))
+                if self._lock is not None:
+                    self._lock(connection, list(items.values()))
+                for work, writes in kinds.items():
+                    results += zip(writes, work(connection, items[work]), strict=True)
         except DBAPIError as error:
-            if tries > 1 and getattr(error.orig, "sqlstate", None) in PASSING:
-                self._failed(False)
+            if tries > 1 and getattr(error.orig, "sqlstate", None) in TRANSIENT_SQLSTATES:
+                self._rolled_back(False)
                 return self._transaction(kinds, tries - 1)
             raise
         finally:
-            self._waiting = None
+            self._waiting_since = None
         self.up = True
-        return done
+        return results
 
-    def _find(self) -> None:
-        """Migrate the database when it is met for the first time, and a file that took the place of another.
+    def _check_file(self) -> None:
+        """Migrate the database on first use, and an SQLite file that has replaced another one.
 
-        An open SQLite file that was deleted goes on taking what nobody will ever read: it is looked for each time.
+        A deleted SQLite file that is open still accepts writes, which are lost. So each transaction checks the path.
         """
         if self._file is None:
             if not self.up:
@@ -281,14 +306,14 @@ class Database:
                 raise StoreUnavailable(f"the database file {self._file} is gone") from None
             inode = None  # it is created
         if inode is None or inode != self._inode:
-            self._failed(True)  # what is cached is of the file before
+            self._rolled_back(True)  # caches describe the previous file
             self._writing.dispose()
             self._reading.dispose()
             migrate(self._writing)
             self._inode = os.stat(self._file).st_ino
 
     def _unavailable(self, error: Exception) -> Exception:
-        """What is wrong with the database as an error of this service; a fault of ours stays what it is."""
+        """Return a database error as `StoreUnavailable`. Errors in our use of SQLAlchemy are returned unchanged."""
         cause = error.orig if isinstance(error, DBAPIError) else error
         if isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError):
             return error
@@ -297,23 +322,28 @@ class Database:
         return StoreUnavailable(self._reason)
 
 
-def _tell(told: Sequence[tuple[_Asked, Any]]) -> None:
-    for one, result in told:
-        if one.then is not None and not isinstance(result, Exception):
+def _write_nothing(_: Connection, items: Sequence[None]) -> Sequence[None]:
+    return items
+
+
+def _deliver(results: Sequence[tuple[_Write, Any]]) -> None:
+    """Give results or errors to the callers. Runs in the event loop."""
+    for write, result in results:
+        if write.committed is not None and not isinstance(result, Exception):
             try:
-                one.then(result)
-            except Exception as error:  # heard of by its own caller; the others would wait for ever
+                write.committed(result)
+            except Exception as error:  # raised in its own caller; the others would wait for ever
                 result = error
-        if one.done.done():  # whoever asked has left
+        if write.done.done():  # the caller was cancelled, or its write was given up
             continue
         if isinstance(result, Exception):
-            one.done.set_exception(result)
+            write.done.set_exception(result)
         else:
-            one.done.set_result(result)
+            write.done.set_result(result)
 
 
-def _there_only(url: URL) -> URL:
-    """The same database, but that looking something up makes no file where none is."""
+def _existing_only(url: URL) -> URL:
+    """Return the URL with an option of SQLite: reading a missing file does not create it."""
     if url.get_backend_name() != "sqlite":
         return url
     query = {**url.query, "mode": "rw", "uri": "true"}
@@ -326,13 +356,13 @@ def _engine(url: URL, begin: str, connections: int) -> Engine:
         event.listen(engine, "connect", _configure)
         event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(begin))
         return engine
-    return create_engine(_patient(url), pool_size=connections, max_overflow=0, pool_pre_ping=True)
+    return create_engine(_with_timeouts(url), pool_size=connections, max_overflow=0, pool_pre_ping=True)
 
 
-def _patient(url: URL) -> URL:
-    """The same database, and how long it is waited for; what the address says itself stands.
+def _with_timeouts(url: URL) -> URL:
+    """Return the URL with timeouts of PostgreSQL; options in the URL take precedence.
 
-    A host that vanished acknowledges nothing: the kernel gives its connections up, where it would wait for hours.
+    A vanished host acknowledges nothing. With these options the kernel closes its connections, instead of after hours.
     """
     options = f"-c statement_timeout={SLOW_SECONDS}s {url.query.get('options', '')}".strip()
     slow = {"connect_timeout": str(SLOW_SECONDS), "tcp_user_timeout": str(SLOW_SECONDS * 1000)}  # milliseconds
@@ -341,6 +371,6 @@ def _patient(url: URL) -> URL:
 
 
 def _configure(connection: sqlite3.Connection, _: object) -> None:
-    connection.isolation_level = None  # transactions begin where they are said to, and not by guessing
+    connection.isolation_level = None  # transactions start where the code starts them, not implicitly
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")  # committed means on the disk

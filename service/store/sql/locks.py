@@ -1,7 +1,7 @@
-"""The engines of everything that one transaction does, locked at once and in one order.
+"""Lock all engines of one PostgreSQL transaction together and in one order.
 
-Each kind of work locks its own, in order; two kinds in a transaction would take e2 and then e1 while another process
-takes e1 and then e2, and PostgreSQL needs a second to see that. SQLite has one writer and needs no locks.
+Each kind of work locks its own engines in order. Two kinds in one transaction would take e2 and then e1, while another
+process takes e1 and then e2. PostgreSQL needs 1 s to detect that.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from service.store.sql.session import MOST_VALUES
 from service.store.sql.tables import engines, predictions
 
 _NAMES, _IDS = (bindparam("names", type_=ARRAY(String)), bindparam("ids", type_=ARRAY(Integer)))
-_OWNERS = select(predictions.c.engine).where(predictions.c.id == any_(bindparam("made", type_=ARRAY(String))))
-_LOCK = (  # of any number of engines: a statement for each part would have an order of its own
+_OWNERS = select(predictions.c.engine).where(predictions.c.id == any_(bindparam("prediction_ids", type_=ARRAY(String))))
+_LOCK = (  # any number of engines: with several statements the order would not be one order
     select(engines.c.id)
     .where(or_(engines.c.engine_id == any_(_NAMES), engines.c.id == any_(_IDS)))
     .order_by(engines.c.engine_id)
@@ -26,27 +26,26 @@ _LOCK = (  # of any number of engines: a statement for each part would have an o
 )
 
 
-def lock_all(connection: Connection, together: Sequence[Sequence[Any]]) -> None:
-    """Lock the engines of some items, which come by kind of work, where their work would take several statements.
+def lock_all(connection: Connection, items_by_kind: Sequence[Sequence[Any]]) -> None:
+    """Lock the engines of items, given by kind of work, if their work would need several statements for that.
 
-    Engines that are not there yet are made by the work itself: two processes that make the same ones at once may
-    still wait for each other, and one of them does it again.
+    The work itself creates missing engines. Two processes that create the same ones concurrently may still wait for
+    each other, and one of them is repeated.
     """
-    if connection.dialect.name != "postgresql":
-        return
-    names, made, ids, statements = set[str](), set[str](), set[int](), 0
-    for items in together:
+    names, prediction_ids, ids, statements = set[str](), set[str](), set[int](), 0
+    for items in items_by_kind:
         before = len(names)
         for item in items:
-            _add(item, names, made, ids)
-        statements += -(-(len(names) - before) // MOST_VALUES)  # what an earlier kind names is locked by then
-    if ids or statements + len(made) > 1:
-        ids |= set(connection.execute(_OWNERS, {"made": sorted(made)}).scalars()) if made else set()
+            _add_keys(item, names, prediction_ids, ids)
+        statements += -(-(len(names) - before) // MOST_VALUES)  # without engines that an earlier kind locks
+    if ids or statements + len(prediction_ids) > 1:
+        if prediction_ids:
+            ids |= set(connection.execute(_OWNERS, {"prediction_ids": sorted(prediction_ids)}).scalars())
         connection.execute(_LOCK, {"names": sorted(names), "ids": sorted(ids)})
 
 
-def _add(item: Any, names: set[str], made: set[str], ids: set[int]) -> None:
-    """What an item says of whose engine it is: a name, the id of a prediction, or the engine's number."""
+def _add_keys(item: Any, names: set[str], prediction_ids: set[str], ids: set[int]) -> None:
+    """Add what identifies the engines of an item: names, prediction ids, or numbers in the table of engines."""
     if isinstance(item, OutcomeSubmission):
         names.add(item.engine_id)
     elif isinstance(item, PredictionWrite):
@@ -56,5 +55,5 @@ def _add(item: Any, names: set[str], made: set[str], ids: set[int]) -> None:
     elif isinstance(item, ExpiredRows):
         ids.update(item.engines)
     elif isinstance(item, LabelWrite):
-        made.update(row.prediction_id for row in item.rows if row.prediction_id)
+        prediction_ids.update(row.prediction_id for row in item.rows if row.prediction_id)
         names.update(row.engine_id for row in item.rows if row.engine_id and not row.prediction_id)

@@ -1,4 +1,4 @@
-"""Predictions that are kept, and what is already known of them."""
+"""Store predictions, and join them with labels that are known already."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from service.store.sql.tables import predictions, truths
 
 
 class NewPrediction(NamedTuple):
-    """One prediction of an engine. `label` is what came with the request."""
+    """One prediction of an engine. `label` arrived in the same request."""
 
     id: str
     engine_id: str
@@ -29,17 +29,17 @@ class NewPrediction(NamedTuple):
 
 
 class PredictionWriteResult(NamedTuple):
-    """Whose truth was known before, and what became of the labels that came with predictions, by prediction id.
+    """Labels that were known before, and the results of labels that arrived with predictions, by prediction id.
 
-    A label that contradicts one that was given before is a conflict; the one that stands is told.
+    A label that contradicts an earlier one is a conflict. Its result has the earlier label.
     """
 
     joined: list[JoinedLabel]
-    said: dict[str, tuple[LabelResultKind, Floats | None]]
+    label_results: dict[str, tuple[LabelResultKind, Floats | None]]
 
 
 class ModelVersion(NamedTuple):
-    """Who answered: a model, at a temperature that came from somewhere."""
+    """The model of a prediction, its temperature, and the source of that temperature."""
 
     digest: str
     manifest: Manifest
@@ -60,8 +60,8 @@ _ADD = insert(predictions)
 _SUPERSEDE = (
     update(predictions)
     .where(
-        predictions.c.engine == bindparam("of"),
-        predictions.c.cycle == bindparam("at"),
+        predictions.c.engine == bindparam("engine_key"),
+        predictions.c.cycle == bindparam("at_cycle"),
         predictions.c.is_latest.is_(True),
     )
     .values(is_latest=False)
@@ -71,7 +71,7 @@ _SUPERSEDE = (
 def record_predictions(
     session: WriteSession, connection: Connection, items: Sequence[PredictionWrite]
 ) -> list[PredictionWriteResult]:
-    """Keep predictions; of each engine and cycle the latest counts."""
+    """Store predictions. The latest one of each engine and cycle replaces earlier ones."""
     names, before = list[str](), dict[int, int | None]()
     for item in items:
         for row in item.rows:
@@ -79,10 +79,10 @@ def record_predictions(
     by_name = session.engines(connection, names)
     for engine in by_name.values():
         before[engine.id] = engine.newest_cycle
-    joined, said = add_predictions(session, connection, items, by_name)
+    joined, label_results = add_predictions(session, connection, items, by_name)
     joined += session.join_survivors(connection, before, by_name.values(), max([item.created_at for item in items]))
     session.update_engines(connection, by_name.values())
-    return [PredictionWriteResult(joined if k == 0 else [], said) for k in range(len(items))]
+    return [PredictionWriteResult(joined if k == 0 else [], label_results) for k in range(len(items))]
 
 
 def add_predictions(
@@ -90,56 +90,58 @@ def add_predictions(
 ) -> PredictionWriteResult:
     """Store predictions of engines that are locked already. The caller updates the engines."""
     every = list[tuple[PredictionWrite, StoredModel, NewPrediction]]()
-    last, labelled = dict[tuple[str, int | None], str](), False  # the latest of those that come together
+    last, labelled = dict[tuple[str, int | None], str](), False  # the last prediction of each engine and cycle
     for item in items:
         kind = session.stored_model(connection, item.by.digest, item.by.manifest)
         for row in item.rows:
             every.append((item, kind, row))
             last[row.engine_id, row.cycle] = row.id
             labelled = labelled or row.label is not None
-    again = _repeated_cycles(every, by_name)
-    if again:
-        connection.execute(_SUPERSEDE, again)
+    repeated = _repeated_cycles(every, by_name)
+    if repeated:
+        connection.execute(_SUPERSEDE, repeated)
     for _, _, row in every:
         if row.cycle is not None:
             by_name[row.engine_id].extend_to(row.cycle)
-    said = _store_labels(connection, every, by_name) if labelled else {}
-    asked = []
+    label_results = _store_labels(connection, every, by_name) if labelled else {}
+    inspection_keys = []
     for _, _, row in every:
         engine = by_name[row.engine_id]
         if engine.truths:
-            asked.append((engine.id, row.cycle, row.id))
-    known_of = inspections(connection, asked) if asked else {}
+            inspection_keys.append((engine.id, row.cycle, row.id))
+    labels = inspections(connection, inspection_keys) if inspection_keys else {}
     rows, joined = [], []
     for item, kind, row in every:
         engine = by_name[row.engine_id]
-        inspected = known_of.get((engine.id, row.cycle) if row.cycle is not None else row.id) if known_of else None
-        known = derive_label(
+        inspected = labels.get((engine.id, row.cycle) if row.cycle is not None else row.id) if labels else None
+        derived = derive_label(
             inspected, row.cycle, engine.failed_at, engine.newest_cycle, kind.thresholds, len(kind.classes)
         )
         is_latest = row.cycle is None or last[row.engine_id, row.cycle] == row.id
-        rows.append(_stored(item, kind, row, engine.id, is_latest, known))
-        if known is not None and (row.label is None or said[row.id][0] == "conflict"):
+        rows.append(_stored(item, kind, row, engine.id, is_latest, derived))
+        if derived is not None and (row.label is None or label_results[row.id][0] == "conflict"):
             joined.append(
-                JoinedLabel(kind, row.logits, item.by.temperature, known[0].tobytes(), item.created_at, item.created_at)
+                JoinedLabel(
+                    kind, row.logits, item.by.temperature, derived[0].tobytes(), item.created_at, item.created_at
+                )
             )
         if row.cycle is None or engine.latest_cycle is None or row.cycle >= engine.latest_cycle:
             engine.latest, engine.health, engine.risk = row.id, row.health, row.risk
             engine.latest_cycle = engine.latest_cycle if row.cycle is None else row.cycle
     connection.execute(_ADD, rows)
-    return PredictionWriteResult(joined, said)
+    return PredictionWriteResult(joined, label_results)
 
 
 def _repeated_cycles(
     every: Sequence[tuple[PredictionWrite, StoredModel, NewPrediction]], by_name: dict[str, EngineRow]
 ) -> list[dict[str, int]]:
-    """Engines and cycles that may have been predicted before: only those not newer than the engine's latest."""
-    found = set()
+    """Return engines and cycles that may have an earlier prediction: those not newer than the engine's latest."""
+    pairs = set()
     for _, _, row in every:
         latest = by_name[row.engine_id].latest_cycle
         if row.cycle is not None and latest is not None and row.cycle <= latest:
-            found.add((by_name[row.engine_id].id, row.cycle))
-    return [{"of": engine, "at": cycle} for engine, cycle in sorted(found)] if found else []
+            pairs.add((by_name[row.engine_id].id, row.cycle))
+    return [{"engine_key": engine, "at_cycle": cycle} for engine, cycle in sorted(pairs)] if pairs else []
 
 
 def _store_labels(
@@ -147,25 +149,26 @@ def _store_labels(
     every: Sequence[tuple[PredictionWrite, StoredModel, NewPrediction]],
     by_name: dict[str, EngineRow],
 ) -> dict[str, tuple[LabelResultKind, Floats | None]]:
-    """Labels that came with predictions are truths like any other; what was said before stands, and is told."""
-    given = [(item, row, row.label, by_name[row.engine_id]) for item, _, row in every if row.label is not None]
-    known = inspections(connection, [(engine.id, row.cycle, row.id) for _, row, _, engine in given if engine.truths])
+    """Store the labels that arrived with predictions, and return their results. Earlier labels take precedence."""
+    labelled = [(item, row, row.label, by_name[row.engine_id]) for item, _, row in every if row.label is not None]
+    keys = [(engine.id, row.cycle, row.id) for _, row, _, engine in labelled if engine.truths]
+    labels = inspections(connection, keys)
     new: list[dict[str, object]] = []
-    said: dict[str, tuple[LabelResultKind, Floats | None]] = {}
-    for item, row, label, engine in given:
+    results: dict[str, tuple[LabelResultKind, Floats | None]] = {}
+    for item, row, label, engine in labelled:
         key: Key = (engine.id, row.cycle) if row.cycle is not None else row.id
-        standing = known.setdefault(key, label)
+        standing = labels.setdefault(key, label)
         if standing is label:
-            said[row.id] = ("joined", None)
+            results[row.id] = ("joined", None)
             engine.truths += 1
             name = row.id if row.cycle is None else None
-            told = {"label": label.tobytes(), "received_at": item.created_at}
-            new.append({"engine": engine.id, "cycle": row.cycle, "prediction": name} | told)
+            key_columns = {"engine": engine.id, "cycle": row.cycle, "prediction": name}
+            new.append(key_columns | {"label": label.tobytes(), "received_at": item.created_at})
         else:
-            said[row.id] = ("unchanged", None) if np.array_equal(standing, label) else ("conflict", standing)
+            results[row.id] = ("unchanged", None) if np.array_equal(standing, label) else ("conflict", standing)
     if new:
         connection.execute(insert(truths), new)
-    return said
+    return results
 
 
 def _stored(
@@ -174,7 +177,7 @@ def _stored(
     row: NewPrediction,
     engine: int,
     is_latest: bool,
-    known: tuple[Floats, LabelSource] | None,
+    label: tuple[Floats, LabelSource] | None,
 ) -> dict[str, object]:
     return {
         "id": row.id,
@@ -188,8 +191,8 @@ def _stored(
         "rul": row.rul,
         "feature_bins": row.feature_bins,
         "is_latest": is_latest,
-        "label": None if known is None else np.asarray(known[0]).tobytes(),
-        "source": None if known is None else int(known[1]),
-        "labelled": None if known is None else item.created_at,
+        "label": None if label is None else np.asarray(label[0]).tobytes(),
+        "source": None if label is None else int(label[1]),
+        "labelled": None if label is None else item.created_at,
         "from_flight": item.from_flight,
     }

@@ -1,6 +1,6 @@
-"""What every writing transaction needs: engines locked in one order, models, and truths joined to predictions.
+"""Steps that writing transactions share: lock engines in one order, store models, join labels to predictions.
 
-Belongs to the writing thread. What it keeps in mind is forgotten whenever a transaction fails.
+Used by the writing thread only. Its caches are cleared whenever a transaction fails.
 """
 
 import json
@@ -18,7 +18,7 @@ from service.store.labelling import derive_label
 from service.store.records import JoinedLabel, StoredModel
 from service.store.sql.tables import engines, models, predictions, truths
 
-MOST_VALUES = 500  # in one statement; every database takes so many
+MOST_VALUES = 500  # of one statement; every supported database accepts this number
 Part = TypeVar("Part")
 Key = tuple[int, int] | str  # engine and cycle, or the id of a prediction without a cycle
 
@@ -40,15 +40,17 @@ class EngineRow:
     risk: float | None
 
     def extend_to(self, cycle: int) -> None:
-        """It ran at that cycle."""
+        """Record that the engine ran at that cycle."""
         self.newest_cycle = cycle if self.newest_cycle is None else max(self.newest_cycle, cycle)
 
 
 _FIELDS = tuple(EngineRow.__dataclass_fields__)
 _LOCKED = select(*(engines.c[name] for name in _FIELDS)).order_by(engines.c.engine_id).with_for_update()
-_BY_NAME = _LOCKED.where(engines.c.engine_id.in_(bindparam("some", expanding=True)))  # made once: making costs more
+_BY_NAME = _LOCKED.where(
+    engines.c.engine_id.in_(bindparam("some", expanding=True))
+)  # constructed once: construction costs more than execution
 _BY_ID = _LOCKED.where(engines.c.id.in_(bindparam("some", expanding=True)))
-_KEEP = update(engines).where(engines.c.id == bindparam("key")).values({n: bindparam(n) for n in _FIELDS[2:]})
+_UPDATE = update(engines).where(engines.c.id == bindparam("key")).values({n: bindparam(n) for n in _FIELDS[2:]})
 _LABEL = (
     update(predictions)
     .where(predictions.c.id == bindparam("key"))
@@ -60,7 +62,7 @@ class WriteSession:
     """The caches of the writing thread, and the steps that several kinds of work share."""
 
     def __init__(self) -> None:
-        self.generation = 0  # of the database: what was read under another one proves nothing
+        self.generation = 0  # of the database; rows read in another generation are invalid
         self.layouts: dict[str, int] = {}  # by model
         self._models: dict[str, StoredModel] = {}
         self._by_id: dict[int, StoredModel] = {}
@@ -73,31 +75,31 @@ class WriteSession:
         self._by_id.clear()
 
     def stored_model(self, connection: Connection, digest: str, manifest: Manifest) -> StoredModel:
-        """The stored row of a model, made if it is not there."""
+        """Return the stored row of a model; add it if it is missing."""
         if digest not in self._models:
-            kept = {"name", "version", "classes", "rul_thresholds", "conformal", "temperature"}
-            row = {"digest": digest, "manifest": manifest.model_dump_json(include=kept)}
+            stored_fields = {"name", "version", "classes", "rul_thresholds", "conformal", "temperature"}
+            row = {"digest": digest, "manifest": manifest.model_dump_json(include=stored_fields)}
             connection.execute(insert_missing(connection, models), row)
-            found = connection.execute(select(models).where(models.c.digest == digest)).one()
-            self._models[digest] = read_stored_model(found)
-            self._by_id.clear()  # it lacks this one: survivors would not testify for its predictions
+            stored = connection.execute(select(models).where(models.c.digest == digest)).one()
+            self._models[digest] = read_stored_model(stored)
+            self._by_id.clear()  # it lacks this model: its predictions would get no labels from continued operation
         return self._models[digest]
 
     def engines(self, connection: Connection, names: Iterable[str]) -> dict[str, EngineRow]:
-        """Engines by name, made if they are not there, locked."""
+        """Return engines by name, locked; add missing ones."""
         wanted = sorted(set(names))
-        found = dict[str, EngineRow]()
+        by_name = dict[str, EngineRow]()
         for engine in _engines(connection, _BY_NAME, wanted):
-            found[engine.engine_id] = engine
-        if len(found) < len(wanted):
-            missing = [name for name in wanted if name not in found]
+            by_name[engine.engine_id] = engine
+        if len(by_name) < len(wanted):
+            missing = [name for name in wanted if name not in by_name]
             rows = [{"engine_id": name, "revision": 0, "truths": 0} for name in missing]
             connection.execute(insert_missing(connection, engines), rows)
-            found |= {row.engine_id: row for row in _engines(connection, _BY_NAME, missing)}
-        return found
+            by_name |= {row.engine_id: row for row in _engines(connection, _BY_NAME, missing)}
+        return by_name
 
     def engines_by_id(self, connection: Connection, ids: Iterable[int]) -> list[EngineRow]:
-        """Engines that are there, locked."""
+        """Return existing engines, locked."""
         return _engines(connection, _BY_ID, sorted(set(ids)))
 
     def update_engines(self, connection: Connection, rows: Iterable[EngineRow]) -> None:
@@ -109,12 +111,12 @@ class WriteSession:
                 values[name] = getattr(row, name)
             changed.append(values)
         if changed:
-            connection.execute(_KEEP, changed)
+            connection.execute(_UPDATE, changed)
 
     def join_labels(
         self, connection: Connection, where: ColumnElement[bool], rows: Iterable[EngineRow], now: float
     ) -> list[JoinedLabel]:
-        """Give predictions of some engines the truth that is known now; tells of those that had none before."""
+        """Derive the labels of predictions of some engines again, and return labels of predictions that had none."""
         by_id = {row.id: row for row in rows}
         columns = [
             predictions.c[n]
@@ -131,18 +133,18 @@ class WriteSession:
                 "labelled",
             )
         ]
-        found = connection.execute(select(*columns).where(where, predictions.c.is_latest)).all()
-        inspected = inspections(connection, [(p.engine, p.cycle, p.id) for p in found if by_id[p.engine].truths])
-        kinds = self.stored_models(connection, {p.model for p in found})
+        latest = connection.execute(select(*columns).where(where, predictions.c.is_latest)).all()
+        labels = inspections(connection, [(p.engine, p.cycle, p.id) for p in latest if by_id[p.engine].truths])
+        kinds = self.stored_models(connection, {p.model for p in latest})
         changed, joined = [], []
-        for p in found:
+        for p in latest:
             engine, kind = by_id[p.engine], kinds[p.model]
-            said = inspected.get((p.engine, p.cycle) if p.cycle is not None else p.id)
-            known = derive_label(
-                said, p.cycle, engine.failed_at, engine.newest_cycle, kind.thresholds, len(kind.classes)
+            inspected = labels.get((p.engine, p.cycle) if p.cycle is not None else p.id)
+            derived = derive_label(
+                inspected, p.cycle, engine.failed_at, engine.newest_cycle, kind.thresholds, len(kind.classes)
             )
-            label = None if known is None else known[0].tobytes()
-            source = None if known is None else int(known[1])
+            label = None if derived is None else derived[0].tobytes()
+            source = None if derived is None else int(derived[1])
             if (label, source) == (p.label, p.source):
                 continue
             when = p.labelled if label == p.label else None if label is None else max(now, p.created_at)
@@ -156,7 +158,7 @@ class WriteSession:
     def join_survivors(
         self, connection: Connection, before: dict[int, int | None], rows: Iterable[EngineRow], now: float
     ) -> list[JoinedLabel]:
-        """Join what an engine's running on has just proven; `before` is the newest cycle of each until now."""
+        """Join labels from continued operation. `before` is the newest cycle of each engine before this transaction."""
         firsts = []
         for kind in (self._by_id or self.stored_models(connection, {0})).values():
             if kind.thresholds:
@@ -167,8 +169,8 @@ class WriteSession:
         for row in rows:
             newest, old = row.newest_cycle, before[row.id]
             if row.failed_at is None and newest is not None and newest != old and newest > min(firsts):
-                proven = (cycle >= (old or 0) - max(firsts)) & (cycle < newest - min(firsts))
-                spans.append((predictions.c.engine == row.id) & proven & predictions.c.label.is_(None))
+                survived = (cycle >= (old or 0) - max(firsts)) & (cycle < newest - min(firsts))
+                spans.append((predictions.c.engine == row.id) & survived & predictions.c.label.is_(None))
                 running.append(row)
         joined = list[JoinedLabel]()
         for i in range(0, len(spans), 50):
@@ -176,42 +178,45 @@ class WriteSession:
         return joined
 
     def stored_models(self, connection: Connection, ids: set[int]) -> dict[int, StoredModel]:
-        """Models by the numbers that predictions have."""
+        """Return models by the id that predictions refer to."""
         if not ids <= set(self._by_id):
             self._by_id = {row.id: read_stored_model(row) for row in connection.execute(select(models))}
         return self._by_id
 
 
 def read_stored_model(row: Row[Any]) -> StoredModel:
-    """A model from its stored row."""
-    said = json.loads(row.manifest)
-    rule, thresholds = said["conformal"], said["rul_thresholds"]
+    """Return the model of a stored row."""
+    manifest = json.loads(row.manifest)
+    rule, thresholds = manifest["conformal"], manifest["rul_thresholds"]
     return StoredModel(
         row.id,
         row.digest,
-        tuple(said["classes"]),
+        tuple(manifest["classes"]),
         tuple(thresholds) if thresholds else None,
         Conformal.model_validate(rule) if rule else None,
-        said["temperature"],
+        manifest["temperature"],
     )
 
 
 def parts(items: Sequence[Part], size: int = MOST_VALUES) -> Iterator[Sequence[Part]]:
-    """Some of them at a time: a statement takes only so many values."""
+    """Yield slices of at most `size` items, because the number of values of a statement is limited."""
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
 def inspections(connection: Connection, keys: Iterable[tuple[int, int | None, str]]) -> dict[Key, Floats]:
-    """What was said of predictions, given as engine, cycle and id; by engine and cycle, or by id where no cycle is."""
-    found: dict[Key, Floats] = {}
+    """Return reported labels of predictions, given as engine, cycle and id.
+
+    The keys are engine and cycle, or the prediction id for a prediction without a cycle.
+    """
+    labels: dict[Key, Floats] = {}
     wanted = {(engine, cycle) if cycle is not None else name for engine, cycle, name in keys}
     for row in stored_labels(connection, wanted):
-        found[row.prediction or (row.engine, row.cycle)] = np.frombuffer(row.label)
-    return found
+        labels[row.prediction or (row.engine, row.cycle)] = np.frombuffer(row.label)
+    return labels
 
 
 def stored_labels(connection: Connection, keys: Iterable[Key]) -> Iterator[Row[Any]]:
-    """The stored truths of some keys."""
+    """Yield the stored labels of some keys."""
     pairs, names = sorted(k for k in keys if isinstance(k, tuple)), sorted(k for k in keys if isinstance(k, str))
     for pair in parts(pairs):
         yield from connection.execute(select(truths).where(tuple_(truths.c.engine, truths.c.cycle).in_(pair)))
@@ -220,9 +225,9 @@ def stored_labels(connection: Connection, keys: Iterable[Key]) -> Iterator[Row[A
 
 
 def insert_missing(connection: Connection, table: Table) -> Any:
-    """An insert that leaves a row alone which is there already."""
+    """Return an insert that ignores rows that exist already."""
     if connection.dialect.name == "postgresql":
-        from sqlalchemy.dialects import postgresql  # a tenth of a second that most services need not wait
+        from sqlalchemy.dialects import postgresql  # the import takes 0.1 s, which SQLite does not need
 
         return postgresql.insert(table).on_conflict_do_nothing()
     return sqlite.insert(table).on_conflict_do_nothing()
