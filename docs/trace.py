@@ -196,13 +196,18 @@ def serving() -> Iterator[Server]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="engine-health-trace-") as folder:
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("ENGINE_HEALTH_")}
-        kept |= {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{folder}/trace.db", "ENGINE_HEALTH_DRAIN_SECONDS": "0"}
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("ENGINE_HEALTH_")}
+        environment |= {
+            "ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{folder}/trace.db",
+            "ENGINE_HEALTH_DRAIN_SECONDS": "0",
+        }
         command = [sys.executable, "-m", "docs.trace", "--serve", str(port)]
         pipe = subprocess.PIPE
         log = Path(folder, "log")
         with log.open("wb") as errors:
-            process = subprocess.Popen(command, cwd=ROOT, env=kept, stdin=pipe, stdout=pipe, stderr=errors, text=True)
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, stderr=errors, text=True
+            )
         assert process.stdin
         assert process.stdout
         server = Server(port, (process.stdin, process.stdout))
@@ -247,31 +252,31 @@ def recorded(warm_up: int = WARM_UP, measured: int = MEASURED) -> dict[str, list
     from model.evaluation.evaluate import ARTEFACT, open_artefact
 
     window = [[float(value) for value in row] for row in open_artefact(ARTEFACT)[1].golden[0].telemetry]
-    found = {}
+    medians = {}
     with serving() as server:
         for kind, (path, documents) in requests(window).items():
             for _ in range(warm_up):
                 server.post(path, next(documents))
             traces = sorted((server.record(path, next(documents)) for _ in range(measured)), key=len)
-            found[kind] = traces[measured // 2]
-    return found
+            medians[kind] = traces[measured // 2]
+    return medians
 
 
-def table(found: dict[str, Measure]) -> Iterator[str]:
+def table(measures: dict[str, Measure]) -> Iterator[str]:
     """One line per kind of request: each count, and the target where there is one."""
     yield "| request | frames | modules | module changes | distinct functions | thread changes |"
     yield "| --- | ---: | ---: | ---: | ---: | ---: |"
-    for kind, counts in found.items():
+    for kind, counts in measures.items():
         limits = TARGETS.get(kind)
         cells = [f"{count} (<= {limits[k]})" if limits else str(count) for k, count in enumerate(counts[:3])]
         yield f"| {kind} | {' | '.join(cells)} | {counts.functions} | {counts.thread_changes} |"
 
 
-def exceeded(found: dict[str, Measure]) -> list[str]:
+def exceeded(measures: dict[str, Measure]) -> list[str]:
     """Return each count that is above its target."""
     return [
         f"{kind}: {count} {name.replace('_', ' ')}, target <= {limit}"
-        for kind, counts in found.items()
+        for kind, counts in measures.items()
         if kind in TARGETS
         for name, count, limit in list(zip(Measure._fields, counts, TARGETS[kind], strict=True))[:3]
         if count > limit
@@ -304,9 +309,9 @@ def main() -> None:
     if flags.calls:
         for kind, calls in traces.items():
             print(f"{kind}:", *sequence(calls), "", sep="\n")
-    found = {kind: measure(calls) for kind, calls in traces.items()}
-    print(*table(found), sep="\n")
-    above = exceeded(found)
+    measures = {kind: measure(calls) for kind, calls in traces.items()}
+    print(*table(measures), sep="\n")
+    above = exceeded(measures)
     if above:
         raise SystemExit("\n".join(("trace: above the targets", *above)))
 

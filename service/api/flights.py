@@ -27,11 +27,11 @@ def build_endpoint(lifecycle: Lifecycle, offloader: Offloader) -> Endpoint:
         body = await read_body(request, limits.max_body_bytes, limits.request_seconds)
         store = lifecycle.store or lifecycle.require_store()
         predictor = lifecycle.predictor or lifecycle.ready_predictor()
-        model, most = predictor.model, limits.max_instances
+        model, max_flights = predictor.model, limits.max_instances
         if len(body) > LARGE_BODY:
-            flights = await offloader.run(lambda: store_requests.decode_flights(body, model, most))
+            flights = await offloader.run(lambda: store_requests.decode_flights(body, model, max_flights))
         else:
-            flights = store_requests.decode_flights(body, model, most)
+            flights = store_requests.decode_flights(body, model, max_flights)
         recorded = await store.record_flights(predictor, flights)
         if len(flights) * len(model.manifest.classes) > LARGE_RESPONSE:
             document = await offloader.run(lambda: store_json.cycles_json(predictor, flights, recorded))

@@ -26,10 +26,8 @@ from service.errors import ClientDisconnected, Overloaded, ServiceError
 
 Rows = npt.NDArray[np.float32]
 Output = TypeVar("Output")
-MAX_NOTIFY_DELAY_SECONDS = (
-    0.02  # seconds of batches of which the event loop hears together, if nobody waits for one of them
-)
-RATE_SAMPLES = 9  # full batches whose median says how fast rows are answered: one long pause says nothing
+MAX_NOTIFY_DELAY_SECONDS = 0.02  # batches that complete no caller are delivered together after this time
+RATE_SAMPLES = 9  # full batches whose median is the time per row: one long pause does not change it
 
 
 class BatchSlice(NamedTuple, Generic[Output]):

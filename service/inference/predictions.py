@@ -1,4 +1,4 @@
-"""Calibrated predictions of N rows at one temperature: cutting, joining, scoring. Independent of HTTP and JSON."""
+"""Calibrated predictions of N rows at one temperature: calibrate, select, concatenate. Independent of HTTP and JSON."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,10 +64,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class PredictionResult:
-    """Answers for N rows, in pieces. `loss` (N,) is NaN where no label was given, None where there is none at all.
+    """Predictions of N rows, in slices. `loss` (N,) is NaN where no label was given, None where there is none at all.
 
     `explanation` has the effect of each channel on each row, the strongest first; None if it was not requested.
-    `labelled` is what the labelled rows cost at the service's own temperature, for `LabelAccounting.count_submitted`.
+    `labelled` has the losses of the labelled rows at the active temperature, for `LabelAccounting.count_submitted`.
     """
 
     temperature: float
@@ -101,8 +101,8 @@ def calibrate_outputs(model: Model, outputs: Outputs, temperature: float) -> Pre
 def calibrate(model: Model, logits: Batch, rul: Batch | None, finite: Mask, temperature: float) -> Predictions:
     """Return probabilities, their entropy, and prediction sets.
 
-    The sets are those at the artefact's own temperature, whatever was asked for: the threshold was found there, and its
-    coverage holds nowhere else. They are never empty: the most probable class always belongs.
+    The sets are those at the temperature of the artefact, for any `temperature`: the threshold was fitted there, and
+    its coverage holds only there. They are never empty: the most probable class always belongs.
     """
     manifest = model.manifest
     p, entropy = numerics.posterior(logits, temperature)

@@ -1,7 +1,7 @@
-"""Telemetry, and labels if known, to calibrated predictions and their loss. Independent of HTTP and JSON.
+"""Turn telemetry, and labels if known, into calibrated predictions and their loss. Independent of HTTP and JSON.
 
-A predictor is one model at one temperature, and never changes. A reload or another temperature is another predictor, so
-that a request that holds one is answered by one model throughout.
+A predictor is one model at one temperature, and never changes. A reload or another temperature creates another
+predictor. A request that holds a predictor is answered by one model throughout.
 """
 
 import asyncio
@@ -119,7 +119,7 @@ class Predictor:
         self._observer.answered([(newest, slices)])
 
     def _scored(self, answers: Predictions, targets: Floats | None, t: float) -> PredictionResult:
-        """What the caller is told, and what the counters are."""
+        """Return the result at temperature `t`, with losses. Labels are scored at the active temperature as well."""
         labelled = None if targets is None else score_labelled_rows(answers, targets, self.temperature)
         if t != self.temperature:
             answers = calibrate(self.model, answers.logits, answers.rul, answers.finite, t)
@@ -159,28 +159,30 @@ def _evaluate(labelled: Labelled) -> Evaluation:
     )
 
 
-def _explain(found: Predictions, prediction: PredictionResult) -> PredictionResult:
-    """The prediction with what each channel did: `found` has its N rows, then those of every channel left out."""
+def _explain(occluded: Predictions, prediction: PredictionResult) -> PredictionResult:
+    """Attribute predictions to channels. `occluded` has the N rows, then those of each with one channel occluded."""
     answers, n = prediction.answers, len(prediction.answers.logits)
-    channels, explanation = (len(found.logits) - n) // n, []
+    channels, explanation = (len(occluded.logits) - n) // n, []
     for i in range(n):
         part = slice(n + i * channels, n + (i + 1) * channels)
-        without = numerics.softmax(found.logits[part], prediction.temperature)
+        without = numerics.softmax(occluded.logits[part], prediction.temperature)
         rul = None if answers.rul is None else float(answers.rul[i])
         explanation.append(
-            attribute_channels(answers.probabilities[i], rul, without, None if found.rul is None else found.rul[part])
+            attribute_channels(
+                answers.probabilities[i], rul, without, None if occluded.rul is None else occluded.rul[part]
+            )
         )
     return replace(prediction, explanation=explanation)
 
 
 def _check_finite(pieces: PredictionSlices, n: int) -> None:
-    """Refuse the first of N instances that has no answer; behind them, each has as many rows as there are channels."""
+    """Refuse the first of N instances whose output is not finite. Rows after the first N are of occluded channels."""
     finite = np.concatenate([piece.output.answers.finite[piece.begin : piece.end] for piece in pieces])
-    for bad in np.flatnonzero(~finite)[:1].tolist():  # none, if it is another caller's
+    for bad in np.flatnonzero(~finite)[:1].tolist():  # none if that row belongs to another caller
         raise _not_finite(bad if bad < n else (bad - n) * n // (len(finite) - n))
 
 
 def _not_finite(i: int) -> InvalidInput:
-    """A network may overflow on readings that no engine has; such an instance has no answer, and says so."""
+    """Return the error of an instance on which the network overflows."""
     message = "the model has no finite answer for these readings"
     return InvalidInput(f"instances[{i}].telemetry: {message}", (Fault(("instances", i, "telemetry"), message),))

@@ -53,13 +53,13 @@ def new_predictions(
         values += stored[piece.begin : piece.end]
     inputs = _inputs(predictor, telemetry, which)
     labelled = None if targets is None else ~np.isnan(targets[:, 0])
-    made = []
+    predictions = []
     for i, bins in zip(which, inputs, strict=True):
         row, (logits, rul, health, risk) = rows[i], values[i]
         label = targets[i] if targets is not None and labelled is not None and labelled[i] else None
-        assert row.engine_id is not None  # as chosen above
-        made.append(NewPrediction(ids[i], row.engine_id, row.cycle, logits, rul, health, risk, label, bins))
-    return made
+        assert row.engine_id is not None  # `which` has only such rows
+        predictions.append(NewPrediction(ids[i], row.engine_id, row.cycle, logits, rul, health, risk, label, bins))
+    return predictions
 
 
 def model_version(predictor: Predictor) -> ModelVersion:

@@ -188,14 +188,13 @@ def _take(
     by_name: dict[str, EngineRow],
     new: list[dict[str, object]],
 ) -> None:
-    """Append the rows of a write to `new`, and change its engines."""
+    """Append the rows of a write to `new`, and count the revisions of its engines; predictions extend their lives."""
     layout = _layout(session, connection, item.by)
     for flights in item.engines:
         engine = by_name[flights.tail.engine_id]
         for cycle, values in flights.new:
             row = {"layout": layout, "received_at": item.received_at, "telemetry": values.tobytes()}
             new.append({"engine": engine.id, "cycle": cycle} | row)
-            engine.extend_to(cycle)
         engine.revision += bool(flights.new)
 
 

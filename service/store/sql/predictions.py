@@ -101,8 +101,9 @@ def add_predictions(
     if repeated:
         connection.execute(_SUPERSEDE, repeated)
     for _, _, row in every:
-        if row.cycle is not None:
-            by_name[row.engine_id].extend_to(row.cycle)
+        engine = by_name[row.engine_id]
+        if row.cycle is not None and (engine.newest_cycle is None or row.cycle > engine.newest_cycle):
+            engine.newest_cycle = row.cycle
     label_results = _store_labels(connection, every, by_name) if labelled else {}
     inspection_keys = []
     for _, _, row in every:

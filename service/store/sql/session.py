@@ -39,10 +39,6 @@ class EngineRow:
     health: int | None
     risk: float | None
 
-    def extend_to(self, cycle: int) -> None:
-        """Record that the engine ran at that cycle."""
-        self.newest_cycle = cycle if self.newest_cycle is None else max(self.newest_cycle, cycle)
-
 
 _FIELDS = tuple(EngineRow.__dataclass_fields__)
 _LOCKED = select(*(engines.c[name] for name in _FIELDS)).order_by(engines.c.engine_id).with_for_update()
