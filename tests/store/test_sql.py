@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import sqlite3
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -437,6 +438,35 @@ def test_a_look_up_that_takes_too_long_is_no_outage(cluster: Postgres, monkeypat
         return up, told.value.detail
 
     assert (True, "the database took longer than 1 s to look this up") == asyncio.run(ask())
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_database_long_transaction_with_progress_is_waited_for(
+    tmp_path: Path, cluster: Postgres, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A transaction that takes longer than a silent database is waited for, on SQLite also within one statement."""
+    monkeypatch.setattr("service.store.sql.database.STUCK_SECONDS", 0.5)
+    count = (
+        "WITH RECURSIVE n(k) AS (SELECT 1 UNION ALL SELECT k + 1 FROM n WHERE k < 3000000) SELECT max(k) FROM n"
+        if kind == "sqlite"
+        else "SELECT pg_sleep(0.2)"
+    )
+
+    def work(connection: Connection, items: Any) -> list[float]:
+        started = time.monotonic()
+        while time.monotonic() < started + 2:
+            connection.execute(text(count)).one()
+        return [time.monotonic() - started] * len(items)
+
+    async def run() -> float:
+        database, _ = opened(f"sqlite:///{tmp_path}/long.db" if kind == "sqlite" else cluster.url("long"))
+        await database.connect()
+        try:
+            return await database.write(work, None)
+        finally:
+            await database.close()
+
+    assert asyncio.run(run()) > 1.5
 
 
 def test_how_long_postgresql_is_waited_for(cluster: Postgres) -> None:
