@@ -167,8 +167,6 @@ class Store:
         """
         now = time.time()
         ids = prediction_ids(len(rows), now)
-        if targets is None and all(row.engine_id is None for row in rows):  # nothing to store or count
-            return RecordedPredictions(list(ids), [None] * len(rows))
         at_active = prediction.temperature == predictor.temperature
         new = new_predictions(predictor, prediction, rows, telemetry, ids, targets)
         new = new if at_active else [row for row in new if row.label is not None and row.cycle is not None]
