@@ -23,12 +23,13 @@ from model.numerics import Floats, log_softmax
 from service.errors import SchemaRejected, SettingsRejected, StoreUnavailable
 from service.store.records import CountedPredictions, EnginePage, EngineQuery, LabelSubmission
 from service.store.sql import labels, predictions, queries, retention
-from service.store.sql.database import Database, address
+from service.store.sql.database import Database
 from service.store.sql.labels import LabelWrite, OutcomeSubmission
 from service.store.sql.migrate import migrate
 from service.store.sql.predictions import ModelVersion, NewPrediction, PredictionWrite
 from service.store.sql.session import WriteSession
 from service.store.sql.tables import metadata
+from service.store.sql.urls import parse_url
 from tests.support.postgres import Postgres, postgres
 from tests.support.stored import CLASSES, MANIFEST
 
@@ -233,7 +234,7 @@ def test_a_newer_schema_is_refused(template: Path, tmp_path: Path) -> None:
 def test_an_address_that_is_none_is_refused(url: str) -> None:
     """What is no database of ours is named before anything starts."""
     with pytest.raises(SettingsRejected, match="ENGINE_HEALTH_DATABASE_URL"):
-        address(url)
+        parse_url(url)
 
 
 def test_one_that_fails_fails_alone(template: Path, tmp_path: Path) -> None:
@@ -426,7 +427,7 @@ def test_survivors_testify_for_a_model_that_came_later(tmp_path: Path) -> None:
 
 def test_a_look_up_that_takes_too_long_is_no_outage(cluster: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who asks for more than can be read in time hears so; the database counts as there, and predictions are kept."""
-    monkeypatch.setattr("service.store.sql.database.SLOW_SECONDS", 1)
+    monkeypatch.setattr("service.store.sql.urls.SLOW_SECONDS", 1)
 
     async def ask() -> tuple[bool, str]:
         database, _ = opened(cluster.url("slowly"))

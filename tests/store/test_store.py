@@ -18,7 +18,7 @@ from model.contract import Manifest
 from model.windows import Readings, pad_left
 from service.codecs.requests import MAX_NAME_LENGTH
 from service.codecs.store_requests import decode_cursor, encode_cursor
-from service.store.sql.database import address
+from service.store.sql.urls import parse_url
 from tests.support.models import identity_classifier, window_classifier
 from tests.support.postgres import Postgres, postgres
 from tests.support.processes import Service, running, until, until_all_are_ready
@@ -159,7 +159,7 @@ def test_what_older_code_kept_is_answered_as_it_answered(
         fly(service, "a", 1, windows[0][0])
         counted = service.predict(asked[:1])["predictions"]
         own = fly(service, "b", 1, windows[0][0])["predictions"]
-    engine = create_engine(address(url))
+    engine = create_engine(parse_url(url))
     with engine.begin() as connection:
         connection.exec_driver_sql("ALTER TABLE predictions DROP COLUMN flight")
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")

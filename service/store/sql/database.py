@@ -10,22 +10,21 @@ import queue
 import sqlite3
 import threading
 import time
-import urllib.parse
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from service.errors import Overloaded, SettingsRejected, StoreUnavailable
+from service.errors import Overloaded, StoreUnavailable
+from service.store.sql import urls
 from service.store.sql.migrate import migrate
 
 LOCK_SECONDS = 5.0  # maximum wait for a transaction of another process
-SLOW_SECONDS = 10  # maximum time in which PostgreSQL connects, or executes one statement
-STUCK_SECONDS = SLOW_SECONDS + 1  # after which a server that sends neither a result nor an error is unavailable
+STUCK_SECONDS = urls.SLOW_SECONDS + 1  # after which a server that sends neither a result nor an error is unavailable
 PROGRESS_STEPS = 100_000  # instructions of SQLite's virtual machine between two reports of progress: some milliseconds
 READERS = 4
 MAX_TRIES = 4  # of a transaction that PostgreSQL rolled back in favour of another one
@@ -53,26 +52,6 @@ class _Write(NamedTuple):
 _ITEM = attrgetter("item")
 
 
-def address(text: str) -> URL:
-    """Parse the URL of a database.
-
-    Raises:
-        SettingsRejected: it is not the URL of a database that this service supports.
-    """
-    try:
-        url = make_url(text)
-        kind = url.get_backend_name()
-    except (ArgumentError, ValueError):
-        raise SettingsRejected("ENGINE_HEALTH_DATABASE_URL is no URL like sqlite:///engine-health.db") from None
-    if kind == "postgresql":
-        return url.set(drivername="postgresql+psycopg")
-    if kind != "sqlite":
-        raise SettingsRejected(f"ENGINE_HEALTH_DATABASE_URL: {kind[:40]} is not sqlite or postgresql")
-    if url.database in (None, "", ":memory:"):
-        raise SettingsRejected("ENGINE_HEALTH_DATABASE_URL: SQLite needs a file; leave it empty for no store at all")
-    return url.set(drivername="sqlite")
-
-
 class Database:
     """The connections of one process to a database. `up` is whether the last transaction succeeded."""
 
@@ -94,10 +73,10 @@ class Database:
             lock: called at the start of a transaction with all its items, by kind of work. Not for SQLite, which has
                 one writer.
         """
-        self._url = address(url)
+        self._url = urls.parse_url(url)
         self._file = str(self._url.database) if self._url.get_backend_name() == "sqlite" else None
         self._writing = _engine(self._url, "BEGIN IMMEDIATE", 1)
-        self._reading = _engine(_existing_only(self._url), "BEGIN", READERS)
+        self._reading = _engine(urls.existing_only(self._url), "BEGIN", READERS)
         self._readers = ThreadPoolExecutor(READERS, "store-reader")  # not the loop's pool: a query may wait for long
         self._waiting_since: float | None = None  # time of the last progress in the writing thread's transaction
         if self._file is None:
@@ -211,7 +190,7 @@ class Database:
                 return work(connection)
         except DBAPIError as error:
             if getattr(error.orig, "sqlstate", None) == CANCELLED_SQLSTATE:  # `up` stays: the database does respond
-                message = f"the database took longer than {SLOW_SECONDS} s to look this up"
+                message = f"the database took longer than {urls.SLOW_SECONDS} s to look this up"
                 raise StoreUnavailable(message) from error
             raise self._unavailable(error) from error
         except (SQLAlchemyError, sqlite3.Error) as error:
@@ -349,32 +328,13 @@ def _deliver(results: Sequence[tuple[_Write, Any]]) -> None:
             write.done.set_result(result)
 
 
-def _existing_only(url: URL) -> URL:
-    """Return the URL with an option of SQLite: reading a missing file does not create it."""
-    if url.get_backend_name() != "sqlite":
-        return url
-    query = {**url.query, "mode": "rw", "uri": "true"}
-    return url.set(database=f"file:{urllib.parse.quote(str(url.database))}", query=query)
-
-
 def _engine(url: URL, begin: str, connections: int) -> Engine:
     if url.get_backend_name() == "sqlite":
         engine = create_engine(url, connect_args={"timeout": LOCK_SECONDS, "check_same_thread": False})
         event.listen(engine, "connect", _configure)
         event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(begin))
         return engine
-    return create_engine(_with_timeouts(url), pool_size=connections, max_overflow=0, pool_pre_ping=True)
-
-
-def _with_timeouts(url: URL) -> URL:
-    """Return the URL with timeouts of PostgreSQL; options in the URL take precedence.
-
-    A vanished host acknowledges nothing. With these options the kernel closes its connections, instead of after hours.
-    """
-    options = f"-c statement_timeout={SLOW_SECONDS}s {url.query.get('options', '')}".strip()
-    slow = {"connect_timeout": str(SLOW_SECONDS), "tcp_user_timeout": str(SLOW_SECONDS * 1000)}  # milliseconds
-    alive = {"keepalives_idle": "5", "keepalives_interval": "1", "keepalives_count": "5"}  # seconds
-    return url.set(query={**slow, **alive, **url.query, "options": options})
+    return create_engine(urls.with_timeouts(url), pool_size=connections, max_overflow=0, pool_pre_ping=True)
 
 
 def _configure(connection: sqlite3.Connection, _: object) -> None:
