@@ -1,4 +1,4 @@
-"""Bytes to arrays and back: JSON, Arrow, tensors. Independent of connections and SQL.
+"""Decode request bodies (JSON, Arrow, tensors) into arrays, and encode responses. Independent of connections and SQL.
 
 JSON telemetry is parsed in tiers. A tier that declines a text (returns None) leaves it to the next one:
 

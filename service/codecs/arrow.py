@@ -1,7 +1,7 @@
-"""The only pyarrow: an Arrow stream to columns, and columns to numpy. Knows no column's meaning.
+"""Read Arrow streams into columns, and columns into numpy arrays. Independent of the meaning of the columns.
 
-It is imported by the first request that needs it. Numbers are taken from its buffers: its own way to numpy looks for
-pandas first.
+No other codec imports pyarrow; the first request that needs it does. Numbers are read from its buffers: its own
+conversion to numpy looks for pandas first.
 """
 
 from typing import Any, NamedTuple
@@ -20,21 +20,21 @@ NULLS = "null"  # the type of a column that never had a value
 
 
 class Column(NamedTuple):
-    """A column: its name, its type as Arrow calls it (of texts in a dictionary, that of the texts), and its values."""
+    """A column: its name, the name of its Arrow type (with a dictionary, that of the texts), and its values."""
 
     name: str
     kind: str
     values: Any  # pyarrow.Array
 
     def numbers(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
-        """The numbers (rows,), and where there is one."""
+        """Return the numbers (rows,), and a mask (rows,) that is False where a number is missing."""
         return _read_numbers(self.values)
 
     def texts(self) -> tuple[npt.NDArray[np.int64], list[str | None]]:
-        """A code for each row, and the text of each code; the text of what is missing is None."""
-        coded = self.values if hasattr(self.values, "dictionary") else self.values.dictionary_encode()
-        codes, present = _read_numbers(coded.indices)
-        return np.where(present, codes.astype(np.int64), -1), [*coded.dictionary.to_pylist(), None]
+        """Return a code for each row, and the text of each code; a missing text has the code -1, which maps to None."""
+        encoded = self.values if hasattr(self.values, "dictionary") else self.values.dictionary_encode()
+        codes, present = _read_numbers(encoded.indices)
+        return np.where(present, codes.astype(np.int64), -1), [*encoded.dictionary.to_pylist(), None]
 
 
 class ArrowTable(NamedTuple):
@@ -45,50 +45,51 @@ class ArrowTable(NamedTuple):
 
 
 def read_table(body: bytes | memoryview, limit: int) -> ArrowTable:
-    """A stream as columns, each in one piece, proven to be what it says it is.
+    """Return the columns of a stream, each in one piece and validated.
 
     Args:
         body: the stream.
-        limit: bytes that its buffers may have together, inflated.
+        limit: maximum of the bytes of all buffers together, when inflated.
 
     Raises:
         UnsupportedMediaType: pyarrow is not installed.
-        MalformedArrow: no Arrow stream, or one that contradicts itself.
+        MalformedArrow: the body is not an Arrow stream, or it is inconsistent.
         BodyTooLarge: more bytes than the limit when inflated.
-        InvalidInput: a column that holds other columns.
+        InvalidInput: a column is nested.
     """
     try:
         import pyarrow
     except ImportError:
         message = f"{ARROW} needs pyarrow, which this service lacks: install engine-health[tables]"
         raise UnsupportedMediaType(message) from None
-    left = limit - inflated_size(body, limit)
+    bytes_left = limit - inflated_size(body, limit)
     batches = []
     try:
         reader = pyarrow.ipc.open_stream(pyarrow.py_buffer(body), options=pyarrow.ipc.IpcReadOptions(use_threads=False))
         for batch in reader:
             batch.validate()
-            left -= sum(map(_view_bytes, batch.columns))
-            if left < 0:  # before anybody reads those texts
+            bytes_left -= sum(map(_view_bytes, batch.columns))
+            if bytes_left < 0:  # checked before the texts are read
                 break
             batch.validate(full=True)
             batches.append(batch)
         table = pyarrow.Table.from_batches(batches, reader.schema).combine_chunks()
         columns = [_read_column(field, table.column(k)) for k, field in enumerate(table.schema)]
-    except Exception as error:  # pyarrow raises a class of its own for each way a stream can be broken
+    except Exception as error:  # pyarrow has many error classes for malformed streams
         raise malformed_stream(str(error).partition("\n")[0][:200]) from None
-    if left < 0:
+    if bytes_left < 0:
         raise BodyTooLarge(f"more than {limit} bytes when inflated")
     return ArrowTable(table.num_rows, columns)
 
 
 def _read_column(field: Any, chunked: Any) -> Column:
-    text = str(getattr(field.type, "value_type", field.type))
-    return Column(field.name, text if text in TEXTS else str(field.type), chunked.chunk(0) if len(chunked) else None)
+    value_type = str(getattr(field.type, "value_type", field.type))
+    kind = value_type if value_type in TEXTS else str(field.type)
+    return Column(field.name, kind, chunked.chunk(0) if len(chunked) else None)
 
 
 def _view_bytes(values: Any) -> int:
-    """Bytes of texts that are views, each counted as often as it is pointed at; 0 of any other column."""
+    """Return the bytes of a column of text views, each text counted once per view; 0 for any other column."""
     values = getattr(values, "dictionary", values)
     if not len(values) or not str(values.type).endswith("_view"):
         return 0
@@ -98,8 +99,8 @@ def _view_bytes(values: Any) -> int:
 
 def _read_numbers(values: Any) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
     validity, data = values.buffers()
-    kind = NUMBERS[str(values.type)]
-    numbers = np.frombuffer(data, kind, len(values), values.offset * kind.itemsize)
+    dtype = NUMBERS[str(values.type)]
+    numbers = np.frombuffer(data, dtype, len(values), values.offset * dtype.itemsize)
     if validity is None:
         return numbers, np.ones(len(values), dtype=np.bool_)
     bits = np.unpackbits(np.frombuffer(validity, np.uint8), count=values.offset + len(values), bitorder="little")

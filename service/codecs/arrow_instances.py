@@ -1,4 +1,4 @@
-"""A table of flights to instances: the rows of an engine, by cycle, are one. Knows columns and windows, no HTTP."""
+"""Decode an Arrow table of flights into instances: the rows of one engine, by cycle, are one. Independent of HTTP."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from service.codecs.faults import (
     MISSING,
     MISSING_CHANNEL,
     TOO_LARGE,
+    Loc,
     missing_reading,
     refuse,
     wrong_length,
@@ -27,7 +28,7 @@ from service.errors import Fault, UnsupportedMediaType
 from service.inference.onnx_model import Batch, Model
 
 ENGINE, CYCLE, LABEL = "engine_id", "cycle", "label"
-KEY_COLUMNS = {  # columns that are no channels, and what may stand in them
+KEY_COLUMNS = {  # columns that are not channels: a description of their values, and their types
     ENGINE: ("strings", TEXTS),
     CYCLE: ("integers", INTEGERS),
     LABEL: ("class names or indices", (*TEXTS, *INTEGERS, NULLS)),
@@ -37,7 +38,7 @@ RowIndices = npt.NDArray[np.int64]
 
 @dataclass
 class InstanceKey:
-    """What an instance is called by: its engine, and its newest cycle."""
+    """The engine and the newest cycle of an instance."""
 
     engine_id: str | None
     cycle: int | None
@@ -45,29 +46,29 @@ class InstanceKey:
 
 @dataclass
 class TableInstances:
-    """The instances of a table: the rows of instance i stand at `order[bounds[i] : bounds[i + 1]]`, oldest first."""
+    """The instances of a table: the rows of instance i are `order[bounds[i] : bounds[i + 1]]`, oldest first."""
 
     columns: dict[str, Column]
-    flights: list[InstanceKey]
-    order: RowIndices | None  # (rows,), None if the table has it already
+    keys: list[InstanceKey]
+    order: RowIndices | None  # (rows,), None if the table is in this order already
     bounds: RowIndices  # (N + 1,)
 
     @property
     def newest(self) -> RowIndices:
-        """The newest row of each instance (N,)."""
+        """Return the newest row of each instance (N,)."""
         last = self.bounds[1:] - 1
         return last if self.order is None else self.order[last]
 
 
 def group_instances(table: ArrowTable, model: Model) -> TableInstances:
-    """Rows to instances, in order of the engines' first appearance.
+    """Return the instances of a table, in the order in which engines first appear.
 
-    A model with a window takes the rows of one engine, by cycle, as one instance, and without engines the whole table.
-    A model without one takes each row as an instance.
+    With a window, the rows of one engine, by cycle, are one instance; without a column of engines, the whole table is.
+    Without a window, each row is an instance.
 
     Raises:
-        UnsupportedMediaType: the model's input is no row of named channels, nor a window of them.
-        InvalidInput: names the column, and the row, of what is wrong.
+        UnsupportedMediaType: the model's input is neither a row of named channels nor a window of such rows.
+        InvalidInput: a wrong column or value, with its column and row.
     """
     window, channels = model.manifest.window, model.channels
     if not channels or model.input_shape not in ((len(channels),), (window, len(channels))):
@@ -77,143 +78,149 @@ def group_instances(table: ArrowTable, model: Model) -> TableInstances:
     names, engine = _read_engines(columns, table.rows)
     cycle = _read_cycles(columns, table.rows)
     if window is None:
-        flights = [InstanceKey(names[k], None) for k in engine.tolist()]
-        found = TableInstances(columns, flights, None, np.arange(table.rows + 1))
+        keys = [InstanceKey(names[k], None) for k in engine.tolist()]
+        instances = TableInstances(columns, keys, None, np.arange(table.rows + 1))
     else:
         bounds = np.concatenate([[0], np.cumsum(np.bincount(engine))])
-        found = TableInstances(columns, [InstanceKey(name, None) for name in names], _sort_rows(engine, cycle), bounds)
+        keys = [InstanceKey(name, None) for name in names]
+        instances = TableInstances(columns, keys, _sort_rows(engine, cycle), bounds)
     if CYCLE in columns:
-        for flight, newest in zip(found.flights, cycle[found.newest].tolist(), strict=True):
-            flight.cycle = newest
-    return found
+        for key, newest in zip(instances.keys, cycle[instances.newest].tolist(), strict=True):
+            key.cycle = newest
+    return instances
 
 
 def _check_columns(table: ArrowTable, channels: tuple[str, ...]) -> None:
-    """Refuse a table that lacks a channel, or has a column that is unknown, twice there, or of the wrong type."""
-    wanted = dict.fromkeys(channels, ("numbers", NUMBERS)) | KEY_COLUMNS
-    told = Counter(column.name for column in table.columns)
-    faults = [Fault((name,), MISSING_CHANNEL) for name in channels if name not in told]
+    """Refuse a table that lacks a channel, or has a column that is unknown, a duplicate, or of the wrong type."""
+    expected = dict.fromkeys(channels, ("numbers", NUMBERS)) | KEY_COLUMNS
+    column_counts = Counter(column.name for column in table.columns)
+    faults = [Fault((name,), MISSING_CHANNEL) for name in channels if name not in column_counts]
     for name, kind, _ in table.columns:
-        if name not in wanted:
+        if name not in expected:
             faults.append(Fault((name[:80],), "unknown column"))
-        elif told[name] > 1:
+        elif column_counts[name] > 1:
             faults.append(Fault((name,), "there is more than one column of this name"))
-        elif kind not in wanted[name][1]:
-            faults.append(Fault((name,), f"expected a column of {wanted[name][0]}, got {kind[:80]}"))
+        elif kind not in expected[name][1]:
+            faults.append(Fault((name,), f"expected a column of {expected[name][0]}, got {kind[:80]}"))
     if not (table.rows or faults):
         faults.append(Fault(("instances",), "the table has no rows"))
     refuse(faults)
 
 
 def _read_engines(columns: dict[str, Column], rows: int) -> tuple[list[str | None], RowIndices]:
-    """Names of the engines as they appear, and which of them each row is of; without the column one without a name."""
+    """Return the names of the engines as they first appear, and the index of the engine of each row.
+
+    Without a column of engines, all rows belong to one engine without a name.
+    """
     if ENGINE not in columns:
         return [None], np.zeros(rows, np.int64)
     codes, texts = columns[ENGINE].texts()
-    first = np.full(len(texts), rows)
-    first[codes[::-1]] = np.arange(rows)[::-1]  # backwards: what is written last is the first row of a code
-    rank, seen = np.zeros(len(texts), np.int64), dict[str | None, int]()
-    for row in np.sort(first[first < rows]).tolist():
+    first_row = np.full(len(texts), rows)
+    first_row[codes[::-1]] = np.arange(rows)[::-1]  # backwards: the last write for each code is its first row
+    engine_of_code, engines = np.zeros(len(texts), np.int64), dict[str | None, int]()
+    for row in np.sort(first_row[first_row < rows]).tolist():
         name = texts[codes[row]]
         if not name or len(name) > MAX_NAME_LENGTH:
-            what = MISSING if name is None else wrong_length(MAX_NAME_LENGTH, len(name))
-            refuse([Fault((ENGINE, row), what)])
+            problem = MISSING if name is None else wrong_length(MAX_NAME_LENGTH, len(name))
+            refuse([Fault((ENGINE, row), problem)])
         if CONTROL_CHARACTER.search(name):
             refuse([Fault((ENGINE, row), CONTROL_CHARACTERS)])
-        rank[codes[row]] = seen.setdefault(name, len(seen))  # a dictionary may hold a name twice
-    return list(seen), rank[codes]
+        engine_of_code[codes[row]] = engines.setdefault(name, len(engines))  # an Arrow dictionary may repeat a name
+    return list(engines), engine_of_code[codes]
 
 
 def _read_cycles(columns: dict[str, Column], rows: int) -> RowIndices:
-    """The cycle of each row; without the column, its place in the table."""
+    """Return the cycle of each row; without a column of cycles, its position in the table."""
     if CYCLE not in columns:
         return np.arange(rows)
     values, present = columns[CYCLE].numbers()
     wrong = np.flatnonzero(~present | (values < 0) | (values > MAX_CYCLE))[:MAX_FAULTS].tolist()
-    told = (f"{values[row]} is not from 0 to {MAX_CYCLE}" if present[row] else MISSING for row in wrong)
-    refuse([Fault((CYCLE, row), what) for row, what in zip(wrong, told, strict=True)])
+    problems = (f"{values[row]} is not from 0 to {MAX_CYCLE}" if present[row] else MISSING for row in wrong)
+    refuse([Fault((CYCLE, row), problem) for row, problem in zip(wrong, problems, strict=True)])
     return values.astype(np.int64)
 
 
 def _sort_rows(engine: RowIndices, cycle: RowIndices) -> RowIndices | None:
-    """Rows by engine, then by cycle; None if they stand so already.
+    """Return the row indices sorted by engine, then by cycle; None if the rows are sorted already.
 
     Raises:
         InvalidInput: two rows of the same engine and cycle.
     """
-    same = engine[1:] == engine[:-1]
-    if ((engine[1:] > engine[:-1]) | (same & (cycle[1:] > cycle[:-1]))).all():
+    same_engine = engine[1:] == engine[:-1]
+    if ((engine[1:] > engine[:-1]) | (same_engine & (cycle[1:] > cycle[:-1]))).all():
         return None
     order = np.lexsort((cycle, engine))
     engine, cycle = engine[order], cycle[order]
-    twice = np.flatnonzero((engine[1:] == engine[:-1]) & (cycle[1:] == cycle[:-1]))[:MAX_FAULTS].tolist()
-    refuse([Fault(("instances", int(engine[i]), CYCLE), f"cycle {cycle[i]} stands in two rows") for i in twice])
+    duplicates = np.flatnonzero((engine[1:] == engine[:-1]) & (cycle[1:] == cycle[:-1]))[:MAX_FAULTS].tolist()
+    refuse([Fault(("instances", int(engine[i]), CYCLE), f"cycle {cycle[i]} stands in two rows") for i in duplicates])
     return order
 
 
-def decode_table(found: TableInstances, model: Model, hold: bool) -> DecodedInstances:
-    """Readings as windows, padded, missing ones held if asked, and the labels of the newest rows.
+def decode_table(instances: TableInstances, model: Model, hold: bool) -> DecodedInstances:
+    """Return the readings as padded windows, and the labels of the newest rows. With `hold`, fill missing readings.
 
     Raises:
-        InvalidInput: names instance, row and channel of what is wrong, at most twenty places.
+        InvalidInput: wrong values, at most twenty, each with instance, row and channel.
     """
     window, channels = model.manifest.window, model.channels
-    hold = hold and window is not None  # a single row has nothing to hold
-    readings = _read_channels(found, channels)
-    whole = bool(np.isfinite(readings).all())
-    if not whole:
-        _refuse_not_finite(readings, found, channels, hold, window is None)
+    hold = hold and window is not None  # a single row has no earlier value
+    readings = _read_channels(instances, channels)
+    all_finite = bool(np.isfinite(readings).all())
+    if not all_finite:
+        _refuse_not_finite(readings, instances, channels, hold, window is None)
     faults: list[Fault] = []
-    batch = np.empty((len(found.flights), *model.input_shape), dtype=np.float32)
+    batch = np.empty((len(instances.keys), *model.input_shape), dtype=np.float32)
     imputed = np.zeros(len(channels), dtype=np.int64)
-    for i, (begin, end) in enumerate(pairwise(found.bounds.tolist())):
+    for i, (begin, end) in enumerate(pairwise(instances.bounds.tolist())):
         rows: Batch | None = readings[begin:end]
-        if window is not None and not whole:  # and so they are to be held
+        if window is not None and not all_finite:  # then `hold` is set, otherwise they were refused
             rows, held = hold_window(readings[begin:end], window, channels, ("instances", i, "telemetry"), faults)
             imputed += held
         if rows is not None:
             batch[i] = rows[0] if window is None else windows.pad_left(rows, window)
-    labels = _read_labels(found.columns.get(LABEL), found.newest)
+    labels = _read_labels(instances.columns.get(LABEL), instances.newest)
     targets = decode_labels(labels, model.manifest.classes, faults, lambda i: ("instances", i, LABEL))
     refuse(faults)
     return DecodedInstances(batch, targets, imputed if hold else None)
 
 
-def _read_channels(found: TableInstances, channels: tuple[str, ...]) -> Batch:
-    """All readings (rows, channels) in the order of the instances, missing ones as NaN."""
-    readings = np.empty((found.bounds[-1], len(channels)), dtype=np.float32)
+def _read_channels(instances: TableInstances, channels: tuple[str, ...]) -> Batch:
+    """Return all readings (rows, channels) in the order of the instances, missing ones as NaN."""
+    readings = np.empty((instances.bounds[-1], len(channels)), dtype=np.float32)
     for k, name in enumerate(channels):
-        values, present = found.columns[name].numbers()
+        values, present = instances.columns[name].numbers()
         if values.dtype.kind in "iu":
-            values = values.astype(np.float64)  # as numbers in JSON are read, so that the same one is the same float32
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite then is refused by its place
+            values = values.astype(np.float64)  # as JSON numbers are, so that both are rounded to the same float32
+        with np.errstate(over="ignore", invalid="ignore"):  # values that are not finite are refused later
             readings[:, k] = values
         readings[~present, k] = np.nan
-    return readings if found.order is None else readings[found.order]
+    return readings if instances.order is None else readings[instances.order]
 
 
 def _refuse_not_finite(
-    readings: Batch, found: TableInstances, channels: tuple[str, ...], hold: bool, single: bool
+    readings: Batch, instances: TableInstances, channels: tuple[str, ...], hold: bool, single: bool
 ) -> None:
     """Refuse readings that are infinite as float32, and missing ones if they are not held."""
-    unfit = np.isinf(readings) if hold else ~np.isfinite(readings)
+    refused = np.isinf(readings) if hold else ~np.isfinite(readings)
     faults = []
-    for row in np.flatnonzero(unfit.any(axis=1))[:MAX_FAULTS].tolist():
-        i = int(np.searchsorted(found.bounds, row, side="right")) - 1
-        place = ("instances", i, "telemetry") if single else ("instances", i, "telemetry", row - int(found.bounds[i]))
-        for k in np.flatnonzero(unfit[row]).tolist():
+    for row in np.flatnonzero(refused.any(axis=1))[:MAX_FAULTS].tolist():
+        i = int(np.searchsorted(instances.bounds, row, side="right")) - 1
+        loc: Loc = ("instances", i, "telemetry")
+        if not single:
+            loc = (*loc, row - int(instances.bounds[i]))
+        for k in np.flatnonzero(refused[row]).tolist():
             missing = np.isnan(readings[row, k])
-            faults.append(Fault((*place, channels[k]), missing_reading("missing=hold") if missing else TOO_LARGE))
+            faults.append(Fault((*loc, channels[k]), missing_reading("missing=hold") if missing else TOO_LARGE))
     refuse(faults)
 
 
 def _read_labels(column: Column | None, rows: RowIndices) -> list[Label | None]:
-    """The labels that stand in some rows."""
+    """Return the labels of the given rows."""
     if column is None or column.kind == NULLS:
         return [None] * len(rows)
     if column.kind in INTEGERS:
         values, present = column.numbers()
         pairs = zip(values[rows].tolist(), present[rows].tolist(), strict=True)
-        return [value if there else None for value, there in pairs]
+        return [label if is_present else None for label, is_present in pairs]
     codes, texts = column.texts()
     return [texts[code] for code in codes[rows].tolist()]

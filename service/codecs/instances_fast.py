@@ -1,9 +1,9 @@
-"""The commonest body of `/v1/predict`, parsed once; whatever is unusual in it is left to the schemas.
+"""Parse the most frequent body of `/v1/predict` in one pass; unusual bodies are left to the schemas.
 
 The schemas parse twice, which locates any fault: first the instances, then their numbers. A body of plain instances
 (rows of numbers, perhaps an engine, a cycle and a class as label) has no fault to locate, and is parsed here straight
-into arrays. A large one is parsed a few instances at a time. Wherever a list is split, it is JSON if each part is JSON
-as a list.
+into arrays. A large one is parsed a few instances at a time: a list that is split between objects is JSON if each part
+in brackets is JSON.
 """
 
 import re
@@ -22,9 +22,7 @@ from service.codecs.requests import CONTROL_CHARACTER, MAX_CYCLE, MAX_NAME_LENGT
 from service.errors import Fault
 from service.inference.onnx_model import Batch, Model
 
-SPLIT_BYTES = (
-    1 << 17
-)  # bytes after which a large body is split: what the parser and its buffers need stays in the cache
+SPLIT_BYTES = 1 << 17  # of a part of a large body: the memory of the parser then fits into the CPU cache
 MAX_TAIL_BYTES = 64  # bytes that may follow the last instance
 _BEGIN = re.compile(rb'[ \t\r\n]*\{[ \t\r\n]*"instances"[ \t\r\n]*:[ \t\r\n]*\[')
 _BETWEEN = re.compile(rb"\}[ \t\r\n]*,")
@@ -35,11 +33,11 @@ _ANONYMOUS = InstanceKey(None, None)
 class PlainInstances(NamedTuple):
     """The instances of a body: their engines and cycles, and their windows."""
 
-    flights: list[InstanceKey]
+    keys: list[InstanceKey]
     decoded: DecodedInstances
 
 
-def parse_plain_predict(body: bytes | memoryview, model: Model, most: int) -> PlainInstances | None:
+def parse_plain_predict(body: bytes | memoryview, model: Model, max_instances: int) -> PlainInstances | None:
     """Decode a body of nothing but plain instances; None for any other body."""
     window, width = model.manifest.window, len(model.channels)
     if window is None:
@@ -48,15 +46,15 @@ def parse_plain_predict(body: bytes | memoryview, model: Model, most: int) -> Pl
     end = begin and _END.search(body, max(begin.end(), len(body) - MAX_TAIL_BYTES))
     if begin is None or end is None:
         return None
-    first, last = begin.end() - 1, end.start() + 1  # with the brackets
+    first, last = begin.end() - 1, end.start() + 1  # of the list, including its brackets
     texts = (bytes(body[first:last]),) if len(body) <= PARSE_BYTES else _split_instances(body, first + 1, last - 1)
-    flights: list[InstanceKey] = []
+    keys: list[InstanceKey] = []
     labels: list[Label | None] = []
     batches = []
     try:
         for text in texts:
-            batches.append(_parse_windows(text, flights, labels, window, width))
-            if len(flights) > most:
+            batches.append(_parse_windows(text, keys, labels, window, width))
+            if len(keys) > max_instances:
                 return None
     except DECLINED:
         return None
@@ -66,16 +64,15 @@ def parse_plain_predict(body: bytes | memoryview, model: Model, most: int) -> Pl
         targets = decode_labels(labels, model.manifest.classes, faults, lambda i: ("instances", i, "label"))
         if faults:
             return None
-    return PlainInstances(
-        flights, DecodedInstances(batches[0] if len(batches) == 1 else np.concatenate(batches), targets, None)
-    )
+    telemetry = batches[0] if len(batches) == 1 else np.concatenate(batches)
+    return PlainInstances(keys, DecodedInstances(telemetry, targets, None))
 
 
 def _split_instances(body: bytes | memoryview, begin: int, end: int) -> Iterator[bytes]:
-    """The instances as lists, split behind an object.
+    """Yield the instances as JSON lists, split between objects.
 
     Raises:
-        Unusual: an instance is too long.
+        UnusualJson: an instance is too long.
     """
     while end - begin > PARSE_BYTES:
         between = _BETWEEN.search(body, begin + SPLIT_BYTES, begin + PARSE_BYTES)
@@ -86,23 +83,21 @@ def _split_instances(body: bytes | memoryview, begin: int, end: int) -> Iterator
     yield b"".join((b"[", body[begin:end], b"]"))
 
 
-def _parse_windows(
-    text: bytes, flights: list[InstanceKey], labels: list[Label | None], window: int, width: int
-) -> Batch:
-    """The newest window of each instance of a list (N, window, width); adds to `flights` and `labels`.
+def _parse_windows(text: bytes, keys: list[InstanceKey], labels: list[Label | None], window: int, width: int) -> Batch:
+    """Return the newest window of each instance of a list (N, window, width); append to `keys` and `labels`.
 
     Raises:
-        Unusual, or what the parser raises: anything is unusual.
+        one of DECLINED: the text is not a list of plain instances.
     """
-    keys, tables, lengths = number_parser.active.instances(text, width)
-    # no instance at all, or a list within a row, which would be flattened
-    if not keys or count_brackets(text) != 1 + len(tables) + sum(lengths):
+    key_values, tables, lengths = number_parser.active.instances(text, width)
+    # no instances, or a list within a row, which would be flattened
+    if not key_values or count_brackets(text) != 1 + len(tables) + sum(lengths):
         raise UnusualJson
     values = to_float32(tables[0] if len(tables) == 1 else np.concatenate(tables))
     if values is None:
         raise UnusualJson
-    for engine, cycle, label in keys:
-        flights.append(_ANONYMOUS if engine is None and cycle is None else _instance_key(engine, cycle))
+    for engine, cycle, label in key_values:
+        keys.append(_ANONYMOUS if engine is None and cycle is None else _instance_key(engine, cycle))
         if label is None or type(label) is int or isinstance(label, str):
             labels.append(label)
         else:
@@ -114,10 +109,10 @@ def _parse_windows(
 
 
 def _instance_key(engine: Any, cycle: Any) -> InstanceKey:
-    named = engine is None or (
+    valid_engine = engine is None or (
         isinstance(engine, str) and 0 < len(engine) <= MAX_NAME_LENGTH and not CONTROL_CHARACTER.search(engine)
     )
-    dated = cycle is None or (type(cycle) is int and 0 <= cycle <= MAX_CYCLE)
-    if not (named and dated):
+    valid_cycle = cycle is None or (type(cycle) is int and 0 <= cycle <= MAX_CYCLE)
+    if not (valid_engine and valid_cycle):
         raise UnusualJson
     return InstanceKey(engine, cycle)

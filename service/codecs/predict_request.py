@@ -29,21 +29,21 @@ class PredictInputs(NamedTuple):
     explain: bool
 
 
-def decode_predict(body: bytes | memoryview, model: Model, most: int) -> PredictInputs:
+def decode_predict(body: bytes | memoryview, model: Model, max_instances: int) -> PredictInputs:
     """Decode a JSON body of `/v1/predict`.
 
     Raises:
-        MalformedJson: what its bytes are not.
-        InvalidInput: what is wrong with it, and where.
+        MalformedJson: the body is not JSON.
+        InvalidInput: wrong values, with their places.
     """
-    quick = parse_plain_predict(body, model, most)
-    if quick is not None:
-        return PredictInputs(quick.flights, quick.decoded, None, False)
+    plain = parse_plain_predict(body, model, max_instances)
+    if plain is not None:
+        return PredictInputs(plain.keys, plain.decoded, None, False)
     request = parse.parse(body, requests.PredictRequest)
-    _check_count(len(request.instances), request.explain, model, most)
+    _check_count(len(request.instances), request.explain, model, max_instances)
     decoded = decode_instances(request.instances, model, request.missing == "hold")
-    flights = [InstanceKey(x.engine_id, x.cycle) for x in request.instances]  # whose raw JSON would keep the body
-    return PredictInputs(flights, decoded, request.temperature, request.explain)
+    keys = [InstanceKey(x.engine_id, x.cycle) for x in request.instances]  # without references to the body
+    return PredictInputs(keys, decoded, request.temperature, request.explain)
 
 
 def decode_predict_table(
@@ -52,27 +52,27 @@ def decode_predict_table(
     """Decode an Arrow stream of flights, with options in the query.
 
     Raises:
-        UnsupportedMediaType: without pyarrow, or for a model whose input is no row of channels.
-        MalformedArrow: what its bytes are not.
+        UnsupportedMediaType: pyarrow is not installed, or the input of the model is not a row of channels.
+        MalformedArrow: the body is not an Arrow stream.
         BodyTooLarge: more than the limit when inflated.
-        InvalidInput: what is wrong with it, and where.
+        InvalidInput: wrong values, with their places.
     """
     options = parse.parse_query(query, requests.PredictOptions)
     instances = group_instances(read_table(body, limits.max_body_bytes), model)
-    _check_count(len(instances.flights), options.explain, model, limits.max_instances)
+    _check_count(len(instances.keys), options.explain, model, limits.max_instances)
     decoded = decode_table(instances, model, options.missing == "hold")
-    return PredictInputs(instances.flights, decoded, options.temperature, options.explain)
+    return PredictInputs(instances.keys, decoded, options.temperature, options.explain)
 
 
-def _check_count(instances: int, explain: bool, model: Model, most: int) -> None:
-    """Refuse more instances than one call may have; an explanation costs as many as there are channels."""
+def _check_count(instances: int, explain: bool, model: Model, max_instances: int) -> None:
+    """Refuse more instances than one call may have; an explained one counts once per channel."""
     if explain and model.manifest.conditions is None:
         message = "this model does not say what is usual (`conditions`), so its answers cannot be explained"
         raise InvalidInput(message, (Fault(("explain",), message),))
     verb = "explained" if explain else "taken"
-    most = most // max(1, len(model.channels)) if explain else most
-    if instances > most:
-        refuse([Fault(("instances",), f"{instances} instances, at most {most} are {verb} in one call")])
+    limit = max_instances // max(1, len(model.channels)) if explain else max_instances
+    if instances > limit:
+        refuse([Fault(("instances",), f"{instances} instances, at most {limit} are {verb} in one call")])
 
 
 class EvaluateInputs(NamedTuple):
@@ -85,15 +85,15 @@ class EvaluateInputs(NamedTuple):
     class_weights: list[float] | None
 
 
-def read_evaluate(body: bytes | memoryview, classes: tuple[str, ...], most: int) -> EvaluateInputs:
-    """Decode a body of `/v1/evaluate`; `classes` name the labels of as many logits.
+def read_evaluate(body: bytes | memoryview, classes: tuple[str, ...], max_rows: int) -> EvaluateInputs:
+    """Decode a body of `/v1/evaluate`; `classes` are the class names if each row has as many logits.
 
     Raises:
         MalformedJson: the body is not JSON.
         InvalidInput: a wrong value, with its place.
     """
     request = parse.parse(body, requests.EvaluateRequest)
-    logits = decode_logits(bytes(request.logits), most)
+    logits = decode_logits(bytes(request.logits), max_rows)
     names = classes if logits.shape[1] == len(classes) else tuple(str(k) for k in range(logits.shape[1]))
     faults: list[Fault] = []
     if len(request.labels) != len(logits):
@@ -103,5 +103,6 @@ def read_evaluate(body: bytes | memoryview, classes: tuple[str, ...], most: int)
     assert targets is not None  # there is at least one label, and each is decoded or refused
     # class indices only where every label is one: torch averages weighted losses otherwise for distributions
     hard = not any(isinstance(label, list) for label in request.labels)
-    t = 1.0 if request.temperature is None else request.temperature
-    return EvaluateInputs(logits, targets, targets.argmax(axis=1) if hard else targets, t, request.class_weights)
+    labels = targets.argmax(axis=1) if hard else targets
+    temperature = 1.0 if request.temperature is None else request.temperature
+    return EvaluateInputs(logits, targets, labels, temperature, request.class_weights)

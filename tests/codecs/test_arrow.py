@@ -291,8 +291,8 @@ def told_again(body: bytes) -> bytes:
     notes = [*schema.tables(2)]
     longest, (place, count) = max(notes, key=lambda note: note.vector(1, 1)[1]), schema.vector(2, 4)
     for k in range(count):
-        if longest.at > place + 4 * k:  # offsets point forward only
-            struct.pack_into("<I", changed, begin + place + 4 * k, longest.at - place - 4 * k)
+        if longest.position > place + 4 * k:  # offsets point forward only
+            struct.pack_into("<I", changed, begin + place + 4 * k, longest.position - place - 4 * k)
     return bytes(changed)
 
 

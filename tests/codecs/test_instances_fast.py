@@ -80,7 +80,7 @@ def test_the_quick_way_says_what_the_schemas_say_or_nothing(model: Model, asked:
     body = json.dumps(asked, indent=indent).encode()
     found = parse_plain_predict(body, model, 4096)
     if found is not None:
-        names = [(flight.engine_id, flight.cycle) for flight in found.flights]
+        names = [(flight.engine_id, flight.cycle) for flight in found.keys]
         targets = None if found.decoded.targets is None else found.decoded.targets.tobytes()
         assert slowly(body, model) == (names, found.decoded.telemetry.tobytes(), targets)
 
@@ -148,7 +148,7 @@ def test_a_large_body_is_decoded_in_one_pass(model: Model) -> None:
         for form in (body, memoryview(bytearray(body))):
             found = parse_plain_predict(form, model, 400)
             assert found is not None
-            assert [(flight.engine_id, flight.cycle) for flight in found.flights] == slowly(body, model)[0]
+            assert [(flight.engine_id, flight.cycle) for flight in found.keys] == slowly(body, model)[0]
             assert slowly(body, model)[1] == found.decoded.telemetry.tobytes()
             assert parse_plain_predict(form, model, 399) is None
 
