@@ -1,4 +1,4 @@
-"""The routes of the Open DecodedInference Protocol, version 2, which clients of KServe and Triton use.
+"""The routes of the Open Inference Protocol, version 2, which clients of KServe and Triton use.
 
 Inputs are `telemetry` and, where it is known, `label`; outputs are the predictions of `/v1/predict` as tensors.
 """
@@ -201,7 +201,7 @@ def _targets(inference: DecodedInference, model: Model, rows: int) -> Floats | N
 
 
 def _temperature(inference: DecodedInference) -> float | None:
-    value = inference.asked.parameters.get("temperature")
+    value = inference.request.parameters.get("temperature")
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not MIN_TEMPERATURE <= value <= MAX_TEMPERATURE:
@@ -212,7 +212,7 @@ def _temperature(inference: DecodedInference) -> float | None:
 def _requested_outputs(inference: DecodedInference, model: Model) -> list[tuple[str, bool]]:
     """Return the requested outputs in order, and whether each is binary; all of them if none is requested."""
     available = [name for name in _outputs(model) if name != "loss" or LABEL in inference.inputs]
-    requested, default = inference.asked.outputs, _flag(inference.asked.parameters, "binary_data_output", False)
+    requested, default = inference.request.outputs, _flag(inference.request.parameters, "binary_data_output", False)
     if not requested:
         return [(name, default) for name in available]
     for output in requested:
@@ -248,8 +248,8 @@ def _respond(
 
     head: dict[str, Any] = {"model_name": manifest.name, "model_version": manifest.version}
     head["parameters"] = {"digest": predictor.model.digest, "temperature": prediction.temperature}
-    if inference.asked.id is not None:
-        head["id"] = inference.asked.id
+    if inference.request.id is not None:
+        head["id"] = inference.request.id
     tensors = [(name, *values(name)) for name, _ in outputs]
     body, length = oip_tensors.encode_inference(head, tensors, {name for name, binary in outputs if binary})
     if length is None:

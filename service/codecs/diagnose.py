@@ -1,4 +1,4 @@
-"""Find the first faults of JSON numbers, value by value. Used only where the fast parsers declined a text."""
+"""Locate the first faults of JSON numbers, value by value. Used only where the fast parsers declined a text."""
 
 import json
 import math
@@ -24,8 +24,8 @@ from service.codecs.number_parser import count_brackets, fits_float32
 from service.errors import Fault, MalformedJson
 from service.inference.onnx_model import Batch
 
-MAX_INTEGER_DIGITS = 400  # of an integer; what has more is not even a float64
-MAX_EXTRA_LISTS = 4096  # beyond what is right; more are not made objects of, to name the place of the first
+MAX_INTEGER_DIGITS = 400  # longer integers exceed float64
+MAX_EXTRA_LISTS = 4096  # beyond the expected ones; text with more is refused before it is parsed
 JsonValue = Any
 
 
@@ -34,7 +34,8 @@ def diagnose_history(text: bytes, channels: tuple[str, ...], hold: bool, loc: Lo
     if text[:1] == b"{" and count_brackets(text) > len(channels) + MAX_EXTRA_LISTS:
         faults.append(Fault(loc, f"expected a list of values for each of {len(channels)} channels, got more lists"))
         return None
-    found, before = [], 0
+    parts: list[Batch | None] = []
+    rows_before = 0
     for value in _parse_parts(text, loc):
         rows = _rows_from_columns(value, channels, loc, faults)
         if rows is None:
@@ -42,18 +43,21 @@ def diagnose_history(text: bytes, channels: tuple[str, ...], hold: bool, loc: Lo
         if not isinstance(rows, list) or not rows:
             faults.append(Fault(loc, "expected at least one row of readings"))
             return None
-        found.append(_check_rows(rows, channels, hold, loc, faults, before))
-        before += len(rows)
+        parts.append(_check_rows(rows, channels, hold, loc, faults, rows_before))
+        rows_before += len(rows)
         if len(faults) >= MAX_FAULTS:
             break
-    return None if any(part is None for part in found) else np.concatenate(found)  # type: ignore[arg-type]  # none is None
+    return None if any(part is None for part in parts) else np.concatenate(parts)  # type: ignore[arg-type]  # none is None
 
 
 def _parse_parts(text: bytes, loc: Loc) -> Iterator[JsonValue]:
-    """A value; the rows of a long list a piece at a time: what is nothing but brackets takes 70 times its bytes.
+    """Yield the value of a text; of a long list, yield its rows in several parts, each a list.
+
+    Parsed as a whole, a text of brackets only would take 70 times its bytes.
 
     Raises:
-        NotJson, InvalidInput: it is none, or full of objects, or has no rows.
+        MalformedJson: the text is not JSON.
+        InvalidInput: it has many objects, or a row that is too long.
     """
     if count_brackets(text, b"{") > MAX_EXTRA_LISTS:
         refuse([Fault(loc, "expected numbers, got many objects")])
@@ -70,7 +74,7 @@ def _load_value(text: bytes, loc: Loc) -> JsonValue:
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError as error:
-        try:  # Python's own parser reads numbers that no float holds, so that the place of one can be named
+        try:  # Python's own parser reads numbers of any size, so that their place can be reported
             return json.loads(text, parse_constant=_refuse_constant, parse_int=_parse_integer)
         except (ValueError, RecursionError):
             raise MalformedJson(f"{describe(loc)} is not JSON: {error}") from None
@@ -81,11 +85,11 @@ def _refuse_constant(name: str) -> JsonValue:
 
 
 def _parse_integer(digits: str) -> float:
-    return int(digits) if len(digits) < MAX_INTEGER_DIGITS else float(digits)  # infinite, which is refused by its place
+    return int(digits) if len(digits) < MAX_INTEGER_DIGITS else float(digits)  # infinite, and refused later
 
 
 def _rows_from_columns(value: JsonValue, channels: tuple[str, ...], loc: Loc, faults: list[Fault]) -> JsonValue:
-    """An object of channel columns as rows; anything else unchanged. None if it has a fault, or is null."""
+    """Return an object of channel columns as rows; any other value unchanged. None if it has a fault, or is null."""
     if not isinstance(value, dict):
         if value is None and not faults:
             faults.append(Fault(loc, "expected rows of readings, got null"))
@@ -95,42 +99,43 @@ def _rows_from_columns(value: JsonValue, channels: tuple[str, ...], loc: Loc, fa
     if not wrong:
         length = len(value[channels[0]])
         wrong = [
-            Fault((*loc, n), f"has {len(value[n])} values, {channels[0]} has {length}")
-            for n in channels
-            if len(value[n]) != length
+            Fault((*loc, name), f"has {len(value[name])} values, {channels[0]} has {length}")
+            for name in channels
+            if len(value[name]) != length
         ]
     faults.extend(wrong)
     return None if wrong else [list(row) for row in zip(*(value[name] for name in channels), strict=True)]
 
 
 def _check_rows(
-    rows: list[JsonValue], channels: tuple[str, ...], hold: bool | None, loc: Loc, faults: list[Fault], before: int = 0
+    rows: list[JsonValue], channels: tuple[str, ...], hold: bool | None, loc: Loc, faults: list[Fault], rows_before: int
 ) -> Batch | None:
-    """Rows as (T, channels) float32, value by value, missing ones as NaN; None after naming what is wrong.
+    """Return rows as (T, channels) float32, missing values as NaN; None after their faults are appended to `faults`.
 
-    `before` are the rows that came before these.
+    `rows_before` is the number of rows in earlier parts of the text.
     """
-    known, fit = len(faults), all(isinstance(row, list) and len(row) == len(channels) for row in rows)
-    # of millions of empty rows nothing is kept, but that they are wrong
-    found = np.full((len(rows) if fit else 0, len(channels)), np.nan, dtype=np.float32)
+    earlier_faults = len(faults)
+    right_shape = all(isinstance(row, list) and len(row) == len(channels) for row in rows)
+    # no memory is allocated for rows of a wrong length, which may be millions of empty ones
+    values = np.full((len(rows) if right_shape else 0, len(channels)), np.nan, dtype=np.float32)
     for t, row in enumerate(rows):
         if not isinstance(row, list) or len(row) != len(channels):
             got = f"{len(row)} values" if isinstance(row, list) else _json_type(row)
-            faults.append(Fault((*loc, before + t), wrong_count(f"a row of {len(channels)} numbers", got)))
+            faults.append(Fault((*loc, rows_before + t), wrong_count(f"a row of {len(channels)} numbers", got)))
         else:
             for k, value in enumerate(row):
                 problem = _value_fault(value, hold)
                 if problem:
-                    faults.append(Fault((*loc, before + t, channels[k]), problem))
-                elif fit and value is not None:
-                    found[t, k] = value
+                    faults.append(Fault((*loc, rows_before + t, channels[k]), problem))
+                elif right_shape and value is not None:
+                    values[t, k] = value
         if len(faults) >= MAX_FAULTS:
             break
-    return found if len(faults) == known else None
+    return values if len(faults) == earlier_faults else None
 
 
 def _value_fault(value: JsonValue, hold: bool | None) -> str | None:
-    """What is wrong with a value; `hold` is None where nothing can be held."""
+    """Return the fault of a value; None if it has none. `hold` is None where missing values cannot be held."""
     if value is None and hold is not None:
         return None if hold else missing_reading('"missing": "hold"')
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -144,7 +149,7 @@ def _json_type(value: JsonValue) -> str:
 
 
 def decode_tensor(text: bytes, shape: tuple[int, ...], loc: Loc, faults: list[Fault]) -> Batch | None:
-    """Numbers of any shape; None after naming the first place that is wrong."""
+    """Return numbers of any shape; None after the first fault is appended to `faults`."""
     lists = sum(math.prod(shape[:k]) for k in range(len(shape)))
     if count_brackets(text) > lists + MAX_EXTRA_LISTS:
         faults.append(Fault(loc, f"expected finite numbers of shape {list(shape)}, got more lists"))
@@ -158,7 +163,7 @@ def decode_tensor(text: bytes, shape: tuple[int, ...], loc: Loc, faults: list[Fa
 
 
 def _find_misfit(value: JsonValue, shape: tuple[int, ...], loc: Loc) -> Fault | None:
-    """The first place where nested lists are not finite numbers of a shape."""
+    """Return the first place where nested lists are not finite numbers of a shape; None if they are."""
     if not shape:
         problem = _value_fault(value, None)
         return Fault(loc, problem) if problem else None
@@ -166,7 +171,7 @@ def _find_misfit(value: JsonValue, shape: tuple[int, ...], loc: Loc) -> Fault | 
         got = f"{len(value)} values" if isinstance(value, list) else _json_type(value)
         return Fault(loc, wrong_count(f"finite numbers of shape {list(shape)}", got))
     if len(shape) == 1 and set(map(type, value)) <= {int, float} and all(map(fits_float32, value)):
-        return None  # the usual; only what is not is looked at one by one
+        return None  # the usual case; other values are examined one by one
     parts = (_find_misfit(part, shape[1:], (*loc, k)) for k, part in enumerate(value))
     return next((fault for fault in parts if fault is not None), None)
 
@@ -175,20 +180,21 @@ def diagnose_logits(text: bytes) -> Floats:
     """Return unusual logits (N, C).
 
     Raises:
-        NotJson, InvalidInput: the text is no table of finite numbers; names the first faults.
+        MalformedJson: the text is not JSON.
+        InvalidInput: it is not a table of finite numbers, with the first faults.
     """
     loc: Loc = ("logits",)
     faults: list[Fault] = []
     names: tuple[str, ...] = ()
-    found, before = [], 0
+    parts, rows_before = [], 0
     for rows in _parse_parts(text, loc):
         if not (isinstance(rows, list) and rows and (names or (isinstance(rows[0], list) and rows[0]))):
             refuse([Fault(loc, "expected rows of logits, at least one class each")])
         names = names or tuple(str(k) for k in range(len(rows[0])))
-        if _check_rows(rows, names, None, loc, faults, before) is not None:
-            found.append(np.array(rows, dtype=np.float64))
-        before += len(rows)
+        if _check_rows(rows, names, None, loc, faults, rows_before) is not None:
+            parts.append(np.array(rows, dtype=np.float64))
+        rows_before += len(rows)
         if len(faults) >= MAX_FAULTS:
             break
     refuse([Fault((*f.loc[:2], int(f.loc[2])) if len(f.loc) == 3 else f.loc, f.msg) for f in faults])
-    return np.concatenate(found)
+    return np.concatenate(parts)

@@ -13,6 +13,7 @@ MISSING_CHANNEL = "channel is missing"
 MISSING = "missing"
 TOO_LARGE = "too large for a 32-bit float"
 CONTROL_CHARACTERS = "a name may not have control characters"
+MAX_FAULTS = 20  # of one request; more would not help to correct it
 
 
 def missing_reading(option: str) -> str:
@@ -26,25 +27,26 @@ def wrong_channels(names: Collection[str], channels: Sequence[str], loc: Loc) ->
     return unknown + [Fault((*loc, name), MISSING_CHANNEL) for name in channels if name not in names]
 
 
-def wrong_length(most: int, got: object) -> str:
+def wrong_length(max_length: int, got: object) -> str:
     """Return the fault of a name that is empty or too long."""
-    return f"expected 1 to {most} characters, got {got}"
+    return f"expected 1 to {max_length} characters, got {got}"
 
 
-def wrong_count(what: str, got: str) -> str:
+def wrong_count(expected: str, got: str) -> str:
     """Return the fault of something other than a list of the expected numbers."""
-    return f"expected {what}, got {got}"
-
-
-MAX_FAULTS = 20  # a whole wrong file does not need a million lines to be understood
+    return f"expected {expected}, got {got}"
 
 
 def refuse(faults: list[Fault]) -> None:
-    """Raise if anything is wrong; the detail is the first fault in words."""
+    """Raise if there are faults; the detail is the first of them.
+
+    Raises:
+        InvalidInput: there is at least one fault.
+    """
     if faults:
         raise InvalidInput(f"{describe(faults[0].loc)}: {faults[0].msg}", tuple(faults[:MAX_FAULTS]))
 
 
-def describe(loc: tuple[str | int, ...]) -> str:
-    """A place as a person writes it: `instances[0].telemetry[3].sensor_4`."""
+def describe(loc: Loc) -> str:
+    """Return a place as a person writes it: `instances[0].telemetry[3].sensor_4`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".") or "body"

@@ -1,4 +1,4 @@
-"""JSON instances and logits to arrays, for valid input; `diagnose` locates faults. Independent of HTTP."""
+"""Decode JSON instances and logits into arrays; `diagnose` locates faults. Independent of HTTP."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from service.codecs.requests import Instance
 from service.errors import Fault
 from service.inference.onnx_model import Batch, Model
 
-JOINT_PARSE_BYTES = 1 << 17  # bytes of telemetry that are parsed at once; some more where the last is long
+JOINT_PARSE_BYTES = 1 << 17  # of telemetry that is parsed together; the last text may exceed it
 
 
 class DecodedInstances(NamedTuple):
@@ -30,24 +30,24 @@ class DecodedInstances(NamedTuple):
 
 
 def decode_instances(instances: list[Instance], model: Model, hold: bool) -> DecodedInstances:
-    """Windows padded, missing values held if asked, labels as distributions over the classes.
+    """Return padded windows, and labels as distributions over the classes.
 
     Args:
-        instances: of which the telemetry is JSON still.
-        model: whose input they shall be.
-        hold: whether a missing value is the last one seen.
+        instances: the instances; their telemetry is raw JSON.
+        model: the model, which defines the shape of its input.
+        hold: whether a missing value is replaced by the last one of its channel.
 
     Raises:
-        InvalidInput: names instance, row and channel of what is wrong, at most twenty places.
+        InvalidInput: wrong values, at most twenty, each with instance, row and channel.
     """
     faults: list[Fault] = []
     channels = model.channels
     batch = np.empty((len(instances), *model.input_shape), dtype=np.float32)
     imputed = np.zeros(len(channels), dtype=np.int64)
     window = model.manifest.window
-    for begin, texts, found in _parse_groups(instances, channels, hold or window is None):
-        if found is not None and window is not None:
-            batch[begin : begin + len(texts)] = _newest_windows(found, window)
+    for begin, texts, histories in _parse_groups(instances, channels, hold or window is None):
+        if histories is not None and window is not None:
+            batch[begin : begin + len(texts)] = _newest_windows(histories, window)
             continue
         for i, text in enumerate(texts, begin):
             if len(faults) >= MAX_FAULTS:
@@ -74,20 +74,23 @@ def decode_instances(instances: list[Instance], model: Model, hold: bool) -> Dec
 def _parse_groups(
     instances: list[Instance], channels: tuple[str, ...], singly: bool
 ) -> Iterator[tuple[int, list[bytes], Sequence[Batch] | Batch | None]]:
-    """The first of some instances, their telemetry as JSON, and as rows where it is usual and was read together."""
+    """Yield groups of instances: the index of the first, their telemetry as JSON, and their rows.
+
+    The rows are None where the telemetry is unusual, or `singly` is set.
+    """
     texts: list[bytes] = []
-    size = 0
+    group_bytes = 0
     for k, instance in enumerate(instances):
         texts.append(bytes(instance.telemetry))
-        size += len(texts[-1])
-        if singly or size > JOINT_PARSE_BYTES or k == len(instances) - 1:
-            usual = not singly and size <= PARSE_BYTES and all(text[:1] == b"[" for text in texts)
+        group_bytes += len(texts[-1])
+        if singly or group_bytes > JOINT_PARSE_BYTES or k == len(instances) - 1:
+            usual = not singly and group_bytes <= PARSE_BYTES and all(text[:1] == b"[" for text in texts)
             yield k + 1 - len(texts), texts, parse_joint_rows(texts, len(channels)) if usual else None
-            texts, size = [], 0
+            texts, group_bytes = [], 0
 
 
 def _newest_windows(histories: Sequence[Batch] | Batch, window: int) -> Batch | list[Batch]:
-    """The newest window of each, at once where all have as many rows, and enough."""
+    """Return the newest window of each history; one slice if all have the same number of rows, and enough."""
     if isinstance(histories, np.ndarray) and histories.shape[1] >= window:
         return histories[:, -window:]
     return [windows.pad_left(history, window) for history in histories]
@@ -96,7 +99,10 @@ def _newest_windows(histories: Sequence[Batch] | Batch, window: int) -> Batch | 
 def _decode_window(
     text: bytes, window: int, channels: tuple[str, ...], hold: bool, loc: Loc, faults: list[Fault]
 ) -> tuple[Batch | None, npt.NDArray[np.int64] | None]:
-    """The newest window of an instance, and how many values were held; None after naming what is wrong."""
+    """Return the newest window of an instance, and the number of held values per channel.
+
+    The window is None after its faults are appended to `faults`.
+    """
     values = _parse_history(text, channels, hold)
     if values is None:
         values = diagnose_history(text, channels, hold, loc, faults)
@@ -108,20 +114,21 @@ def _decode_window(
 
 
 def _parse_history(text: bytes, channels: tuple[str, ...], hold: bool) -> Batch | None:
-    """Rows, or columns by name, as (T, channels); None if anything is unusual."""
-    found = parse_columns(text, channels, hold) if text[:1] == b"{" else parse_rows(text, len(channels), hold)
-    return None if found is None else to_float32(found, hold)
+    """Return rows, or columns by name, as (T, channels); None for unusual text."""
+    values = parse_columns(text, channels, hold) if text[:1] == b"{" else parse_rows(text, len(channels), hold)
+    return None if values is None else to_float32(values, hold)
 
 
-def decode_logits(text: bytes, most: int) -> Floats:
-    """JSON to logits (N, C) in float64.
+def decode_logits(text: bytes, max_rows: int) -> Floats:
+    """Return JSON logits (N, C) in float64.
 
     Raises:
-        InvalidInput: not a table of finite numbers, or more than `most` rows.
+        MalformedJson: the text is not JSON.
+        InvalidInput: it is not a table of finite numbers, or has more than `max_rows` rows.
     """
-    found = parse_rows(text, text[: text.find(b"]")].count(b",") + 1)
-    if found is None or to_float32(found) is None:
-        found = diagnose_logits(text)
-    if len(found) > most:
-        refuse([Fault(("logits",), f"{len(found)} rows, at most {most} are taken in one call")])
-    return found
+    logits = parse_rows(text, text[: text.find(b"]")].count(b",") + 1)
+    if logits is None or to_float32(logits) is None:
+        logits = diagnose_logits(text)
+    if len(logits) > max_rows:
+        refuse([Fault(("logits",), f"{len(logits)} rows, at most {max_rows} are taken in one call")])
+    return logits

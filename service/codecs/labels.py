@@ -1,22 +1,25 @@
-"""Labels to distributions over the classes, and back to JSON."""
+"""Decode labels into distributions over the classes, and encode them as JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from model import numerics
 from model.numerics import Floats
-from service.codecs.faults import MAX_FAULTS
+from service.codecs.faults import MAX_FAULTS, Loc
 from service.codecs.requests import Label
 from service.errors import Fault
 from service.store.store import LabelResultColumn
 
 
 def decode_labels(
-    labels: list[Label | None], classes: tuple[str, ...], faults: list[Fault], place: Any
+    labels: list[Label | None], classes: tuple[str, ...], faults: list[Fault], place: Callable[[int], Loc]
 ) -> Floats | None:
-    """Labels as distributions (N, C), a row of NaN where there is none; None if there is none at all."""
+    """Return labels as distributions (N, C), NaN in rows without a label; None if no row has a label.
+
+    A fault is appended to `faults`; `place` returns the place of the label of a row.
+    """
     if all(label is None for label in labels):
         return None
     targets = np.full((len(labels), len(classes)), np.nan)
@@ -33,7 +36,7 @@ def decode_labels(
 
 
 def label_distribution(label: Label, classes: tuple[str, ...]) -> Floats:
-    """One label as probabilities (C,).
+    """Return a label as probabilities (C,).
 
     Raises:
         ValueError: an unknown name, an index out of range, or a list that is no distribution over the classes.
@@ -50,22 +53,23 @@ def label_distribution(label: Label, classes: tuple[str, ...]) -> Floats:
 
 
 def results_json(targets: Floats | None, results: LabelResultColumn, classes: tuple[str, ...]) -> dict[str, Any]:
-    """What `/v1/predict` adds to its answer where it did not apply a label: what became of each, null without one."""
-    if targets is None or all(one is None or one[0] != "conflict" for one in results):
+    """Return the field that `/v1/predict` adds if it rejected a label: the result of each label, null without one."""
+    if targets is None or all(result is None or result[0] != "conflict" for result in results):
         return {}
     rows = zip(targets, results, strict=True)
-    return {"results": [None if one is None else label_result_json(label, *one, classes) for label, one in rows]}
+    documents = [None if result is None else label_result_json(label, *result, classes) for label, result in rows]
+    return {"results": documents}
 
 
-def label_result_json(label: Floats, result: str, known: Floats | None, classes: tuple[str, ...]) -> dict[str, Any]:
-    """What became of one label; both values where it was refused."""
-    if known is None:
+def label_result_json(label: Floats, result: str, stored: Floats | None, classes: tuple[str, ...]) -> dict[str, Any]:
+    """Return the result of one label; also the label and the stored one if they contradict each other."""
+    if stored is None:
         return {"result": result}
-    return {"result": result, "given": label_json(label, classes), "known": label_json(known, classes)}
+    return {"result": result, "given": label_json(label, classes), "known": label_json(stored, classes)}
 
 
 def label_json(label: Floats, classes: Sequence[str]) -> str | dict[str, float]:
-    """A label as people say it: the class if it is one, else the probability of each."""
+    """Return a label as its class if it is certain, otherwise as the probability of each class."""
     if len(label) != len(classes):
         return {str(k): p for k, p in enumerate(label.tolist())}
     top = int(label.argmax())

@@ -1,4 +1,4 @@
-"""Parse JSON bodies and query strings into request types, and name the place of the first fault."""
+"""Parse JSON bodies and query strings into request types, and locate the first fault."""
 
 import re
 from collections import Counter
@@ -18,16 +18,16 @@ _UNKNOWN_FIELD = re.compile(r"^Object contains unknown field `(.*)`$", re.DOTALL
 
 
 def parse(body: bytes | memoryview, kind: type[Body]) -> Body:
-    """A request body as its type.
+    """Return a request body as its type.
 
     Raises:
-        NotJson: no JSON, or nested too deeply to be a request.
-        InvalidInput: JSON of another shape; names the first place.
+        MalformedJson: the body is not JSON, or nested too deeply.
+        InvalidInput: JSON of another shape, with the first place.
     """
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        _check_json(body)  # the decoder stops at the first value of a wrong type, whatever follows
+        _check_json(body)  # the decoder stops at the first value of a wrong type
         raise _invalid_input(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MalformedJson(f"the body is not JSON: {error}" if body else "the body is empty") from None
@@ -36,10 +36,10 @@ def parse(body: bytes | memoryview, kind: type[Body]) -> Body:
 
 
 def parse_query(query: list[tuple[str, str]], kind: type[Body]) -> Body:
-    """The parameters of a query as a type.
+    """Return the parameters of a query as a type.
 
     Raises:
-        InvalidInput: one that is unknown, a duplicate, or has a value of another type; names it.
+        InvalidInput: a parameter that is unknown, a duplicate, or has a value of another type.
     """
     duplicates = [name[:80] for name, n in Counter(name for name, _ in query).items() if n > 1]
     if duplicates:
@@ -52,8 +52,8 @@ def parse_query(query: list[tuple[str, str]], kind: type[Body]) -> Body:
 
 
 def _invalid_input(error: msgspec.ValidationError) -> InvalidInput:
-    found = _ERROR_PATH.match(str(error))
-    message, path = found.groups() if found else (str(error), None)
+    match = _ERROR_PATH.match(str(error))
+    message, path = match.groups() if match else (str(error), None)
     loc = tuple(name or int(index) for name, index in _PATH_STEP.findall(path or ""))
     unknown = _UNKNOWN_FIELD.match(message)
     if unknown:
@@ -62,13 +62,13 @@ def _invalid_input(error: msgspec.ValidationError) -> InvalidInput:
 
 
 def _check_json(body: bytes | memoryview) -> None:
-    """Refuse a body that is not JSON through and through. No object is made of it: many small ones take a gigabyte.
+    """Refuse a body that is not JSON as a whole. No objects are created: many small ones take a gigabyte.
 
     Raises:
-        NotJson: what is wrong with it.
+        MalformedJson: the body is not JSON, or nested too deeply.
     """
     try:
-        str(body, "utf-8")  # as nothing but its form is looked at below; a number that no float holds has that
+        str(body, "utf-8")  # `Raw` checks the syntax only, not the encoding; numbers of any size pass
         msgspec.json.decode(body, type=msgspec.Raw)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MalformedJson(f"the body is not JSON: {error}") from None

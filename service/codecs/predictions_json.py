@@ -1,7 +1,7 @@
-"""Predictions as the rows of an answer, written by the column: no Python object for a number. Knows no HTTP.
+"""Encode predictions as JSON rows, column by column, without a Python object per number. Independent of HTTP.
 
-All numbers of an inference leave in one call of the JSON writer, which gives float32 in its shortest form, once for all
-callers whose rows they are; a row is then a template into which its texts are put.
+All numbers of an inference are written by one call of the JSON writer, once for all requests of the batch. It writes
+float32 in the shortest form. Each row is a template that is filled with these texts.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,17 +23,17 @@ ROW_TEMPLATE = b'{"prediction_id":%s,"engine_id":%s,"cycle":%s,%s,"loss":%s%s%s}
 
 
 def prediction_rows(
-    model: Model, instances: Sequence[NamedRow], found: PredictionResult, ids: Sequence[str | None]
+    model: Model, instances: Sequence[NamedRow], prediction: PredictionResult, ids: Sequence[str | None]
 ) -> list[bytes]:
     """Return one JSON object per instance, in order."""
     write = _row_writer(model.manifest.classes)
     parts: list[tuple[bytes, bytes]] = []
-    for piece in found.pieces:
+    for piece in prediction.pieces:
         texts = piece.output.derived.get(write)
         if texts is None:
             texts = piece.output.derived[write] = write(piece.output.answers)
         parts += texts[piece.begin : piece.end]
-    losses = None if found.loss is None else _number_texts([found.loss[:, None]])
+    losses = None if prediction.loss is None else _number_texts([prediction.loss[:, None]])
     rows = []
     for i, (instance, (health, sets)) in enumerate(zip(instances, parts, strict=True)):
         prediction_id, engine_id, cycle = ids[i], instance.engine_id, instance.cycle
@@ -42,24 +42,32 @@ def prediction_rows(
             NULL if engine_id is None else orjson.dumps(engine_id),
             NULL if cycle is None else b"%d" % cycle,
         )
-        explanation = (
-            b"" if found.explanation is None else b',"explanation":' + _explanation_text(found.explanation[i], model)
-        )
+        explanation = b""
+        if prediction.explanation is not None:
+            explanation = b',"explanation":' + _explanation_text(prediction.explanation[i], model)
         rows.append(ROW_TEMPLATE % (*keys, health, NULL if losses is None else losses[i][0], sets, explanation))
     return rows
 
 
 def envelope(
-    predictor: Predictor, rows: Sequence[bytes], found: PredictionResult, what_if: bool, more: dict[str, Any]
+    predictor: Predictor, rows: Sequence[bytes], prediction: PredictionResult, what_if: bool, extra: dict[str, Any]
 ) -> bytes:
-    """Rows as the whole answer, as JSON; `what_if` where the caller gave the temperature, `more` stands behind."""
+    """Return the JSON body of a response with these rows.
+
+    Args:
+        predictor: the active predictor.
+        rows: one JSON object per instance, at least one.
+        prediction: the prediction of the rows.
+        what_if: whether the request gave the temperature.
+        extra: fields that are added at the end.
+    """
     manifest, digest = predictor.model.manifest, predictor.model.digest
     source = "request" if what_if else predictor.temperature_source
-    tail, evaluation = [b"]"], _evaluation_means(found.evaluation) if found.evaluation else None
-    for name, value in {"evaluation": evaluation, **more}.items():
+    tail, evaluation = [b"]"], _evaluation_means(prediction.evaluation) if prediction.evaluation else None
+    for name, value in {"evaluation": evaluation, **extra}.items():
         tail.append(b',"%s":%s' % (name.encode(), orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)))
-    first, *others = rows  # there is one; all are joined once, because together they may be hundreds of megabytes
-    parts = [_head(manifest.name, manifest.version, digest, found.temperature, source) + first, *others]
+    first, *others = rows  # all are joined once, because together they may have hundreds of megabytes
+    parts = [_head(manifest.name, manifest.version, digest, prediction.temperature, source) + first, *others]
     parts[-1] += b"".join((*tail, b"}"))
     return b",".join(parts)
 
@@ -77,7 +85,7 @@ def _evaluation_means(evaluation: Evaluation) -> dict[str, Any]:
 
 @lru_cache(maxsize=16)
 def _row_writer(classes: tuple[str, ...]) -> Callable[[Predictions], list[tuple[bytes, bytes]]]:
-    """What writes the part of each row before its loss, and the part behind it."""
+    """Return a function that writes the part of each row before its loss, and the prediction set after it."""
     names, width = _class_texts(classes), len(classes)
     escaped = [name.replace(b"%", b"%%") for name in names]
     template = b'"health":%s,"probabilities":{' + b",".join(name + b":%s" for name in escaped) + b"}"
@@ -86,11 +94,11 @@ def _row_writer(classes: tuple[str, ...]) -> Callable[[Predictions], list[tuple[
     def write(answers: Predictions) -> list[tuple[bytes, bytes]]:
         columns: list[npt.NDArray[Any]] = [answers.probabilities, answers.logits, answers.expected_loss[:, None]]
         columns += [] if answers.rul is None else [answers.rul[:, None]]
-        form = template if answers.rul is None else template + b',"rul":%s'
+        row_template = template if answers.rul is None else template + b',"rul":%s'
         tops, texts = answers.logits.argmax(axis=1).tolist(), _number_texts(columns)
         sets = [b""] * len(texts) if answers.sets is None else _set_texts(classes, answers.sets)
         return [
-            (form % (names[top], *row[:width], b",".join(row[width : 2 * width]), *row[2 * width :]), inside)
+            (row_template % (names[top], *row[:width], b",".join(row[width : 2 * width]), *row[2 * width :]), inside)
             for top, row, inside in zip(tops, texts, sets, strict=True)
         ]
 
@@ -98,7 +106,7 @@ def _row_writer(classes: tuple[str, ...]) -> Callable[[Predictions], list[tuple[
 
 
 def _number_texts(columns: list[npt.NDArray[Any]]) -> list[list[bytes]]:
-    """The numbers of each row as they are written."""
+    """Return the JSON texts of the numbers of each row."""
     table = np.concatenate(columns, axis=1, dtype=np.float32, casting="same_kind")
     text = orjson.dumps(table, option=orjson.OPT_SERIALIZE_NUMPY)
     return [row.split(b",") for row in text[2:-2].split(b"],[")]
@@ -110,18 +118,15 @@ def _class_texts(classes: tuple[str, ...]) -> tuple[bytes, ...]:
 
 
 def _set_texts(classes: tuple[str, ...], inside: npt.NDArray[np.bool_]) -> list[bytes]:
-    """Which classes each row's prediction set holds; few classes have few sets, and each is written once."""
+    """Return the prediction set of each row as JSON; texts are cached where there are few classes, thus few sets."""
     if len(classes) > 8:
         return [_set_text(classes, row.tobytes()) for row in inside]
     return [_cached_set_text(classes, row.tobytes()) for row in inside]
 
 
 def _set_text(classes: tuple[str, ...], inside: bytes) -> bytes:
-    return (
-        b',"prediction_set":['
-        + b",".join(name for name, there in zip(_class_texts(classes), inside, strict=True) if there)
-        + b"]"
-    )
+    names = [name for name, is_inside in zip(_class_texts(classes), inside, strict=True) if is_inside]
+    return b',"prediction_set":[%s]' % b",".join(names)
 
 
 _cached_set_text = lru_cache(maxsize=1024)(_set_text)
@@ -129,9 +134,9 @@ _cached_set_text = lru_cache(maxsize=1024)(_set_text)
 
 def _explanation_text(shifts: list[ChannelAttribution], model: Model) -> bytes:
     channels, classes = model.channels, model.manifest.classes
-    told: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for shift in shifts:
-        told.append({"channel": channels[shift.channel], "shift": shift.shift, "toward": classes[shift.toward]})
+        rows.append({"channel": channels[shift.channel], "shift": shift.shift, "toward": classes[shift.toward]})
         if shift.rul is not None:
-            told[-1]["rul"] = shift.rul
-    return orjson.dumps(told, option=orjson.OPT_SERIALIZE_NUMPY)
+            rows[-1]["rul"] = shift.rul
+    return orjson.dumps(rows, option=orjson.OPT_SERIALIZE_NUMPY)

@@ -1,6 +1,6 @@
-"""Request and response bodies as types; the OpenAPI document is generated from them.
+"""Request bodies as types; the OpenAPI document is generated from them.
 
-Numbers of telemetry and logits stay raw JSON here (`msgspec.Raw`) and go straight into arrays in `instances`.
+Numbers of telemetry and logits stay raw JSON here (`msgspec.Raw`) and are decoded straight into arrays by `instances`.
 """
 
 import re
@@ -50,8 +50,8 @@ MAX_NAME_LENGTH = 200  # characters of an engine's id
 MAX_CYCLE = 2**53  # beyond it JSON numbers are not exact
 Label = str | int | list[float]
 Temperature = Annotated[float, Meta(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, description="Divides the logits.")]
-CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")  # no path has them, so that nothing could be asked of such an engine
-_PRINTED = "^[^\\x00-\\x1f\\x7f]*$(?!\\n)"  # the last: for Python `$` is also before a last newline
+CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")  # refused in engine ids: no URL path can contain them
+_PRINTED = "^[^\\x00-\\x1f\\x7f]*$(?!\\n)"  # `(?!\n)`: in Python `$` also matches before a final newline
 EngineId = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_LENGTH, pattern=_PRINTED)]
 Cycle = Annotated[int, Meta(ge=0, le=MAX_CYCLE)]
 
@@ -66,7 +66,7 @@ class Instance(Struct, forbid_unknown_fields=True):
 
 
 class PredictOptions(Struct, forbid_unknown_fields=True):
-    """What may be said of all instances of a prediction; in the query where the body is a table."""
+    """Options of a prediction, for all its instances; in the query if the body is a table."""
 
     temperature: Annotated[Temperature | None, Meta(description="In place of the active one, for this call.")] = None
     missing: Annotated[

@@ -1,4 +1,4 @@
-"""Decode requests to the store: flights, labels, times and cursors. Knows no HTTP."""
+"""Decode requests to the store: flights, labels, times and cursors. Independent of HTTP."""
 
 import base64
 import math
@@ -17,36 +17,36 @@ from service.inference.onnx_model import Model
 from service.store.flight_rounds import NewFlight
 from service.store.records import LabelSubmission
 
-CURSOR_BYTES = 2048  # the longest name, escaped as JSON, in base64, is 1632
+MAX_CURSOR_BYTES = 2048  # the longest name, escaped as JSON, in base64, has 1632
 
 
-def decode_flights(body: bytes, model: Model, most: int) -> list[NewFlight]:
-    """A body of `/v1/cycles`, decoded.
+def decode_flights(body: bytes, model: Model, max_rows: int) -> list[NewFlight]:
+    """Decode a body of `/v1/cycles`.
 
     Raises:
-        MalformedJson: what its bytes are not.
-        InvalidInput: what is wrong with it, by row and channel.
+        MalformedJson: the body is not JSON.
+        InvalidInput: wrong values, with row and channel.
     """
-    asked, channels = parse.parse(body, requests.CyclesRequest), model.channels
+    request, channels = parse.parse(body, requests.CyclesRequest), model.channels
     if model.manifest.window is None:
         refuse([Fault(("cycles",), "this model takes no windows of readings: there is nothing to collect flights for")])
-    _check_count("cycles", len(asked.cycles), most)
+    _check_count("cycles", len(request.cycles), max_rows)
     faults: list[Fault] = []
-    found = []
-    for i, flight in enumerate(asked.cycles):
+    flights = []
+    for i, flight in enumerate(request.cycles):
         values = _parse_numbers(flight.telemetry, len(channels))
         if values is None:
             values = _diagnose_reading(flight.telemetry, channels, ("cycles", i, "telemetry"), faults)
         if values is not None:
-            found.append(NewFlight(flight.engine_id, flight.cycle, values))
+            flights.append(NewFlight(flight.engine_id, flight.cycle, values))
         if len(faults) >= MAX_FAULTS:
             break
     refuse(faults)
-    return found
+    return flights
 
 
 def _parse_numbers(raw: msgspec.Raw, width: int) -> Readings | None:
-    """The values if they are surely as many finite numbers as there are channels."""
+    """Return `width` numbers that are finite as float32; None if the text is anything else."""
     try:
         values = msgspec.json.decode(raw, type=list[float])
     except (msgspec.MsgspecError, UnicodeDecodeError):
@@ -55,43 +55,39 @@ def _parse_numbers(raw: msgspec.Raw, width: int) -> Readings | None:
 
 
 def _diagnose_reading(raw: msgspec.Raw, channels: tuple[str, ...], loc: Loc, faults: list[Fault]) -> Readings | None:
-    """The values of one flight by position or by name; None after naming what is wrong."""
+    """Return the values of one flight, by position or by name; None after faults are appended to `faults`."""
     try:
         values = msgspec.json.decode(raw)
-    except (
-        msgspec.DecodeError,
-        UnicodeDecodeError,
-        RecursionError,
-    ) as error:  # a raw string was not looked into before
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # `Raw` does not decode strings
         raise MalformedJson(f"{describe(loc)} is not JSON: {error}") from None
-    before = len(faults)
+    earlier_faults = len(faults)
     if isinstance(values, dict):
         faults += wrong_channels(values, channels, loc)
         values = [values.get(name) for name in channels]
     if not isinstance(values, list) or len(values) != len(channels):
         got = f"{len(values)} values" if isinstance(values, list) else "something else"
         faults.append(Fault(loc, wrong_count(f"{len(channels)} numbers", got)))
-    elif len(faults) == before:
+    elif len(faults) == earlier_faults:
         for name, value in zip(channels, values, strict=True):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 faults.append(Fault((*loc, name), MISSING if value is None else "expected a number"))
             elif not fits_float32(value):
                 faults.append(Fault((*loc, name), TOO_LARGE))
-    return np.array(values, dtype=np.float32) if len(faults) == before else None
+    return np.array(values, dtype=np.float32) if len(faults) == earlier_faults else None
 
 
-def decode_label_rows(body: bytes, classes: tuple[str, ...], most: int) -> list[LabelSubmission]:
-    """A body of `/v1/labels`, decoded.
+def decode_label_rows(body: bytes, classes: tuple[str, ...], max_rows: int) -> list[LabelSubmission]:
+    """Decode a body of `/v1/labels`.
 
     Raises:
-        MalformedJson: what its bytes are not.
-        InvalidInput: what is wrong with it, by row.
+        MalformedJson: the body is not JSON.
+        InvalidInput: wrong values, with their rows.
     """
-    asked = parse.parse(body, requests.LabelsRequest)
-    _check_count("labels", len(asked.labels), most)
+    request = parse.parse(body, requests.LabelsRequest)
+    _check_count("labels", len(request.labels), max_rows)
     faults: list[Fault] = []
-    found = []
-    for i, row in enumerate(asked.labels):
+    labels = []
+    for i, row in enumerate(request.labels):
         by_cycle = row.engine_id is not None and row.cycle is not None
         if (row.prediction_id is None) != by_cycle or (row.prediction_id and (row.engine_id or row.cycle is not None)):
             faults.append(Fault(("labels", i), "name it by prediction_id, or by engine_id and cycle"))
@@ -101,29 +97,30 @@ def decode_label_rows(body: bytes, classes: tuple[str, ...], most: int) -> list[
         except ValueError as error:
             faults.append(Fault(("labels", i, "label"), str(error)))
             continue
-        found.append(LabelSubmission(row.prediction_id, row.engine_id, row.cycle, label, row.revise or asked.revise))
+        revise = row.revise or request.revise
+        labels.append(LabelSubmission(row.prediction_id, row.engine_id, row.cycle, label, revise))
     refuse(faults)
-    return found
+    return labels
 
 
 def parse_time(name: str, text: str) -> float:
-    """Seconds since 1970 of a time as RFC 3339 has it.
+    """Return the seconds since 1970 of a time in the format of RFC 3339.
 
     Raises:
-        InvalidInput: it is none; names the parameter.
+        InvalidInput: the text is not such a time; its place is the parameter `name`.
     """
     try:
-        found = datetime.fromisoformat(text)
-        if found.tzinfo is None:
+        time = datetime.fromisoformat(text)
+        if time.tzinfo is None:
             raise ValueError
-        return found.timestamp()
+        return time.timestamp()
     except (ValueError, OverflowError):
         message = f"expected a time like 2026-11-25T12:00:00Z, got {text[:40]!r}"
         raise InvalidInput(f"{name}: {message}", (Fault((name,), message),)) from None
 
 
 def encode_cursor(risk: float, engine_id: str) -> str:
-    """Where the next page begins."""
+    """Return the cursor of the page that begins after this engine."""
     return base64.urlsafe_b64encode(msgspec.json.encode((risk, engine_id))).decode().rstrip("=")
 
 
@@ -131,21 +128,21 @@ def decode_cursor(text: str) -> tuple[float, str]:
     """Decode a cursor that `encode_cursor` wrote.
 
     Raises:
-        InvalidInput: it is not such a cursor.
+        InvalidInput: the text is not such a cursor.
     """
     try:
-        if len(text) > CURSOR_BYTES:
+        if len(text) > MAX_CURSOR_BYTES:
             raise ValueError
         raw = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
-        risk, name = msgspec.json.decode(raw, type=tuple[float, str])
-        if not math.isfinite(risk) or "\0" in name:
+        risk, engine_id = msgspec.json.decode(raw, type=tuple[float, str])
+        if not math.isfinite(risk) or "\0" in engine_id:
             raise ValueError
     except (ValueError, msgspec.MsgspecError):
         message = "not a `next` of this service"
         raise InvalidInput(f"next: {message}", (Fault(("next",), message),)) from None
-    return risk, name
+    return risk, engine_id
 
 
-def _check_count(what: str, n: int, most: int) -> None:
-    if n > most:
-        refuse([Fault((what,), f"{n} rows, at most {most} are taken in one call")])
+def _check_count(field: str, rows: int, max_rows: int) -> None:
+    if rows > max_rows:
+        refuse([Fault((field,), f"{rows} rows, at most {max_rows} are taken in one call")])
