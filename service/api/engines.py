@@ -5,10 +5,11 @@ from fastapi import APIRouter, Request, Response
 from service.api.offload import Offloader
 from service.api.openapi import document_query
 from service.api.requests import EnginesQuery, HistoryQuery
+from service.codecs.faults import invalid_input, unknown_class
 from service.codecs.parse import parse_query
 from service.codecs.store_json import engines_json, history_json, sensors_json
 from service.codecs.store_requests import decode_cursor, parse_time
-from service.errors import Fault, InvalidInput, NotFound
+from service.errors import NotFound
 from service.lifecycle import Lifecycle
 from service.server.responses import json_response
 from service.store.records import EngineQuery
@@ -54,8 +55,7 @@ def _page_query(parameters: EnginesQuery, classes: tuple[str, ...]) -> EngineQue
     """
     health = parameters.health
     if health is not None and health not in classes:
-        message = f"unknown class {health[:50]!r}; classes are {', '.join(classes[:20])}"
-        raise InvalidInput(f"health: {message}", (Fault(("health",), message),))
+        raise invalid_input(("health",), unknown_class(health, classes))
     return EngineQuery(
         None if health is None else classes.index(health),
         None if parameters.next is None else decode_cursor(parameters.next),

@@ -9,8 +9,8 @@ from model import numerics
 from model.numerics import Floats
 from service.api.offload import LARGE_BODY, Offloader
 from service.api.openapi import document_route
+from service.codecs.faults import invalid_input
 from service.codecs.predict_request import EvaluateInputs, read_evaluate
-from service.errors import Fault, InvalidInput
 from service.lifecycle import Lifecycle
 from service.server.body import read_body
 from service.server.media_types import JSON, media_type
@@ -49,7 +49,7 @@ def evaluate_logits(inputs: EvaluateInputs) -> dict[str, Any]:
         losses = numerics.cross_entropy(logits, labels, temperature, weights, "none")
         mean = numerics.cross_entropy(logits, labels, temperature, weights)
     except ValueError as error:
-        raise InvalidInput(f"class_weights: {error}", (Fault(("class_weights",), str(error)),)) from None
+        raise invalid_input(("class_weights",), str(error)) from None
     return {
         "count": len(logits),
         "temperature": temperature,

@@ -27,6 +27,11 @@ def wrong_channels(names: Collection[str], channels: Sequence[str], loc: Loc) ->
     return unknown + [Fault((*loc, name), MISSING_CHANNEL) for name in channels if name not in names]
 
 
+def unknown_class(name: str, classes: Sequence[str]) -> str:
+    """Return the fault of a class name that the model does not have."""
+    return f"unknown class {name[:50]!r}; classes are {', '.join(classes[:20])}"
+
+
 def wrong_length(max_length: int, got: object) -> str:
     """Return the fault of a name that is empty or too long."""
     return f"expected 1 to {max_length} characters, got {got}"
@@ -45,6 +50,21 @@ def refuse(faults: list[Fault]) -> None:
     """
     if faults:
         raise InvalidInput(f"{describe(faults[0].loc)}: {faults[0].msg}", tuple(faults[:MAX_FAULTS]))
+
+
+def invalid_input(loc: Loc, message: str) -> InvalidInput:
+    """Return the error of one fault."""
+    return InvalidInput(f"{describe(loc)}: {message}", (Fault(loc, message),))
+
+
+def check_row_count(field: str, rows: int, max_rows: int) -> None:
+    """Refuse more rows than one call may have.
+
+    Raises:
+        InvalidInput: more than `max_rows` rows.
+    """
+    if rows > max_rows:
+        raise invalid_input((field,), f"{rows} rows, at most {max_rows} are taken in one call")
 
 
 def describe(loc: Loc) -> str:

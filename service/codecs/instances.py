@@ -9,7 +9,7 @@ import numpy.typing as npt
 from model import windows
 from model.numerics import Floats
 from service.codecs.diagnose import decode_tensor, diagnose_history, diagnose_logits
-from service.codecs.faults import MAX_FAULTS, Loc, refuse
+from service.codecs.faults import MAX_FAULTS, Loc, check_row_count, refuse
 from service.codecs.json_numbers import parse_columns, parse_joint_rows, parse_rows
 from service.codecs.labels import decode_labels
 from service.codecs.missing_values import hold_window
@@ -129,6 +129,5 @@ def decode_logits(text: bytes, max_rows: int) -> Floats:
     logits = parse_rows(text, text[: text.find(b"]")].count(b",") + 1)
     if logits is None or to_float32(logits) is None:
         logits = diagnose_logits(text)
-    if len(logits) > max_rows:
-        refuse([Fault(("logits",), f"{len(logits)} rows, at most {max_rows} are taken in one call")])
+    check_row_count("logits", len(logits), max_rows)
     return logits

@@ -7,7 +7,7 @@ import numpy as np
 
 from model import numerics
 from model.numerics import Floats
-from service.codecs.faults import MAX_FAULTS, Loc
+from service.codecs.faults import MAX_FAULTS, Loc, unknown_class
 from service.codecs.requests import Label
 from service.errors import Fault
 from service.store.store import LabelResultColumn
@@ -43,7 +43,7 @@ def label_distribution(label: Label, classes: tuple[str, ...]) -> Floats:
     """
     if isinstance(label, str):
         if label not in classes:
-            raise ValueError(f"unknown class {label[:50]!r}; classes are {', '.join(classes[:20])}")
+            raise ValueError(unknown_class(label, classes))
         label = classes.index(label)
     if isinstance(label, int):
         if not 0 <= label < len(classes):

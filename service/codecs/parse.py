@@ -7,7 +7,7 @@ from typing import TypeVar
 import msgspec
 from msgspec import Struct
 
-from service.codecs.faults import describe
+from service.codecs.faults import invalid_input
 from service.codecs.requests import MAX_NAME_LENGTH
 from service.errors import Fault, InvalidInput, MalformedJson
 
@@ -28,7 +28,7 @@ def parse(body: bytes | memoryview, kind: type[Body]) -> Body:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         _check_json(body)  # the decoder stops at the first value of a wrong type
-        raise _invalid_input(error) from None
+        raise _schema_fault(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MalformedJson(f"the body is not JSON: {error}" if body else "the body is empty") from None
     except RecursionError:
@@ -48,17 +48,17 @@ def parse_query(query: list[tuple[str, str]], kind: type[Body]) -> Body:
     try:
         return msgspec.convert(dict(query), kind, strict=False)
     except msgspec.ValidationError as error:
-        raise _invalid_input(error) from None
+        raise _schema_fault(error) from None
 
 
-def _invalid_input(error: msgspec.ValidationError) -> InvalidInput:
+def _schema_fault(error: msgspec.ValidationError) -> InvalidInput:
     match = _ERROR_PATH.match(str(error))
     message, path = match.groups() if match else (str(error), None)
     loc = tuple(name or int(index) for name, index in _PATH_STEP.findall(path or ""))
     unknown = _UNKNOWN_FIELD.match(message)
     if unknown:
         loc, message = (*loc, unknown[1][:MAX_NAME_LENGTH]), "unknown field"
-    return InvalidInput(f"{describe(loc)}: {message}", (Fault(loc, message),))
+    return invalid_input(loc, message)
 
 
 def _check_json(body: bytes | memoryview) -> None:

@@ -9,10 +9,21 @@ import numpy as np
 
 from model.windows import Readings
 from service.codecs import parse, requests
-from service.codecs.faults import MAX_FAULTS, MISSING, TOO_LARGE, Loc, describe, refuse, wrong_channels, wrong_count
+from service.codecs.faults import (
+    MAX_FAULTS,
+    MISSING,
+    TOO_LARGE,
+    Loc,
+    check_row_count,
+    describe,
+    invalid_input,
+    refuse,
+    wrong_channels,
+    wrong_count,
+)
 from service.codecs.labels import label_distribution
 from service.codecs.number_parser import fits_float32, to_float32
-from service.errors import Fault, InvalidInput, MalformedJson
+from service.errors import Fault, MalformedJson
 from service.inference.onnx_model import Model
 from service.store.flight_rounds import NewFlight
 from service.store.records import LabelSubmission
@@ -30,7 +41,7 @@ def decode_flights(body: bytes, model: Model, max_rows: int) -> list[NewFlight]:
     request, channels = parse.parse(body, requests.CyclesRequest), model.channels
     if model.manifest.window is None:
         refuse([Fault(("cycles",), "this model takes no windows of readings: there is nothing to collect flights for")])
-    _check_count("cycles", len(request.cycles), max_rows)
+    check_row_count("cycles", len(request.cycles), max_rows)
     faults: list[Fault] = []
     flights = []
     for i, flight in enumerate(request.cycles):
@@ -84,7 +95,7 @@ def decode_label_rows(body: bytes, classes: tuple[str, ...], max_rows: int) -> l
         InvalidInput: wrong values, with their rows.
     """
     request = parse.parse(body, requests.LabelsRequest)
-    _check_count("labels", len(request.labels), max_rows)
+    check_row_count("labels", len(request.labels), max_rows)
     faults: list[Fault] = []
     labels = []
     for i, row in enumerate(request.labels):
@@ -116,7 +127,7 @@ def parse_time(name: str, text: str) -> float:
         return time.timestamp()
     except (ValueError, OverflowError):
         message = f"expected a time like 2026-11-25T12:00:00Z, got {text[:40]!r}"
-        raise InvalidInput(f"{name}: {message}", (Fault((name,), message),)) from None
+        raise invalid_input((name,), message) from None
 
 
 def encode_cursor(risk: float, engine_id: str) -> str:
@@ -139,10 +150,5 @@ def decode_cursor(text: str) -> tuple[float, str]:
             raise ValueError
     except (ValueError, msgspec.MsgspecError):
         message = "not a `next` of this service"
-        raise InvalidInput(f"next: {message}", (Fault(("next",), message),)) from None
+        raise invalid_input(("next",), message) from None
     return risk, engine_id
-
-
-def _check_count(field: str, rows: int, max_rows: int) -> None:
-    if rows > max_rows:
-        refuse([Fault((field,), f"{rows} rows, at most {max_rows} are taken in one call")])
