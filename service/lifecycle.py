@@ -96,8 +96,7 @@ class Lifecycle:
         """Load the first model, then run the background tasks; call `on_rejected` with the reason if it is rejected."""
         try:
             await self._open_store()
-            copied = self._copy is not None and self._copy.exists()
-            await self._load(self._copy if copied and self._copy else self.settings.model)
+            await self._load(self._copy if self._copy and self._copy.exists() else self.settings.model)
         except (ArtefactRejected, SchemaRejected) as error:
             on_rejected(error.detail)
             return
@@ -200,8 +199,9 @@ class Lifecycle:
             return await self.store.temperature(model) or artefact
         except ServiceError:  # the next poll asks again; until then the temperature stays
             active = self.predictor
-            same = active is not None and active.model.digest == model.digest
-            return (active.temperature, active.temperature_source) if active is not None and same else artefact
+            if active is not None and active.model.digest == model.digest:
+                return active.temperature, active.temperature_source
+            return artefact
 
     async def _load(self, path: Path) -> str:
         async with self._change:
