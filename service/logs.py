@@ -12,37 +12,36 @@ import structlog
 
 from service.settings import Settings
 
-Shared = list[Any]
-
 
 def configure(settings: Settings) -> None:
     """Write every log line, also of libraries, to standard error in one form."""
     level = getattr(logging, settings.log_level.upper())
-    people = settings.log_format == "text" or (settings.log_format == "auto" and sys.stderr.isatty())
-    shared: Shared = [structlog.stdlib.add_log_level, structlog.processors.TimeStamper("iso")]
-    last: Any = structlog.dev.ConsoleRenderer() if people else structlog.processors.JSONRenderer(_one_line)
+    for_people = settings.log_format == "text" or (settings.log_format == "auto" and sys.stderr.isatty())
+    shared_processors: list[Any] = [structlog.stdlib.add_log_level, structlog.processors.TimeStamper("iso")]
+    renderer: Any = structlog.dev.ConsoleRenderer() if for_people else structlog.processors.JSONRenderer(_json_bytes)
     stderr = sys.stderr
-    factory: Any = structlog.PrintLoggerFactory(stderr) if people else structlog.BytesLoggerFactory(stderr.buffer)
+    factory: Any = structlog.PrintLoggerFactory(stderr) if for_people else structlog.BytesLoggerFactory(stderr.buffer)
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        processors=[*shared, structlog.processors.format_exc_info, last],
+        processors=[*shared_processors, structlog.processors.format_exc_info, renderer],
         logger_factory=factory,
         cache_logger_on_first_use=True,
     )
-    text: Any = structlog.dev.ConsoleRenderer() if people else structlog.processors.JSONRenderer(_as_text)
+    if not for_people:
+        renderer = structlog.processors.JSONRenderer(_json_text)  # standard handlers write text, not bytes
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
+            foreign_pre_chain=[*shared_processors, structlog.stdlib.add_logger_name],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 structlog.processors.format_exc_info,
-                text,
+                renderer,
             ],
         )
     )
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    logging.captureWarnings(True)  # of libraries: otherwise they have another form
+    logging.captureWarnings(True)  # of libraries: otherwise they have another format
 
 
 class RequestLog:
@@ -53,8 +52,8 @@ class RequestLog:
 
     def __init__(self) -> None:
         self._log = structlog.get_logger().bind()  # bound once, after `configure`
-        chain = structlog.get_config()["processors"]
-        self._plain = isinstance(chain[-1], structlog.processors.JSONRenderer) and self._log.is_enabled_for(
+        processors = structlog.get_config()["processors"]
+        self._plain = isinstance(processors[-1], structlog.processors.JSONRenderer) and self._log.is_enabled_for(
             logging.INFO
         )
         self._waiting: list[bytes] = []
@@ -80,9 +79,9 @@ class RequestLog:
         out.flush()
 
 
-def _one_line(event: Any, **_: Any) -> bytes:
+def _json_bytes(event: Any, **_: Any) -> bytes:
     return orjson.dumps(event, default=str)
 
 
-def _as_text(event: Any, **_: Any) -> str:
-    return _one_line(event).decode()
+def _json_text(event: Any, **_: Any) -> str:
+    return _json_bytes(event).decode()
