@@ -52,11 +52,11 @@ class Lifecycle:
         self.labels = LabelAccounting(metrics)
         self.store = Store(settings, metrics, self.labels) if settings.database_url else None
         self._copy = shared / "model.onnx" if shared else None
-        self._served = shared / "served" if shared else None  # exists once any worker has served
+        self._served_file = shared / "served" if shared else None  # it exists once any worker has served
         self.verified = asyncio.Event()
-        self.peers_serving = self._served is not None and self._served.exists()
+        self.peers_serving = self._served_file is not None and self._served_file.exists()
         self._copy_version: tuple[int, int] | None = None  # inode and time of modification
-        self._change = asyncio.Lock()
+        self._change_lock = asyncio.Lock()
         self._closing: set[asyncio.Task[None]] = set()
         metrics.ready.set(0)
         metrics.store_up.set(0 if settings.database_url else math.nan)  # NaN: not down, but not configured
@@ -142,7 +142,7 @@ class Lifecycle:
 
     async def refresh_temperature(self) -> None:
         """Apply the active temperature that the store has for this model."""
-        async with self._change:
+        async with self._change_lock:
             predictor = self.predictor
             if predictor is None:
                 return
@@ -188,7 +188,7 @@ class Lifecycle:
     async def _follow_workers(self, copy: Path) -> None:
         while True:
             await asyncio.sleep(COPY_POLL_SECONDS)
-            await self._follow(copy)
+            await self._load_new_copy(copy)
 
     async def _active_temperature(self, model: Model) -> tuple[float, str]:
         """Return the active temperature of a model and its source."""
@@ -197,14 +197,14 @@ class Lifecycle:
             return artefact
         try:
             return await self.store.temperature(model) or artefact
-        except ServiceError:  # the next poll asks again; until then the temperature stays
+        except ServiceError:  # the next poll tries again; until then the temperature stays
             active = self.predictor
             if active is not None and active.model.digest == model.digest:
                 return active.temperature, active.temperature_source
             return artefact
 
     async def _load(self, path: Path) -> str:
-        async with self._change:
+        async with self._change_lock:
             if self.predictor is None:
                 gc.freeze()  # objects of imported libraries stay: no collection examines them
                 gc.set_threshold(*GC_THRESHOLDS)
@@ -217,15 +217,15 @@ class Lifecycle:
                 return model.digest
             self._swap(Predictor(model, self.metrics, settings, await self._active_temperature(model)))
             self.verified.set()
-            if self._served is not None:
-                self._served.touch()
+            if self._served_file is not None:
+                self._served_file.touch()
             log.info("ready: %s %s, %s", model.manifest.name, model.manifest.version, model.digest)
             return model.digest
 
-    def _swap(self, after: Predictor) -> None:
+    def _swap(self, replacement: Predictor) -> None:
         """Activate another predictor; requests that hold the previous one complete with it."""
-        previous, self.predictor = self.predictor, after
-        after.serve()
+        previous, self.predictor = self.predictor, replacement
+        replacement.serve()
         if self.draining:
             self.metrics.ready.set(0)
         if previous is not None:
@@ -248,7 +248,8 @@ class Lifecycle:
             candidate.unlink(missing_ok=True)
         return digest
 
-    async def _follow(self, copy: Path) -> None:
+    async def _load_new_copy(self, copy: Path) -> None:
+        """Load the copy of another worker if it has changed."""
         try:
             status = copy.stat()
         except FileNotFoundError:
@@ -264,7 +265,7 @@ class Lifecycle:
 
 
 async def _trim_malloc() -> None:
-    """Return memory of fits and large bodies to the system, which fragments would otherwise hold for ever."""
+    """Return the memory of fits and large bodies to the system regularly; fragments would hold it otherwise."""
     while True:
         await asyncio.sleep(MALLOC_TRIM_SECONDS)
         with suppress(RuntimeError):  # no thread can be started: the next minute tries again

@@ -60,8 +60,8 @@ def build_endpoint(lifecycle: Lifecycle, offloader: Offloader) -> Endpoint:
         gone = partial(getattr, context, "disconnected")
         prediction = await predictor.predict(telemetry, targets, temperature, gone=gone)
         lifecycle.labels.count_submitted(prediction, targets, predictor.temperature)
-        many = prediction.answers.logits.size > MAX_LOOP_NUMBERS
-        return await offloader.run_if(many, lambda: _respond(inference, predictor, prediction, outputs))
+        is_large = prediction.answers.logits.size > MAX_LOOP_NUMBERS
+        return await offloader.run_if(is_large, lambda: _respond(inference, predictor, prediction, outputs))
 
     return infer
 
@@ -70,7 +70,7 @@ def build_router(lifecycle: Lifecycle, infer: Endpoint) -> APIRouter:
     """Return the router of the protocol."""
     router = APIRouter(tags=["open inference protocol"])
     problem = ("InferError", JSON)
-    described = document_route(None, None, "404", problem=problem)
+    documentation = document_route(None, None, "404", problem=problem)
 
     @router.get("/v2")
     async def server() -> dict[str, Any]:
@@ -83,20 +83,20 @@ def build_router(lifecycle: Lifecycle, infer: Endpoint) -> APIRouter:
         """The process runs."""
         return {"live": True}
 
-    @router.get("/v2/health/ready", openapi_extra=described)
+    @router.get("/v2/health/ready", openapi_extra=documentation)
     async def ready() -> dict[str, bool]:
         """A model is verified; send traffic."""
         lifecycle.accepting_predictor()
         return {"ready": True}
 
-    @router.get("/v2/models/{name}/versions/{version}", openapi_extra=described)
-    @router.get("/v2/models/{name}", openapi_extra=described)
+    @router.get("/v2/models/{name}/versions/{version}", openapi_extra=documentation)
+    @router.get("/v2/models/{name}", openapi_extra=documentation)
     async def model(name: str, version: str | None = None) -> Response:
         """Inputs and outputs of the model."""
         return json_response(metadata(check_name(lifecycle.ready_predictor().model, name, version)))
 
-    @router.get("/v2/models/{name}/versions/{version}/ready", openapi_extra=described)
-    @router.get("/v2/models/{name}/ready", openapi_extra=described)
+    @router.get("/v2/models/{name}/versions/{version}/ready", openapi_extra=documentation)
+    @router.get("/v2/models/{name}/ready", openapi_extra=documentation)
     async def model_ready(name: str, version: str | None = None) -> dict[str, Any]:
         """Whether the model serves."""
         return {"name": check_name(lifecycle.accepting_predictor().model, name, version).manifest.name, "ready": True}
@@ -108,7 +108,7 @@ def build_router(lifecycle: Lifecycle, infer: Endpoint) -> APIRouter:
         extra = inference | {"parameters": parameters}
         router.add_api_route(route, infer, methods=["POST"], openapi_extra=extra, route_class_override=FastRoute)
 
-    @router.post("/v2/repository/index", openapi_extra=described)
+    @router.post("/v2/repository/index", openapi_extra=documentation)
     async def index() -> list[dict[str, str]]:
         """The models of this server (admin)."""
         manifest = lifecycle.ready_predictor().model.manifest
@@ -171,13 +171,13 @@ def _outputs(model: Model) -> dict[str, tuple[str, tuple[int, ...]]]:
     }
 
 
-def _telemetry(inference: DecodedInference, model: Model, most: int) -> oip_tensors.TensorArray:
+def _telemetry(inference: DecodedInference, model: Model, max_rows: int) -> oip_tensors.TensorArray:
     telemetry = inference.inputs.get(contract.INPUT)
     if telemetry is None:
         raise InvalidInput(f"input {contract.INPUT!r} is missing")
-    if telemetry.shape[1:] != model.input_shape or not 0 < len(telemetry) <= most:
+    if telemetry.shape[1:] != model.input_shape or not 0 < len(telemetry) <= max_rows:
         raise InvalidInput(
-            f"input {contract.INPUT!r}: shape {list(telemetry.shape[:8])}, expected [1..{most}, "
+            f"input {contract.INPUT!r}: shape {list(telemetry.shape[:8])}, expected [1..{max_rows}, "
             f"{', '.join(map(str, model.input_shape))}]"
         )
     # the sum is finite unless a value is not; only then the values are searched
@@ -240,8 +240,8 @@ def _respond(
 
     def values(name: str) -> tuple[str, TensorArray]:
         if name == "health":
-            names = np.array([name.encode() for name in manifest.classes], dtype=object)
-            return "BYTES", names[answers.logits.argmax(axis=1)]
+            classes = np.array([class_name.encode() for class_name in manifest.classes], dtype=object)
+            return "BYTES", classes[answers.logits.argmax(axis=1)]
         numbers: dict[str, Any] = {"logits": answers.logits, "probabilities": answers.probabilities}
         numbers |= {"rul": answers.rul, "loss": prediction.loss}  # None only where they are not available
         return "FP32", np.asarray(numbers[name]).astype(np.float32, copy=False)

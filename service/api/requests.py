@@ -6,7 +6,7 @@ from msgspec import Meta, Struct
 
 from service.codecs.requests import MAX_NAME_LENGTH, Cycle, EngineId, Temperature
 
-MOST_ENGINES, MOST_TREND, MOST_PERIODS = 1000, 100, 200  # of one answer
+MAX_ENGINES, MAX_TREND_CYCLES, MAX_PERIODS = 1000, 100, 200  # of one response
 
 
 class EnginesQuery(Struct, forbid_unknown_fields=True):
@@ -14,7 +14,7 @@ class EnginesQuery(Struct, forbid_unknown_fields=True):
 
     health: Annotated[str | None, Meta(description="Only engines of this class.")] = None
     next: Annotated[str | None, Meta(description="The value of `next` in the previous page.")] = None
-    limit: Annotated[int, Meta(ge=1, le=MOST_ENGINES, description="Engines of a page.")] = 100
+    limit: Annotated[int, Meta(ge=1, le=MAX_ENGINES, description="Engines of a page.")] = 100
     running: Annotated[bool, Meta(description="Only engines without a known failure.")] = False
     since: Annotated[
         str | None,
@@ -22,7 +22,11 @@ class EnginesQuery(Struct, forbid_unknown_fields=True):
     ] = None
     trend: Annotated[
         int,
-        Meta(ge=0, le=MOST_TREND, description="Also `trend`: the last class's probability over this many last cycles."),
+        Meta(
+            ge=0,
+            le=MAX_TREND_CYCLES,
+            description="Also `trend`: the last class's probability over this many last cycles.",
+        ),
     ] = 0
 
 
@@ -42,7 +46,7 @@ class CalibrationQuery(Struct, forbid_unknown_fields=True):
 
     window: Annotated[str | None, Meta(description="Only predictions made in that time, as 30d; all if absent.")] = None
     periods: Annotated[
-        int, Meta(ge=0, le=MOST_PERIODS, description="Also `over_time`: the loss in this many equal parts of the time.")
+        int, Meta(ge=0, le=MAX_PERIODS, description="Also `over_time`: the loss in this many equal parts of the time.")
     ] = 0
 
 

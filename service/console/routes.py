@@ -76,7 +76,7 @@ def build_router() -> APIRouter:
     files[PLOTLY] = StaticFile(_plotly(), "public, max-age=86400")
 
     async def page(request: Request, name: str = INDEX) -> Response:
-        """A file of the console."""
+        """Return a file of the console."""
         if name not in files:
             raise HTTPException(404, f"the console has no file {name[:80]!r}")
         return await asyncio.to_thread(files[name].respond, request)

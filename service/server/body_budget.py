@@ -39,7 +39,7 @@ class Mapping:
         with suppress(BufferError):
             self.view.release()
 
-    def resized(self, length: int) -> bool:
+    def resize(self, length: int) -> bool:
         """Change the length and renew the view; False if it is still in use, or the system refuses."""
         try:
             self.view.release()
@@ -103,7 +103,7 @@ class BodyReservation(Struct, eq=False):  # constructed in C
     def allocate(self, length: int) -> memoryview:
         """Return memory for a body of `length` bytes, valid until `release`. Bytes are charged as they arrive."""
         mapping, self.budget.spare = self.budget.spare, None
-        if mapping is None or not mapping.resized(length):
+        if mapping is None or not mapping.resize(length):
             mapping = Mapping(length, not self.budget.bytes)  # of many bodies, each would take 2 MiB immediately
         self.mapping = mapping
         return mapping.view
