@@ -10,7 +10,7 @@ from model.numerics import Floats
 from service.api.offload import LARGE_BODY, Offloader
 from service.api.openapi import document_route
 from service.codecs.faults import invalid_input
-from service.codecs.predict_request import EvaluateInputs, read_evaluate
+from service.codecs.predict_request import EvaluateInputs, decode_evaluate
 from service.lifecycle import Lifecycle
 from service.server.body import read_body
 from service.server.media_types import JSON, media_type
@@ -32,7 +32,7 @@ def build_router(lifecycle: Lifecycle, offloader: Offloader) -> APIRouter:
         classes = lifecycle.ready_predictor().model.manifest.classes
         return await offloader.run_if(
             len(body) > LARGE_BODY,
-            lambda: json_response(evaluate_logits(read_evaluate(body, classes, limits.max_instances))),
+            lambda: json_response(evaluate_logits(decode_evaluate(body, classes, limits.max_instances))),
         )
 
     return router

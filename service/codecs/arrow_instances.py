@@ -172,10 +172,11 @@ def decode_table(instances: TableInstances, model: Model, hold: bool) -> Decoded
     batch = np.empty((len(instances.keys), *model.input_shape), dtype=np.float32)
     imputed = np.zeros(len(channels), dtype=np.int64)
     for i, (begin, end) in enumerate(pairwise(instances.bounds.tolist())):
-        rows: Batch | None = readings[begin:end]
+        history = readings[begin:end]
+        rows: Batch | None = history
         if window is not None and not all_finite:  # then `hold` is set, otherwise they were refused
-            rows, held = hold_window(readings[begin:end], window, channels, ("instances", i, "telemetry"), faults)
-            imputed += held
+            rows, held_counts = hold_window(history, window, channels, ("instances", i, "telemetry"), faults)
+            imputed += held_counts
         if rows is not None:
             batch[i] = rows[0] if window is None else windows.pad_left(rows, window)
     labels = _read_labels(instances.columns.get(LABEL), instances.newest)

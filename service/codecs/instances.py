@@ -52,20 +52,20 @@ def decode_instances(instances: list[Instance], model: Model, hold: bool) -> Dec
         for i, text in enumerate(texts, begin):
             if len(faults) >= MAX_FAULTS:
                 break
-            loc, held = ("instances", i, "telemetry"), None
+            loc, held_counts = ("instances", i, "telemetry"), None
             values: Batch | None
             if window is None:
                 values = decode_tensor(text, model.input_shape, loc, faults)
             else:
-                values, held = _decode_window(text, window, channels, hold, loc, faults)
-            if held is not None:
-                imputed += held
+                values, held_counts = _decode_window(text, window, channels, hold, loc, faults)
+            if held_counts is not None:
+                imputed += held_counts
             if values is not None:
                 batch[i] = values
         if len(faults) >= MAX_FAULTS:
             break
     targets = decode_labels(
-        [x.label for x in instances], model.manifest.classes, faults, lambda i: ("instances", i, "label")
+        [instance.label for instance in instances], model.manifest.classes, faults, lambda i: ("instances", i, "label")
     )
     refuse(faults)
     return DecodedInstances(batch, targets, imputed if hold else None)
@@ -84,8 +84,8 @@ def _parse_groups(
         texts.append(bytes(instance.telemetry))
         group_bytes += len(texts[-1])
         if singly or group_bytes > JOINT_PARSE_BYTES or k == len(instances) - 1:
-            usual = not singly and group_bytes <= PARSE_BYTES and all(text[:1] == b"[" for text in texts)
-            yield k + 1 - len(texts), texts, parse_joint_rows(texts, len(channels)) if usual else None
+            is_usual = not singly and group_bytes <= PARSE_BYTES and all(text[:1] == b"[" for text in texts)
+            yield k + 1 - len(texts), texts, parse_joint_rows(texts, len(channels)) if is_usual else None
             texts, group_bytes = [], 0
 
 

@@ -85,7 +85,7 @@ class EvaluateInputs(NamedTuple):
     class_weights: list[float] | None
 
 
-def read_evaluate(body: bytes | memoryview, classes: tuple[str, ...], max_rows: int) -> EvaluateInputs:
+def decode_evaluate(body: bytes | memoryview, classes: tuple[str, ...], max_rows: int) -> EvaluateInputs:
     """Decode a body of `/v1/evaluate`; `classes` are the class names if each row has as many logits.
 
     Raises:

@@ -9,7 +9,7 @@ import pytest
 
 from model.evaluation.evaluate import ARTEFACT
 from service.api.evaluate import evaluate_logits
-from service.codecs.predict_request import decode_predict, read_evaluate
+from service.codecs.predict_request import decode_evaluate, decode_predict
 from service.errors import InvalidInput, MalformedJson
 from service.inference.model_loader import open_model
 from service.inference.onnx_model import Model
@@ -21,7 +21,7 @@ import resource, sys
 from model.evaluation.evaluate import ARTEFACT
 from service.codecs import number_parser
 from service.api.evaluate import evaluate_logits
-from service.codecs.predict_request import decode_predict, read_evaluate
+from service.codecs.predict_request import decode_evaluate, decode_predict
 from service.errors import ServiceError
 from service.inference.model_loader import open_model
 model, body = open_model(ARTEFACT), sys.stdin.buffer.read()
@@ -31,7 +31,10 @@ def most():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = most()
 try:
-    evaluate_logits(read_evaluate(body, ("a", "b"), 10**9)) if b"logits" in body else decode_predict(body, model, 10**9)
+    if b"logits" in body:
+        evaluate_logits(decode_evaluate(body, ("a", "b"), 10**9))
+    else:
+        decode_predict(body, model, 10**9)
 except ServiceError as error:
     print(most() - before, error.detail)
 """
@@ -88,7 +91,7 @@ def test_wrong_logits_far_behind_are_named_by_their_place() -> None:
     rows[150_000][2] = "1"
     with pytest.raises(InvalidInput) as refused:
         evaluate_logits(
-            read_evaluate(json.dumps({"logits": rows, "labels": [0] * len(rows)}).encode(), ("a", "b", "c"), 10**6)
+            decode_evaluate(json.dumps({"logits": rows, "labels": [0] * len(rows)}).encode(), ("a", "b", "c"), 10**6)
         )
     assert [fault.loc for fault in refused.value.faults] == [("logits", 150_000, 2)]
 

@@ -27,7 +27,7 @@ from service.codecs.number_parser import (
     to_float32,
 )
 from service.codecs.oip_tensors import decode_inference
-from service.codecs.predict_request import decode_predict, read_evaluate
+from service.codecs.predict_request import decode_evaluate, decode_predict
 from service.errors import InputRejected
 from service.inference.model_loader import open_model
 from tests.support.processes import absent, running
@@ -142,7 +142,7 @@ def predicted(body: bytes | memoryview) -> None:
 
 
 def evaluated(body: bytes | memoryview) -> None:
-    evaluate_logits(read_evaluate(body, ("a", "b", "c"), 10))
+    evaluate_logits(decode_evaluate(body, ("a", "b", "c"), 10))
 
 
 def inferred(body: bytes | memoryview) -> None:
