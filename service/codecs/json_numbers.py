@@ -11,8 +11,9 @@ from typing import Literal
 import msgspec
 import numpy as np
 
+from model.numerics import Floats
 from service.codecs import number_parser
-from service.codecs.number_parser import DECLINED, PARSE_BYTES, Floats, NumberArray, count_brackets, to_float32
+from service.codecs.number_parser import DECLINED, PARSE_BYTES, NumberArray, count_brackets, to_float32
 from service.inference.onnx_model import Batch
 
 MAX_ROW_BYTES = 4 * PARSE_BYTES  # no row of numbers is longer, and a parser keeps buffers for the longest text

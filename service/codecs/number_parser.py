@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from model.numerics import Floats
+
 NumberArray = npt.NDArray[Any]
-Floats = npt.NDArray[np.float64]
 DTYPES: dict[str, type[np.generic]] = {"d": np.float64, "i": np.int64}
 _INSTANCE_KEYS = {"telemetry", "engine_id", "cycle", "label"}
 _NO_KEYS = (None, None, None)
