@@ -1,7 +1,7 @@
 """Read Arrow streams into columns, and columns into numpy arrays. Independent of the meaning of the columns.
 
-No other codec imports pyarrow; the first request that needs it does. Numbers are read from its buffers: its own
-conversion to numpy looks for pandas first.
+No other codec imports pyarrow. It is imported by the first request that needs it. Numbers are read from its buffers,
+because its own conversion to numpy looks for pandas first.
 """
 
 from typing import Any, NamedTuple

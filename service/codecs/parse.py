@@ -28,7 +28,7 @@ def parse(body: bytes | memoryview, kind: type[Body]) -> Body:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         _check_json(body)  # the decoder stops at the first value of a wrong type
-        raise _schema_fault(error) from None
+        raise _validation_error(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MalformedJson(f"the body is not JSON: {error}" if body else "the body is empty") from None
     except RecursionError:
@@ -48,10 +48,10 @@ def parse_query(query: list[tuple[str, str]], kind: type[Body]) -> Body:
     try:
         return msgspec.convert(dict(query), kind, strict=False)
     except msgspec.ValidationError as error:
-        raise _schema_fault(error) from None
+        raise _validation_error(error) from None
 
 
-def _schema_fault(error: msgspec.ValidationError) -> InvalidInput:
+def _validation_error(error: msgspec.ValidationError) -> InvalidInput:
     match = _ERROR_PATH.match(str(error))
     message, path = match.groups() if match else (str(error), None)
     loc = tuple(name or int(index) for name, index in _PATH_STEP.findall(path or ""))
