@@ -16,7 +16,7 @@ class ModelName(Struct):
     digest: str
 
 
-class MovedBody(Struct):
+class AttributionBody(Struct):
     """The effect of one channel on a prediction: without it, the distribution would be `shift` (0..1) away."""
 
     channel: str
@@ -38,10 +38,10 @@ class PredictionBody(Struct):
     loss: float | None
     rul: float | msgspec.UnsetType = msgspec.UNSET
     prediction_set: list[str] | msgspec.UnsetType = msgspec.UNSET
-    explanation: list[MovedBody] | msgspec.UnsetType = msgspec.UNSET
+    explanation: list[AttributionBody] | msgspec.UnsetType = msgspec.UNSET
 
 
-class Told(Struct):
+class RowResultBody(Struct):
     """The result of one row."""
 
     result: Literal["joined", "pending", "unchanged", "revised", "conflict", "unknown"]
@@ -57,13 +57,13 @@ class CyclesResponse(Struct):
     temperature_source: Literal["artefact", "fit", "request"]
     predictions: list[PredictionBody | None]
     evaluation: None
-    results: list[Told]
+    results: list[RowResultBody]
 
 
 class LabelsResponse(Struct):
     """The result of each label, in their order."""
 
-    results: list[Told]
+    results: list[RowResultBody]
 
 
 class OutcomeResponse(Struct):
@@ -99,7 +99,7 @@ class EnginesResponse(Struct):
     next: str | None
 
 
-class PastBody(Struct):
+class StoredPredictionBody(Struct):
     """A stored prediction, and its label if known."""
 
     prediction_id: str
@@ -144,7 +144,7 @@ class HistoryResponse(Struct):
 
     engine_id: str
     failed_at_cycle: int | None
-    history: list[PastBody]
+    history: list[StoredPredictionBody]
     sensors: Annotated[
         SensorsBody | msgspec.UnsetType | None, Meta(description="None if no model says what is usual.")
     ] = msgspec.UNSET
@@ -169,12 +169,12 @@ class PredictResponse(Struct):
     predictions: list[PredictionBody]
     evaluation: EvaluationBody | None
     results: Annotated[
-        list[Told | None] | msgspec.UnsetType,
+        list[RowResultBody | None] | msgspec.UnsetType,
         Meta(description="Only if a label contradicts an earlier one and was rejected: the result of each label."),
     ] = msgspec.UNSET
 
 
-class Warned(Struct):
+class WarningBody(Struct):
     """Rows that were evaluated, but look like a mistake."""
 
     rows: list[int]
@@ -192,7 +192,7 @@ class EvaluateResponse(Struct):
     accuracy: float
     brier: float
     ece: float
-    warnings: list[Warned]
+    warnings: list[WarningBody]
 
 
 class FaultBody(Struct):
