@@ -43,9 +43,11 @@ def cycles_json(predictor: Predictor, flights: Sequence[NewFlight], recorded: Re
             }
     if recorded.prediction is None:
         raise Conflict("every flight contradicts what is known of its cycle", results=results)
-    accepted = [flight for flight, outcome in zip(flights, recorded.outcomes, strict=True) if outcome.known is None]
-    predictions = iter(prediction_rows(predictor.model, accepted, recorded.prediction, recorded.ids))
-    rows = [next(predictions) if outcome.known is None else NULL for outcome in recorded.outcomes]
+    accepted = [i for i, outcome in enumerate(recorded.outcomes) if outcome.known is None]
+    predicted = prediction_rows(predictor.model, [flights[i] for i in accepted], recorded.prediction, recorded.ids)
+    rows = [NULL] * len(flights)
+    for i, row in zip(accepted, predicted, strict=True):
+        rows[i] = row
     return envelope(predictor, rows, recorded.prediction, False, {"results": results})
 
 
