@@ -1,7 +1,7 @@
-"""A temperature fitted to a file of logits and truths: what `POST /v1/calibration/fits` does, without a service.
+"""Fit a temperature to a file of logits and labels, as `POST /v1/calibration/fits` does with stored ones.
 
 A row is a prediction: `engine_id`, `label` (class name, index, or in JSON a probability for each class) and its logits,
-as `logits` in JSON lines or one column `logit_CLASS` for each class in CSV. Knows files, no HTTP and no database.
+as `logits` in JSON lines or one column `logit_CLASS` for each class in CSV. Independent of HTTP and of the database.
 """
 
 import csv
@@ -33,17 +33,17 @@ def from_file(path: Path, classes: Sequence[str], temperature: float) -> Tempera
     """Fit a temperature to a file.
 
     Args:
-        path: CSV or TSV by its ending, JSON lines otherwise.
+        path: CSV or TSV by its extension, JSON lines otherwise.
         classes: names, in the order of the logits.
-        temperature: what the fit is compared with.
+        temperature: the one that the fit is compared with.
 
     Raises:
-        InvalidInput: the file cannot be read, or a row is wrong; names its line.
-        InvalidInput: there is no better temperature in it; says why.
+        InvalidInput: the file cannot be read, or a row is malformed. The message has its line.
+        InvalidInput: the rows give no better temperature. The message has the reason.
     """
     rows = read(path, tuple(classes))
-    names = sorted(set(rows.engines))
-    engine = np.searchsorted(names, rows.engines)
+    engine_ids = sorted(set(rows.engines))
+    engine = np.searchsorted(engine_ids, rows.engines)
     try:
         return cross_validate_temperature(rows.logits, rows.labels, engine, temperature)
     except FitRefused as refused:
@@ -51,18 +51,18 @@ def from_file(path: Path, classes: Sequence[str], temperature: float) -> Tempera
 
 
 def read(path: Path, classes: tuple[str, ...]) -> FitFileRows:
-    """The rows of a file.
+    """Read the rows of a file.
 
     Raises:
         InvalidInput: as in `from_file`.
     """
     logits, labels, engines = [], [], []
     try:
-        for line, row in _csv(path, classes) if path.suffix.lower() in CSV else _json(path):
+        for line, row in _read_csv(path, classes) if path.suffix.lower() in CSV else _read_json(path):
             try:
-                logits.append(_logits(row.get("logits"), len(classes)))
-                labels.append(_label(row.get("label"), classes))
-                engines.append(_engine(row.get("engine_id")))
+                logits.append(_parse_logits(row.get("logits"), len(classes)))
+                labels.append(_parse_label(row.get("label"), classes))
+                engines.append(_parse_engine(row.get("engine_id")))
             except (ValueError, TypeError) as error:
                 raise InvalidInput(f"{path}, line {line}: {error}") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -72,7 +72,7 @@ def read(path: Path, classes: tuple[str, ...]) -> FitFileRows:
     return FitFileRows(np.array(logits), np.array(labels), engines)
 
 
-def _csv(path: Path, classes: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_csv(path: Path, classes: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         table = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
         columns = [f"logit_{name}" for name in classes]
@@ -83,7 +83,7 @@ def _csv(path: Path, classes: tuple[str, ...]) -> Iterator[tuple[int, dict[str, 
             yield table.line_num, row | {"logits": [row[name] for name in columns]}
 
 
-def _json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -93,34 +93,34 @@ def _json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     raise InvalidInput(f"{path}, line {number}: {error}") from None
 
 
-def _logits(given: Any, classes: int) -> list[float]:
-    if not isinstance(given, list) or len(given) != classes or any(isinstance(one, bool | None) for one in given):
+def _parse_logits(value: Any, classes: int) -> list[float]:
+    if not isinstance(value, list) or len(value) != classes or any(isinstance(item, bool | None) for item in value):
         raise ValueError(f"expected {classes} logits")
-    found = [float(one) for one in given]
-    if not all(map(math.isfinite, found)):
+    logits = [float(item) for item in value]
+    if not all(map(math.isfinite, logits)):
         raise ValueError("a logit is not finite")
-    return found
+    return logits
 
 
-def _label(given: Any, classes: tuple[str, ...]) -> Floats:
-    if isinstance(given, str) and given not in classes and given.isdecimal():
-        given = int(given)  # CSV knows no numbers
-    if isinstance(given, bool) or not isinstance(given, str | int | list):
-        raise ValueError(f"expected a label, got {given!r:.40}")
-    return label_distribution(given, classes)
+def _parse_label(value: Any, classes: tuple[str, ...]) -> Floats:
+    if isinstance(value, str) and value not in classes and value.isdecimal():
+        value = int(value)  # CSV has no numbers, only text
+    if isinstance(value, bool) or not isinstance(value, str | int | list):
+        raise ValueError(f"expected a label, got {value!r:.40}")
+    return label_distribution(value, classes)
 
 
-def _engine(given: Any) -> str:
-    if given in (None, "") or isinstance(given, bool) or not isinstance(given, str | int):
+def _parse_engine(value: Any) -> str:
+    if value in (None, "") or isinstance(value, bool) or not isinstance(value, str | int):
         raise ValueError("expected an engine_id")
-    return str(given)
+    return str(value)
 
 
-def lines(found: TemperatureFit, temperature: float) -> Iterator[str]:
-    """A fit in words."""
-    yield f"{found.rows} labelled predictions of {found.engines} engines"
-    yield f"temperature {found.temperature:.4f}, compared with {temperature:.4f}; measured on engines left out:"
-    for name, change in (("cross-entropy", found.cross_entropy), ("ECE", found.ece)):
+def lines(fit: TemperatureFit, temperature: float) -> Iterator[str]:
+    """Yield the lines that describe a fit."""
+    yield f"{fit.rows} labelled predictions of {fit.engines} engines"
+    yield f"temperature {fit.temperature:.4f}, compared with {temperature:.4f}; measured on engines left out:"
+    for name, change in (("cross-entropy", fit.cross_entropy), ("ECE", fit.ece)):
         low, high = change.interval
-        sure = f"({change.difference:+.4f}, 90 % {low:+.4f} to {high:+.4f})"
-        yield f"  {name:<14}{change.before:.4f} -> {change.after:.4f}  {sure}"
+        interval = f"({change.difference:+.4f}, 90 % {low:+.4f} to {high:+.4f})"
+        yield f"  {name:<14}{change.before:.4f} -> {change.after:.4f}  {interval}"

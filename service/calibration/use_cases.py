@@ -1,6 +1,6 @@
 """Calibration reports, fits of the temperature, and changes of the active temperature.
 
-The use cases above the store and the statistics. Knows no HTTP.
+The use cases above the store and the statistics. Independent of HTTP.
 """
 
 import asyncio
@@ -27,16 +27,16 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 def seconds_of(window: str) -> float:
-    """How long a window like `30d` is.
+    """Return the length of a window like `30d`.
 
     Raises:
-        InvalidInput: it is none.
+        InvalidInput: the text is not a window.
     """
-    found = _WINDOW.fullmatch(window)
-    if not found:
+    match = _WINDOW.fullmatch(window)
+    if not match:
         message = f"expected a time like 12h, 30d or 8w, got {window[:40]!r}"
         raise InvalidInput(f"window: {message}", (Fault(("window",), message),))
-    return int(found[1]) * _SECONDS[found[2]]
+    return int(match[1]) * _SECONDS[match[2]]
 
 
 class CalibrationContext(NamedTuple):
@@ -57,18 +57,18 @@ async def report(store: Store, predictor: Predictor, window: str | None, periods
     """Return the response of `GET /v1/calibration`: the active model, at the temperatures of its stored predictions.
 
     Args:
-        store: has the predictions and their labels.
-        predictor: has the model.
+        store: source of the predictions and their labels.
+        predictor: its model is reported.
         window: as in `seconds_of`; None for all time.
         periods: equal parts of the time, for each of which the loss is included; 0 for none.
 
     Raises:
-        InvalidInput: a window that is none.
+        InvalidInput: the window is malformed.
         StoreUnavailable: the database does not answer.
     """
     now = time.time()
-    found = await _counted(store, predictor.model, window, now)
-    return await asyncio.to_thread(report_of, found, CalibrationContext.of(predictor), now, window, periods)
+    counted = await _counted(store, predictor.model, window, now)
+    return await asyncio.to_thread(report_of, counted, CalibrationContext.of(predictor), now, window, periods)
 
 
 async def fit(store: Store, predictor: Predictor, window: str | None) -> dict[str, Any]:
@@ -76,20 +76,20 @@ async def fit(store: Store, predictor: Predictor, window: str | None) -> dict[st
 
     Raises:
         Conflict: these labels give no better temperature; the detail has the reason.
-        InvalidInput: a window that is none.
+        InvalidInput: the window is malformed.
         StoreUnavailable: the database does not answer.
     """
     now, model = time.time(), predictor.model
-    found = await _counted(store, model, window, now)
-    known = ~np.isnan(found.label[:, 0])
-    rows = (found.logits[known], found.label[known], found.engine[known], found.temperature[known])
+    counted = await _counted(store, model, window, now)
+    labelled = ~np.isnan(counted.label[:, 0])
+    rows = (counted.logits[labelled], counted.label[labelled], counted.engine[labelled], counted.temperature[labelled])
     try:
         fitted = await asyncio.to_thread(cross_validate_temperature, *rows)
     except FitRefused as refused:
         raise Conflict(str(refused)) from None
-    name = prediction_ids(1, now)[0]
+    fit_id = prediction_ids(1, now)[0]
     result = {
-        "fit_id": name,
+        "fit_id": fit_id,
         "model": model.digest,
         "window": window,
         "temperature": fitted.temperature,
@@ -103,7 +103,7 @@ async def fit(store: Store, predictor: Predictor, window: str | None) -> dict[st
             "ece": _change(fitted.ece),
         },
     }
-    stored = StoredFit(name, model.digest, model.manifest, now, fitted.temperature, result)
+    stored = StoredFit(fit_id, model.digest, model.manifest, now, fitted.temperature, result)
     await store.save_fit(stored)
     return result
 
@@ -115,7 +115,7 @@ async def apply_temperature(
 
     Raises:
         NotFound: no such fit.
-        Conflict: a fit of another model, or nothing to take back.
+        Conflict: a fit of another model, or nothing to restore.
         StoreUnavailable: the database does not answer.
     """
     model = predictor.model
@@ -138,40 +138,40 @@ async def _counted(store: Store, model: Model, window: str | None, now: float) -
 
 
 def report_of(
-    found: CountedPredictions, context: CalibrationContext, now: float, window: str | None, periods: int = 0
+    counted: CountedPredictions, context: CalibrationContext, now: float, window: str | None, periods: int = 0
 ) -> dict[str, Any]:
-    """Return the report on some predictions and their labels, of the store or of a scored file. `now` is the clock."""
-    manifest, rows = context.model.manifest, _rows(found, context.model)
+    """Return the report on predictions and their labels, of the store or of a scored file. `now` is the time."""
+    manifest, rows = context.model.manifest, _rows(counted, context.model)
     level = manifest.conformal.level if manifest.conformal else None
     body = statistics.calibration(rows, manifest.classes, now, level, window)
     if periods:
         body["over_time"] = statistics.over_time(rows, periods)
-    about = {"model": context.model.digest, "temperature": context.temperature}
-    return body | about | {"temperature_source": context.source, "drift": _drift(found, context)}
+    model_fields = {"model": context.model.digest, "temperature": context.temperature}
+    return body | model_fields | {"temperature_source": context.source, "drift": _drift(counted, context)}
 
 
-def _rows(found: CountedPredictions, model: Model) -> statistics.CalibrationRows:
-    covered = sizes = np.full(len(found.created_at), np.nan)
+def _rows(counted: CountedPredictions, model: Model) -> statistics.CalibrationRows:
+    covered = sizes = np.full(len(counted.created_at), np.nan)
     rule = model.manifest.conformal
-    if rule is not None and len(found.created_at):
-        sets = conformal.prediction_sets(found.logits, model.manifest.temperature, rule.threshold, rule.method)
-        covered, sizes = (found.label * sets).sum(axis=1), sets.sum(axis=1).astype(np.float64)
-    columns = (found.logits, found.temperature, found.label, found.engine, covered, sizes)
-    return statistics.CalibrationRows(*columns, found.created_at, found.labelled, found.source)
+    if rule is not None and len(counted.created_at):
+        sets = conformal.prediction_sets(counted.logits, model.manifest.temperature, rule.threshold, rule.method)
+        covered, sizes = (counted.label * sets).sum(axis=1), sets.sum(axis=1).astype(np.float64)
+    columns = (counted.logits, counted.temperature, counted.label, counted.engine, covered, sizes)
+    return statistics.CalibrationRows(*columns, counted.created_at, counted.labelled, counted.source)
 
 
-def _drift(found: CountedPredictions, context: CalibrationContext) -> dict[str, Any] | None:
-    """Confidence, entropy and newest readings of the window against the manifest's reference; None without one."""
+def _drift(counted: CountedPredictions, context: CalibrationContext) -> dict[str, Any] | None:
+    """Compare confidence, entropy and newest readings of the window with the manifest's reference; None without one."""
     reference = context.model.manifest.reference
     if reference is None:
         return None
-    # both at the artefact's temperature, as the reference is
-    own = found.logits / context.model.manifest.temperature
-    top = numerics.softmax(own).max(axis=1) if len(own) else np.empty(0)
-    expected = numerics.entropy(own) if len(own) else np.empty(0)
+    # confidence and entropy are at the temperature of the artefact, as the reference is
+    scaled = counted.logits / context.model.manifest.temperature
+    top = numerics.softmax(scaled).max(axis=1) if len(scaled) else np.empty(0)
+    entropies = numerics.entropy(scaled) if len(scaled) else np.empty(0)
     confidence: npt.ArrayLike = drift.count_bins(top, reference.confidence) if reference.confidence else []
-    entropy: npt.ArrayLike = drift.count_bins(expected, reference.entropy_nats) if reference.entropy_nats else []
-    bins = np.frombuffer(found.feature_bins, dtype=np.uint8).reshape(-1, max(1, len(context.channels)))
+    entropy: npt.ArrayLike = drift.count_bins(entropies, reference.entropy_nats) if reference.entropy_nats else []
+    bins = np.frombuffer(counted.feature_bins, dtype=np.uint8).reshape(-1, max(1, len(context.channels)))
     channels = {
         name: np.bincount(bins[:, k], minlength=len(reference.channels[name].shares))
         for k, name in enumerate(context.channels)
