@@ -42,9 +42,9 @@ def build_router(lifecycle: Lifecycle, offloader: Offloader) -> APIRouter:
         outcome = await store.record_outcome(engine, cycle, submitted.revise)
         if outcome.result == "conflict":
             raise Conflict(
-                f"engine {engine!r} is known to have failed at cycle {outcome.known}, not {cycle}; "
+                f"engine {engine!r} is known to have failed at cycle {outcome.failed_at}, not {cycle}; "
                 '"revise": true would replace it',
-                results=[{"result": "conflict", "given": cycle, "known": outcome.known}],
+                results=[{"result": "conflict", "given": cycle, "known": outcome.failed_at}],
             )
         result = {"result": outcome.result, "labelled": outcome.labelled}
         return json_response({"engine_id": engine, "failed_at_cycle": cycle} | result)

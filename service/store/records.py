@@ -1,4 +1,4 @@
-"""Values that callers give to the store and receive from it. Knows no SQL statement."""
+"""Values that callers pass to the store and receive from it. Contains no SQL statement."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +13,7 @@ StoredChange = Row[Any]  # of the table of temperatures
 
 
 class StoredModel(NamedTuple):
-    """A model as its stored predictions need it: to read their logits and to know their truth."""
+    """The fields of a model that are needed to read the logits of its stored predictions and to label them."""
 
     id: int
     digest: str
@@ -24,7 +24,7 @@ class StoredModel(NamedTuple):
 
 
 class JoinedLabel(NamedTuple):
-    """A prediction whose truth has just become known. Times in seconds since 1970."""
+    """A prediction that has just received its label. Times are in seconds since 1970."""
 
     kind: StoredModel
     logits: bytes
@@ -45,36 +45,34 @@ class LabelSubmission(NamedTuple):
 
 
 class LabelResults(NamedTuple):
-    """What became of each label of a request, with the label that stands where it was not applied."""
+    """The result of each label of a request, with the stored label after a conflict, and newly labelled predictions."""
 
     results: list[tuple[LabelResultKind, Floats | None]]
     joined: list[JoinedLabel]
 
 
 class OutcomeResult(NamedTuple):
-    """What became of an end; `known` is the one that stands."""
+    """The result of a submitted failure. `failed_at` is the stored failure cycle, also after a conflict."""
 
     result: LabelResultKind
-    known: int
+    failed_at: int
     labelled: int
     joined: list[JoinedLabel]
 
 
 class EngineQuery(NamedTuple):
-    """Which engines are asked for."""
+    """Filter, page and details of a list of engines."""
 
     health: int | None = None  # only engines of this class
     after: tuple[float, str] | None = None  # risk and engine_id of the last engine of the page before
     limit: int = PAGE
-    since: float | None = (
-        None  # only engines of which a prediction or the end was told then or later, seconds since 1970
-    )
-    running: bool = False  # only engines whose end is not known
-    trend: int = 0  # also what was predicted of the last so many cycles
+    since: float | None = None  # only engines with a prediction or failure of this time or later, seconds since 1970
+    running: bool = False  # only engines without a known failure
+    trend: int = 0  # number of newest cycles whose predictions are included
 
 
 class EnginePage(NamedTuple):
-    """Some engines, how many there are in all, and whether more follow."""
+    """One page of engines, the number of all engines, and whether more follow."""
 
     rows: list[Row[Any]]
     kinds: dict[int, StoredModel]
@@ -84,7 +82,7 @@ class EnginePage(NamedTuple):
 
 
 class EngineHistory(NamedTuple):
-    """Predictions of one engine, oldest cycle first, and the cycle of its end if that is known."""
+    """Predictions of one engine, oldest cycle first, and its failure cycle if that is known."""
 
     rows: list[Row[Any]]
     kinds: dict[int, StoredModel]
@@ -92,9 +90,10 @@ class EngineHistory(NamedTuple):
 
 
 class CountedPredictions(NamedTuple):
-    """Predictions that count, by engine and cycle, so that the order of telling changes no bit of any figure.
+    """The predictions that statistics use, in order of engine and cycle.
 
-    Labels (N, C), NaN where none is. Engines are numbered in the order of their names.
+    Statistics therefore do not depend on the order of arrival. Labels are (N, C), rows of NaN without a label. Engines
+    are numbered in the order of their names.
     """
 
     logits: Floats
@@ -104,11 +103,11 @@ class CountedPredictions(NamedTuple):
     created_at: Floats
     labelled: Floats
     source: Any
-    feature_bins: bytes  # the reference bins of all predictions that have them, one behind another
+    feature_bins: bytes  # concatenated reference bins of all predictions that have them
 
 
 class StoredFit(NamedTuple):
-    """A fit that is kept; `result` is what was answered, `created_at` in seconds since 1970."""
+    """A stored fit. `result` is the response of the call, `created_at` is in seconds since 1970."""
 
     id: str
     digest: str
@@ -119,7 +118,7 @@ class StoredFit(NamedTuple):
 
 
 class TemperatureChange(NamedTuple):
-    """A change that is asked for: to the temperature of a fit, to another one, or, with neither, back."""
+    """A requested change: to the temperature of a fit, to a given temperature, or with neither to the previous one."""
 
     digest: str
     manifest: Manifest
@@ -130,7 +129,7 @@ class TemperatureChange(NamedTuple):
 
 
 class ActiveTemperature(NamedTuple):
-    """The temperature in force, where it comes from, and the number of the change that made it so."""
+    """The active temperature, its source, and the number of the change that activated it."""
 
     change: int
     temperature: float

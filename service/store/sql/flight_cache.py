@@ -1,4 +1,4 @@
-"""The newest flights of one engine in order of cycle, as a service caches them between requests. numpy only."""
+"""The newest flights of one engine in order of cycle, cached between requests. numpy only."""
 
 from bisect import bisect_left, bisect_right
 from typing import Literal
@@ -8,7 +8,7 @@ import numpy as np
 from model.windows import Readings, pad_left
 
 FlightResult = Literal["joined", "unchanged", "conflict"]
-SPARE_ROWS = 16  # at least; the array is copied only when that many flights have been appended
+SPARE_ROWS = 16  # minimum; the array is copied only when they are used up
 
 
 class EngineTail:
@@ -16,12 +16,12 @@ class EngineTail:
 
     Args:
         revision: of the engine; every change of its flights increases it.
-        generation: of the database; another one means that a revision proves nothing.
+        generation: of the database; revisions of different generations are not comparable.
         channels: names of the columns; None without flights, empty if they differ between flights.
-        cycles: rising.
+        cycles: ascending.
         values: (flights, channels).
         complete: no older flights are stored.
-        padding: copies of the oldest flight to keep in front of a complete tail, so that every window is a view.
+        padding: number of copies of the oldest flight in front of a complete tail, so that every window is a view.
     """
 
     __slots__ = ("_front", "_values", "channels", "complete", "cycles", "generation", "padding", "revision")
@@ -38,7 +38,7 @@ class EngineTail:
     ) -> None:
         self.revision, self.generation, self.channels, self.cycles = revision, generation, channels, cycles
         self.complete, self.padding = complete, padding
-        self._front, self._values = 0, values  # rows of padding, and with them the flights and spare rows at the end
+        self._front, self._values = 0, values  # number of padding rows; padding, flights and spare rows
 
     def copy(self) -> "EngineTail":
         """Return a tail that flights can be added to. It shares memory: only one copy of a tail may be kept."""
@@ -59,15 +59,15 @@ class EngineTail:
         return self.complete or bisect_right(self.cycles, cycle) >= window
 
     def add(self, cycle: int, row: Readings) -> FlightResult:
-        """Insert a flight in order of cycle, unless there is one of that cycle."""
-        n, at = len(self.cycles), bisect_left(self.cycles, cycle)
-        if at < n and self.cycles[at] == cycle:
-            return "unchanged" if (self._values[self._front + at] == row).all() else "conflict"
-        if self._front + n == len(self._values) or at < n:  # rows are never moved in place: windows are views of them
-            self._move(at, row)
+        """Insert a flight in order of cycle, unless that cycle has one already."""
+        n, index = len(self.cycles), bisect_left(self.cycles, cycle)
+        if index < n and self.cycles[index] == cycle:
+            return "unchanged" if (self._values[self._front + index] == row).all() else "conflict"
+        if self._front + n == len(self._values) or index < n:  # rows are never moved in place: windows are views
+            self._insert_row(index, row)
         else:
-            self._values[self._front + at] = row
-        self.cycles.insert(at, cycle)
+            self._values[self._front + index] = row
+        self.cycles.insert(index, cycle)
         return "joined"
 
     def row(self, cycle: int) -> Readings:
@@ -79,20 +79,20 @@ class EngineTail:
         end = self._front + bisect_left(self.cycles, cycle) + 1
         return self._values[end - window : end] if end >= window else pad_left(self._values[self._front : end], window)
 
-    def trim(self, most: int) -> None:
-        """Drop the oldest flights once there are more than twice `most`."""
+    def trim(self, window: int) -> None:
+        """Drop all but the newest `window` flights if there are more than twice as many."""
         n = len(self.cycles)
-        if n > 2 * most:
-            begin, end = self._front + n - most, self._front + n
-            self.cycles, self._values, self.complete = self.cycles[-most:], self._values[begin:end].copy(), False
+        if n > 2 * window:
+            begin, end = self._front + n - window, self._front + n
+            self.cycles, self._values, self.complete = self.cycles[-window:], self._values[begin:end].copy(), False
             self._front = 0
 
-    def _move(self, at: int, row: Readings) -> None:
-        """Copy the flights to a larger array, with another one at some place."""
+    def _insert_row(self, index: int, row: Readings) -> None:
+        """Copy the flights to a larger array, with another one inserted at an index."""
         n, front = len(self.cycles), self.padding if self.complete else 0
         values = np.empty((front + n + max(SPARE_ROWS, n), len(row)), dtype=np.float32)
         before = self._values[self._front : self._front + n].reshape(n, len(row))
-        values[front : front + at], values[front + at + 1 : front + n + 1] = before[:at], before[at:]
-        values[front + at] = row
+        values[front : front + index], values[front + index + 1 : front + n + 1] = before[:index], before[index:]
+        values[front + index] = row
         values[:front] = values[front]
         self._front, self._values = front, values

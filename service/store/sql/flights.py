@@ -1,7 +1,7 @@
-"""Flights of engines: stored together with their predictions, and read as the tails that windows are built from.
+"""Store flights of engines together with their predictions, and read the tails that windows are built from.
 
-Windows are built and predicted before the transaction. The revision of the locked engine row tells whether the flights
-that a window was built from are still all that is stored: every change of an engine's flights increases it.
+Windows are built and predicted before the transaction. Every change of an engine's flights increases the revision of
+the engine. So a window is current if the locked row still has the revision that the window was built from.
 """
 
 import json
@@ -75,15 +75,15 @@ class StoredPrediction(NamedTuple):
 class FlightWriteResult(NamedTuple):
     """Result of a write. Nothing of it is stored if there are `stale` tails or `unpredicted` repeats."""
 
-    stale: dict[str, EngineTail]  # by engine: what is stored now, where windows were built from something else
+    stale: dict[str, EngineTail]  # by engine: the stored tail, where windows were built from another one
     unpredicted: list[EngineCycle]  # repeats that lack a prediction
     earlier: dict[EngineCycle, StoredPrediction]  # of repeats
     stored: int  # predictions
     joined: list[JoinedLabel]  # predictions of the whole transaction whose label was known, in the first of its results
 
 
-class _Checked(NamedTuple):
-    """A write that was compared with what is stored."""
+class _CheckedWrite(NamedTuple):
+    """A write after comparison with the stored flights and predictions."""
 
     stale: list[TailRequest]
     unpredicted: list[EngineCycle]
@@ -104,15 +104,15 @@ def record_flights(
     by_name = session.engines(connection, names)
     for engine in by_name.values():
         before[engine.id] = engine.newest_cycle
-    earlier = _earlier(connection, items, by_name) if repeated else {}
+    earlier = _earlier_predictions(connection, items, by_name) if repeated else {}
     new: list[dict[str, object]] = []
     batches: list[PredictionWrite] = []
-    every = []
+    checks = []
     for item in items:
-        checked = _check(session, item, earlier, by_name)
-        every.append(checked)
+        checked = _check_write(session, item, earlier, by_name)
+        checks.append(checked)
         if not (checked.stale or checked.unpredicted):
-            _take(session, connection, item, by_name, new)
+            _append_flights(session, connection, item, by_name, new)
             batches += (
                 [PredictionWrite(item.by, item.received_at, checked.predictions, from_flight=True)]
                 if checked.predictions
@@ -125,26 +125,26 @@ def record_flights(
         joined += session.join_survivors(connection, before, by_name.values(), now)
         session.update_engines(connection, by_name.values())
     results = []
-    for k, one in enumerate(every):
+    for k, checked in enumerate(checks):
         stale = dict[str, EngineTail]()
-        for tail in one.stale:
-            stale[tail.engine_id] = _read(session.generation, connection, by_name[tail.engine_id], tail)
-        stored = 0 if one.stale or one.unpredicted else len(one.predictions)
-        results.append(FlightWriteResult(stale, one.unpredicted, one.earlier, stored, joined if k == 0 else []))
+        for tail in checked.stale:
+            stale[tail.engine_id] = _read_tail(session.generation, connection, by_name[tail.engine_id], tail)
+        stored = 0 if checked.stale or checked.unpredicted else len(checked.predictions)
+        results.append(FlightWriteResult(stale, checked.unpredicted, checked.earlier, stored, joined if k == 0 else []))
     return results
 
 
 def read_tails(connection: Connection, requests: Sequence[CachedTail], generation: int) -> dict[str, EngineTail]:
     """Return the tails of some engines, by engine; cached ones are returned as they are if they are current."""
-    found: dict[str, Row[Any]] = {}
+    by_name: dict[str, Row[Any]] = {}
     for part in parts([request.engine_id for request, _ in requests]):
         rows = connection.execute(_REVISIONS, {"names": part})
-        found |= {row.engine_id: row for row in rows}
+        by_name |= {row.engine_id: row for row in rows}
     tails = {}
     for request, cached in requests:
-        engine = found.get(request.engine_id)
+        engine = by_name.get(request.engine_id)
         current = cached is not None and engine is not None and cached.revision == engine.revision
-        tails[request.engine_id] = cached if cached and current else _read(generation, connection, engine, request)
+        tails[request.engine_id] = cached if cached and current else _read_tail(generation, connection, engine, request)
     return tails
 
 
@@ -158,30 +158,30 @@ def any_flights(connection: Connection) -> bool:
     return connection.execute(select(engines.c.id).where(engines.c.revision > 0).limit(1)).first() is not None
 
 
-def _check(
+def _check_write(
     session: WriteSession,
     item: FlightWrite,
     earlier: dict[tuple[int, int, str, float], StoredPrediction],
     by_name: dict[str, EngineRow],
-) -> _Checked:
+) -> _CheckedWrite:
     stale = []
     for engine in item.engines:
         if engine.generation != session.generation or engine.revision != by_name[engine.tail.engine_id].revision:
             stale.append(engine.tail)  # noqa: PERF401  # a comprehension is a frame of every request
     if not item.repeats:
-        return _Checked(stale, [], {}, item.predictions)
-    known = {}
+        return _CheckedWrite(stale, [], {}, item.predictions)
+    predicted = {}
     for name, cycle in item.repeats:
         key = (by_name[name].id, cycle, item.by.digest, item.by.temperature)
         if key in earlier:
-            known[name, cycle] = earlier[key]
-    made = [row for row in item.predictions if (row.engine_id, row.cycle) not in known]
-    predicted = {(row.engine_id, row.cycle) for row in made}
-    unpredicted = [key for key in item.repeats if key not in known and key not in predicted]
-    return _Checked(stale, unpredicted, known, made)
+            predicted[name, cycle] = earlier[key]
+    new = [row for row in item.predictions if (row.engine_id, row.cycle) not in predicted]
+    new_keys = {(row.engine_id, row.cycle) for row in new}
+    unpredicted = [key for key in item.repeats if key not in predicted and key not in new_keys]
+    return _CheckedWrite(stale, unpredicted, predicted, new)
 
 
-def _take(
+def _append_flights(
     session: WriteSession,
     connection: Connection,
     item: FlightWrite,
@@ -189,7 +189,7 @@ def _take(
     new: list[dict[str, object]],
 ) -> None:
     """Append the rows of a write to `new`, and count the revisions of its engines; predictions extend their lives."""
-    layout = _layout(session, connection, item.by)
+    layout = _layout_id(session, connection, item.by)
     for flights in item.engines:
         engine = by_name[flights.tail.engine_id]
         for cycle, values in flights.new:
@@ -198,32 +198,32 @@ def _take(
         engine.revision += bool(flights.new)
 
 
-def _layout(session: WriteSession, connection: Connection, by: ModelVersion) -> int:
-    """The number of a model's channels, by their names and order."""
+def _layout_id(session: WriteSession, connection: Connection, by: ModelVersion) -> int:
+    """Return the id of the channel names of a model; store them if they are new."""
     if by.digest not in session.layouts:
         names = json.dumps(by.manifest.channel_names)
         connection.execute(insert_missing(connection, layouts), {"channels": names})
-        found = connection.execute(select(layouts.c.id).where(layouts.c.channels == names)).scalar_one()
-        session.layouts[by.digest] = int(found)
+        layout = connection.execute(select(layouts.c.id).where(layouts.c.channels == names)).scalar_one()
+        session.layouts[by.digest] = int(layout)
     return session.layouts[by.digest]
 
 
-def _read(
+def _read_tail(
     generation: int, connection: Connection, engine: EngineRow | Row[Any] | None, request: TailRequest
 ) -> EngineTail:
-    """At least the window before a cycle, and everything from it on."""
+    """Read at least the window before a cycle, and every flight from that cycle on."""
     if engine is None or engine.revision == 0:
         return empty_tail(generation, request.window)
-    where = {"of": engine.id, "at": request.lowest_cycle}
-    rows = list(connection.execute(_BEFORE, where | {"most": request.window}))[::-1]
+    bounds = {"of": engine.id, "at": request.lowest_cycle}
+    rows = list(connection.execute(_BEFORE, bounds | {"most": request.window}))[::-1]
     complete = len(rows) < request.window
-    rows += connection.execute(_FROM, where).all()
-    kinds = {row.layout for row in rows}
-    if len(kinds) != 1:
+    rows += connection.execute(_FROM, bounds).all()
+    layout_ids = {row.layout for row in rows}
+    if len(layout_ids) != 1:
         return EngineTail(
-            engine.revision, generation, () if kinds else None, [], _NO_FLIGHTS, complete, request.window - 1
+            engine.revision, generation, () if layout_ids else None, [], _NO_FLIGHTS, complete, request.window - 1
         )
-    names = connection.execute(select(layouts.c.channels).where(layouts.c.id.in_(kinds))).scalar_one()
+    names = connection.execute(select(layouts.c.channels).where(layouts.c.id.in_(layout_ids))).scalar_one()
     values = np.frombuffer(b"".join(row.telemetry for row in rows), dtype=np.float32).reshape(len(rows), -1)
     cycles = [row.cycle for row in rows]
     return EngineTail(
@@ -231,21 +231,20 @@ def _read(
     )
 
 
-def _earlier(
+def _earlier_predictions(
     connection: Connection, items: Sequence[FlightWrite], by_name: dict[str, EngineRow]
 ) -> dict[tuple[int, int, str, float], StoredPrediction]:
-    """The predictions of repeated flights, by engine, cycle, the model's digest and the temperature.
+    """Return the predictions of repeated flights by engine, cycle, digest of the model and temperature.
 
-    Of predictions that older code stored it is unknown whether they were made for a flight: the one that counts is
-    taken.
+    Predictions that older code stored have no `from_flight`. Of these, the latest one is returned.
     """
     keys = {(by_name[name].id, cycle) for item in items for name, cycle in item.repeats}
-    c, found = predictions.c, {}
+    c, earlier = predictions.c, {}
     columns = (c.engine, c.cycle, models.c.digest, c.temperature, c.id, c.logits, c.rul)
-    which = select(*columns).join(models, models.c.id == c.model).where(c.from_flight.is_distinct_from(False))
+    statement = select(*columns).join(models, models.c.id == c.model).where(c.from_flight.is_distinct_from(False))
     best_last = (c.from_flight.is_(True), c.is_latest, c.id)
     for part in parts(sorted(keys)):
-        rows = which.where(tuple_(c.engine, c.cycle).in_(part)).order_by(*best_last)
+        rows = statement.where(tuple_(c.engine, c.cycle).in_(part)).order_by(*best_last)
         for engine, cycle, digest, temperature, *stored in connection.execute(rows):
-            found[engine, cycle, digest, temperature] = StoredPrediction(*stored)
-    return found
+            earlier[engine, cycle, digest, temperature] = StoredPrediction(*stored)
+    return earlier

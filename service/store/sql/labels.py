@@ -1,4 +1,4 @@
-"""Truths that arrive late: labels of single predictions, and ends of engines. Both idempotent, in any order."""
+"""Store labels that arrive after their predictions: of single cycles, and failures of engines. Both are idempotent."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,14 +14,14 @@ from service.store.sql.tables import predictions, revisions, truths
 
 
 class LabelWrite(NamedTuple):
-    """Labels of one request, and when they were told, in seconds since 1970."""
+    """Labels of one request, and the time when it arrived, in seconds since 1970."""
 
     rows: Sequence[LabelSubmission]
     received_at: float
 
 
 class OutcomeSubmission(NamedTuple):
-    """An engine's last cycle."""
+    """The last cycle of an engine that failed."""
 
     engine_id: str
     failed_at: int
@@ -37,55 +37,59 @@ _REVISE = (
 
 
 @dataclass
-class _Known:
-    """A truth as it stands within the transaction. `id` is None until it is stored."""
+class _Label:
+    """A label in its current state within the transaction. `id` is None until it is stored."""
 
     engine: int
-    label: Floats
+    values: Floats
     received_at: float
     id: int | None = None
-    before: list[tuple[Floats, float]] = field(default_factory=list)  # what it said until now, and since when
+    before: list[tuple[Floats, float]] = field(default_factory=list)  # replaced labels, and when each arrived
 
 
 def record_labels(session: WriteSession, connection: Connection, items: Sequence[LabelWrite]) -> list[LabelResults]:
-    """Keep labels and give them to the predictions that they are of."""
-    made = _predictions(connection, {row.prediction_id for item in items for row in item.rows if row.prediction_id})
+    """Store labels, and join them to their predictions."""
+    cycles_by_id = _cycles_by_id(
+        connection, {row.prediction_id for item in items for row in item.rows if row.prediction_id}
+    )
     names = {row.engine_id for item in items for row in item.rows if row.engine_id and not row.prediction_id}
     by_name = session.engines(connection, names)
-    others = {engine for engine, _ in made.values()} - {row.id for row in by_name.values()}
+    others = {engine for engine, _ in cycles_by_id.values()} - {row.id for row in by_name.values()}
     rows = {row.id: row for row in [*by_name.values(), *session.engines_by_id(connection, others)]}
-    keyed = [[(_key(row, made, by_name), row) for row in item.rows] for item in items]
+    keyed = [[(_label_key(row, cycles_by_id, by_name), row) for row in item.rows] for item in items]
     keys = {key for item in keyed for key, _ in item if key is not None}
-    known = {
-        row.prediction or (row.engine, row.cycle): _Known(row.engine, np.frombuffer(row.label), row.received_at, row.id)
+    labels = {
+        row.prediction or (row.engine, row.cycle): _Label(row.engine, np.frombuffer(row.label), row.received_at, row.id)
         for row in stored_labels(connection, keys)
     }
-    there = _there(connection, keys)
-    answered = []
+    predicted = _keys_with_predictions(connection, keys)
+    results = []
     for item, entries in zip(items, keyed, strict=True):
-        results = [_say(known, there, key, row, item.received_at, made, rows) for key, row in entries]
-        answered.append(LabelResults(results, []))
-    _write(connection, known, max(item.received_at for item in items))
-    changed = [key for key, one in known.items() if one.id is None or one.before]
+        of_request = [
+            _apply_label(labels, predicted, key, row, item.received_at, cycles_by_id, rows) for key, row in entries
+        ]
+        results.append(LabelResults(of_request, []))
     now = max(item.received_at for item in items)
-    answered[0].joined.extend(_join(session, connection, changed, rows, now))
+    _write_labels(connection, labels, now)
+    changed = [key for key, label in labels.items() if label.id is None or label.before]
+    results[0].joined.extend(_join_labels(session, connection, changed, rows, now))
     session.update_engines(connection, rows.values())
-    return answered
+    return results
 
 
 def record_outcomes(
     session: WriteSession, connection: Connection, items: Sequence[OutcomeSubmission]
 ) -> list[OutcomeResult]:
-    """Keep the ends of engines, and label their whole histories."""
+    """Store failures of engines, and label their histories."""
     by_name = session.engines(connection, (item.engine_id for item in items))
-    answered = []
+    results = []
     for item in items:
         engine = by_name[item.engine_id]
         if engine.failed_at == item.failed_at:
-            answered.append(OutcomeResult("unchanged", item.failed_at, 0, []))
+            results.append(OutcomeResult("unchanged", item.failed_at, 0, []))
             continue
         if engine.failed_at is not None and not item.revise:
-            answered.append(OutcomeResult("conflict", engine.failed_at, 0, []))
+            results.append(OutcomeResult("conflict", engine.failed_at, 0, []))
             continue
         result: LabelResultKind = (
             "revised" if engine.failed_at is not None else "joined" if engine.latest else "pending"
@@ -100,80 +104,83 @@ def record_outcomes(
             connection.execute(insert(revisions), old)
         engine.failed_at, engine.failure_reported_at = item.failed_at, item.received_at
         joined = session.join_labels(connection, predictions.c.engine == engine.id, [engine], item.received_at)
-        answered.append(OutcomeResult(result, item.failed_at, len(joined), joined))
+        results.append(OutcomeResult(result, item.failed_at, len(joined), joined))
     session.update_engines(connection, by_name.values())
-    return answered
+    return results
 
 
-def _predictions(connection: Connection, ids: set[str]) -> dict[str, tuple[int, int | None]]:
-    """Engine and cycle of predictions that are remembered."""
+def _cycles_by_id(connection: Connection, ids: set[str]) -> dict[str, tuple[int, int | None]]:
+    """Return engine and cycle of stored predictions by id."""
     columns = (predictions.c.id, predictions.c.engine, predictions.c.cycle)
-    found = {}
+    cycles_by_id = {}
     for part in parts(sorted(ids)):
         for row in connection.execute(select(*columns).where(predictions.c.id.in_(part))):
-            found[row.id] = (row.engine, row.cycle)
-    return found
+            cycles_by_id[row.id] = (row.engine, row.cycle)
+    return cycles_by_id
 
 
-def _key(row: LabelSubmission, made: dict[str, tuple[int, int | None]], by_name: dict[str, EngineRow]) -> Key | None:
-    """What a label is of: an engine and a cycle wherever there are any; None if it is of nothing that is known."""
+def _label_key(
+    row: LabelSubmission, cycles_by_id: dict[str, tuple[int, int | None]], by_name: dict[str, EngineRow]
+) -> Key | None:
+    """Return the key of a label: engine and cycle, or the id of a prediction without a cycle; None if it is unknown."""
     if row.prediction_id is None:
         assert row.engine_id is not None  # the caller gives one or the other
         assert row.cycle is not None
         return by_name[row.engine_id].id, row.cycle
-    if row.prediction_id not in made:
+    if row.prediction_id not in cycles_by_id:
         return None
-    engine, cycle = made[row.prediction_id]
+    engine, cycle = cycles_by_id[row.prediction_id]
     return row.prediction_id if cycle is None else (engine, cycle)
 
 
-def _there(connection: Connection, keys: set[Key]) -> set[Key]:
-    """Those keys for which there is a prediction."""
+def _keys_with_predictions(connection: Connection, keys: set[Key]) -> set[Key]:
+    """Return the keys that have a prediction."""
     columns = (predictions.c.engine, predictions.c.cycle)
-    found: set[Key] = {key for key in keys if isinstance(key, str)}
+    predicted: set[Key] = {key for key in keys if isinstance(key, str)}
     for part in parts(sorted(key for key in keys if not isinstance(key, str))):
-        found |= {
+        predicted |= {
             (row.engine, row.cycle) for row in connection.execute(select(*columns).where(tuple_(*columns).in_(part)))
         }
-    return found
+    return predicted
 
 
-def _say(
-    known: dict[Key, _Known],
-    there: set[Key],
+def _apply_label(
+    labels: dict[Key, _Label],
+    predicted: set[Key],
     key: Key | None,
     row: LabelSubmission,
     received_at: float,
-    made: dict[str, tuple[int, int | None]],
+    cycles_by_id: dict[str, tuple[int, int | None]],
     rows: dict[int, EngineRow],
 ) -> tuple[LabelResultKind, Floats | None]:
     if key is None:
         return "unknown", None
-    standing = known.get(key)
+    standing = labels.get(key)
     if standing is None:
-        engine = key[0] if isinstance(key, tuple) else made[key][0]
-        known[key] = _Known(engine, row.label, received_at)
+        engine = key[0] if isinstance(key, tuple) else cycles_by_id[key][0]
+        labels[key] = _Label(engine, row.label, received_at)
         rows[engine].truths += 1
-        return "joined" if key in there else "pending", None
-    if np.array_equal(standing.label, row.label):
+        return "joined" if key in predicted else "pending", None
+    if np.array_equal(standing.values, row.label):
         return "unchanged", None
     if not row.revise:
-        return "conflict", standing.label
-    standing.before.append((standing.label, standing.received_at))
-    standing.label, standing.received_at = row.label, received_at
+        return "conflict", standing.values
+    standing.before.append((standing.values, standing.received_at))
+    standing.values, standing.received_at = row.label, received_at
     return "revised", None
 
 
-def _write(connection: Connection, known: dict[Key, _Known], now: float) -> None:
+def _write_labels(connection: Connection, labels: dict[Key, _Label], now: float) -> None:
     new, changed, old = [], [], []
-    for key, one in known.items():
+    for key, label in labels.items():
         cycle, prediction = (None, key) if isinstance(key, str) else (key[1], None)
-        place = {"engine": one.engine, "cycle": cycle, "prediction": prediction}
-        if one.id is None:
-            new.append(place | {"label": one.label.tobytes(), "received_at": one.received_at})
-        elif one.before:
-            changed.append({"key": one.id, "label": one.label.tobytes(), "received_at": one.received_at})
-        old += [place | {"label": said.tobytes(), "received_at": told, "revised": now} for said, told in one.before]
+        key_columns = {"engine": label.engine, "cycle": cycle, "prediction": prediction}
+        if label.id is None:
+            new.append(key_columns | {"label": label.values.tobytes(), "received_at": label.received_at})
+        elif label.before:
+            changed.append({"key": label.id, "label": label.values.tobytes(), "received_at": label.received_at})
+        for values, received_at in label.before:
+            old.append(key_columns | {"label": values.tobytes(), "received_at": received_at, "revised": now})
     if new:
         connection.execute(insert(truths), new)
     if changed:
@@ -182,14 +189,14 @@ def _write(connection: Connection, known: dict[Key, _Known], now: float) -> None
         connection.execute(insert(revisions), old)
 
 
-def _join(
+def _join_labels(
     session: WriteSession, connection: Connection, keys: Sequence[Key], rows: dict[int, EngineRow], now: float
 ) -> list[JoinedLabel]:
-    """Give what was said to the predictions that it is of."""
+    """Join labels to their predictions."""
     joined = []
     for part in parts(keys):
         pairs = [key for key in part if not isinstance(key, str)]
-        of = tuple_(predictions.c.engine, predictions.c.cycle).in_(pairs)
-        where = or_(of, predictions.c.id.in_([key for key in part if isinstance(key, str)]))
+        of_pairs = tuple_(predictions.c.engine, predictions.c.cycle).in_(pairs)
+        where = or_(of_pairs, predictions.c.id.in_([key for key in part if isinstance(key, str)]))
         joined += session.join_labels(connection, where, rows.values(), now)
     return joined

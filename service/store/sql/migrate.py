@@ -1,4 +1,4 @@
-"""The database's schema, brought to what this code knows; a newer one is refused. Alembic loads only when needed."""
+"""Migrate the schema of the database to the version of this code; reject a newer one. Import Alembic only if needed."""
 
 from pathlib import Path
 
@@ -7,25 +7,25 @@ from sqlalchemy import Connection, Engine, inspect, text
 from service.errors import SchemaRejected
 
 STEPS = Path(__file__).parent / "migrations"
-LOCK = 7_226_601  # PostgreSQL's advisory lock of this service: replicas that start together migrate in turn
+LOCK = 7_226_601  # advisory lock of PostgreSQL: replicas that start at the same time migrate in turn
 
 
 def migrate(engine: Engine) -> None:
-    """Take the steps that are missing, in one transaction; processes that start together wait for each other.
+    """Apply the missing revisions in one transaction. Processes that start at the same time wait for each other.
 
     Raises:
-        SchemaRejected: the database was made by newer code.
+        SchemaRejected: newer code has migrated the database.
     """
-    known = sorted(path.stem.partition("_")[0] for path in (STEPS / "versions").glob("[0-9]*.py"))
+    revisions = sorted(path.stem.partition("_")[0] for path in (STEPS / "versions").glob("[0-9]*.py"))
     with engine.begin() as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(text(f"SELECT pg_advisory_xact_lock({LOCK})"))
-        found = _version(connection)
-        if found == known[-1]:
+        stored = _version(connection)
+        if stored == revisions[-1]:
             return
-        if found is not None and found not in known:
+        if stored is not None and stored not in revisions:
             raise SchemaRejected(
-                f"the database has schema {found}, this code knows {known[-1]}: it was made by newer code"
+                f"the database has schema {stored}, this code knows {revisions[-1]}: it was made by newer code"
             )
         _upgrade(connection)
 
@@ -33,8 +33,8 @@ def migrate(engine: Engine) -> None:
 def _version(connection: Connection) -> str | None:
     if not inspect(connection).has_table("alembic_version"):
         return None
-    found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
-    return None if found is None else str(found)
+    version = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+    return None if version is None else str(version)
 
 
 def _upgrade(connection: Connection) -> None:

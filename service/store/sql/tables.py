@@ -1,7 +1,7 @@
-"""The tables. Logits and readings are float32 blobs, little-endian; labels are float64 blobs, a probability a class.
+"""Tables of the database. Logits and readings are float32 blobs, labels are float64 blobs with a probability per class.
 
-Times are seconds since 1970. A column whose name in the database is unclear has a `key` for Python. Alembic's steps in
-`migrations` make the same tables; a test holds them together.
+Blobs are little-endian. Times are seconds since 1970. A column whose name in the database is unclear has a `key` for
+Python. The revisions in `migrations` create the same tables, which a test verifies.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from sqlalchemy import BigInteger, Boolean, Column, Double, Index, Integer, Larg
 metadata = MetaData()
 Real = Double
 ENGINE_ID = String(200)
-PREDICTION_ID = String(32)  # hexadecimal, the first twelve digits the time, so that new rows lie together
+PREDICTION_ID = String(32)  # hexadecimal; the first twelve digits are the time, so that new rows are adjacent
 
 
 def _table(name: str, *columns: Any, clustered: bool = False) -> Table:
@@ -22,12 +22,12 @@ engines = _table(
     "engines",
     Column("id", Integer, primary_key=True),
     Column("engine_id", ENGINE_ID, nullable=False, unique=True),
-    Column("revision", BigInteger, nullable=False),  # of its readings: who remembers them sees whether they changed
-    Column("newest_cycle", BigInteger),  # at which it was seen running
-    Column("failed_at", BigInteger),  # the cycle of its end
-    Column("failed_told", Real, key="failure_reported_at"),  # when that was said
-    Column("truths", Integer, nullable=False),  # how many labels are kept for it
-    Column("latest", PREDICTION_ID),  # of its newest cycle
+    Column("revision", BigInteger, nullable=False),  # of its readings: caches compare it to detect a change
+    Column("newest_cycle", BigInteger),  # of a prediction or flight: the engine ran until then
+    Column("failed_at", BigInteger),  # the cycle of its failure
+    Column("failed_told", Real, key="failure_reported_at"),  # when the failure was submitted
+    Column("truths", Integer, nullable=False),  # number of its stored labels
+    Column("latest", PREDICTION_ID),  # prediction of its newest cycle
     Column("latest_cycle", BigInteger),
     Column("health", Integer),  # class index of the latest
     Column("risk", Real),  # probability of the last class in the latest
@@ -38,7 +38,7 @@ models = _table(
     "models",
     Column("id", Integer, primary_key=True),
     Column("digest", String(64), nullable=False, unique=True),
-    Column("manifest", Text, nullable=False),  # JSON: what is needed to read its logits again
+    Column("manifest", Text, nullable=False),  # JSON: the fields that are needed to read its logits
 )
 
 layouts = _table(
@@ -69,14 +69,12 @@ predictions = _table(
     Column("temperature_source", String(10), nullable=False),
     Column("logits", LargeBinary, nullable=False),
     Column("rul", Real),
-    Column(
-        "inputs", LargeBinary, key="feature_bins"
-    ),  # the reference bin of each channel's newest reading, a byte each
+    Column("inputs", LargeBinary, key="feature_bins"),  # reference bin of each channel's newest reading, one byte each
     Column("counts", Boolean, key="is_latest", nullable=False),  # the latest of its engine and cycle
-    Column("label", LargeBinary),  # the truth that joined it
-    Column("source", Integer),  # of that truth, see `labelling.LabelSource`
-    Column("labelled", Real),  # when the truth joined
-    Column("flight", Boolean, key="from_flight"),  # made for a flight that was told; unknown of what older code kept
+    Column("label", LargeBinary),  # its label
+    Column("source", Integer),  # of the label, see `labelling.LabelSource`
+    Column("labelled", Real),  # when the label was joined
+    Column("flight", Boolean, key="from_flight"),  # made for a stored flight; null for predictions of older code
     clustered=True,
 )
 Index("predictions_engine_cycle", predictions.c.engine, predictions.c.cycle)
@@ -87,14 +85,14 @@ truths = _table(
     Column("id", Integer, primary_key=True),
     Column("engine", Integer, nullable=False),
     Column("cycle", BigInteger),
-    Column("prediction", PREDICTION_ID),  # only where that has no cycle
+    Column("prediction", PREDICTION_ID),  # only for a prediction without a cycle
     Column("label", LargeBinary, nullable=False),
     Column("told", Real, key="received_at", nullable=False),
 )
 Index("truths_engine_cycle", truths.c.engine, truths.c.cycle, unique=True)
 Index("truths_prediction", truths.c.prediction, unique=True)
 
-revisions = _table(  # what was said before it was revised
+revisions = _table(  # labels and failures before their revision
     "revisions",
     Column("id", Integer, primary_key=True),
     Column("engine", Integer, nullable=False),
@@ -112,7 +110,7 @@ fits = _table(
     Column("model", Integer, nullable=False),
     Column("made", Real, key="created_at", nullable=False),
     Column("temperature", Real, nullable=False),
-    Column("result", Text, nullable=False),  # JSON, as it was answered
+    Column("result", Text, nullable=False),  # JSON, the response of the call
 )
 
 temperatures = _table(  # every change; the last of a model is the active one
@@ -122,7 +120,7 @@ temperatures = _table(  # every change; the last of a model is the active one
     Column("temperature", Real, nullable=False),
     Column("source", String(10), nullable=False),
     Column("fit", PREDICTION_ID),
-    Column("undoes", Integer, key="reverts"),  # the change that this one takes back
+    Column("undoes", Integer, key="reverts"),  # the change that this one reverts
     Column("who", String(80), key="actor", nullable=False),
     Column("changed", Real, nullable=False),
 )

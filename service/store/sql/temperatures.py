@@ -1,4 +1,4 @@
-"""Fits of the temperature, and every change of it: who, when, and what it was before."""
+"""Store fits of the temperature, and every change of it with its actor and time."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from service.store.sql.tables import fits, models, temperatures
 
 
 def store_fits(session: WriteSession, connection: Connection, items: Sequence[StoredFit]) -> list[None]:
-    """Keep fits."""
+    """Store fits."""
     for item in items:
         model = session.stored_model(connection, item.digest, item.manifest).id
         row = {"id": item.id, "model": model, "created_at": item.created_at, "temperature": item.temperature}
@@ -24,18 +24,18 @@ def store_fits(session: WriteSession, connection: Connection, items: Sequence[St
 def change_temperatures(
     session: WriteSession, connection: Connection, items: Sequence[TemperatureChange]
 ) -> list[ActiveTemperature]:
-    """Put temperatures in force.
+    """Apply temperature changes.
 
     Raises:
         NotFound: no such fit.
-        Conflict: a fit of another model, or nothing to take back.
+        Conflict: a fit of another model, or nothing to restore.
     """
-    return [_change(session, connection, item) for item in items]
+    return [_apply_change(session, connection, item) for item in items]
 
 
-def _change(session: WriteSession, connection: Connection, item: TemperatureChange) -> ActiveTemperature:
+def _apply_change(session: WriteSession, connection: Connection, item: TemperatureChange) -> ActiveTemperature:
     model = session.stored_model(connection, item.digest, item.manifest).id
-    connection.execute(select(models.c.id).where(models.c.id == model).with_for_update())  # one change after the other
+    connection.execute(select(models.c.id).where(models.c.id == model).with_for_update())  # serialises changes
     row: dict[str, Any] = {
         "model": model,
         "actor": item.actor,
@@ -44,34 +44,34 @@ def _change(session: WriteSession, connection: Connection, item: TemperatureChan
         "reverts": None,
     }
     if item.fit is not None:
-        row |= {"temperature": _fitted(connection, item.fit, model), "source": "fit"}
+        row |= {"temperature": _fitted_temperature(connection, item.fit, model), "source": "fit"}
     elif item.temperature is not None:
         row |= {"temperature": item.temperature, "source": "fit"}
     else:
-        standing = _standing(changes(connection, item.digest))
-        if not standing:
+        unreverted = _unreverted(changes(connection, item.digest))
+        if not unreverted:
             raise Conflict("there is nothing to take back: the temperature is the artefact's")
         before = {"temperature": item.manifest.temperature, "source": "artefact", "fit": None}
-        if len(standing) > 1:
-            before = {name: getattr(standing[-2], name) for name in before}
-        row |= before | {"reverts": standing[-1].id}
+        if len(unreverted) > 1:
+            before = {name: getattr(unreverted[-2], name) for name in before}
+        row |= before | {"reverts": unreverted[-1].id}
     number = connection.execute(insert(temperatures).returning(temperatures.c.id), row).scalar_one()
     return ActiveTemperature(number, row["temperature"], row["source"])
 
 
-def _fitted(connection: Connection, name: str, model: int) -> float:
-    found = connection.execute(select(fits).where(fits.c.id == name)).first()
-    if found is None:
-        raise NotFound(f"no fit {name[:40]!r}")
-    if found.model != model:
+def _fitted_temperature(connection: Connection, fit_id: str, model: int) -> float:
+    fit = connection.execute(select(fits).where(fits.c.id == fit_id)).first()
+    if fit is None:
+        raise NotFound(f"no fit {fit_id[:40]!r}")
+    if fit.model != model:
         raise Conflict("that fit is of another model than the one that answers")
-    return float(found.temperature)
+    return float(fit.temperature)
 
 
-def _standing(every: Sequence[Row[Any]]) -> list[Row[Any]]:
-    """The changes that were not taken back, oldest first."""
+def _unreverted(rows: Sequence[Row[Any]]) -> list[Row[Any]]:
+    """Return the changes that were not reverted, oldest first."""
     stack: list[Row[Any]] = []
-    for row in every:
+    for row in rows:
         if row.reverts is None:
             stack.append(row)
         else:
@@ -80,14 +80,15 @@ def _standing(every: Sequence[Row[Any]]) -> list[Row[Any]]:
 
 
 def changes(connection: Connection, digest: str) -> list[Row[Any]]:
-    """Every change of a model's temperature, oldest first."""
-    asked = select(temperatures).join(models, models.c.id == temperatures.c.model).where(models.c.digest == digest)
-    return list(connection.execute(asked.order_by(temperatures.c.id)))
+    """Return every change of a model's temperature, oldest first."""
+    statement = select(temperatures).join(models, models.c.id == temperatures.c.model).where(models.c.digest == digest)
+    return list(connection.execute(statement.order_by(temperatures.c.id)))
 
 
 def active_temperature(connection: Connection, digest: str) -> ActiveTemperature | None:
-    """A model's temperature after its last change; None while it has its artefact's."""
+    """Return a model's temperature after its last change; None for the temperature of its artefact."""
     c = temperatures.c
-    asked = select(c.id, c.temperature, c.source).join(models, models.c.id == c.model).where(models.c.digest == digest)
-    row = connection.execute(asked.order_by(c.id.desc()).limit(1)).first()
+    columns = select(c.id, c.temperature, c.source)
+    statement = columns.join(models, models.c.id == c.model).where(models.c.digest == digest)
+    row = connection.execute(statement.order_by(c.id.desc()).limit(1)).first()
     return None if row is None else ActiveTemperature(*row)
