@@ -23,7 +23,7 @@ NAME = 23  # characters of a module's name, and what is between it and its sente
 
 
 def settings() -> Iterator[str]:
-    """One line a setting: variable, default, unit and reason."""
+    """Yield one line per setting: variable, default and description."""
     yield "| variable | default | what it is |"
     yield "| --- | --- | --- |"
     for name, field in Settings.model_fields.items():
@@ -33,7 +33,7 @@ def settings() -> Iterator[str]:
 
 
 def endpoints() -> Iterator[str]:
-    """One line a route, as the OpenAPI document describes it."""
+    """Yield one line per route, as the OpenAPI document describes it."""
     from service.app import create_app
     from service.settings import read_settings
 
@@ -47,7 +47,7 @@ def endpoints() -> Iterator[str]:
 
 
 def tree() -> Iterator[str]:
-    """One line a module: the first sentence of its docstring, or of the comment that a script opens with."""
+    """Yield one line per module: the first line of its docstring, or of the first comment of a script."""
     yield "```"
     for folder in package_folders(ROOT):
         yield f"{folder.relative_to(ROOT)}/"
@@ -72,14 +72,14 @@ class Module(NamedTuple):
 
 def package_folders(root: Path) -> list[Path]:
     """Return the folder of every package of the project, the top level of each first."""
-    found = [path.parent for top in TOP for path in sorted((root / top).rglob("__init__.py"))]
-    if not found:
+    folders = [path.parent for top in TOP for path in sorted((root / top).rglob("__init__.py"))]
+    if not folders:
         raise SystemExit(f"no packages in {root}")
-    return sorted(found, key=lambda folder: (TOP.index(folder.relative_to(root).parts[0]), folder))
+    return sorted(folders, key=lambda folder: (TOP.index(folder.relative_to(root).parts[0]), folder))
 
 
 def read_module(path: Path) -> Module:
-    """Read what the table of packages counts. Imports inside functions count as others do."""
+    """Read the figures of a module. Imports inside functions are included."""
     text = path.read_text()
     functions, imports = [], set[str]()
     for node in ast.walk(ast.parse(text)):
@@ -93,7 +93,7 @@ def read_module(path: Path) -> Module:
 
 
 def packages(root: Path = ROOT) -> Iterator[str]:
-    """One line per package: modules, lines, sizes, and the imports between its modules and those of other packages."""
+    """Yield one line per package: modules, lines, sizes, and imports from and by other packages."""
     modules: dict[str, Module] = {}
     package_of: dict[str, str] = {}
     for folder in package_folders(root):
@@ -104,12 +104,13 @@ def packages(root: Path = ROOT) -> Iterator[str]:
                 modules[f"{package}.{path.stem}"] = read_module(path)
                 package_of[f"{package}.{path.stem}"] = package
     targets = {
-        name: {_imported(one, package_of) for one in module.imports} - {None} for name, module in modules.items()
+        name: {_imported(imported, package_of) for imported in module.imports} - {None}
+        for name, module in modules.items()
     }
     edges = [
         (package_of[name], package_of[target])
-        for name, found in targets.items()
-        for target in found
+        for name, imported in targets.items()
+        for target in imported
         if target and package_of[name] != package_of[target]
     ]
     yield "| package | modules | lines | median module | median function | p90 function | imports in | imports out |"
@@ -127,9 +128,9 @@ def packages(root: Path = ROOT) -> Iterator[str]:
         yield f"| `{package.replace('.', '/')}` | {' | '.join(f'{figure:,}' for figure in figures)} |"
 
 
-def _imported(name: str, known: dict[str, str]) -> str | None:
+def _imported(name: str, modules: dict[str, str]) -> str | None:
     """Return the module or package of the project that an imported name is, or is in."""
-    while name and name not in known:
+    while name and name not in modules:
         name = name.rpartition(".")[0]
     return name or None
 
@@ -140,7 +141,7 @@ def _rank(values: list[int], share: float) -> int:
 
 
 def results() -> Iterator[str]:
-    """The results of the bundled artefact on the official test engines."""
+    """Yield the results of the bundled artefact on the official test engines."""
     from model.data import cmapss
     from model.evaluation.evaluate import ARTEFACT, open_artefact, results_table
 
@@ -148,7 +149,7 @@ def results() -> Iterator[str]:
 
 
 def replaced(text: str, name: str, lines: Iterator[str]) -> str:
-    """The text with everything between the markers of a table replaced by its lines."""
+    """Return the text with everything between the markers of a table replaced by its lines."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     if begin not in text or end not in text:
         raise SystemExit(f"no markers {begin} and {end}")
@@ -157,7 +158,7 @@ def replaced(text: str, name: str, lines: Iterator[str]) -> str:
 
 
 def main() -> None:
-    """Write or check."""
+    """Write or check the tables."""
     parser = argparse.ArgumentParser(description="Write the tables that are generated from code.")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--results", action="store_true", help="also run the artefact over the test engines")

@@ -31,8 +31,8 @@ class CheckFailed(Exception):
 def supported_versions(pyproject: str) -> list[str]:
     """Return the Python versions of the classifiers, as `3.11`."""
     classifiers = tomllib.loads(pyproject)["project"].get("classifiers", [])
-    found = (re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", line) for line in classifiers)
-    versions = [match[1] for match in found if match]
+    matches = (re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", line) for line in classifiers)
+    versions = [match[1] for match in matches if match]
     if not versions:
         raise CheckFailed("pyproject.toml has no classifier with a Python version")
     return versions
@@ -40,14 +40,16 @@ def supported_versions(pyproject: str) -> list[str]:
 
 def locked_requirements(lock: str, version: str) -> dict[str, str]:
     """Return name and pinned version of each requirement of a lock that applies to a Python version on Linux x86-64."""
-    environment = {"python_version": version, "python_full_version": f"{version}.0", "implementation_name": "cpython"}
-    environment |= {
+    environment = {
+        "python_version": version,
+        "python_full_version": f"{version}.0",
+        "implementation_name": "cpython",
+        "platform_python_implementation": "CPython",
         "sys_platform": "linux",
         "platform_system": "Linux",
         "platform_machine": "x86_64",
         "os_name": "posix",
     }
-    environment |= {"platform_python_implementation": "CPython"}
     pinned = {}
     for line in lock.replace("\\\n", " ").splitlines():
         text = line.partition("#")[0].partition(" --hash")[0].strip()
@@ -62,21 +64,21 @@ def locked_requirements(lock: str, version: str) -> dict[str, str]:
 
 def missing_wheels(pinned: dict[str, str], version: str) -> list[str]:
     """Return the requirements without a wheel for a Python version. Pip names one per run, so it runs repeatedly."""
-    left, missing = dict(pinned), []
+    remaining, missing = dict(pinned), []
     tags = ["--python-version", version, "--implementation", "cp", "--abi", f"cp{version.replace('.', '')}"]
     for platform in PLATFORMS:
         tags += ["--platform", platform]
-    while left:
+    while remaining:
         with tempfile.TemporaryDirectory(prefix="engine-health-wheels-") as folder:
             command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "download"]
-            command += ["--only-binary=:all:", "--no-deps", "--dest", folder, *tags, *left.values()]
-            done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode == 0:
+            command += ["--only-binary=:all:", "--no-deps", "--dest", folder, *tags, *remaining.values()]
+            completed = subprocess.run(command, capture_output=True, text=True)
+        if completed.returncode == 0:
             break
-        named = re.search(r"No matching distribution found for ([\w.-]+?)==", done.stderr)
-        if named is None or named[1] not in left:
-            raise CheckFailed(f"pip download failed for Python {version}: {done.stderr.strip().splitlines()[-1:]}")
-        missing.append(left.pop(named[1]))
+        match = re.search(r"No matching distribution found for ([\w.-]+?)==", completed.stderr)
+        if match is None or match[1] not in remaining:
+            raise CheckFailed(f"pip download failed for Python {version}: {completed.stderr.strip().splitlines()[-1:]}")
+        missing.append(remaining.pop(match[1]))
     return missing
 
 
