@@ -197,7 +197,7 @@ def _keep_needed(graph: GraphProto, needed: set[str]) -> None:
 
 
 def _rename_tensors(graph: GraphProto, names: dict[str, str]) -> None:
-    """Rename tensors. Other tensors that has a new name get a suffix."""
+    """Rename tensors. Other tensors that have a new name already get a suffix."""
     used = {name for node in graph.node for name in (*_used_names(node), *node.output)} | set(names.values())
     for name in sorted(set(names.values()) - set(names)):
         unused = name

@@ -10,7 +10,7 @@ Readings = npt.NDArray[np.float32]
 
 
 def pad_left(history: Readings, window: int) -> Readings:
-    """The newest `window` rows of a history (T, C); a shorter one is preceded by copies of its oldest row.
+    """Return the newest `window` rows of a history (T, C); copies of the oldest row precede a shorter history.
 
     Raises:
         ValueError: an empty history.
@@ -22,24 +22,24 @@ def pad_left(history: Readings, window: int) -> Readings:
 
 
 def every_window(history: Readings, window: int) -> Readings:
-    """One window per cycle, (T, window, C): what the engine looked like at each cycle of its life.
+    """Return one window per cycle, (T, window, C): the history up to each cycle.
 
-    A read-only view on one padded copy of the history: nothing is copied per window.
+    The result is a read-only view of one padded copy of the history.
     """
     return overlapping(np.concatenate([np.repeat(history[:1], window - 1, axis=0), history]), window)
 
 
 def overlapping(rows: Readings, window: int) -> Readings:
-    """Every window within rows (M, C), (M - window + 1, window, C): a read-only view, none if they are fewer."""
+    """Return every window within rows (M, C), (M - window + 1, window, C), as a read-only view; none if M < window."""
     if len(rows) < window:
         return np.empty((0, window, rows.shape[1]), np.float32)
     return np.lib.stride_tricks.sliding_window_view(rows, window, axis=0).transpose(0, 2, 1)
 
 
 def hold_last(history: Readings) -> tuple[Readings, npt.NDArray[np.int64]]:
-    """Each missing value replaced by the last seen one of its channel, and how many were, per channel (C,).
+    """Replace each missing value by the last one of its channel, and return the number of replaced values (C,).
 
-    A value missing before the channel was ever seen stays NaN: there is nothing to hold.
+    A value that is missing before the first one of its channel stays NaN.
     """
     missing = np.isnan(history)  # (T, C)
     seen_at = np.where(missing, 0, np.arange(len(history))[:, None])

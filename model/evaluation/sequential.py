@@ -1,7 +1,7 @@
-"""Evidence that may be looked at as often as one likes: e-values of sums that a calibrated model keeps near zero.
+"""Evidence that is valid at any number of looks: e-values of sums that are near zero for a calibrated model.
 
-Each row brings a number x whose mean is zero if the probabilities are right and whose spread they tell: loss - entropy,
-or q_k - p_k. Of their total T and a variance process V, Robbins' normal mixture makes
+Each row has a number x whose mean is zero if the probabilities are right, and whose variance they determine:
+loss - entropy, or q_k - p_k. From their total T and a variance process V, Robbins' normal mixture gives
 
     E = mean over r of √(r / (V + r)) exp(T² / (2 (V + r))),
 
@@ -15,8 +15,8 @@ which reaches 1/α at any look, ever, with probability α at most (Ville's inequ
   size that a whole engine's surprise in that tail would have is added: Σ m4 / Σ m2, m4 the fourth moment of that tail
   and m2 the variance of an engine's sum if all its rows fell together (Minkowski's bounds, from probabilities alone).
 
-Nothing here depends on the order of rows. What this does not know: engines that err together (one bad fuel delivery for
-the whole fleet), and labels that are missing because of what they would say. numpy only.
+The result does not depend on the order of rows. Not covered: errors that engines have in common (one bad fuel delivery
+for the whole fleet), and labels that are missing because of their value. numpy only.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ SCALES = (3.0, 100.0, 3e3, 1e5)  # of V, nats²: from a few dozen rows to a flee
 
 @dataclass(frozen=True)
 class Deviations:
-    """What each of N rows brings, and what its probabilities say of it; every field (N,)."""
+    """The deviation of each of N rows, and its moments under the probabilities; every field (N,)."""
 
     x: Floats
     variance: Floats
@@ -42,7 +42,7 @@ class Deviations:
 
 
 def of_losses(logits: npt.ArrayLike, loss: Floats, expected: Floats, variance: Floats) -> Deviations:
-    """Loss - entropy, nats: the derivative of the log-likelihood by 1/T, so nothing tells a wrong temperature sooner.
+    """Loss - entropy, nats: the derivative of the log-likelihood by 1/T, the most sensitive test of T.
 
     Args:
         logits: (N, C), already divided by their temperatures.
@@ -112,7 +112,7 @@ def mean_of_e(logs: Floats) -> Floats:
 
 
 def reach_of(variance: float, alpha: float) -> float:
-    """The total whose e-value is 1/alpha."""
+    """Return the total whose e-value is 1/alpha."""
     r, cost = variance + np.array(SCALES), np.log1p(variance / np.array(SCALES)) / 2
     # The mean of e-values is no larger than the largest, and no smaller than that one's share of it.
     low, high = (float(np.sqrt(2 * r * (np.log(k / alpha) + cost)).min()) for k in (1, len(SCALES)))

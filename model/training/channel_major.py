@@ -106,7 +106,7 @@ class ChannelMajorNetwork(nn.Module):
 def _not_frozen(differs: Tensor) -> Tensor:  # (B, S, T - 1) -> (B, S, T)
     """Return False where a reading belongs to a run of five or more equal ones and is not the first of them."""
     for k in DOUBLING_STEPS:
-        differs = differs[:, :, k:] | differs[:, :, :-k]  # any of 2, any of STUCK
+        differs = differs[:, :, k:] | differs[:, :, :-k]  # any of 2, then any of FROZEN_REPEATS
     not_frozen = F.pad(differs, (FROZEN_REPEATS, FROZEN_REPEATS - 1), value=True)
     for k in DOUBLING_STEPS:
         not_frozen = not_frozen[:, :, k:] & not_frozen[:, :, :-k]
