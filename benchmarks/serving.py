@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks import load
 from benchmarks.load import CLIENT_CORE, JSON_HEADERS, SERVER_CORE, Figure
 from benchmarks.peers import BUILD, CONNECTIONS, INFER, ROOT, ROWS, alone, unfailing
-from model.contract import PLAN_KEY, graph_beside
+from model.contract import CHANNEL_MAJOR_KEY, read_graph
 from model.evaluation.evaluate import ARTEFACT, open_artefact
 from model.windows import Readings
 
@@ -60,7 +60,7 @@ def measured(rounds: int, seconds: float) -> Found:
     ):
         plan = Path(folder, "plan.onnx")
         kept = open_artefact(ARTEFACT)[0].get_modelmeta().custom_metadata_map
-        plan.write_bytes(graph_beside(kept, PLAN_KEY) or b"")
+        plan.write_bytes(read_graph(kept, CHANNEL_MAJOR_KEY) or b"")
         floor, own = base(bare) + "/predict", base(port) + "/v1/predict"
         cases: dict[str, Callable[[], Mapping[str, float]]] = {
             "bare": lambda: singles(floor, seconds),

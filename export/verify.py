@@ -132,7 +132,7 @@ def _run_session(session: ort.InferenceSession, batch: Readings) -> tuple[Readin
 
 def _open_graph(session: ort.InferenceSession, key: str) -> ort.InferenceSession | None:
     """Open another graph that is stored in the metadata of the file, if there is one."""
-    graph = contract.graph_beside(session.get_modelmeta().custom_metadata_map, key)
+    graph = contract.read_graph(session.get_modelmeta().custom_metadata_map, key)
     return None if graph is None else ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
 
 
@@ -148,7 +148,10 @@ def main() -> None:
         session, manifest = open_artefact(flags.input)
         inputs = synthetic_windows(network, max(BATCHES))
         measured = measure_difference(network, session, inputs)
-        channel_major, overlap = _open_graph(session, contract.PLAN_KEY), _open_graph(session, contract.HISTORIES_KEY)
+        channel_major, overlap = (
+            _open_graph(session, contract.CHANNEL_MAJOR_KEY),
+            _open_graph(session, contract.OVERLAP_KEY),
+        )
         if channel_major is not None:
             verify_channel_major(session, channel_major, inputs)
         rows = inputs.reshape(-1, inputs.shape[-1])

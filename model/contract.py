@@ -16,10 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 SCHEMA_VERSION = 1
 INPUT, LOGITS, RUL = "telemetry", "logits", "rul"
-STARTS, EXACT = (
-    "starts",
-    "exact",
-)  # of the overlap graph: first rows of windows, and whether their outputs equal the network's
+# Of the overlap graph: the first row of each window, and whether its outputs have the bits of the network.
+STARTS, EXACT = "starts", "exact"
 CLASSES = ("normal", "degrading", "critical")
 RUL_THRESHOLDS = (125.0, 50.0)  # normal above the first, critical at or below the last
 RUL_CAP = 125.0
@@ -47,7 +45,7 @@ SETTINGS, SENSORS = CHANNELS[:3], CHANNELS[3:]
 
 MANIFEST_KEY, SEAL_KEY = "manifest", "seal"
 # Optional graphs in base64, with the same output bits as the network's own.
-PLAN_KEY, HISTORIES_KEY = "plan", "histories"  # channel-major graph; overlap graph
+CHANNEL_MAJOR_KEY, OVERLAP_KEY = "plan", "histories"
 UNSEALED = b"0" * 64
 SEALED = b'"sealed":true'  # in the manifest, so a damaged seal is not mistaken for a missing one
 # metadata_props is a protobuf map entry: field 1 the key, field 2 the value, each preceded by its length (64 = "@")
@@ -59,7 +57,7 @@ class ContractError(ValueError):
 
 
 class Part(BaseModel):
-    """Frozen; unknown fields are kept, so that a newer manifest passes through an older tool unharmed."""
+    """Frozen part of a manifest. Unknown fields are preserved, so that older tools do not damage a newer manifest."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
 
@@ -156,7 +154,7 @@ class Manifest(Part):
 
 
 def parse_manifest(text: str) -> Manifest:
-    """The manifest of an artefact.
+    """Parse the manifest of an artefact.
 
     Raises:
         ContractError: not JSON, a field missing or out of its range; the message names the first such field.
@@ -170,17 +168,17 @@ def parse_manifest(text: str) -> Manifest:
 
 
 def digest(content: bytes) -> str:
-    """The name of a model: sha256 of its file, in hexadecimal."""
+    """Return the name of a model: sha256 of its file, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
 
 
 def seal_of(content: bytes) -> str:
-    """The seal that a file should carry: its sha256 with the seal's digits read as zeros."""
+    """Return the correct seal of a file: its sha256 with the digits of the seal read as zeros."""
     return digest(_SEAL.sub(lambda match: match[0].replace(match[1], UNSEALED), content))
 
 
 def check_seal(content: bytes) -> None:
-    """Refuse a file that changed after it was written. A foreign file without a seal, or a word of one, passes.
+    """Reject a file that changed after it was written. A foreign file with neither a seal nor a claim of one is valid.
 
     Raises:
         ContractError: the seal does not fit the content.
@@ -190,7 +188,7 @@ def check_seal(content: bytes) -> None:
         raise ContractError("the file changed after it was written (its seal does not fit its content)")
 
 
-def graph_beside(metadata: Mapping[str, str], key: str) -> bytes | None:
+def read_graph(metadata: Mapping[str, str], key: str) -> bytes | None:
     """Return an optional graph from the metadata of a file, or None.
 
     Raises:
@@ -201,11 +199,11 @@ def graph_beside(metadata: Mapping[str, str], key: str) -> bytes | None:
 
 
 def write(
-    source: bytes, manifest: Manifest, target: Path, histories: bytes | None = None, plan: bytes | None = None
+    source: bytes, manifest: Manifest, target: Path, overlap: bytes | None = None, channel_major: bytes | None = None
 ) -> str:
-    """Put a manifest into an ONNX file, and other graphs if they are given, replacing older ones, and seal it.
+    """Write an ONNX file with a manifest, optional other graphs and a seal. Earlier ones are replaced.
 
-    Returns the digest of what was written.
+    Returns the digest of the written file.
     """
     import onnx
 
@@ -214,7 +212,7 @@ def write(
     metadata[MANIFEST_KEY] = manifest.model_copy(update={"sealed": True}).model_dump_json()
     metadata |= {
         key: base64.b64encode(graph).decode()
-        for key, graph in ((HISTORIES_KEY, histories), (PLAN_KEY, plan))
+        for key, graph in ((OVERLAP_KEY, overlap), (CHANNEL_MAJOR_KEY, channel_major))
         if graph is not None
     }
     onnx.helper.set_model_props(proto, metadata | {SEAL_KEY: UNSEALED.decode()})

@@ -24,6 +24,6 @@ def score_labels(logits: npt.ArrayLike, labels: Floats, temperature: float, sets
 
 def score_labelled_rows(answers: Predictions, targets: Floats, temperature: float) -> Labelled:
     """Score those of N predictions whose target (N, C) is not a row of NaN."""
-    known = ~np.isnan(targets[:, 0])
-    sets = None if answers.sets is None else answers.sets[known]
-    return score_labels(answers.logits[known], targets[known], temperature, sets)
+    labelled = ~np.isnan(targets[:, 0])
+    sets = None if answers.sets is None else answers.sets[labelled]
+    return score_labels(answers.logits[labelled], targets[labelled], temperature, sets)

@@ -15,14 +15,14 @@ from service.inference.verification import check_golden_windows, use_channel_maj
 def open_model(
     path: Path, required_digest: str = "", threads: int = 0, batch_rows: int = 1, deterministic: bool = False
 ) -> Model:
-    """Open an artefact and prove it: digest, seal, manifest, shapes, golden windows, batch of N = N batches of 1.
+    """Open an artefact and verify it: digest, seal, manifest, shapes, golden windows, batch of N = N batches of 1.
 
-    A plan in the file, the network laid out for speed, is run in its place if it proves to give the same bits here.
-    Every batch size that is a power of two up to `batch_rows` is run once, so that the first caller finds it warm.
-    `deterministic` runs each window alone: then no company can change its bits.
+    A channel-major graph in the file replaces the network if it gives the same bits on this machine. Every batch size
+    that is a power of two up to `batch_rows` is run once, as warm-up for the first request. `deterministic` runs each
+    window alone, so its bits do not depend on other rows of the batch.
 
     Raises:
-        ArtefactRejected: any of these fails; one line says which.
+        ArtefactRejected: a check fails. The message is one line with the reason.
     """
     try:
         content = path.read_bytes()
@@ -33,16 +33,16 @@ def open_model(
         if required_digest and digest != required_digest:
             raise ContractError(f"digest is {digest}, required is {required_digest}")
         contract.check_seal(content)
-        opened = open_session(content, threads or available_cpus())
-        manifest = _read_manifest(opened)
-        model = Model(manifest, digest, _read_input_shape(opened, manifest), build_runner(opened, manifest))
-        _check_outputs(opened, manifest)
+        session = open_session(content, threads or available_cpus())
+        manifest = _read_manifest(session)
+        model = Model(manifest, digest, _read_input_shape(session, manifest), build_runner(session, manifest))
+        _check_outputs(session, manifest)
         check_golden_windows(model)
-        model = use_channel_major_graph(model, opened, threads or available_cpus())
+        model = use_channel_major_graph(model, session, threads or available_cpus())
         model = warm_up(model, batch_rows, deterministic)
     except ContractError as error:
         raise ArtefactRejected(f"{path}: {error}") from None
-    except Exception as error:  # a file can be wrong in more ways than are named here; none may pass in silence
+    except Exception as error:  # a file may be malformed in any other way, and must be rejected
         reason = str(error).strip().partition("\n")[0]
         raise ArtefactRejected(f"{path}: {type(error).__name__}: {reason}") from error
     return model

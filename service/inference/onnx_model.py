@@ -14,11 +14,11 @@ from model import contract
 from model.contract import ContractError, Manifest
 
 Batch = npt.NDArray[np.float32]
-LOG_FATAL_ONLY = 4  # ONNX Runtime's log severity: what goes wrong is raised, and said once
+LOG_FATAL_ONLY = 4  # log severity of ONNX Runtime; errors are raised instead
 
 
 class Outputs(NamedTuple):
-    """What the network answers for a batch of N: logits (N, C) float32, RUL (N,) float32 or None without that head."""
+    """Outputs of the network for a batch of N: logits (N, C) float32, RUL (N,) float32 or None without that head."""
 
     logits: Batch
     rul: Batch | None
@@ -26,25 +26,23 @@ class Outputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Model:
-    """An artefact that proved itself. `input_shape` is that of one instance, without the batch."""
+    """A verified artefact. `input_shape` is that of one instance, without the batch."""
 
     manifest: Manifest
     digest: str
     input_shape: tuple[int, ...]
     run: Callable[[Batch], Outputs]
-    optimised_graph: bool = (
-        False  # whether `run` is the plan in the file, and not the network's own graph: the same bits
-    )
-    batch_max_difference: float = 0.0  # the most that logits, and RUL in hundreds of cycles, were seen to differ
+    optimised_graph: bool = False  # whether `run` uses the channel-major graph of the file, which gives the same bits
+    batch_max_difference: float = 0.0  # largest measured difference of logits, and of RUL in hundreds of cycles
 
     @cached_property
     def channels(self) -> tuple[str, ...]:
-        """Names of the input's columns, in order; kept, because every request asks."""
+        """Names of the input's columns, in order; cached, because every request needs them."""
         return self.manifest.channel_names
 
 
 def read_metadata(content: bytes) -> dict[str, str]:
-    """What a file says of itself, the manifest included.
+    """Return the metadata of a file, including the manifest.
 
     Raises:
         ContractError: ONNX Runtime cannot open it.
@@ -53,7 +51,7 @@ def read_metadata(content: bytes) -> dict[str, str]:
 
 
 def open_session(content: bytes, threads: int) -> ort.InferenceSession:
-    """A graph, opened to run on so many threads.
+    """Open a graph that runs on a number of threads.
 
     Raises:
         ContractError: ONNX Runtime cannot open it.
@@ -65,48 +63,51 @@ def open_session(content: bytes, threads: int) -> ort.InferenceSession:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # an idle service uses no core
     try:
         return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime raises a class of its own for each way a file can be broken
+    except Exception as error:  # ONNX Runtime has a separate exception class per kind of defect
         raise ContractError(f"not a usable ONNX file: {str(error).strip().splitlines()[0]}") from None
 
 
 def build_runner(session: ort.InferenceSession, manifest: Manifest) -> Callable[[Batch], Outputs]:
     """Return a function that runs a session on a batch (N, *input_shape)."""
     names = [output.name for output in session.get_outputs() if output.name in (contract.LOGITS, contract.RUL)]
-    lone = _SingleWindowRunner(
+    single = _SingleWindowRunner(
         session, {name: (1, len(manifest.classes)) if name == contract.LOGITS else (1,) for name in names}
     )
 
     def run(batch: Batch) -> Outputs:
         if len(batch) == 1:
-            return lone.run(batch)
-        found = dict(zip(names, session.run(names, {contract.INPUT: batch}), strict=True))
-        return Outputs(found[contract.LOGITS], found.get(contract.RUL))
+            return single.run(batch)
+        outputs = dict(zip(names, session.run(names, {contract.INPUT: batch}), strict=True))
+        return Outputs(outputs[contract.LOGITS], outputs.get(contract.RUL))
 
     return run
 
 
 class _SingleWindowRunner(threading.local):
-    """A window that comes alone: its answers lie where those of the last one did, one place a thread.
+    """Runs single windows with the same output buffers each time, one set per thread.
 
-    Nothing is looked up by its name and nothing is allocated for them, which is an eighth of a lone window's time.
+    This avoids name lookups and allocations, which take an eighth of the time of a single window.
     """
 
     def __init__(self, session: ort.InferenceSession, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._session, self._bound = session, session.io_binding()
-        self._found = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
-        for name, found in self._found.items():
-            self._bound.bind_output(name, "cpu", 0, np.float32, found.shape, found.ctypes.data)
+        self._session, self._binding = session, session.io_binding()
+        self._outputs = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
+        for name, buffer in self._outputs.items():
+            self._binding.bind_output(name, "cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
 
     def run(self, window: Batch) -> Outputs:
-        """What the network answers for a batch of one."""
-        self._bound.bind_cpu_input(contract.INPUT, np.ascontiguousarray(window))
-        self._session.run_with_iobinding(self._bound)
-        rul = self._found.get(contract.RUL)
-        return Outputs(self._found[contract.LOGITS].copy(), None if rul is None else rul.copy())
+        """Return copies of the outputs for a batch of one."""
+        self._binding.bind_cpu_input(contract.INPUT, np.ascontiguousarray(window))
+        self._session.run_with_iobinding(self._binding)
+        rul = self._outputs.get(contract.RUL)
+        return Outputs(self._outputs[contract.LOGITS].copy(), None if rul is None else rul.copy())
 
 
 def run_singly(run: Callable[[Batch], Outputs]) -> Callable[[Batch], Outputs]:
-    """Each window in a batch of its own: kernels round by where in a batch a row lies, and by how large that is."""
+    """Return a function that runs each window in a separate batch.
+
+    Kernels round differently depending on the size of the batch and the position of a row in it.
+    """
 
     def singly(batch: Batch) -> Outputs:
         return concatenate_outputs([run(batch[i : i + 1]) for i in range(len(batch))])
@@ -115,6 +116,6 @@ def run_singly(run: Callable[[Batch], Outputs]) -> Callable[[Batch], Outputs]:
 
 
 def concatenate_outputs(parts: Sequence[Outputs]) -> Outputs:
-    """What the network answers for some rows after what it answers for others."""
+    """Concatenate the outputs of several batches."""
     rul = [part.rul for part in parts if part.rul is not None]
     return Outputs(np.concatenate([part.logits for part in parts]), np.concatenate(rul) if rul else None)

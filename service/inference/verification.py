@@ -15,8 +15,8 @@ from service.inference import probe_windows
 from service.inference.onnx_model import Batch, Model, Outputs, build_runner, open_session, run_singly
 from service.inference.probe_windows import bit_patterns
 
-PROBE_WINDOWS = 3  # windows that prove a batch, beside the golden ones
-ROWS_BELOW_BUCKET = (0, 1, 3)  # rows less than a bucket: kernels treat what is left over in another way
+PROBE_WINDOWS = 3  # random windows that verify a batch, in addition to the golden ones
+ROWS_BELOW_BUCKET = (0, 1, 3)  # rows fewer than a bucket: kernels compute remainders differently
 RUL_UNITS = 100  # cycles are a hundred times as large as logits, and so is their rounding
 
 
@@ -38,22 +38,22 @@ def check_golden_windows(model: Model) -> None:
     if golden:
         _compare("golden window", outputs.logits[: len(golden)], logits, model.manifest.tolerance)
     if outputs.rul is not None and golden and all(g.rul is not None for g in golden):
-        found, rul = outputs.rul[: len(golden)], np.array([g.rul for g in golden])
-        _compare("golden window's RUL", found, rul, RUL_UNITS * model.manifest.tolerance)
+        rul = np.array([g.rul for g in golden])
+        _compare("golden window's RUL", outputs.rul[: len(golden)], rul, RUL_UNITS * model.manifest.tolerance)
 
 
-def use_channel_major_graph(model: Model, opened: ort.InferenceSession, threads: int) -> Model:
-    """The model, run by the plan in its file if there is one that gives the network's bits here; else as it is."""
+def use_channel_major_graph(model: Model, session: ort.InferenceSession, threads: int) -> Model:
+    """Return the model with the channel-major graph of its file if that has the network's bits here; else unchanged."""
     try:
-        plan = contract.graph_beside(opened.get_modelmeta().custom_metadata_map, contract.PLAN_KEY)
-        if plan is None or not model.manifest.golden:
+        graph = contract.read_graph(session.get_modelmeta().custom_metadata_map, contract.CHANNEL_MAJOR_KEY)
+        if graph is None or not model.manifest.golden:
             return model
-        run = build_runner(open_session(plan, threads), model.manifest)
+        run = build_runner(open_session(graph, threads), model.manifest)
         same = all(
-            np.array_equal(bit_patterns(run(some)), bit_patterns(model.run(some)))
-            for some in probe_windows.probe_batches(model.manifest)
+            np.array_equal(bit_patterns(run(batch)), bit_patterns(model.run(batch)))
+            for batch in probe_windows.probe_batches(model.manifest)
         )
-    except Exception:  # each way in which a graph can fail has a class of its own, and here all mean: it is of no use
+    except Exception:  # a separate class per kind of failure; a graph that fails is not used
         return model
     return replace(model, run=run, optimised_graph=True) if same else model
 
@@ -75,12 +75,12 @@ def warm_up(model: Model, batch_rows: int, deterministic: bool) -> Model:
 
 
 def _present_outputs(run: Callable[[Batch], Outputs]) -> Callable[[Batch], list[Batch]]:
-    """Return the outputs that are there, in order."""
+    """Return a function that returns the outputs without an absent RUL."""
     return lambda batch: [column for column in run(batch) if column is not None]
 
 
 def _random_windows(model: Model, golden: Batch) -> Batch:
-    """Windows unlike each other: a graph that mixes the rows of its batch answers them otherwise than alone."""
+    """Return distinct windows: a graph that mixes rows of a batch has other outputs for them than for each alone."""
     random = np.random.default_rng(0)
     noise = random.standard_normal((PROBE_WINDOWS, *model.input_shape))
     base = golden[np.arange(PROBE_WINDOWS) % len(golden)] if len(golden) else np.zeros_like(noise)
@@ -93,18 +93,20 @@ def _check_batch_invariance(model: Model, windows: Batch) -> Outputs:
     try:
         outputs = model.run(windows)
         alone = run_alone(run, windows)
-    except Exception as error:  # ONNX Runtime raises a class of its own for each kind of failure
+    except Exception as error:  # ONNX Runtime has a separate exception class per kind of failure
         raise ContractError(f"the network fails on its own windows: {str(error).splitlines()[0]}") from None
-    for name, found, shape in (
+    for name, output, shape in (
         ("logits", outputs.logits, (len(windows), len(model.manifest.classes))),
         ("rul", outputs.rul, (len(windows),)),
     ):
-        if found is not None and (found.shape != shape or found.dtype != np.float32 or not np.isfinite(found).all()):
+        if output is not None and (
+            output.shape != shape or output.dtype != np.float32 or not np.isfinite(output).all()
+        ):
             raise ContractError(f"output {name!r} is not finite float32 of shape {list(shape)} on its own windows")
     names = ("batch of N against N batches of 1", "batch of N against N batches of 1, RUL")
     columns = [column for column in outputs if column is not None]
-    for what, column, own, unit in zip(names, columns, alone, _tolerance_units(model), strict=False):
-        _compare(what, column, own, unit * model.manifest.tolerance)
+    for name, column, own, unit in zip(names, columns, alone, _tolerance_units(model), strict=False):
+        _compare(name, column, own, unit * model.manifest.tolerance)
     return outputs
 
 
@@ -113,9 +115,9 @@ def _tolerance_units(model: Model) -> tuple[float, ...]:
     return (1.0,) if model.manifest.rul_thresholds is None else (1.0, float(RUL_UNITS))
 
 
-def _compare(what: str, found: npt.NDArray[Any], expected: npt.NDArray[Any], tolerance: float) -> None:
-    if found.shape != expected.shape:
-        raise ContractError(f"{what}: answers of shape {list(found.shape)}, not {list(expected.shape)}")
-    difference = float(np.max(np.abs(found.astype(np.float64) - expected)))
+def _compare(name: str, actual: npt.NDArray[Any], expected: npt.NDArray[Any], tolerance: float) -> None:
+    if actual.shape != expected.shape:
+        raise ContractError(f"{name}: answers of shape {list(actual.shape)}, not {list(expected.shape)}")
+    difference = float(np.max(np.abs(actual.astype(np.float64) - expected)))
     if not difference <= tolerance:  # also when it is NaN
-        raise ContractError(f"{what}: answers differ by {difference:.3g}, tolerance is {tolerance:.3g}")
+        raise ContractError(f"{name}: answers differ by {difference:.3g}, tolerance is {tolerance:.3g}")

@@ -109,7 +109,10 @@ def test_a_plan_with_the_border_elsewhere_is_not_used(tmp_path: Path, factor: fl
     bound = next(one for one in changed.graph.initializer if one.name == ends)
     bound.CopyFrom(onnx.numpy_helper.from_array(np.array(CONDITION_RADIUS**2 * factor, np.float32), ends))
     contract.write(
-        ARTEFACT.read_bytes(), open_artefact(ARTEFACT)[1], tmp_path / "m.onnx", plan=changed.SerializeToString()
+        ARTEFACT.read_bytes(),
+        open_artefact(ARTEFACT)[1],
+        tmp_path / "m.onnx",
+        channel_major=changed.SerializeToString(),
     )
     assert not open_model(tmp_path / "m.onnx").optimised_graph
 
@@ -122,7 +125,7 @@ def test_no_plan_is_believed(tmp_path: Path) -> None:
     other = EngineHealth(NetworkConfig(hidden=8)).eval()
     for k, content in enumerate([b"", b"no graph", export_network(other, 100), renamed(), without_rul()]):
         path = tmp_path / f"{k}.onnx"
-        contract.write(ARTEFACT.read_bytes(), manifest, path, plan=content)
+        contract.write(ARTEFACT.read_bytes(), manifest, path, channel_major=content)
         model = open_model(path)
         assert not model.optimised_graph
         np.testing.assert_array_equal(expected, model.run(probes).logits)
@@ -139,14 +142,17 @@ def test_a_plan_that_forgets_something_is_not_used(tmp_path: Path, kind: str, ke
     some = [k for k, node in enumerate(content.graph.node) if node.op_type == kind]
     assert some
     for k in some[-1:] if kind == "Clip" else some:  # the first bounds settings of which nothing is said anyway
-        contract.write(ARTEFACT.read_bytes(), manifest, tmp_path / "m.onnx", plan=without(content, k, kept))
+        contract.write(ARTEFACT.read_bytes(), manifest, tmp_path / "m.onnx", channel_major=without(content, k, kept))
         assert not open_model(tmp_path / "m.onnx").optimised_graph, (k, content.graph.node[k].output)
 
 
 def test_a_network_that_someone_else_trains_has_its_plan_used(network: EngineHealth, tmp_path: Path) -> None:
     """Another window, another width: exported and opened as the bundled one is."""
     contract.write(
-        export_network(network, WINDOW), manifest_of(network), tmp_path / "m.onnx", plan=export_channel_major(network)
+        export_network(network, WINDOW),
+        manifest_of(network),
+        tmp_path / "m.onnx",
+        channel_major=export_channel_major(network),
     )
     assert open_model(tmp_path / "m.onnx").optimised_graph
 
@@ -184,4 +190,4 @@ def without_rul() -> bytes:
 
 def plan() -> onnx.ModelProto:
     """The bundled plan."""
-    return bundled(contract.PLAN_KEY)
+    return bundled(contract.CHANNEL_MAJOR_KEY)

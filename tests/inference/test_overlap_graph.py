@@ -140,7 +140,7 @@ def test_no_second_graph_is_believed(windows: Readings, tmp_path: Path, monkeypa
         assert open_overlap_graph(path, model_loader.open_model(path)) is None
         assert expected.equals(read(_scored(path, windows, tmp_path / f"of-{k}", monkeypatch)))
     torn = onnx.load_model_from_string(ARTEFACT.read_bytes())
-    kept = {one.key: one.value for one in torn.metadata_props} | {contract.HISTORIES_KEY: "%%%"}
+    kept = {one.key: one.value for one in torn.metadata_props} | {contract.OVERLAP_KEY: "%%%"}
     onnx.helper.set_model_props(torn, kept)
     contract.write(torn.SerializeToString(), manifest, tmp_path / "torn.onnx")
     assert open_overlap_graph(tmp_path / "torn.onnx", model_loader.open_model(tmp_path / "torn.onnx")) is None
@@ -149,7 +149,7 @@ def test_no_second_graph_is_believed(windows: Readings, tmp_path: Path, monkeypa
 @pytest.mark.parametrize(("kind", "kept"), [("Or", 0), ("Or", 1), ("And", 0), ("And", 1), ("Round", 0), ("Relu", 0)])
 def test_a_graph_that_forgets_something_is_not_used(tmp_path: Path, kind: str, kept: int) -> None:
     """What a window alone decides, what is not meant, the grain: without any one of them the proof fails."""
-    content, manifest = bundled_graph(contract.HISTORIES_KEY), open_artefact(ARTEFACT)[1]
+    content, manifest = bundled_graph(contract.OVERLAP_KEY), open_artefact(ARTEFACT)[1]
     for k, node in enumerate(content.graph.node):
         if node.op_type == kind:
             contract.write(ARTEFACT.read_bytes(), manifest, tmp_path / "m.onnx", without(content, k, kept))
@@ -185,7 +185,7 @@ def test_where_company_changes_the_bits_nothing_is_shared(bundled: Opened, monke
 
 def test_a_graph_that_fails_on_some_rows_leaves_them_to_the_network(bundled: Opened) -> None:
     """No job ends by what only saves it time."""
-    content = bundled_graph(contract.HISTORIES_KEY)
+    content = bundled_graph(contract.OVERLAP_KEY)
     empty = [node.input[0] for node in content.graph.node if node.op_type == "Equal"][-1]  # all spans but the longest
     bound = next(k for k, node in enumerate(content.graph.node) if node.output[0] == empty)
     failing = Opened(bundled.model, onnx_model.open_session(without(content, bound, 0), 1))
@@ -232,7 +232,7 @@ def test_a_file_that_changed_since_is_refused(bundled: Opened, tmp_path: Path) -
 
 def test_the_export_carries_it_as_base64_in_the_one_file() -> None:
     """The artefact stays one file, and its metadata text."""
-    text = onnx_model.read_metadata(ARTEFACT.read_bytes())[contract.HISTORIES_KEY]
+    text = onnx_model.read_metadata(ARTEFACT.read_bytes())[contract.OVERLAP_KEY]
     graph = onnx.load_model_from_string(base64.b64decode(text)).graph
     assert [contract.INPUT, contract.STARTS] == [one.name for one in graph.input]
     assert [contract.LOGITS, contract.RUL, contract.EXACT] == [one.name for one in graph.output]

@@ -41,7 +41,7 @@ def manifest_of(network: EngineHealth) -> contract.Manifest:
 
 def bundled(key: str) -> onnx.ModelProto:
     """A graph that lies in the committed artefact beside the network's own."""
-    graph = contract.graph_beside(onnx_model.read_metadata(ARTEFACT.read_bytes()), key)
+    graph = contract.read_graph(onnx_model.read_metadata(ARTEFACT.read_bytes()), key)
     assert graph is not None
     return onnx.load_model_from_string(graph)
 
