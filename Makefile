@@ -8,7 +8,7 @@ CMAPSS_URL ?= https://phm-datasets.s3.amazonaws.com/NASA/6.+Turbofan+Engine+Degr
 
 .DEFAULT_GOAL := help
 .PHONY: help serve demo test test-unit check format train export evaluate fleet study fuzz kills bench bench-hooks bench-peers bench-score bench-monitor \
-	bench-console kills-score endurance faults soak scaling data docs trace screenshots lock clean
+	bench-console kills-score endurance faults soak scaling data docs trace screenshots mutants lock clean
 
 help:                            ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -118,6 +118,16 @@ trace: $(DEV)/ready              ## frames, modules and module changes of one re
 
 screenshots: $(DEV)/ready        ## the README's pictures of the console; needs chromium and C-MAPSS
 	$(BIN)/python -m docs.screenshots
+
+build/mutmut/ready: $(DEV)/ready
+	$(BIN)/python -m venv build/mutmut
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > build/mutmut/dev.pth
+	mv build/mutmut/dev.pth build/mutmut/lib/python*/site-packages/
+	build/mutmut/bin/python $(PIP) install mutmut==3.8.1
+	touch $@
+
+mutants: build/mutmut/ready      ## mutation testing of nine modules, as a table; ONLY=timeouts,body for some; half an hour for all
+	$(BIN)/python -m benchmarks.mutants $(if $(ONLY),--only $(ONLY))
 
 build/uv/ready: ops/check_wheels.py
 	$(PYTHON) -m venv build/uv
