@@ -85,6 +85,73 @@ def test_shedder_counts_the_bytes_that_a_turn_will_read() -> None:
     play(scene)
 
 
+class Clock:
+    """A clock that stands still unless a test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+SECOND = 10**9  # bytes that are read in one second
+
+
+async def share(shedder: LoadShedder, clock: Clock, seconds: float) -> float:
+    """Return the share of a turn in seconds, measured in steps of 0.01 s; the turn takes `seconds`."""
+    admitted = 0
+    while True:
+        try:
+            shedder.admit(SECOND // 100)
+        except Overloaded:
+            break
+        admitted += 1
+    clock.now += seconds
+    await asyncio.sleep(0)
+    return admitted / 100
+
+
+def test_share_is_halved_after_long_turns_and_grows_after_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share is a whole turn at first, an eighth at least; it is halved by longer turns and grows by half else."""
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+
+    async def scene() -> None:
+        shedder = LoadShedder(16.0)  # a turn may take 2 s
+        expected = [2, 1, 0.5, 0.25, 0.25]
+        found = [await share(shedder, clock, 2.5) for _ in expected]
+        assert expected == pytest.approx(found, abs=0.015)
+        assert (2.5, 7.5) == (shedder.turn_seconds, shedder.other_delay)
+        expected = [0.25, 0.375, 0.5625, 0.84375, 1.265625, 1.8984375, 2, 2]
+        found = [await share(shedder, clock, 2.0) for _ in expected]
+        assert expected == pytest.approx(found, abs=0.015)
+        assert (2, 6) == (shedder.turn_seconds, shedder.other_delay)
+        await share(shedder, clock, 3.0)
+        assert (3, 8) == (shedder.turn_seconds, shedder.other_delay)
+
+    asyncio.run(scene())
+
+
+def test_share_that_is_used_up_exactly_admits_until_time_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request is refused once more than the share is used, be it by bytes or by the time since the one before."""
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+
+    async def scene() -> None:
+        shedder = LoadShedder(16.0)
+        shedder.admit(2 * SECOND)
+        for _ in range(3):
+            shedder.admit()
+        clock.now += 0.5
+        for _ in range(3):
+            with pytest.raises(Overloaded, match=r"event-loop lag 0\.00 s") as refusal:
+                shedder.admit()
+            assert 16 == refusal.value.retry_after
+
+    asyncio.run(scene())
+
+
 @pytest.mark.parametrize("max_wait", [0.02, 0.1])
 def test_other_delay_never_exceeds_half_of_the_longest_wait(max_wait: float) -> None:
     """The time outside of the queue is three turns, but at least half of the longest wait is left to the queue."""
@@ -132,10 +199,11 @@ class Queue:
 
     def __init__(self, room: int) -> None:
         self.room = room
+        self.other_delays: list[float] = []
 
     def check_capacity(self, rows: int, other_delay: float = 0.0) -> None:
         """Refuse more rows than there is room for."""
-        assert other_delay >= 0
+        self.other_delays.append(other_delay)
         if rows > self.room:
             raise Overloaded("full", 1.0)
 
@@ -149,6 +217,20 @@ def test_admission_refuses_estimated_rows_without_room() -> None:
         with pytest.raises(Overloaded, match="full"):
             admission.admit(4000)
         admission.admit(40).rows(1)
+
+    asyncio.run(scene())
+
+
+def test_admission_adds_the_time_outside_of_the_queue() -> None:
+    """The queue is asked with the delay that the last turn predicts for reading and answering."""
+
+    async def scene() -> None:
+        queue = Queue(room=1)
+        admission = Admission(queue, 2.0)
+        for other_delay in (0.0, 0.75):
+            admission.shedder.other_delay = other_delay
+            admission.admit(10)
+        assert [0.0, 0.75] == queue.other_delays
 
     asyncio.run(scene())
 
