@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from service.errors import ClientDisconnected, Overloaded
+from service.inference import batcher
 from service.inference.batcher import MAX_NOTIFY_DELAY_SECONDS, Batcher, BatchSlice, Rows
 
 
@@ -304,9 +305,25 @@ def test_whoever_left_is_dropped_before_inference() -> None:
         gave_up.cancel()
         stage.gate.open.set()
         await asyncio.gather(first, stayed)
-        with pytest.raises(ClientDisconnected):
+        with pytest.raises(ClientDisconnected, match=r"^the client left before its rows were taken$"):
             await left
         np.testing.assert_array_equal(rows_of(1, 7), np.concatenate(stage.gate.batches))
+
+    run(scene)
+
+
+def test_rows_around_those_of_a_disconnected_caller_are_one_batch() -> None:
+    """Callers before and after one that has disconnected are inferred together."""
+
+    async def scene(stage: Stage) -> None:
+        first = await busy(stage)
+        gone = (lambda: False, lambda: True, lambda: False)
+        tasks = [asyncio.create_task(stage.batcher.submit(rows_of(2), disconnected)) for disconnected in gone]
+        await asyncio.sleep(0)
+        stage.gate.open.set()
+        await asyncio.gather(first, *tasks, return_exceptions=True)
+        assert [1, 2] == stage.seen.batches
+        assert [False, True, False] == [task.exception() is not None for task in tasks]
 
     run(scene)
 
@@ -365,3 +382,375 @@ def test_a_thread_whose_loop_ended_ends_in_silence() -> None:
     threading.excepthook = before
     assert gate.batches
     assert not raised
+
+
+class Clock:
+    """A clock that stands still unless a test or the model moves it."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of the batcher."""
+    moved = Clock()
+    monkeypatch.setattr(time, "perf_counter", moved)
+    return moved
+
+
+async def infer_full_batches(stage: Stage, clock: Clock, *seconds: float) -> None:
+    """Infer one full batch of 8 rows for each duration."""
+    for duration in seconds:
+
+        def run(rows: Rows, duration: float = duration) -> Rows:
+            clock.now += duration
+            return stage.gate(rows)
+
+        stage.batcher.run = run
+        await stage.batcher.submit(rows_of(*range(8)))
+    stage.batcher.run = stage.gate
+
+
+async def queued(stage: Stage, *sizes: int) -> "list[asyncio.Task[list[BatchSlice[Rows]]]]":
+    """Requests of some sizes that wait behind a batch."""
+    tasks = [await busy(stage)]
+    tasks += [asyncio.create_task(stage.batcher.submit(rows_of(*range(size)))) for size in sizes]
+    await asyncio.sleep(0)
+    return tasks
+
+
+def test_capacity_of_the_queue_is_used_up_to_its_last_row() -> None:
+    """While rows wait, as many may join as the limit allows, not one more; an empty queue takes any number."""
+
+    async def scene(stage: Stage) -> None:
+        stage.batcher.check_capacity(101)
+        tasks = await queued(stage, 8, 30)
+        stage.batcher.check_capacity(62)
+        with pytest.raises(Overloaded, match=r"^inference queue is full \(38 of 100 rows\)$") as refusal:
+            stage.batcher.check_capacity(63)
+        assert 60 == refusal.value.retry_after
+        stage.gate.open.set()
+        await asyncio.gather(*tasks)
+
+    run(scene)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "accepted"),
+    [
+        ((5, 5), 1, True),  # 10 rows of 0.5 s are exactly the longest wait
+        ((5, 6), 1, False),
+        ((5, 5), 8, True),  # a whole batch is no large request
+        ((5, 6), 8, False),
+        ((5, 6), 9, True),  # a large one, and none waits
+        ((10,), 1, True),
+        ((10,), 9, True),
+        ((9, 2), 1, True),  # behind 2 rows, and 2 of the large request in turn
+        ((9, 5), 1, True),
+        ((9, 6), 1, False),
+        ((9, 1), 9, True),  # behind 9 rows, and 1 of the small ones in turn
+        ((9, 2), 9, False),
+    ],
+)
+def test_delay_is_expected_from_the_rows_before(
+    clock: Clock, sizes: tuple[int, ...], rows: int, accepted: bool
+) -> None:
+    """Rows wait for those of their own queue and for as many of the other, at the rate of full batches."""
+
+    async def scene(stage: Stage) -> None:
+        await infer_full_batches(stage, clock, 4.0)
+        tasks = await queued(stage, *sizes)
+        if accepted:
+            stage.batcher.check_capacity(rows)
+        else:
+            with pytest.raises(Overloaded, match=r"[56]\.[05] s of at most 5 s$") as refusal:
+                stage.batcher.check_capacity(rows)
+            assert 5 == refusal.value.retry_after
+        stage.gate.open.set()
+        await asyncio.gather(*tasks)
+
+    run(scene, max_queue_seconds=5.0)
+
+
+def test_other_delay_is_added_and_none_by_default(clock: Clock) -> None:
+    """The delay outside of the queue shortens what is left for waiting in it, for checks and for submitted rows."""
+
+    async def scene(stage: Stage) -> None:
+        await infer_full_batches(stage, clock, 4.0)
+        tasks = await queued(stage, 4)
+        stage.batcher.check_capacity(1, other_delay=3.0)
+        with pytest.raises(Overloaded, match=r"4 rows, 5\.5 s of at most 5 s"):
+            await stage.batcher.submit(rows_of(1), other_delay=3.5)
+        in_time = asyncio.create_task(stage.batcher.submit(rows_of(1), other_delay=2.0))
+        late = asyncio.create_task(stage.batcher.submit(rows_of(1), other_delay=2.5))
+        await asyncio.sleep(0)
+        clock.now += 3.0
+        stage.gate.open.set()
+        await asyncio.gather(*tasks, in_time)
+        with pytest.raises(Overloaded, match=r"waited 3\.0 s in the inference queue, at most 2\.5 s") as refusal:
+            await late
+        assert 5 == refusal.value.retry_after
+
+    run(scene, max_queue_seconds=5.0)
+
+
+def test_rate_is_the_median_of_the_last_full_batches(clock: Clock) -> None:
+    """The newest 9 full batches count; one long pause among them, and batches that are not full, change nothing."""
+
+    async def scene(stage: Stage) -> None:
+        async def expected() -> str:
+            tasks = await queued(stage, 8)
+            with pytest.raises(Overloaded) as refusal:
+                stage.batcher.check_capacity(1, other_delay=1000.0)
+            stage.gate.open.set()
+            await asyncio.gather(*tasks)
+            return str(refusal.value)
+
+        await infer_full_batches(stage, clock, *[800.0] * 20)
+        await infer_full_batches(stage, clock, *[8.0] * 4)
+        assert "8 rows, 1800.0 s" in await expected()  # its own batch took no time
+        await infer_full_batches(stage, clock, *[8.0] * 3, 8000.0)
+        assert "8 rows, 1008.0 s" in await expected()
+
+    run(scene, max_queue_seconds=999.0)
+
+
+def test_results_are_delivered_when_a_caller_is_done_or_late(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches reach the event loop together: until one answers, refuses or fails a caller, or the delay is over."""
+    monkeypatch.setattr(batcher, "MAX_NOTIFY_DELAY_SECONDS", 0.25)
+
+    async def scene(stage: Stage) -> None:
+        loop, deliveries = asyncio.get_running_loop(), list[int]()
+        usual = loop.call_soon_threadsafe
+
+        def call_soon_threadsafe(callback: Any, *arguments: Any) -> Any:
+            if arguments and isinstance(arguments[0], list):
+                deliveries.append(len(arguments[0]))
+            return usual(callback, *arguments)
+
+        def timed(rows: Rows) -> Rows:
+            clock.now += seconds
+            return stage.gate(rows)
+
+        async def deliver(*tasks: "asyncio.Task[list[BatchSlice[Rows]]]") -> list[int]:
+            await asyncio.sleep(0)
+            deliveries.clear()
+            stage.gate.open.set()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            return list(deliveries)
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", call_soon_threadsafe)
+        stage.batcher.run = timed
+        seconds = 0.0
+        assert [1, 3, 3] == await deliver(*await queued(stage, 24, 24))
+        large = (await busy(stage), asyncio.create_task(stage.batcher.submit(rows_of(*range(40)))))
+        assert [1, 2, 3] == await deliver(*large, asyncio.create_task(stage.batcher.submit(rows_of(1), lambda: True)))
+        seconds = 0.125  # after two batches the delay is reached, after three it is exceeded
+        assert [1, 3, 3, 1] == await deliver(*await queued(stage, 56))
+        seconds = 0.0
+        failing = rows_of(*range(10), np.nan, *range(29))
+        found = await deliver(await busy(stage), asyncio.create_task(stage.batcher.submit(failing)))
+        assert [1, 2] == found[:2]  # rows behind the failure may be dropped or inferred
+
+    run(scene)
+
+
+def test_observer_receives_batches_with_their_waits(clock: Clock) -> None:
+    """A batch has its duration, and for each caller that starts in it the time from arrival to its start."""
+
+    async def scene(stage: Stage) -> None:
+        received: list[tuple[int, float, list[float]]] = []
+        stage.seen.batch = lambda *batch: received.append(batch)  # type: ignore[method-assign]  # records all
+
+        def slow(rows: Rows) -> Rows:
+            clock.now += 4.0
+            return stage.gate(rows)
+
+        stage.batcher.run = slow
+        tasks = await queued(stage, 10, 2)
+        clock.now += 0.5
+        tasks.append(asyncio.create_task(stage.batcher.submit(rows_of(1))))
+        await asyncio.sleep(0)
+        stage.gate.open.set()
+        await asyncio.gather(*tasks)
+        assert [(1, 4.5, [0.0]), (8, 4.0, [0.5, 0.0, 0.5]), (5, 4.0, [])] == received
+
+    run(scene)
+
+
+async def observed(stage: Stage) -> "list[list[tuple[Rows, list[BatchSlice[Rows]]]]]":
+    """The calls of the observer from now on, whose outputs are those of their rows."""
+    calls: list[list[tuple[Rows, list[BatchSlice[Rows]]]]] = []
+
+    def record(answered: list[tuple[Rows, list[BatchSlice[Rows]]]]) -> None:
+        for rows, slices in answered:
+            np.testing.assert_array_equal(2 * rows.sum(axis=1), whole(slices))
+        calls.append(answered)
+
+    stage.seen.answered = record  # type: ignore[method-assign]  # records all
+    return calls
+
+
+def test_observer_receives_callers_of_a_whole_batch_as_one() -> None:
+    """Callers that are together one batch are one entry; those of a batch that is shared or split are one each."""
+
+    async def scene(stage: Stage) -> None:
+        calls = await observed(stage)
+        tasks = await queued(stage, 3, 4)
+        stage.gate.open.set()
+        await asyncio.gather(*tasks)
+        assert [[1], [7]] == [[len(rows) for rows, _ in call] for call in calls]
+        calls.clear()
+        tasks = await queued(stage, 20, 3, 4)
+        stage.gate.open.set()
+        await asyncio.gather(*tasks)
+        assert [[1], [3, 4], [20]] == [[len(rows) for rows, _ in call] for call in calls]
+
+    run(scene)
+
+
+@pytest.mark.parametrize(("counted", "slices"), [(1, 1), (7, 1), (8, 1), (9, 2), (16, 2), (19, 3), (20, 3)])
+def test_observer_receives_the_leading_rows_of_each_caller(counted: int, slices: int) -> None:
+    """The observer receives the first `counted` rows of a caller with their outputs, in no more slices than needed."""
+
+    async def scene(stage: Stage) -> None:
+        calls = await observed(stage)
+        await stage.batcher.submit(rows_of(*range(20)), counted=counted)
+        await stage.batcher.submit(rows_of(*range(5)), counted=2)
+        assert [[counted], [2]] == [[len(rows) for rows, _ in call] for call in calls]
+        assert [[slices], [1]] == [[len(some) for _, some in call] for call in calls]
+
+    run(scene)
+
+
+def test_observer_does_not_receive_callers_without_counted_rows() -> None:
+    """A caller of which no row counts is answered, and the observer receives the others of its batch only."""
+
+    async def scene(stage: Stage) -> None:
+        calls = await observed(stage)
+        assert 20 == len(whole(await stage.batcher.submit(rows_of(*range(20)), counted=0)))
+        assert [] == calls
+        tasks = [await busy(stage), asyncio.create_task(stage.batcher.submit(rows_of(1, 2), counted=0))]
+        tasks.append(asyncio.create_task(stage.batcher.submit(rows_of(3))))
+        await asyncio.sleep(0)
+        stage.gate.open.set()
+        await asyncio.gather(*tasks)
+        assert [[1], [1]] == [[len(rows) for rows, _ in call] for call in calls]
+
+    run(scene)
+
+
+def test_observer_does_not_receive_callers_that_gave_up() -> None:
+    """A caller that gave up while its rows were inferred is not counted; the others of its batch are."""
+
+    async def scene(stage: Stage) -> None:
+        calls = await observed(stage)
+        first = await busy(stage)
+        first.cancel()
+        stayed = asyncio.create_task(stage.batcher.submit(rows_of(5, 6)))
+        await asyncio.sleep(0)
+        stage.gate.open.set()
+        await stayed
+        assert [[2]] == [[len(rows) for rows, _ in call] for call in calls]
+
+    run(scene)
+
+
+@pytest.mark.parametrize("name", ["batch", "answered"])
+def test_error_of_the_observer_is_raised_to_the_callers(name: str) -> None:
+    """If the observer raises, the callers of the batch get its error, and later ones are answered."""
+
+    async def scene(stage: Stage) -> None:
+        def fail(*_: object) -> None:
+            raise LookupError("observer")
+
+        usual = getattr(stage.seen, name)
+        setattr(stage.seen, name, fail)
+        with pytest.raises(LookupError, match="observer"):
+            await asyncio.wait_for(stage.batcher.submit(rows_of(1)), 10)
+        setattr(stage.seen, name, usual)
+        np.testing.assert_array_equal([6], whole(await stage.batcher.submit(rows_of(1))))
+
+    run(scene)
+
+
+def test_thread_runs_until_the_close() -> None:
+    """One daemon thread serves requests until the close, which ends it; a later request gets another, which ends."""
+
+    async def scene(stage: Stage) -> None:
+        threads = list[threading.Thread | None]()
+        for _ in range(2):
+            first = await busy(stage)
+            threads.append(stage.batcher._thread)
+            stage.gate.open.set()
+            await first
+            assert threads[0] is stage.batcher._thread
+        await stage.batcher.close()
+        later = await busy(stage)
+        threads.append(stage.batcher._thread)
+        stage.gate.open.set()
+        await later
+        assert stage.batcher._thread is None
+        for thread in threads:
+            assert thread is not None
+            assert ("inference", True) == (thread.name, thread.daemon)
+            await asyncio.to_thread(thread.join, 10)
+            assert not thread.is_alive()
+
+    run(scene)
+
+
+def test_requests_of_one_turn_wake_the_thread_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many requests arrive in a turn, the thread is woken once, and not at all while it runs."""
+
+    async def scene(stage: Stage) -> None:
+        loop, wakes = asyncio.get_running_loop(), list[object]()
+        usual = loop.call_soon
+
+        def call_soon(callback: Any, *arguments: Any, **options: Any) -> Any:
+            if getattr(callback, "__self__", None) is stage.batcher:
+                wakes.append(callback)
+            return usual(callback, *arguments, **options)
+
+        monkeypatch.setattr(loop, "call_soon", call_soon)
+        await asyncio.gather(*(stage.batcher.submit(rows_of(k)) for k in range(5)))
+        assert 1 == len(wakes)
+        tasks = await queued(stage, 1, 2, 3)
+        assert 2 == len(wakes)
+        stage.gate.open.set()
+        await asyncio.gather(*tasks)
+
+    run(scene)
+
+
+def test_rows_of_a_lone_caller_are_not_copied() -> None:
+    """The model receives the rows of a caller that is alone in its batch as they are in memory."""
+
+    async def scene(stage: Stage) -> None:
+        rows = rows_of(*range(20))
+        await stage.batcher.submit(rows)
+        assert [True] * 3 == [np.shares_memory(rows, batch) for batch in stage.gate.batches]
+
+    run(scene)
+
+
+def test_close_waits_for_callers_behind_one_that_failed_in_several_batches() -> None:
+    """A caller of which every batch fails counts as one, so that the close waits for all others."""
+
+    async def scene(stage: Stage) -> None:
+        first = await busy(stage)
+        poisoned = asyncio.create_task(stage.batcher.submit(rows_of(*[np.nan] * 24)))
+        others = [asyncio.create_task(stage.batcher.submit(rows_of(*range(40)))) for _ in range(2)]
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().call_soon(stage.gate.open.set)
+        await stage.batcher.close()
+        assert [True] * 4 == [task.done() for task in (first, poisoned, *others)]
+        with pytest.raises(ValueError, match="poisoned"):
+            await poisoned
+        await asyncio.gather(first, *others)
+
+    run(scene, max_queue_rows=1000)
