@@ -1,0 +1,447 @@
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import helper
+from prometheus_client import CollectorRegistry
+
+from model import numerics
+from model.evaluation.evaluate import ARTEFACT
+from model.evaluation.occlusion import ConditionBaselines, attribute_channels, occlude_channels
+from model.windows import Readings
+from service.errors import ClientDisconnected, Fault, InvalidInput, Overloaded
+from service.inference import predictor
+from service.inference.model_loader import open_model
+from service.inference.onnx_model import Model
+from service.inference.predictions import PredictionResult, predict_windows
+from service.inference.predictor import FLOAT32_MAX, MAX_LOOP_NUMBERS, Predictor
+from service.metrics import Metrics
+from service.settings import read_settings
+from tests.support.models import classifier, identity_classifier
+
+SETTINGS = {"max_batch_rows": 4, "max_queue_seconds": 60.0}  # so that requests of some rows are several batches
+UNKNOWN = [np.nan] * 4
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A model whose logits are its four inputs, with a temperature and prediction sets."""
+    manifest: dict[str, object] = {
+        "name": "table",
+        "version": "1",
+        "classes": ["n", "e", "s", "w"],
+        "channels": [{"name": name} for name in "abcd"],
+        "temperature": 2.0,
+        "conformal": {"method": "lac", "level": 0.9, "threshold": 0.75},
+    }
+    return open_model(identity_classifier(tmp_path_factory.mktemp("model") / "table.onnx", manifest))
+
+
+def model_of_sums(folder: Path, usual: list[list[float]]) -> Model:
+    """A model of windows (3, 2) whose logits are ten times the sums, with the baselines of some conditions."""
+    manifest: dict[str, object] = {
+        "name": "sums",
+        "version": "1",
+        "classes": ["a", "b"],
+        "window": 3,
+        "channels": [{"name": "x"}, {"name": "y"}],
+        "temperature": 2.0,
+        "conditions": {"setting_scales": [1.0], "usual": usual},
+    }
+    nodes = [
+        helper.make_node("ReduceSum", ["telemetry", "time"], ["reduced"], keepdims=0),
+        helper.make_node("Mul", ["reduced", "ten"], ["logits"]),
+    ]
+    return open_model(classifier(folder / "sums.onnx", nodes, (3, 2), manifest))
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A model of sums whose logits are not finite if `y` is occluded near x = 1000."""
+    return model_of_sums(tmp_path_factory.mktemp("model"), [[0.0, 0.25], [1000.0, 3e38]])
+
+
+class Service:
+    """A predictor and its metrics."""
+
+    def __init__(self, model: Model, tempered: tuple[float, str] | None, settings: dict[str, Any]) -> None:
+        self.registry = CollectorRegistry()
+        chosen = read_settings(**SETTINGS | settings)
+        self.predictor = Predictor(model, Metrics(self.registry), chosen, tempered)
+        self.predictor.serve()
+
+    def metric(self, name: str, **labels: str) -> float | None:
+        return self.registry.get_sample_value(f"engine_health_{name}", labels)
+
+
+def play(
+    scene: Callable[[Service], Awaitable[Any]], model: Model, tempered: tuple[float, str] | None = None, **settings: Any
+) -> Any:
+    """Return what a scene with a new predictor returns."""
+
+    async def run() -> Any:
+        service = Service(model, tempered, settings)
+        try:
+            return await scene(service)
+        finally:
+            await service.predictor.close()
+
+    return asyncio.run(run())
+
+
+def predict(model: Model, rows: Any, tempered: tuple[float, str] | None = None, **options: Any) -> PredictionResult:
+    """Return the result of one call."""
+
+    async def scene(service: Service) -> PredictionResult:
+        return await service.predictor.predict(np.asarray(rows, dtype=np.float32), **options)
+
+    result: PredictionResult = play(scene, model, tempered)
+    return result
+
+
+def rows_of(n: int, seed: int = 0) -> Readings:
+    return np.random.default_rng(seed).normal(0, 3, (n, 4)).astype(np.float32)
+
+
+def assert_equal(result: PredictionResult, expected: Any) -> None:
+    """Compare all columns of predictions."""
+    for found, column in zip(result.answers, expected, strict=True):
+        if column is None:
+            assert found is None
+        else:
+            np.testing.assert_array_equal(column, found)
+
+
+@pytest.mark.parametrize("n", [1, 4, 11])
+def test_prediction_is_calibrated_at_the_temperature_of_the_artefact(table: Model, n: int) -> None:
+    """Any number of rows, also more than a batch, get the calibrated output of the network, and nothing else."""
+    result = predict(table, rows_of(n))
+    assert_equal(result, predict_windows(table, rows_of(n), 2.0))
+    assert all(piece.output.finite for piece in result.pieces)
+    assert (2.0, None, None, None, None) == (
+        result.temperature,
+        result.loss,
+        result.evaluation,
+        result.explanation,
+        result.labelled,
+    )
+
+
+def test_prediction_at_another_temperature_changes_probabilities_only(table: Model) -> None:
+    """The temperature of one call, or of the predictor, calibrates its probabilities; the sets stay as they are."""
+    expected = predict_windows(table, rows_of(5), 0.5)
+    for result in (predict(table, rows_of(5), temperature=0.5), predict(table, rows_of(5), (0.5, "admin"))):
+        assert 0.5 == result.temperature
+        assert_equal(result, expected)
+    np.testing.assert_array_equal(expected.sets, predict_windows(table, rows_of(5), 2.0).sets)
+
+
+def test_predictor_has_a_temperature_and_its_source(table: Model) -> None:
+    """A predictor has the temperature of the artefact unless it is given one, and publishes it when it serves."""
+
+    async def scene(service: Service) -> tuple[Any, ...]:
+        return service.predictor.temperature, service.predictor.temperature_source, service.metric("temperature")
+
+    assert (2.0, "artefact", 2.0) == play(scene, table)
+    assert (0.7, "admin", 0.7) == play(scene, table, (0.7, "admin"))
+
+
+@pytest.mark.parametrize("temperature", [None, 2.0, 0.5])
+def test_labels_are_scored_at_the_temperature_of_the_call(table: Model, temperature: float | None) -> None:
+    """The temperature of the call gives loss and evaluation of labelled rows, the active one gives `labelled`."""
+    rows, known = rows_of(3), [0, 2]
+    targets = np.array([[1, 0, 0, 0], UNKNOWN, [0, 0.5, 0.25, 0.25]])
+    result = predict(table, rows, targets=targets, temperature=temperature)
+    z, q, t = rows[known], targets[known], temperature or 2.0
+    losses = numerics.cross_entropy(z, q, t, reduction="none")
+    assert result.loss is not None
+    assert result.evaluation is not None
+    assert result.labelled is not None
+    np.testing.assert_allclose([losses[0], np.nan, losses[1]], result.loss)
+    expected = (losses.mean(), numerics.entropy(z, t).mean(), numerics.correct(z, q).mean())
+    found = result.evaluation
+    assert 2 == found.count
+    assert expected == pytest.approx((found.cross_entropy, found.expected_cross_entropy, found.accuracy))
+    assert numerics.brier(z, q, t).mean() == pytest.approx(found.brier)
+    np.testing.assert_allclose(numerics.cross_entropy(z, q, 2.0, reduction="none"), result.labelled.loss)
+    assert (t, None) == (result.temperature, result.explanation)
+    assert_equal(result, predict_windows(table, rows, t))
+
+
+def test_loss_beyond_float32_is_its_maximum(table: Model) -> None:
+    """A loss that float32 cannot hold is sent as its largest number, in each row and in the mean."""
+    rows = np.array([[3e38, -3e38, 0, 0], [0, 0, 0, 0]], np.float32)
+    result = predict(table, rows, targets=np.eye(4)[[1, 0]], temperature=0.01)
+    assert result.loss is not None
+    assert result.evaluation is not None
+    assert [FLOAT32_MAX, pytest.approx(np.log(4))] == result.loss.tolist()
+    assert FLOAT32_MAX == result.evaluation.cross_entropy
+
+
+def test_many_labels_are_scored_outside_of_the_event_loop_alike(table: Model) -> None:
+    """A call with more probabilities than the event loop processes itself has the same result."""
+    n = MAX_LOOP_NUMBERS // 4 + 1
+    rows, targets = rows_of(n), np.eye(4)[np.arange(n) % 4]
+
+    async def scene(service: Service) -> PredictionResult:
+        return await service.predictor.predict(rows, targets)
+
+    result: PredictionResult = play(scene, table, max_batch_rows=4096)
+    assert numerics.cross_entropy(rows, targets, 2.0, reduction="none") == pytest.approx(result.loss)
+    assert 2.0 == result.temperature
+
+
+def test_imputed_values_are_counted_by_channel(table: Model) -> None:
+    """Values that were held are counted for their channel, and none without them."""
+
+    async def scene(service: Service) -> list[float | None]:
+        await service.predictor.predict(rows_of(2))
+        await service.predictor.predict(rows_of(2), imputed=np.array([0, 3, 0, 1]))
+        return [service.metric("imputed_values_total", channel=name) for name in "abcd"]
+
+    assert [0, 3, 0, 1] == [count or 0 for count in play(scene, table)]
+
+
+def test_prediction_that_is_not_counted_is_counted_on_request(table: Model) -> None:
+    """Predictions are in the metrics when they are made, or not before the caller counts them."""
+
+    async def scene(service: Service) -> list[float | None]:
+        await service.predictor.predict(rows_of(2))
+        counts = [service.metric("confidence_count")]
+        result = await service.predictor.predict(rows_of(5), counted=False)
+        counts.append(service.metric("confidence_count"))
+        service.predictor.count(rows_of(5), result.pieces)
+        return [*counts, service.metric("confidence_count")]
+
+    assert [2, 2, 7] == play(scene, table)
+
+
+def test_rows_of_a_disconnected_client_are_not_inferred(table: Model) -> None:
+    """A client that has disconnected gets an error, and its rows reach neither the model nor the metrics."""
+
+    async def scene(service: Service) -> float | None:
+        with pytest.raises(ClientDisconnected):
+            await service.predictor.predict(rows_of(2), gone=lambda: True)
+        await service.predictor.predict(rows_of(3), gone=lambda: False)
+        return service.metric("batch_rows_sum")
+
+    assert 3 == play(scene, table)
+
+
+def fail(*_: object) -> Any:
+    """Stand in for a function that must not be called."""
+    raise AssertionError
+
+
+def test_time_outside_of_the_queue_counts_against_the_longest_wait(
+    table: Model, sums: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prediction that waits too long outside of the queue is refused, and an explanation before it is computed."""
+
+    async def scene(service: Service) -> None:
+        shape = service.predictor.model.input_shape
+        rows = np.zeros((1, *shape), np.float32)
+        shedder = service.predictor.admit.__self__.shedder  # type: ignore[attr-defined]  # a method of Admission
+        shedder.other_delay = 6.0
+        with monkeypatch.context() as patch:
+            patch.setattr(predictor, "occlude_channels", fail)
+            with pytest.raises(Overloaded, match=r"6\.0 s of at most 5 s"):
+                await service.predictor.predict(rows, explain=len(shape) == 2)
+        shedder.other_delay = 4.0
+        await service.predictor.predict(rows, explain=len(shape) == 2)
+
+    play(scene, table, max_queue_seconds=5.0)
+    play(scene, sums, max_queue_seconds=5.0)
+
+
+def test_settings_bound_the_queue_and_its_batches(table: Model) -> None:
+    """Batches have at most `max_batch_rows`; once rows wait, `max_queue_rows` bounds them; admission asks the queue."""
+
+    async def scene(service: Service) -> None:
+        waiting = asyncio.create_task(service.predictor.predict(rows_of(9)))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="9 of 10 rows"):
+            await service.predictor.predict(rows_of(2))
+        service.predictor.admit(100).rows(2)
+        with pytest.raises(Overloaded, match="9 of 10 rows"):
+            service.predictor.admit(100)
+        await waiting
+        assert (3, 9) == (service.metric("batch_rows_count"), service.metric("batch_rows_sum"))
+
+    play(scene, table, max_queue_rows=10)
+
+
+def test_admission_sheds_load_by_the_longest_wait(table: Model) -> None:
+    """A turn that has bytes to read for longer than an eighth of the longest wait admits no further request."""
+
+    async def scene(service: Service) -> None:
+        service.predictor.admit(10**9)
+        with pytest.raises(Overloaded, match="event-loop lag"):
+            service.predictor.admit(1)
+
+    play(scene, table, max_queue_seconds=7.0)
+
+
+def test_closed_predictor_answers_what_it_admitted(table: Model) -> None:
+    """Closing waits for requests that were queued before, and a later one is answered still."""
+
+    async def scene(service: Service) -> None:
+        waiting = asyncio.create_task(service.predictor.predict(rows_of(9)))
+        await asyncio.sleep(0)
+        await service.predictor.close()
+        assert waiting.done()
+        assert_equal(await service.predictor.predict(rows_of(2)), predict_windows(table, rows_of(2), 2.0))
+
+    play(scene, table)
+
+
+def test_rows_at_any_address_are_predicted_alike(table: Model) -> None:
+    """Rows whose floats begin at an odd address are aligned for the network, and get the same predictions."""
+    rows = rows_of(3)
+    unaligned = np.frombuffer(b"x" + rows.tobytes(), np.float32, offset=1).reshape(3, 4)
+    assert not unaligned.flags.aligned
+
+    def run(batch: Readings) -> Any:
+        assert batch.flags.aligned
+        return table.run(batch)
+
+    assert_equal(predict(replace(table, run=run), unaligned), predict_windows(table, rows, 2.0))
+
+
+@pytest.mark.parametrize("temperature", [None, 0.5])
+def test_explanation_is_the_effect_of_occluding_each_channel(sums: Model, temperature: float | None) -> None:
+    """Each prediction is explained by its own occluded copies, at the temperature of the call; only it is counted."""
+    windows = np.random.default_rng(1).normal(0, 0.1, (3, 3, 2)).astype(np.float32)
+
+    async def scene(service: Service) -> PredictionResult:
+        result = await service.predictor.predict(windows, temperature=temperature, explain=True)
+        assert 9 == service.metric("batch_rows_sum")
+        assert 3 == service.metric("confidence_count")
+        return result
+
+    result, t = play(scene, sums), temperature or 2.0
+    assert_equal(result, predict_windows(sums, windows, t))
+    usual = ConditionBaselines.from_lists([1.0], [[0.0, 0.25], [1000.0, 3e38]])
+    for i, window in enumerate(windows):
+        without = numerics.softmax(sums.run(occlude_channels(window, usual)).logits, t)
+        expected = attribute_channels(result.answers.probabilities[i], None, without, None)
+        assert 0.01 < expected[0].shift
+        assert expected == result.explanation[i]
+
+
+@pytest.mark.parametrize("temperature", [None, 0.5])
+def test_explanation_has_the_cycles_that_each_channel_adds(temperature: float | None) -> None:
+    """An explanation has the RUL less that of the occluded copy, if the network returns it; labels are scored too."""
+    model = open_model(ARTEFACT)
+    windows = np.array([golden.telemetry for golden in model.manifest.golden[:2]], np.float32)
+    targets = np.array([[np.nan] * 3, [0, 0, 1]])
+
+    async def scene(service: Service) -> PredictionResult:
+        return await service.predictor.predict(windows, targets, temperature, explain=True)
+
+    result, t = play(scene, model, max_batch_rows=1000), temperature or model.manifest.temperature
+    conditions = model.manifest.conditions
+    assert conditions is not None
+    usual = ConditionBaselines.from_lists(conditions.setting_scales, conditions.usual)
+    assert np.isnan(result.loss[0])
+    assert 1 == result.evaluation.count
+    for i, window in enumerate(windows):
+        occluded = predict_windows(model, occlude_channels(window, usual), t)
+        rul = float(result.answers.rul[i])
+        assert occluded.rul is not None
+        expected = attribute_channels(result.answers.probabilities[i], rul, occluded.probabilities, occluded.rul)
+        for one, other in zip(expected, result.explanation[i], strict=True):
+            assert one.channel == other.channel
+            assert (one.shift, one.rul) == pytest.approx((other.shift, other.rul), abs=1e-3)
+
+
+def test_explanation_that_exceeds_the_queue_is_refused(sums: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copies of an explanation count as rows, and are not made if the queue cannot take them."""
+    windows = np.zeros((2, 3, 2), np.float32)
+
+    async def scene(service: Service) -> None:
+        waiting = asyncio.create_task(service.predictor.predict(windows))
+        await asyncio.sleep(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(predictor, "occlude_channels", fail)
+            with pytest.raises(Overloaded, match="2 of 5 rows"):
+                await service.predictor.predict(windows, explain=True)
+        assert not waiting.done()
+        await service.predictor.predict(windows[:1], explain=True)  # three rows
+        await waiting
+
+    play(scene, sums, max_queue_rows=5)
+
+
+@pytest.mark.parametrize("n", [3, 9])
+def test_instance_without_finite_output_is_named(sums: Model, n: int) -> None:
+    """The first instance for which the network overflows is refused by its index, in whichever batch it is."""
+    windows = np.zeros((n, 3, 2), np.float32)
+    for bad in range(n - 1):
+        overflowing = windows.copy()
+        overflowing[[bad, n - 1], 0, 0] = 3e38
+        with pytest.raises(InvalidInput, match=rf"^instances\[{bad}\]\.telemetry: the model has no finite") as refusal:
+            predict(sums, overflowing)
+        message = "the model has no finite answer for these readings"
+        assert (Fault(("instances", bad, "telemetry"), message),) == refusal.value.faults
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_instance_whose_occluded_copy_has_no_finite_output_is_named(sums: Model, bad: int) -> None:
+    """If the network overflows on a copy with a channel occluded, the instance of the copy is refused."""
+    windows = np.zeros((3, 3, 2), np.float32)
+    windows[bad, :, 0] = 1000  # near the condition whose baseline overflows
+    predict(sums, windows)
+    with pytest.raises(InvalidInput, match=rf"^instances\[{bad}\]"):
+        predict(sums, windows, explain=True)
+    windows[2, :, 0] = 1000
+    with pytest.raises(InvalidInput, match=rf"^instances\[{bad}\]"):
+        predict(sums, windows, explain=True)
+
+
+def test_instance_whose_first_occluded_copy_has_no_finite_output_is_named(tmp_path: Path) -> None:
+    """If the network overflows on the first copy of the first instance, that instance is refused."""
+    model = model_of_sums(tmp_path, [[3e38, 0.0]])
+    with pytest.raises(InvalidInput, match=r"^instances\[0\]"):
+        predict(model, np.zeros((3, 3, 2)), explain=True)
+
+
+def test_instances_in_a_batch_with_overflowing_rows_of_others_are_answered(sums: Model) -> None:
+    """A request is refused for its own rows only, not for those that shared its batch."""
+    windows = np.zeros((2, 3, 2), np.float32)
+    overflowing = windows.copy()
+    overflowing[1, 0, 0] = 3e38
+
+    async def scene(service: Service) -> None:
+        calls = [service.predictor.predict(rows) for rows in (overflowing, windows)]
+        refused, result = await asyncio.gather(*calls, return_exceptions=True)
+        assert isinstance(refused, InvalidInput)
+        assert isinstance(result, PredictionResult)
+        assert_equal(result, predict_windows(sums, windows, 2.0))
+        assert 1 == service.metric("batch_rows_count")
+
+    play(scene, sums)
+
+
+def test_model_without_prediction_sets_has_none(tmp_path: Path) -> None:
+    """Without a conformal rule, predictions and their scores have no sets."""
+    manifest: dict[str, object] = {"name": "bare", "version": "1", "classes": ["n", "e", "s", "w"]}
+    model = open_model(identity_classifier(tmp_path / "bare.onnx", manifest))
+    result = predict(model, rows_of(2), targets=np.eye(4)[:2], temperature=3.0)
+    assert result.answers.sets is None
+    assert result.labelled is not None
+    assert result.labelled.covered is None
+
+
+def test_model_of_one_class_has_no_loss(tmp_path: Path) -> None:
+    """Labels of a model of one class are scored, and cost nothing."""
+    manifest: dict[str, object] = {"name": "one", "version": "1", "classes": ["a"]}
+    nodes = [helper.make_node("Identity", ["telemetry"], ["logits"])]
+    model = open_model(classifier(tmp_path / "one.onnx", nodes, (1,), manifest))
+    result = predict(model, [[0.5], [3.0]], targets=np.array([[1.0], [np.nan]]))
+    assert result.loss is not None
+    np.testing.assert_array_equal([0, np.nan], result.loss)
