@@ -85,3 +85,18 @@ def test_drift_of_a_model_without_reference() -> None:
     assert {"confidence": None, "entropy": None, "channels": {}} == drift(Reference(), [], [], {})
     with pytest.raises(ValueError, match="'sensor_4' has no reference"):
         drift(Reference(), [], [], {"sensor_4": [1]})
+
+
+def test_drift_names_the_histogram_whose_counts_do_not_fit() -> None:
+    """Counts that do not fit the bins of confidence, entropy or a channel are refused by the name of the histogram."""
+    bins = Histogram(edges=[1.0], shares=[0.5, 0.5])
+    reference = Reference(confidence=bins, entropy_nats=bins, channels={"sensor_4": bins})
+    fits = [1, 1]
+    for name, counts in (
+        ("confidence", ([1], fits, fits)),
+        ("entropy", (fits, [1], fits)),
+        ("sensor_4", (fits, fits, [1])),
+    ):
+        confidence, entropy, sensor = counts
+        with pytest.raises(ValueError, match=f"^{name}: expected 2 counts"):
+            drift(reference, confidence, entropy, {"sensor_4": sensor})
