@@ -36,20 +36,20 @@ def main() -> int:
     if unknown := set(chosen) - set(PARTS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
     os.sched_setaffinity(0, {load.CLIENT_CORE})
-    found: dict[str, list[Line]] = {}
+    lines_by_part: dict[str, list[Line]] = {}
     for part in chosen:
         say(part)
-        found[part] = []
+        lines_by_part[part] = []
         for line in PARTS[part]():
-            found[part].append(line)
+            lines_by_part[part].append(line)
             say(row(line))
     print(
         f"{load.machine()}\n\n| what was done | what was seen | what was promised | kept |\n| --- | --- | --- | --- |"
     )
-    lines = [line for part in found.values() for line in part]
+    lines = [line for part in lines_by_part.values() for line in part]
     print("\n".join(map(row, lines)))
     BUILD.mkdir(exist_ok=True)
-    figures = {part: [vars(line) for line in some] for part, some in found.items()}
+    figures = {part: [vars(line) for line in part_lines] for part, part_lines in lines_by_part.items()}
     (BUILD / "endurance.json").write_text(json.dumps({"machine": load.machine(), "parts": figures}, indent=1))
     return 0 if all(line.kept for line in lines) else 1
 

@@ -11,7 +11,7 @@ from benchmarks import load
 from benchmarks.endurance.client import Connection, ask_once, request
 from benchmarks.endurance.stage import MIB, PREDICT, Line, Running, service
 
-MOST = 32 * MIB  # the default of ENGINE_HEALTH_MAX_BODY_BYTES
+MAX_BODY_BYTES = 32 * MIB  # the default of ENGINE_HEALTH_MAX_BODY_BYTES
 BUFFER = 256 * MIB  # and of ENGINE_HEALTH_MAX_BUFFERED_BYTES
 TIMES, WARM, AT_ONCE = 100, 10, 4
 GROWTH_MIB = 5.0
@@ -24,33 +24,33 @@ Ask = Callable[[int], Awaitable[int]]
 def lines() -> Iterator[Line]:
     """Each kind of body a hundred times, then many large ones at once."""
     with service() as running:
-        large = request(PREDICT, b" " * (MOST + 1), load.JSON_HEADERS)
+        large = request(PREDICT, b" " * (MAX_BODY_BYTES + 1), load.JSON_HEADERS)
         packed = gzip.compress(b"[" + b" " * (200 * MIB), 1)
         bomb = request(PREDICT, packed, {**load.JSON_HEADERS, "Content-Encoding": "gzip"})
         yield repeated(
-            running, "over the limit by a byte, announced and sent whole", 413, lambda port: _whole(port, large)
+            running, "over the limit by a byte, announced and sent whole", 413, lambda port: _send_whole(port, large)
         )
-        yield repeated(running, "over the limit, in chunks of 64 KiB", 413, _chunked)
-        yield repeated(running, "of a million chunks of one byte", 400, _tiny)
+        yield repeated(running, "over the limit, in chunks of 64 KiB", 413, _send_large_chunks)
+        yield repeated(running, "of a million chunks of one byte", 400, _send_tiny_chunks)
         yield repeated(
-            running, f"of 200 MiB gzipped to {len(packed) / MIB:.1f} MiB", 413, lambda port: _whole(port, bomb)
+            running, f"of 200 MiB gzipped to {len(packed) / MIB:.1f} MiB", 413, lambda port: _send_whole(port, bomb)
         )
     yield crowd()
 
 
-def repeated(running: Running, what: str, status: int, ask: Ask) -> Line:
+def repeated(running: Running, description: str, status: int, ask: Ask) -> Line:
     """A kind of body, some times to warm up, then a hundred times."""
-    asyncio.run(_times(running.port, ask, WARM))
+    asyncio.run(_send_repeatedly(running.port, ask, WARM))
     before, begun = running.settled_memory(), time.perf_counter()
-    found = asyncio.run(_times(running.port, ask, TIMES))
+    statuses = asyncio.run(_send_repeatedly(running.port, ask, TIMES))
     seconds, growth = time.perf_counter() - begun, running.settled_memory() - before
-    kept = found == {status: TIMES} and growth < GROWTH_MIB and running.alive()
+    passed = statuses == {status: TIMES} and growth < GROWTH_MIB and running.alive()
     return Line(
-        f"{TIMES} bodies {what}",
-        f"{dict(found)}, memory {growth:+.1f} MiB, {seconds / TIMES:.2f} s each",
+        f"{TIMES} bodies {description}",
+        f"{dict(statuses)}, memory {growth:+.1f} MiB, {seconds / TIMES:.2f} s each",
         f"every client hears {status}; memory grows by less than {GROWTH_MIB:g} MiB",
-        kept,
-        {"statuses": dict(found), "growth_mib": growth, "seconds": seconds},
+        passed,
+        {"statuses": dict(statuses), "growth_mib": growth, "seconds": seconds},
     )
 
 
@@ -58,50 +58,52 @@ def crowd() -> Line:
     """Many large bodies at once, more than a machine may have memory for."""
     with service() as running:
         body = b'{"instances": [' + b" " * (30 * MIB) + b"]}"
-        asked = request(PREDICT, body, load.JSON_HEADERS)
+        request_bytes = request(PREDICT, body, load.JSON_HEADERS)
         running.forget_peak()
         before = running.memory()
-        found = asyncio.run(_times(running.port, lambda port: _whole(port, asked), CROWD, CROWD))
+        statuses = asyncio.run(
+            _send_repeatedly(running.port, lambda port: _send_whole(port, request_bytes), CROWD, CROWD)
+        )
         peak, alive = running.memory("VmHWM") - before, running.alive()
     bound = 1.5 * BUFFER / MIB
     return Line(
         f"{CROWD} bodies of 30 MiB at once, 1.9 GiB together",
-        f"{dict(found)}; at most {peak:.0f} MiB more than before",
+        f"{dict(statuses)}; at most {peak:.0f} MiB more than before",
         f"answered, or 429; never more than {bound:.0f} MiB, half as much again as the 256 MiB that bodies may hold",
-        set(found) <= {422, 429} and peak <= bound and alive,
-        {"statuses": dict(found), "peak_mib": peak},
+        set(statuses) <= {422, 429} and peak <= bound and alive,
+        {"statuses": dict(statuses), "peak_mib": peak},
     )
 
 
-async def _times(port: int, ask: Ask, times: int, at_once: int = AT_ONCE) -> Counter[int | str]:
-    found: Counter[int | str] = Counter()
-    left = iter(repeat(None, times))
+async def _send_repeatedly(port: int, ask: Ask, times: int, at_once: int = AT_ONCE) -> Counter[int | str]:
+    statuses: Counter[int | str] = Counter()
+    remaining = iter(repeat(None, times))
 
-    async def one() -> None:
-        for _ in left:
+    async def send_remaining() -> None:
+        for _ in remaining:
             try:
-                found[await ask(port)] += 1
+                statuses[await ask(port)] += 1
             except (OSError, TimeoutError) as error:
-                found[type(error).__name__] += 1
+                statuses[type(error).__name__] += 1
 
-    await asyncio.gather(*(one() for _ in range(at_once)))
-    return found
-
-
-async def _whole(port: int, asked: bytes) -> int:
-    return (await ask_once(port, asked)).status
+    await asyncio.gather(*(send_remaining() for _ in range(at_once)))
+    return statuses
 
 
-async def _chunked(port: int) -> int:
+async def _send_whole(port: int, request_bytes: bytes) -> int:
+    return (await ask_once(port, request_bytes)).status
+
+
+async def _send_large_chunks(port: int) -> int:
     piece = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
-    return await _sent(port, repeat(piece, MOST // 0x10000 + 1))
+    return await _send_pieces(port, repeat(piece, MAX_BODY_BYTES // 0x10000 + 1))
 
 
-async def _tiny(port: int) -> int:
-    return await _sent(port, repeat(b"1\r\n[\r\n" * 10_000, CHUNKS // 10_000))
+async def _send_tiny_chunks(port: int) -> int:
+    return await _send_pieces(port, repeat(b"1\r\n[\r\n" * 10_000, CHUNKS // 10_000))
 
 
-async def _sent(port: int, pieces: Iterator[bytes]) -> int:
+async def _send_pieces(port: int, pieces: Iterator[bytes]) -> int:
     """A chunked body; the pieces are chunks already."""
     connection = await Connection.to(port)
     connection.send(f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode())

@@ -30,49 +30,49 @@ def reloads() -> Iterator[Line]:
         contents = [edited(Path(folder, f"{t}"), {"temperature": t}).read_bytes() for t in (1.5, 2.5)]
         path.write_bytes(contents[0])
         with service(model=path, admin_keys="wheel") as running:
-            yield asyncio.run(_reloaded(running, path, contents))
+            yield asyncio.run(_measure_reloads(running, path, contents))
 
 
-async def _reloaded(running: Running, path: Path, contents: list[bytes]) -> Line:
+async def _measure_reloads(running: Running, path: Path, contents: list[bytes]) -> Line:
     load = request("/v2/repository/models/engine-health/load", headers={"Authorization": "Bearer wheel"})
     temperatures: dict[str, float] = {}
-    seen: Counter[tuple[object, ...]] = Counter()
+    response_counts: Counter[tuple[object, ...]] = Counter()
     stop = asyncio.Event()
 
-    async def ask(asked: bytes) -> None:
+    async def ask(request_bytes: bytes) -> None:
         connection = await Connection.to(running.port)
         while not stop.is_set():
             try:
-                answer = await connection.ask(asked)
-                seen[_named(answer)] += 1
+                answer = await connection.ask(request_bytes)
+                response_counts[_identify_response(answer)] += 1
             except (OSError, TimeoutError) as error:
-                seen[(type(error).__name__,)] += 1
+                response_counts[(type(error).__name__,)] += 1
                 connection = await Connection.to(running.port)
 
     asking = [asyncio.create_task(ask(windows_json(n))) for n in (1, 1, 64, 100)]
     admin, memory, slowest = await Connection.to(running.port), [], 0.0
     for k in range(RELOADS):
-        other = path.with_suffix(".next")
-        other.write_bytes(contents[(k + 1) % 2])
-        os.replace(other, path)
+        replacement = path.with_suffix(".next")
+        replacement.write_bytes(contents[(k + 1) % 2])
+        os.replace(replacement, path)
         answer = await admin.ask(load)
         slowest = max(slowest, answer.seconds)
         temperatures[json.loads(answer.body)["digest"]] = (2.5, 1.5)[k % 2]
         memory.append(running.memory())
     stop.set()
     await asyncio.gather(*asking)
-    answered = sum(n for (status, *_), n in seen.items() if status == 200)
-    fitting = all(key[0] == 200 and temperatures.get(str(key[1])) == key[2] for key in seen)
+    answered = sum(n for (status, *_), n in response_counts.items() if status == 200)
+    fitting = all(key[0] == 200 and temperatures.get(str(key[1])) == key[2] for key in response_counts)
     half = RELOADS // 2
     growth = (sum(memory[-10:]) - sum(memory[half : half + 10])) / 10
     return Line(
         f"{RELOADS} reloads, two models in turn, under load",
-        f"{answered} answered, {sum(seen.values()) - answered} not; {len(temperatures)} digests, each with its "
-        f"temperature; memory of the last {half} reloads {growth:+.1f} MiB; slowest reload {slowest:.1f} s",
+        f"{answered} answered, {sum(response_counts.values()) - answered} not; {len(temperatures)} digests, each with "
+        f"its temperature; memory of the last {half} reloads {growth:+.1f} MiB; slowest reload {slowest:.1f} s",
         f"nobody fails; one digest an answer, and its temperature; less than {RELOAD_MIB:g} MiB a reload",
         fitting and len(temperatures) == 2 and growth < RELOAD_MIB * half,
         {
-            "seen": {str(k): n for k, n in seen.items()},
+            "seen": {str(k): n for k, n in response_counts.items()},
             "growth_mib": growth,
             "slowest": slowest,
             "memory": memory[::10],
@@ -80,24 +80,24 @@ async def _reloaded(running: Running, path: Path, contents: list[bytes]) -> Line
     )
 
 
-def _named(answer: Answer) -> tuple[object, ...]:
+def _identify_response(answer: Answer) -> tuple[object, ...]:
     if answer.status != 200:
         return (answer.status, answer.body[:200])
-    found: dict[str, Any] = json.loads(answer.body)
-    return (200, found["model"]["digest"], found["temperature"])
+    response: dict[str, Any] = json.loads(answer.body)
+    return (200, response["model"]["digest"], response["temperature"])
 
 
 def kills() -> Iterator[Line]:
     """Workers killed under load, then killed as soon as they are there."""
     with service(workers=2) as running:
-        folder = _shared(running)
-        yield asyncio.run(_killed(running))
-        yield _restarted(running, folder)
+        folder = _find_shared_folder(running)
+        yield asyncio.run(_measure_kills(running))
+        yield _measure_restarts(running, folder)
 
 
-async def _killed(running: Running) -> Line:
-    asked = windows_json(1)
-    found: Counter[object] = Counter()
+async def _measure_kills(running: Running) -> Line:
+    request_bytes = windows_json(1)
+    statuses: Counter[object] = Counter()
     last, silence = time.monotonic(), 0.0
     stop = asyncio.Event()
 
@@ -105,10 +105,10 @@ async def _killed(running: Running) -> Line:
         nonlocal last, silence
         while not stop.is_set():
             try:
-                found[(await ask_once(running.port, asked)).status] += 1
+                statuses[(await ask_once(running.port, request_bytes)).status] += 1
                 silence, last = max(silence, time.monotonic() - last), time.monotonic()
             except (OSError, TimeoutError) as error:
-                found[type(error).__name__] += 1
+                statuses[type(error).__name__] += 1
 
     asking = [asyncio.create_task(ask()) for _ in range(8)]
     for k in range(KILLS):
@@ -120,28 +120,28 @@ async def _killed(running: Running) -> Line:
     await asyncio.gather(*asking)
     counted = running.counted()
     name = f'engine_health_http_requests_total{{method="POST",route="{PREDICT}",status="200"}}'
-    answered, cut, total = found[200], found["ConnectionResetError"], round(counted[name])
+    answered, cut, total = statuses[200], statuses["ConnectionResetError"], round(counted[name])
     rows = round(counted["engine_health_confidence_count"])
     return Line(
         f"{KILLS} x kill -9 of one of two workers, 8 clients on new connections",
-        f"{answered} answered, {cut} cut, {told(found)}; {total} counted as answered, {rows} predictions; "
-        f"longest time without an answer {silence:.1f} s",
+        f"{answered} answered, {cut} cut, {format_other_statuses(statuses)}; {total} counted as answered, "
+        f"{rows} predictions; longest time without an answer {silence:.1f} s",
         "answered ≤ counted ≤ answered + cut, for requests and predictions; others answer meanwhile: nothing but cut "
         f"connections, never {SILENCE_SECONDS:g} s of silence",
         answered <= total <= rows <= answered + cut
-        and set(found) <= {200, "ConnectionResetError"}
+        and set(statuses) <= {200, "ConnectionResetError"}
         and silence < SILENCE_SECONDS,
         {"answered": answered, "cut": cut, "counted": total, "predictions": rows, "silence": silence},
     )
 
 
-def told(found: Counter[object]) -> str:
+def format_other_statuses(statuses: Counter[object]) -> str:
     """What else there was."""
-    other = {str(key): n for key, n in found.items() if key not in (200, "ConnectionResetError")}
+    other = {str(key): n for key, n in statuses.items() if key not in (200, "ConnectionResetError")}
     return f"others {other}" if other else "no other answer"
 
 
-def _restarted(running: Running, folder: Path) -> Line:
+def _measure_restarts(running: Running, folder: Path) -> Line:
     before, begun = sorted(path.name for path in folder.glob("*.db")), time.monotonic()
     for k in range(RESTARTS):
         victim = running.workers()[k % 2]
@@ -164,42 +164,42 @@ def _restarted(running: Running, folder: Path) -> Line:
     )
 
 
-def _shared(running: Running) -> Path:
+def _find_shared_folder(running: Running) -> Path:
     """The folder in which the workers keep what is theirs together."""
     for worker in running.workers():
         for link in Path(f"/proc/{worker}/fd").iterdir():
             with suppress(OSError):
-                if "slot-" in (to := os.readlink(link)):
-                    return Path(to).parent
+                if "slot-" in (target := os.readlink(link)):
+                    return Path(target).parent
     raise FileNotFoundError("no worker holds a slot")
 
 
 def stop() -> Iterator[Line]:
     """SIGTERM while two hundred requests are being answered, more than the drain time has room for."""
-    most: dict[str, object] = {"max_queue_rows": 200_000, "max_queue_seconds": 600, "max_buffered_bytes": 2**30}
-    with service(None, **most) as running:
-        yield asyncio.run(_stopped(running))
+    limits: dict[str, object] = {"max_queue_rows": 200_000, "max_queue_seconds": 600, "max_buffered_bytes": 2**30}
+    with service(None, **limits) as running:
+        yield asyncio.run(_measure_stop(running))
 
 
-async def _stopped(running: Running) -> Line:
-    asked = windows_binary(256)
-    told_to_stop = asyncio.Event()
+async def _measure_stop(running: Running) -> Line:
+    request_bytes = windows_binary(256)
+    stopping = asyncio.Event()
     late: Counter[object] = Counter()
 
     async def ask() -> None:
         connection = await Connection.to(running.port)
         while True:
             try:
-                status: object = (await connection.ask(asked)).status
+                status: object = (await connection.ask(request_bytes)).status
             except (OSError, TimeoutError) as error:
                 status = type(error).__name__
-            if told_to_stop.is_set():
+            if stopping.is_set():
                 late[status] += 1
                 return
 
     asking = [asyncio.create_task(ask()) for _ in range(IN_FLIGHT)]
     await asyncio.sleep(3)
-    told_to_stop.set()
+    stopping.set()
     begun = time.monotonic()
     code = asyncio.create_task(asyncio.to_thread(running.stopped, STOP_SECONDS))
     await asyncio.gather(*asking)
@@ -208,7 +208,7 @@ async def _stopped(running: Running) -> Line:
     say(f"all answered after {answered:.1f} s, ended after {time.monotonic() - begun:.1f} s")
     return Line(
         f"SIGTERM with {IN_FLIGHT} requests of 256 windows in flight",
-        f"{late[200]} answered, {told(late)}, the last {answered:.1f} s later; exit code {exit_code}",
+        f"{late[200]} answered, {format_other_statuses(late)}, the last {answered:.1f} s later; exit code {exit_code}",
         "all answered, exit code 0",
         late[200] == IN_FLIGHT and exit_code == 0,
         {"answered": late[200], "seconds": answered, "exit_code": exit_code},

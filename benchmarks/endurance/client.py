@@ -31,7 +31,7 @@ class Connection(asyncio.Protocol):
     """A connection that stays open between requests if the server lets it."""
 
     def __init__(self) -> None:
-        self._heard, self._size = bytearray(), 0
+        self._received, self._size = bytearray(), 0
         self._answer: asyncio.Future[tuple[int, dict[bytes, bytes], bytes]] | None = None
         self._head: tuple[int, dict[bytes, bytes]] | None = None
         self.open = True
@@ -58,12 +58,12 @@ class Connection(asyncio.Protocol):
         if not self.open:
             raise ConnectionResetError("closed before it was asked")
         self._transport.write(request)
-        timer = asyncio.get_running_loop().call_later(PATIENCE, self._missing, self._answer)
+        timer = asyncio.get_running_loop().call_later(PATIENCE, self._time_out, self._answer)
         try:
-            found = await self._answer
+            response = await self._answer
         finally:
             timer.cancel()
-        return Answer(*found, time.perf_counter() - since)
+        return Answer(*response, time.perf_counter() - since)
 
     def send(self, data: bytes) -> None:
         """Write without waiting for an answer."""
@@ -85,29 +85,29 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """As asyncio calls it."""
-        self._heard += data
+        self._received += data
         if self._head is None:
-            end = self._heard.find(b"\r\n\r\n")
+            end = self._received.find(b"\r\n\r\n")
             if end < 0:
                 return
-            first, *lines = bytes(self._heard[:end]).split(b"\r\n")
+            first, *lines = bytes(self._received[:end]).split(b"\r\n")
             headers = {name.lower(): value for name, _, value in (line.partition(b": ") for line in lines)}
             self._head, self._size = (int(first[9:12]), headers), end + 4 + int(headers.get(b"content-length", 0))
             self._start = end + 4
-        if len(self._heard) >= self._size and self._answer is not None and not self._answer.done():
+        if len(self._received) >= self._size and self._answer is not None and not self._answer.done():
             status, headers = self._head
             self.open = self.open and headers.get(b"connection", b"") != b"close"
-            body = bytes(self._heard[self._start : self._size])
-            self._heard, self._head = bytearray(), None
+            body = bytes(self._received[self._start : self._size])
+            self._received, self._head = bytearray(), None
             self._answer.set_result((status, headers, body))
 
-    def _missing(self, answer: "asyncio.Future[tuple[int, dict[bytes, bytes], bytes]]") -> None:
+    def _time_out(self, answer: "asyncio.Future[tuple[int, dict[bytes, bytes], bytes]]") -> None:
         if not answer.done():
             answer.set_exception(TimeoutError(f"no answer in {PATIENCE:g} s"))
 
 
 @dataclass
-class Offered:
+class RequestOutcomes:
     """What became of requests: how many were due, each answer's status and seconds, and what broke.
 
     Seconds run from when a request was begun, its connection included; `late` says by how much this client, which has
@@ -132,8 +132,8 @@ class Offered:
 
     def percentile(self, status: int, q: float) -> float:
         """Seconds within which that share (0..100) of a status was answered; NaN without any."""
-        found = self.seconds.get(status)
-        return float(np.percentile(found, q)) if found else float("nan")
+        seconds = self.seconds.get(status)
+        return float(np.percentile(seconds, q)) if seconds else float("nan")
 
 
 def request(path: str, body: bytes = b"", headers: Mapping[str, str] | None = None, method: str = "POST") -> bytes:
@@ -143,24 +143,24 @@ def request(path: str, body: bytes = b"", headers: Mapping[str, str] | None = No
     return "\r\n".join((*lines, "", "")).encode() + body
 
 
-async def ask_once(port: int, asked: bytes) -> Answer:
+async def ask_once(port: int, request_bytes: bytes) -> Answer:
     """One request on a connection of its own."""
     connection = await Connection.to(port)
     try:
-        return await connection.ask(asked)
+        return await connection.ask(request_bytes)
     finally:
         connection.close()
 
 
-async def offer(port: int, asked: bytes, rate: float, seconds: float) -> Offered:
+async def offer(port: int, request_bytes: bytes, rate: float, seconds: float) -> RequestOutcomes:
     """Send a request `rate` times a second, each when it is due, on an idle connection or a new one."""
-    found, idle, tasks = Offered(), list[Connection](), set[asyncio.Task[None]]()
+    outcomes, idle, tasks = RequestOutcomes(), list[Connection](), set[asyncio.Task[None]]()
     opened = 0
 
-    async def one(due: float) -> None:
+    async def send_when_due(due: float) -> None:
         nonlocal opened
         since = time.perf_counter()
-        found.late.append(since - due)
+        outcomes.late.append(since - due)
         try:
             while idle and not idle[-1].open:
                 idle.pop()
@@ -169,10 +169,10 @@ async def offer(port: int, asked: bytes, rate: float, seconds: float) -> Offered
             else:
                 opened += 1
                 connection = await Connection.to(port)
-            found.add(await connection.ask(asked, since))
+            outcomes.add(await connection.ask(request_bytes, since))
             idle.append(connection)
         except (OSError, TimeoutError) as error:
-            found.broken[type(error).__name__] += 1
+            outcomes.broken[type(error).__name__] += 1
 
     start = time.perf_counter()
     for k in range(round(rate * seconds)):
@@ -181,35 +181,35 @@ async def offer(port: int, asked: bytes, rate: float, seconds: float) -> Offered
             await asyncio.sleep(early)
         elif k % 32 == 0:
             await asyncio.sleep(0)  # late: hear what came meanwhile
-        found.due += 1
+        outcomes.due += 1
         if len(tasks) >= MOST_CONNECTIONS:
-            found.broken["not sent"] += 1
+            outcomes.broken["not sent"] += 1
             continue
-        task = asyncio.create_task(one(due))
+        task = asyncio.create_task(send_when_due(due))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
     while tasks:
         await asyncio.wait(tasks)
     for connection in idle:
         connection.close()
-    return found
+    return outcomes
 
 
-async def in_turn(port: int, requests: Iterable[bytes], connections: int) -> Offered:
+async def in_turn(port: int, requests: Iterable[bytes], connections: int) -> RequestOutcomes:
     """Send all of them, each connection its next when it is answered (a closed loop)."""
-    found, left = Offered(), iter(requests)
+    outcomes, remaining = RequestOutcomes(), iter(requests)
 
-    async def one() -> None:
+    async def send_remaining() -> None:
         connection = await Connection.to(port)
-        for asked in left:
-            found.due += 1
+        for request_bytes in remaining:
+            outcomes.due += 1
             try:
                 if not connection.open:
                     connection = await Connection.to(port)
-                found.add(await connection.ask(asked))
+                outcomes.add(await connection.ask(request_bytes))
             except (OSError, TimeoutError) as error:
-                found.broken[type(error).__name__] += 1
+                outcomes.broken[type(error).__name__] += 1
         connection.close()
 
-    await asyncio.gather(*(one() for _ in range(connections)))
-    return found
+    await asyncio.gather(*(send_remaining() for _ in range(connections)))
+    return outcomes

@@ -31,14 +31,14 @@ def lines() -> Iterator[Line]:
 def requests(running: Running) -> Line:
     """Well-formed HTTP around anything: each on a fresh connection, a golden window after each."""
     cases = corpus()
-    found, changed = asyncio.run(_asked(running.port, cases))
-    faults = sum(n for status, n in found.items() if not isinstance(status, int) or status >= 500)
+    statuses, changed = asyncio.run(_send_cases(running.port, cases))
+    faults = sum(n for status, n in statuses.items() if not isinstance(status, int) or status >= 500)
     return Line(
         f"{len(cases)} malformed requests on {len({path for path, *_ in cases})} routes, a golden window after each",
-        f"{told(found)}; {changed} golden answers changed",
+        f"{format_statuses(statuses)}; {changed} golden answers changed",
         "no 5xx, no restart, every golden answer bit-equal",
         faults == 0 and changed == 0 and running.alive(),
-        {"statuses": {str(k): v for k, v in found.items()}, "changed": changed},
+        {"statuses": {str(k): v for k, v in statuses.items()}, "changed": changed},
     )
 
 
@@ -47,13 +47,13 @@ def corpus() -> list[Case]:
     windows = load.golden()[0].astype(np.float32)
     bodies = [as_json(body) for body, *_ in CASES] + [body for body, _ in BODIES] + [as_json(b) for b, _ in EVALUATIONS]
     bodies += [b"[" * DEEP, b"[" * DEEP + b"]" * DEEP, b'{"a":' * DEEP, b'{"instances":' + b"[" * DEEP, b"\xff" * 1000]
-    one = json.dumps({"telemetry": windows[0].tolist()}).encode()
+    instance = json.dumps({"telemetry": windows[0].tolist()}).encode()
     bodies += [
-        b'{"instances": [%s], "instances": [%s]}' % (one, one),
-        b'{"instances": [{"telemetry": [[1]], "telemetry": %s}]}' % one[14:-1],
-        b'{"instances": [%s' % one,
-        b'{"instances": [%s]}' % one.replace(b"[[", b"[[1e39, ", 1),
-        one.replace(b".", b"\xff", 5),
+        b'{"instances": [%s], "instances": [%s]}' % (instance, instance),
+        b'{"instances": [{"telemetry": [[1]], "telemetry": %s}]}' % instance[14:-1],
+        b'{"instances": [%s' % instance,
+        b'{"instances": [%s]}' % instance.replace(b"[[", b"[[1e39, ", 1),
+        instance.replace(b".", b"\xff", 5),
         b'{"logits": [[1, 2, 3]], "labels": [0], "labels": [1]}',
         b'{"inputs": [], "inputs": []}',
     ]
@@ -68,28 +68,28 @@ def corpus() -> list[Case]:
     return cases + [(PREDICT, body, packed) for body in broken]
 
 
-async def _asked(port: int, cases: list[Case]) -> tuple[Counter[int | str], int]:
+async def _send_cases(port: int, cases: list[Case]) -> tuple[Counter[int | str], int]:
     golden = request(INFER, *load.oip_binary(load.golden()[0]))
-    found: Counter[int | str] = Counter()
+    statuses: Counter[int | str] = Counter()
     right = await Connection.to(port)
     expected, changed = (await right.ask(golden)).body, 0
     for path, body, headers in cases:
         wrong = await Connection.to(port)
         try:
-            found[(await wrong.ask(request(path, body, headers))).status] += 1
+            statuses[(await wrong.ask(request(path, body, headers))).status] += 1
         except (OSError, TimeoutError) as error:
-            found[type(error).__name__] += 1
+            statuses[type(error).__name__] += 1
         wrong.close()
         if not right.open:
             right = await Connection.to(port)
         changed += (await right.ask(golden)).body != expected
-    return found, changed
+    return statuses, changed
 
 
 def wires(running: Running) -> Line:
     """Bytes that are no HTTP, and lengths that lie: a 4xx or a closed connection, a golden window after each."""
     head = f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n".encode()
-    sent = (
+    messages = (
         b"\x00" * 4096,
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
         b"GET / HTTP/9.9\r\n\r\n",
@@ -107,44 +107,44 @@ def wires(running: Running) -> Line:
         head + b"Inference-Header-Content-Length: 5\r\nContent-Length: 2\r\n\r\n{}",
     )
     golden = request(INFER, *load.oip_binary(load.golden()[0]))
-    expected = _raw(running.port, golden)
-    found: Counter[int | str] = Counter()
+    expected = _exchange_bytes(running.port, golden)
+    statuses: Counter[int | str] = Counter()
     changed = 0
-    for wrong in sent:
-        heard = _raw(running.port, wrong)
-        found[int(heard[9:12]) if heard.startswith(b"HTTP/1.1 ") else "closed"] += 1
-        changed += _raw(running.port, golden).partition(b"\r\n\r\n")[2] != expected.partition(b"\r\n\r\n")[2]
-    faults = sum(n for status, n in found.items() if isinstance(status, int) and status >= 500)
+    for wrong in messages:
+        received = _exchange_bytes(running.port, wrong)
+        statuses[int(received[9:12]) if received.startswith(b"HTTP/1.1 ") else "closed"] += 1
+        changed += _exchange_bytes(running.port, golden).partition(b"\r\n\r\n")[2] != expected.partition(b"\r\n\r\n")[2]
+    faults = sum(n for status, n in statuses.items() if isinstance(status, int) and status >= 500)
     return Line(
-        f"{len(sent)} times no HTTP, or lengths that lie",
-        f"{told(found)}; {changed} golden answers changed",
+        f"{len(messages)} times no HTTP, or lengths that lie",
+        f"{format_statuses(statuses)}; {changed} golden answers changed",
         "4xx or closed, no restart, every golden answer bit-equal",
-        faults == 0 and 200 not in found and changed == 0 and running.alive(),
-        {"statuses": {str(k): v for k, v in found.items()}, "changed": changed},
+        faults == 0 and 200 not in statuses and changed == 0 and running.alive(),
+        {"statuses": {str(k): v for k, v in statuses.items()}, "changed": changed},
     )
 
 
-def _raw(port: int, sent: bytes) -> bytes:
+def _exchange_bytes(port: int, data: bytes) -> bytes:
     """What comes back within two seconds of silence."""
-    heard = b""
+    received = b""
     with socket.create_connection((HOST, port), timeout=2) as connection:
         try:
-            connection.sendall(sent)
+            connection.sendall(data)
             while part := connection.recv(1 << 16):
-                heard += part
-                if _whole(heard):
+                received += part
+                if _is_complete(received):
                     break
         except (TimeoutError, ConnectionError):
             time.sleep(0)
-    return heard
+    return received
 
 
-def _whole(heard: bytes) -> bool:
-    head, found, body = heard.partition(b"\r\n\r\n")
+def _is_complete(received: bytes) -> bool:
+    head, separator, body = received.partition(b"\r\n\r\n")
     sizes = [line.partition(b":")[2] for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
-    return bool(found) and len(body) >= int(sizes[0] if sizes else 0)
+    return bool(separator) and len(body) >= int(sizes[0] if sizes else 0)
 
 
-def told(found: Counter[int | str]) -> str:
+def format_statuses(statuses: Counter[int | str]) -> str:
     """How often each status came."""
-    return ", ".join(f"{n} x {status}" for status, n in sorted(found.items(), key=str))
+    return ", ".join(f"{n} x {status}" for status, n in sorted(statuses.items(), key=str))

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 
 from benchmarks import load
-from benchmarks.endurance.client import Connection, Offered, in_turn, offer, request
+from benchmarks.endurance.client import Connection, RequestOutcomes, in_turn, offer, request
 from benchmarks.endurance.stage import PREDICT, Line, Running, say, service, windows_binary, windows_json
 from benchmarks.peers import INFER
 
@@ -29,108 +29,114 @@ CONNECTIONS = 3000  # beyond the 2,048 that a listening socket holds
 
 def lines() -> Iterator[Line]:
     """Each kind of request at multiples of what the service can take, then connections that nobody accepts at first."""
-    for what, path, asked, times in CASES:
+    for description, path, request_bytes, times in CASES:
         with service() as running:
-            rate, alone = asyncio.run(capacity(running, asked))
-            say(f"{what}: {rate:.0f}/s, p99 {alone:.2f} s at {CAPACITY_CONNECTIONS} connections")
+            rate, unloaded_p99 = asyncio.run(capacity(running, request_bytes))
+            say(f"{description}: {rate:.0f}/s, p99 {unloaded_p99:.2f} s at {CAPACITY_CONNECTIONS} connections")
             for multiple in times:
-                yield overloaded(running, what, path, asked, rate, multiple, alone)
+                yield overloaded(running, description, path, request_bytes, rate, multiple, unloaded_p99)
     yield backlog()
 
 
-async def capacity(running: Running, asked: bytes) -> tuple[float, float]:
+async def capacity(running: Running, request_bytes: bytes) -> tuple[float, float]:
     """Requests a second that a few connections get answered, and their p99 in seconds."""
     begun = time.perf_counter()
-    until = itertools.takewhile(lambda _: time.perf_counter() < begun + CAPACITY_SECONDS, itertools.repeat(asked))
-    found = await in_turn(running.port, until, CAPACITY_CONNECTIONS)
-    return found.count(200) / (time.perf_counter() - begun), found.percentile(200, 99)
+    until = itertools.takewhile(
+        lambda _: time.perf_counter() < begun + CAPACITY_SECONDS, itertools.repeat(request_bytes)
+    )
+    outcomes = await in_turn(running.port, until, CAPACITY_CONNECTIONS)
+    return outcomes.count(200) / (time.perf_counter() - begun), outcomes.percentile(200, 99)
 
 
-def overloaded(running: Running, what: str, path: str, asked: bytes, rate: float, multiple: int, alone: float) -> Line:
+def overloaded(
+    running: Running, description: str, path: str, request_bytes: bytes, rate: float, multiple: int, unloaded_p99: float
+) -> Line:
     """A rate that is a multiple of the capacity, kept for a while whatever the answers."""
     route = path.replace("engine-health", "{name}")
     before = running.counted()
-    found = asyncio.run(offer(running.port, asked, rate * multiple, SECONDS))
+    outcomes = asyncio.run(offer(running.port, request_bytes, rate * multiple, SECONDS))
     time.sleep(1)
     after = running.counted()
 
-    def more(name: str) -> int:
+    def count_increase(name: str) -> int:
         return round(after.get(name, 0) - before.get(name, 0))
 
     counted = {
-        status: more(f'engine_health_http_requests_total{{method="POST",route="{route}",status="{status}"}}')
+        status: count_increase(f'engine_health_http_requests_total{{method="POST",route="{route}",status="{status}"}}')
         for status in (200, 429)
     }
-    refused = more('engine_health_rejected_total{reason="overloaded"}')
-    bound, p99 = QUEUE_SECONDS + TURN_SECONDS + alone, found.percentile(200, 99)
-    whole = found.count(200) + found.count(429) == found.due and not found.broken
-    agreed = counted == {200: found.count(200), 429: found.count(429)} and refused == found.count(429)
+    refused = count_increase('engine_health_rejected_total{reason="overloaded"}')
+    bound, p99 = QUEUE_SECONDS + TURN_SECONDS + unloaded_p99, outcomes.percentile(200, 99)
+    whole = outcomes.count(200) + outcomes.count(429) == outcomes.due and not outcomes.broken
+    agreed = counted == {200: outcomes.count(200), 429: outcomes.count(429)} and refused == outcomes.count(429)
     return Line(
-        f"{multiple} x capacity ({rate:.0f}/s) for {SECONDS:g} s: {what}",
-        f"{told(found)}; p50 {found.percentile(200, 50):.2f} s, p99 {p99:.2f} s; refusals p50 "
-        f"{found.percentile(429, 50):.3f} s; the client itself up to {max(found.late):.1f} s late",
+        f"{multiple} x capacity ({rate:.0f}/s) for {SECONDS:g} s: {description}",
+        f"{format_outcomes(outcomes)}; p50 {outcomes.percentile(200, 50):.2f} s, p99 {p99:.2f} s; refusals p50 "
+        f"{outcomes.percentile(429, 50):.3f} s; the client itself up to {max(outcomes.late):.1f} s late",
         f"answered + refused = sent, in its own metrics too; Retry-After; p99 ≤ 2 s in the queue + {TURN_SECONDS:g} s "
-        f"in the event loop + {alone:.2f} s of service",
-        whole and agreed and not found.unhinted and p99 <= bound,
+        f"in the event loop + {unloaded_p99:.2f} s of service",
+        whole and agreed and not outcomes.unhinted and p99 <= bound,
         {
             "capacity": rate,
-            "sent": found.due,
-            "answered": found.count(200),
-            "refused": found.count(429),
-            "broken": dict(found.broken),
-            "without_hint": found.unhinted,
+            "sent": outcomes.due,
+            "answered": outcomes.count(200),
+            "refused": outcomes.count(429),
+            "broken": dict(outcomes.broken),
+            "without_hint": outcomes.unhinted,
             "counted": counted,
-            "p50": found.percentile(200, 50),
+            "p50": outcomes.percentile(200, 50),
             "p99": p99,
             "bound": bound,
-            "client_late": max(found.late),
-            "refused_p50": found.percentile(429, 50),
-            "refused_p99": found.percentile(429, 99),
+            "client_late": max(outcomes.late),
+            "refused_p50": outcomes.percentile(429, 50),
+            "refused_p99": outcomes.percentile(429, 99),
         },
     )
 
 
-def told(found: Offered) -> str:
+def format_outcomes(outcomes: RequestOutcomes) -> str:
     """Sent, answered, refused, and whatever else there was."""
-    other = {status: len(s) for status, s in found.seconds.items() if status not in (200, 429)} | dict(found.broken)
-    said = f"{found.due} sent, {found.count(200)} answered, {found.count(429)} refused"
-    return said + (f", {other}" if other else "")
+    other = {status: len(s) for status, s in outcomes.seconds.items() if status not in (200, 429)} | dict(
+        outcomes.broken
+    )
+    text = f"{outcomes.due} sent, {outcomes.count(200)} answered, {outcomes.count(429)} refused"
+    return text + (f", {other}" if other else "")
 
 
 def backlog() -> Line:
     """More connections than the listening socket holds, while the process does not accept any."""
     with service() as running:
-        found, held = asyncio.run(_crowd(running))
+        outcomes, held = asyncio.run(_connect_crowd(running))
     return Line(
         f"{CONNECTIONS} connections at once to a process stopped for 3 s",
-        f"{held} were held by the kernel, the others tried again; {told(found)}; "
-        f"slowest {found.percentile(200, 100):.1f} s",
+        f"{held} were held by the kernel, the others tried again; {format_outcomes(outcomes)}; "
+        f"slowest {outcomes.percentile(200, 100):.1f} s",
         "every one is answered",
-        found.count(200) == CONNECTIONS,
-        {"held": held, "answered": found.count(200), "broken": dict(found.broken)},
+        outcomes.count(200) == CONNECTIONS,
+        {"held": held, "answered": outcomes.count(200), "broken": dict(outcomes.broken)},
     )
 
 
-async def _crowd(running: Running) -> tuple[Offered, int]:
-    asked = request("/livez", method="GET")
-    found, held = Offered(), 0
+async def _connect_crowd(running: Running) -> tuple[RequestOutcomes, int]:
+    request_bytes = request("/livez", method="GET")
+    outcomes, held = RequestOutcomes(), 0
 
-    async def one() -> None:
+    async def connect_and_ask() -> None:
         nonlocal held
-        found.due += 1
+        outcomes.due += 1
         since = time.perf_counter()
         try:
             connection = await Connection.to(running.port)
             held += 1
-            found.add(await connection.ask(asked, since))
+            outcomes.add(await connection.ask(request_bytes, since))
             connection.close()
         except (OSError, TimeoutError) as error:
-            found.broken[type(error).__name__] += 1
+            outcomes.broken[type(error).__name__] += 1
 
     os.kill(running.pid, signal.SIGSTOP)
-    tasks = [asyncio.create_task(one()) for _ in range(CONNECTIONS)]
+    tasks = [asyncio.create_task(connect_and_ask()) for _ in range(CONNECTIONS)]
     await asyncio.sleep(3)
     accepted = held
     os.kill(running.pid, signal.SIGCONT)
     await asyncio.gather(*tasks)
-    return found, accepted
+    return outcomes, accepted

@@ -21,8 +21,8 @@ PAUSE = 0.002  # between two probes
 def lines() -> Iterator[Line]:
     """Each kind of body, three times."""
     with service() as running:
-        for what, asked in bodies():
-            yield probed(running, what, asked)
+        for description, request_bytes in bodies():
+            yield probed(running, description, request_bytes)
 
 
 def bodies() -> Iterator[tuple[str, bytes]]:
@@ -40,7 +40,7 @@ def bodies() -> Iterator[tuple[str, bytes]]:
     tensor = {"name": "telemetry", "datatype": "FP32", "shape": [1, len(long), len(names)]}
     flat = {"inputs": [tensor | {"data": list(chain.from_iterable(long))}]}
     nested = {"inputs": [tensor | {"data": [long]}]}
-    for what, path, body in (
+    for description, path, body in (
         ("one history, rows", PREDICT, {"instances": [{"telemetry": long}]}),
         ("1,700 windows", PREDICT, {"instances": [{"telemetry": rows}] * (len(long) // len(rows))}),
         ("one history with a missing value a row", PREDICT, {"instances": [{"telemetry": holes}], "missing": "hold"}),
@@ -49,30 +49,30 @@ def bodies() -> Iterator[tuple[str, bytes]]:
         ("a tensor, flat", INFER, flat),
         ("a tensor, nested", INFER, nested),
     ):
-        yield what, request(path, json.dumps(body).encode(), load.JSON_HEADERS)
+        yield description, request(path, json.dumps(body).encode(), load.JSON_HEADERS)
 
 
-def probed(running: Running, what: str, asked: bytes) -> Line:
+def probed(running: Running, description: str, request_bytes: bytes) -> Line:
     """One kind of body: how long probes took while it was worked on."""
-    found = [asyncio.run(_probed(running.port, asked)) for _ in range(3)]
-    waits = np.concatenate([waits for _, waits in found])
+    results = [asyncio.run(_probe_during(running.port, request_bytes)) for _ in range(3)]
+    waits = np.concatenate([waits for _, waits in results])
     p99, slowest = float(np.quantile(waits, 0.99)), float(waits.max())
-    statuses = {answer.status for answer, _ in found}
-    seen = f"/livez p99 {p99 * 1e3:.0f} ms, slowest {slowest * 1e3:.0f} ms"
+    statuses = {answer.status for answer, _ in results}
+    latency = f"/livez p99 {p99 * 1e3:.0f} ms, slowest {slowest * 1e3:.0f} ms"
     return Line(
-        f"{len(asked) / 1e6:.0f} MB: {what}",
-        f"{', '.join(map(str, statuses))} after {found[-1][0].seconds:.2f} s; {seen}",
+        f"{len(request_bytes) / 1e6:.0f} MB: {description}",
+        f"{', '.join(map(str, statuses))} after {results[-1][0].seconds:.2f} s; {latency}",
         f"/livez answers within {LIVE_SECONDS * 1e3:.0f} ms (p99)",
         p99 <= LIVE_SECONDS and statuses <= {200, 400, 422},
         {"statuses": sorted(statuses), "p99": p99, "slowest": slowest},
     )
 
 
-async def _probed(port: int, asked: bytes) -> tuple[Answer, list[float]]:
+async def _probe_during(port: int, request_bytes: bytes) -> tuple[Answer, list[float]]:
     """The answer, and the seconds that each probe took from when the body was sent."""
     live, probe = request("/livez", method="GET"), await Connection.to(port)
     await probe.ask(live)
-    task, waits = asyncio.create_task(ask_once(port, asked)), []
+    task, waits = asyncio.create_task(ask_once(port, request_bytes)), []
     while not task.done():
         begun = time.perf_counter()
         await probe.ask(live)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from benchmarks.endurance.client import Offered, in_turn
+from benchmarks.endurance.client import RequestOutcomes, in_turn
 from benchmarks.endurance.stage import Line, Running, say, service, windows_binary, windows_json
 
 REQUESTS, STEP, CONNECTIONS = 200_000, 10_000, 8
@@ -17,21 +17,21 @@ GROWTH_MB = 1.0  # for each step of requests
 def lines() -> Iterator[Line]:
     """Binary for the most part, so that they are many; some JSON."""
     with service() as running:
-        yield asyncio.run(_soaked(running))
+        yield asyncio.run(_run_soak(running))
 
 
-async def _soaked(running: Running) -> Line:
+async def _run_soak(running: Running) -> Line:
     sizes = range(1, 65)
     binary, text = [windows_binary(n) for n in sizes], [windows_json(n) for n in sizes]
     chance = random.Random(0)
-    memory, descriptors, found = [], set(), Offered()
+    memory, descriptors, outcomes = [], set(), RequestOutcomes()
     for step in range(REQUESTS // STEP):
-        asked = (chance.choice(text if chance.random() < JSON_SHARE else binary) for _ in range(STEP))
-        got = await in_turn(running.port, asked, CONNECTIONS)
-        found.due += got.due
-        found.broken += got.broken
-        for status, seconds in got.seconds.items():
-            found.seconds.setdefault(status, []).extend(seconds)
+        requests = (chance.choice(text if chance.random() < JSON_SHARE else binary) for _ in range(STEP))
+        step_outcomes = await in_turn(running.port, requests, CONNECTIONS)
+        outcomes.due += step_outcomes.due
+        outcomes.broken += step_outcomes.broken
+        for status, seconds in step_outcomes.seconds.items():
+            outcomes.seconds.setdefault(status, []).extend(seconds)
         await asyncio.sleep(1)
         memory.append(running.memory() * 2**20 / 1e6)
         descriptors.add(running.descriptors())
@@ -39,10 +39,11 @@ async def _soaked(running: Running) -> Line:
     last = memory[len(memory) // 2 :]
     slope = float(np.polyfit(range(len(last)), last, 1)[0])
     return Line(
-        f"{found.due:,} requests of 1 to 64 windows, nine in ten binary",
-        f"{found.count(200):,} answered, {found.due - found.count(200)} not; memory of the last half {slope:+.2f} MB "
-        f"for each {STEP:,}, {last[0]:.0f} to {last[-1]:.0f} MB; {min(descriptors)} to {max(descriptors)} descriptors",
+        f"{outcomes.due:,} requests of 1 to 64 windows, nine in ten binary",
+        f"{outcomes.count(200):,} answered, {outcomes.due - outcomes.count(200)} not; memory of the last half "
+        f"{slope:+.2f} MB for each {STEP:,}, {last[0]:.0f} to {last[-1]:.0f} MB; "
+        f"{min(descriptors)} to {max(descriptors)} descriptors",
         f"all answered; less than {GROWTH_MB:g} MB for each {STEP:,}; as many descriptors at the end",
-        found.count(200) == found.due and slope < GROWTH_MB and len(descriptors) == 1,
+        outcomes.count(200) == outcomes.due and slope < GROWTH_MB and len(descriptors) == 1,
         {"memory_mb": memory, "slope_mb": slope, "descriptors": sorted(descriptors)},
     )

@@ -45,10 +45,10 @@ class Running:
         """Whether the process that was started runs still."""
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None
 
-    def memory(self, what: str = "VmRSS") -> float:
+    def memory(self, entry: str = "VmRSS") -> float:
         """MiB that the process holds in memory; "VmHWM" for the most since `forget_peak`."""
         lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
-        return int(next(line.split()[1] for line in lines if line.startswith(what))) / 1024
+        return int(next(line.split()[1] for line in lines if line.startswith(entry))) / 1024
 
     def settled_memory(self) -> float:
         """MiB that it holds a moment after the last answer, which goes out before its request is forgotten."""
@@ -66,7 +66,7 @@ class Running:
     def workers(self) -> list[int]:
         """Processes that serve below it."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        return [int(pid) for pid in children if b"spawn_main" in _command_line(int(pid))]
+        return [int(pid) for pid in children if b"spawn_main" in _read_command_line(int(pid))]
 
     def stopped(self, seconds: float) -> int:
         """Send SIGTERM and wait; the exit code.
@@ -77,9 +77,9 @@ class Running:
         os.kill(self.pid, signal.SIGTERM)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)  # its parent reaps it later
-            if ended is not None:
-                return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+            exit_info = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)  # its parent reaps it later
+            if exit_info is not None:
+                return exit_info.si_status if exit_info.si_code == os.CLD_EXITED else -exit_info.si_status
             time.sleep(0.05)
         raise TimeoutError(f"still running {seconds:g} s after SIGTERM")
 
@@ -88,9 +88,11 @@ class Running:
 def service(environment: Mapping[str, str] | None = None, **settings: object) -> Iterator[Running]:
     """The service on its core, one thread of inference, logging as it is shipped; settings in lower case."""
     port = load.free_port()
-    given = {f"ENGINE_HEALTH_{key.upper()}": str(value) for key, value in ({"threads": 1} | settings).items()}
-    started = [word for word in command(port) if word not in ("--drain-seconds", "0")]
-    with load.served(started, {**given, **(environment or {})}, load.SERVER_CORE, base(port) + "/readyz", ROOT) as pid:
+    variables = {f"ENGINE_HEALTH_{key.upper()}": str(value) for key, value in ({"threads": 1} | settings).items()}
+    arguments = [word for word in command(port) if word not in ("--drain-seconds", "0")]
+    with load.served(
+        arguments, {**variables, **(environment or {})}, load.SERVER_CORE, base(port) + "/readyz", ROOT
+    ) as pid:
         yield Running(port, pid)
 
 
@@ -109,7 +111,7 @@ def say(text: str) -> None:
     print(f"  {text}", file=sys.stderr, flush=True)
 
 
-def _command_line(pid: int) -> bytes:
+def _read_command_line(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:  # gone
