@@ -43,27 +43,27 @@ def main() -> int:
     os.sched_setaffinity(0, {load.CLIENT_CORE})
     print(f"{load.machine()}\n\n| fault | what clients saw | flights acknowledged | lost | well after, s |")
     print("| --- | --- | ---: | ---: | ---: |", flush=True)
-    found: dict[str, Outcome | str] = {}
+    outcomes: dict[str, Outcome | str] = {}
     for name in chosen:
         say(name)
         try:
-            found[name] = FAULTS[name]()
+            outcomes[name] = FAULTS[name]()
         except Untried as reason:
-            found[name] = str(reason)
-        print(row(name, found[name]), flush=True)
+            outcomes[name] = str(reason)
+        print(row(name, outcomes[name]), flush=True)
     BUILD.mkdir(exist_ok=True)
-    figures = {name: one if isinstance(one, str) else one._asdict() for name, one in found.items()}
+    figures = {name: outcome if isinstance(outcome, str) else outcome._asdict() for name, outcome in outcomes.items()}
     (BUILD / "faults.json").write_text(json.dumps({"machine": load.machine(), "faults": figures}, indent=1))
-    return 0 if all(isinstance(one, str) or one.kept() for one in found.values()) else 1
+    return 0 if all(isinstance(outcome, str) or outcome.passed() for outcome in outcomes.values()) else 1
 
 
-def row(name: str, found: Outcome | str) -> str:
+def row(name: str, outcome: Outcome | str) -> str:
     """A line of the table."""
-    if isinstance(found, str):
-        return f"| {name} | not tried: {found} | | | |"
-    well = "**never**" if found.well is None else f"{found.well:.1f}"
-    proven = "" if found.proven else "; **not as it should be**"
-    return f"| {name} | {found.saw}{proven} | {found.acknowledged:,} | {found.lost or 0} | {well} |"
+    if isinstance(outcome, str):
+        return f"| {name} | not tried: {outcome} | | | |"
+    well = "**never**" if outcome.well is None else f"{outcome.well:.1f}"
+    proven = "" if outcome.proven else "; **not as it should be**"
+    return f"| {name} | {outcome.saw}{proven} | {outcome.acknowledged:,} | {outcome.lost or 0} | {well} |"
 
 
 if __name__ == "__main__":

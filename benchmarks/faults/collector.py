@@ -37,11 +37,11 @@ class Untried(Exception):
     """A fault that cannot be made on this machine; the message says why."""
 
 
-class Seen(NamedTuple):
+class FaultReport(NamedTuple):
     """What a fault says of itself, and whether it was there and met what is promised: else its line proves nothing."""
 
-    said: str
-    kept: bool
+    description: str
+    proven: bool
 
 
 class Outcome(NamedTuple):
@@ -53,7 +53,7 @@ class Outcome(NamedTuple):
     well: float | None
     proven: bool = True
 
-    def kept(self) -> bool:
+    def passed(self) -> bool:
         """Whether the fault was one, nothing acknowledged was lost, and all became well without help."""
         return self.proven and self.lost == 0 and self.well is not None and self.acknowledged > 0
 
@@ -63,23 +63,25 @@ class Clients:
 
     def __init__(self, port: int) -> None:
         self.port, self.events = port, list[Event]()
-        self.told = [0] * COLLECTORS  # the cycles below it are acknowledged
+        self.acknowledged = [0] * COLLECTORS  # the cycles below it are acknowledged
         self._stop = threading.Event()
-        self._lines = golden()[0][0].tolist()
+        self._readings = golden()[0][0].tolist()
 
     def run(self) -> None:
         """Ask until told to stop."""
-        asyncio.run(self._all())
+        asyncio.run(self._run_clients())
 
     def stop(self) -> None:
         """Ask no more."""
         self._stop.set()
 
-    async def _all(self) -> None:
-        collectors = [self._one("cycles", self._flight, k) for k in range(COLLECTORS)]
-        await asyncio.gather(*collectors, *(self._one("predict", self._window, k) for k in range(DASHBOARDS)))
+    async def _run_clients(self) -> None:
+        collectors = [self._run_client("cycles", self._build_flight_request, k) for k in range(COLLECTORS)]
+        await asyncio.gather(
+            *collectors, *(self._run_client("predict", self._build_predict_request, k) for k in range(DASHBOARDS))
+        )
 
-    async def _one(self, call: str, body: Callable[[int], bytes], k: int) -> None:
+    async def _run_client(self, call: str, body: Callable[[int], bytes], k: int) -> None:
         connection: Connection | None = None
         while not self._stop.is_set():
             try:
@@ -90,19 +92,19 @@ class Clients:
                 status, connection = type(error).__name__, None
             self.events.append(Event(time.monotonic(), call, k, status))
             if status == "200" and call == "cycles":
-                self.told[k] += 1
+                self.acknowledged[k] += 1
             await asyncio.sleep(0.005 if status == "200" else PAUSE_SECONDS)
 
-    def _flight(self, k: int) -> bytes:
-        cycle = self.told[k]
-        row = {"engine_id": f"collector {k}", "cycle": cycle, "telemetry": self._lines[cycle % len(self._lines)]}
+    def _build_flight_request(self, k: int) -> bytes:
+        cycle = self.acknowledged[k]
+        row = {"engine_id": f"collector {k}", "cycle": cycle, "telemetry": self._readings[cycle % len(self._readings)]}
         return request("/v1/cycles", json.dumps({"cycles": [row]}).encode(), JSON_HEADERS)
 
-    def _window(self, _: int) -> bytes:
-        return request(PREDICT, json.dumps({"instances": [{"telemetry": self._lines}]}).encode(), JSON_HEADERS)
+    def _build_predict_request(self, _: int) -> bytes:
+        return request(PREDICT, json.dumps({"instances": [{"telemetry": self._readings}]}).encode(), JSON_HEADERS)
 
 
-def observed(port: int, fault: Callable[[], Seen | None], refused: bool = False) -> Outcome:
+def observed(port: int, fault: Callable[[], FaultReport | None], refused: bool = False) -> Outcome:
     """What clients see of a fault, which is over when `fault` returns; it may give something to add.
 
     `refused`: flights must have been refused meanwhile, or there was no fault.
@@ -113,24 +115,30 @@ def observed(port: int, fault: Callable[[], Seen | None], refused: bool = False)
     time.sleep(SETTLED_SECONDS)
     begun = time.monotonic()
     try:
-        more = fault()
+        report = fault()
         ended = time.monotonic()
-        well = _until_well(clients, ended)
+        well = _wait_until_well(clients, ended)
     finally:
         clients.stop()
         thread.join()
     events = [event for event in clients.events if event.when >= begun]
     proven = not refused or any(event.call == "cycles" and event.status == REFUSED for event in events)
-    said = "; ".join((_saw(events, begun), *([more.said] if more else [])))
-    told = sum(clients.told)
-    return Outcome(said, told, _lost(port, clients.told), well, proven and (more is None or more.kept))
+    summary = "; ".join((_summarise_events(events, begun), *([report.description] if report else [])))
+    acknowledged = sum(clients.acknowledged)
+    return Outcome(
+        summary,
+        acknowledged,
+        _count_lost(port, clients.acknowledged),
+        well,
+        proven and (report is None or report.proven),
+    )
 
 
-def _until_well(clients: Clients, ended: float) -> float | None:
+def _wait_until_well(clients: Clients, ended: float) -> float | None:
     while time.monotonic() < ended + WELL_SECONDS:
         time.sleep(0.1)
-        if (found := well(clients.events, ended, time.monotonic())) is not None:
-            return found
+        if (seconds := well(clients.events, ended, time.monotonic())) is not None:
+            return seconds
     return None
 
 
@@ -143,23 +151,23 @@ def well(events: Sequence[Event], ended: float, now: float) -> float | None:
     return max(first.values()) - ended if settled and len(first) == COLLECTORS + DASHBOARDS else None
 
 
-def _saw(events: list[Event], begun: float) -> str:
+def _summarise_events(events: list[Event], begun: float) -> str:
     """Each kind of failure with its number, and the longest time without an answer, by call."""
     parts = []
     for call in ("predict", "cycles"):
         failures = Counter(event.status for event in events if event.call == call and event.status != "200")
         good = [event.when for event in events if event.call == call and event.status == "200"]
         silent = max((b - a for a, b in itertools.pairwise([begun, *good])), default=0.0)
-        told = ", ".join(f"{n:,} x {status}" for status, n in failures.most_common()) or "no failure"
-        parts.append(f"{call}: {told}, longest silence {silent:.1f} s")
+        failure_text = ", ".join(f"{n:,} x {status}" for status, n in failures.most_common()) or "no failure"
+        parts.append(f"{call}: {failure_text}, longest silence {silent:.1f} s")
     return "; ".join(parts)
 
 
-def _lost(port: int, told: list[int]) -> int:
+def _count_lost(port: int, acknowledged: list[int]) -> int:
     """How many acknowledged flights are not there, once each."""
     lost = 0
-    for k, cycles in enumerate(told):
+    for k, cycles in enumerate(acknowledged):
         status, answer = get(f"{base(port)}/v1/engines/collector%20{k}")
-        there = Counter(row["cycle"] for row in json.loads(answer)["history"]) if status == 200 else Counter()
-        lost += sum(there[cycle] != 1 for cycle in range(cycles))
+        stored = Counter(row["cycle"] for row in json.loads(answer)["history"]) if status == 200 else Counter()
+        lost += sum(stored[cycle] != 1 for cycle in range(cycles))
     return lost

@@ -5,7 +5,7 @@ import time
 
 from benchmarks.endurance.client import HOST
 from benchmarks.endurance.stage import Running, windows_json
-from benchmarks.faults.collector import Outcome, Seen, observed
+from benchmarks.faults.collector import FaultReport, Outcome, observed
 from benchmarks.faults.processes import remembering
 
 LEFT, SLOW, HALF = 1000, 200, 500
@@ -15,36 +15,36 @@ HEARD_SECONDS = 30.0
 
 def left() -> Outcome:
     """Connections on which nothing is ever sent."""
-    return _with(LEFT, b"", b"")
+    return _hold_connections(LEFT, b"", b"")
 
 
 def slow() -> Outcome:
     """A request of which a byte comes each second: headers that do not end."""
-    return _with(SLOW, b"POST /v1/predict HTTP/1.1\r\nX-Slow: ", b"x")
+    return _hold_connections(SLOW, b"POST /v1/predict HTTP/1.1\r\nX-Slow: ", b"x")
 
 
-def _with(number: int, first: bytes, then: bytes) -> Outcome:
+def _hold_connections(number: int, first: bytes, then: bytes) -> Outcome:
     with remembering(request_seconds=REQUEST_SECONDS) as running:
 
-        def fault() -> Seen:
+        def fault() -> FaultReport:
             before, begun = running.descriptors(), time.monotonic()
             held = [socket.create_connection((HOST, running.port)) for _ in range(number)]
-            for one in held:
-                one.sendall(first)
+            for connection in held:
+                connection.sendall(first)
             time.sleep(2)  # until they are accepted
-            most = running.descriptors() - before
+            opened = running.descriptors() - before
             while running.descriptors() > before and time.monotonic() < begun + HEARD_SECONDS:
                 time.sleep(1)
-                for one in held:
+                for connection in held:
                     try:
-                        one.sendall(then)
+                        connection.sendall(then)
                     except OSError:  # hung up, as it should be
                         continue
-            rest, seconds = max(0, running.descriptors() - before), time.monotonic() - begun
-            for one in held:
-                one.close()
-            said = f"{most} held, {rest} left after {seconds:.0f} s (limit {REQUEST_SECONDS:g} s)"
-            return Seen(said, most > 0.9 * number and rest == 0)
+            remaining, seconds = max(0, running.descriptors() - before), time.monotonic() - begun
+            for connection in held:
+                connection.close()
+            description = f"{opened} held, {remaining} left after {seconds:.0f} s (limit {REQUEST_SECONDS:g} s)"
+            return FaultReport(description, opened > 0.9 * number and remaining == 0)
 
         return observed(running.port, fault)
 
@@ -53,33 +53,37 @@ def half_closed() -> Outcome:
     """Half of them ask whole requests and then close what they send through; the others do so amid a request."""
     with remembering() as running:
 
-        def fault() -> Seen:
-            before, asked = running.descriptors(), windows_json(1)
-            whole, torn = ([_sent(running, asked[:end]) for _ in range(HALF // 2)] for end in (None, -1))
-            answered = sum(_heard(one).startswith(b"HTTP/1.1 200 ") for one in whole)
-            refused = sum(not _heard(one).startswith(b"HTTP/1.1 200 ") for one in torn)
+        def fault() -> FaultReport:
+            before, request_bytes = running.descriptors(), windows_json(1)
+            whole, torn = (
+                [_send_and_half_close(running, request_bytes[:end]) for _ in range(HALF // 2)] for end in (None, -1)
+            )
+            answered = sum(_receive_all(connection).startswith(b"HTTP/1.1 200 ") for connection in whole)
+            refused = sum(not _receive_all(connection).startswith(b"HTTP/1.1 200 ") for connection in torn)
             time.sleep(1)
-            rest = max(0, running.descriptors() - before)
-            both = f"{answered} of {len(whole)} whole requests answered, {len(torn) - refused} of {len(torn)} torn ones"
-            return Seen(f"{both}; {rest} left open", refused == len(torn) and rest == 0)
+            remaining = max(0, running.descriptors() - before)
+            answered_text = (
+                f"{answered} of {len(whole)} whole requests answered, {len(torn) - refused} of {len(torn)} torn ones"
+            )
+            return FaultReport(f"{answered_text}; {remaining} left open", refused == len(torn) and remaining == 0)
 
         return observed(running.port, fault)
 
 
-def _sent(running: Running, data: bytes) -> socket.socket:
-    one = socket.create_connection((HOST, running.port), timeout=HEARD_SECONDS)
-    one.sendall(data)
-    one.shutdown(socket.SHUT_WR)
-    return one
+def _send_and_half_close(running: Running, data: bytes) -> socket.socket:
+    connection = socket.create_connection((HOST, running.port), timeout=HEARD_SECONDS)
+    connection.sendall(data)
+    connection.shutdown(socket.SHUT_WR)
+    return connection
 
 
-def _heard(one: socket.socket) -> bytes:
+def _receive_all(connection: socket.socket) -> bytes:
     """All that comes until the other side closes."""
-    heard = b""
-    with one:
+    received = b""
+    with connection:
         try:
-            while more := one.recv(65536):
-                heard += more
+            while chunk := connection.recv(65536):
+                received += chunk
         except OSError:  # reset, or nothing in time
             pass
-    return heard
+    return received

@@ -11,12 +11,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from benchmarks.endurance.stage import MIB, Running, service
-from benchmarks.faults.collector import Outcome, Seen, Untried, observed
+from benchmarks.faults.collector import FaultReport, Outcome, Untried, observed
 from benchmarks.peers import BUILD
 
 CGROUPS = Path("/sys/fs/cgroup")
 STOPPED_SECONDS = 10
-ROOM = 64 * MIB  # of memory, that a worker may take more than it has
+HEADROOM = 64 * MIB  # of memory, that a worker may take more than it has
 BALLAST = 96 * MIB  # what it is then given to hold: a body
 DESCRIPTORS, CONNECTIONS, HELD_SECONDS = 64, 200, 5
 
@@ -56,13 +56,16 @@ def stopped() -> Outcome:
 
 def out_of_memory() -> Outcome:
     """The kernel kills a worker that asks for more memory than its control group has."""
-    with remembering(workers=2, max_body_bytes=2 * BALLAST, request_seconds=5) as running, _group() as group:
+    with (
+        remembering(workers=2, max_body_bytes=2 * BALLAST, request_seconds=5) as running,
+        _create_control_group() as group,
+    ):
         before = set(running.workers())
         for pid in (running.pid, *before):
             (group / "cgroup.procs").write_text(str(pid))
 
-        def fault() -> Seen:
-            _limit(group, _used(group) + ROOM)
+        def fault() -> FaultReport:
+            _set_limit(group, _read_usage(group) + HEADROOM)
             hog = socket.create_connection(("127.0.0.1", running.port))
             with hog, suppress(OSError):  # cut when the worker is killed
                 hog.sendall(f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: {BALLAST}\r\n\r\n".encode())
@@ -71,22 +74,22 @@ def out_of_memory() -> Outcome:
             while before <= set(running.workers()) and time.monotonic() < deadline:
                 time.sleep(0.05)
             gone = len(before - set(running.workers()))
-            _limit(group, 2**40)
+            _set_limit(group, 2**40)
             if not gone:
                 raise Untried("no worker was killed within 20 s")
-            return Seen(f"{gone} of {len(before)} workers killed", True)
+            return FaultReport(f"{gone} of {len(before)} workers killed", True)
 
         return observed(running.port, fault)
 
 
 @contextmanager
-def _group() -> Iterator[Path]:
+def _create_control_group() -> Iterator[Path]:
     """A control group of this benchmark's own, version 1 or 2."""
     above = CGROUPS / "memory" if (CGROUPS / "memory").is_dir() else CGROUPS
     group = above / f"engine-health-faults-{os.getpid()}"
     try:
         group.mkdir()
-        if not _files(group)[0].exists():
+        if not _find_memory_files(group)[0].exists():
             raise OSError("no memory controller")
     except OSError as error:
         raise Untried(f"no control group with a memory limit ({error})") from None
@@ -100,33 +103,35 @@ def _group() -> Iterator[Path]:
             group.rmdir()
 
 
-def _files(group: Path) -> tuple[Path, Path]:
+def _find_memory_files(group: Path) -> tuple[Path, Path]:
     """Where a group's limit and its use stand."""
     if (CGROUPS / "memory").is_dir():
         return group / "memory.limit_in_bytes", group / "memory.usage_in_bytes"
     return group / "memory.max", group / "memory.current"
 
 
-def _limit(group: Path, size: int) -> None:
-    _files(group)[0].write_text(str(size))
+def _set_limit(group: Path, size: int) -> None:
+    _find_memory_files(group)[0].write_text(str(size))
 
 
-def _used(group: Path) -> int:
-    return int(_files(group)[1].read_text())
+def _read_usage(group: Path) -> int:
+    return int(_find_memory_files(group)[1].read_text())
 
 
 def descriptors() -> Outcome:
     """Room for 64 open files, and 200 connections."""
     with remembering() as running:
 
-        def fault() -> Seen:
-            most = resource.prlimit(running.pid, resource.RLIMIT_NOFILE)
-            resource.prlimit(running.pid, resource.RLIMIT_NOFILE, (DESCRIPTORS, most[1]))
+        def fault() -> FaultReport:
+            limits = resource.prlimit(running.pid, resource.RLIMIT_NOFILE)
+            resource.prlimit(running.pid, resource.RLIMIT_NOFILE, (DESCRIPTORS, limits[1]))
             held = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(CONNECTIONS)]
             time.sleep(HELD_SECONDS)
-            had = running.descriptors()
-            for one in held:
-                one.close()
-            return Seen(f"{had} of {DESCRIPTORS} descriptors in use for {HELD_SECONDS} s", had == DESCRIPTORS)
+            open_count = running.descriptors()
+            for connection in held:
+                connection.close()
+            return FaultReport(
+                f"{open_count} of {DESCRIPTORS} descriptors in use for {HELD_SECONDS} s", open_count == DESCRIPTORS
+            )
 
         return observed(running.port, fault)

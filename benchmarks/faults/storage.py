@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from benchmarks.endurance.stage import Running, service
-from benchmarks.faults.collector import Outcome, Seen, Untried, observed
+from benchmarks.faults.collector import FaultReport, Outcome, Untried, observed
 from benchmarks.faults.processes import remembering
 from benchmarks.load import get
 from benchmarks.serving import base
@@ -28,14 +28,14 @@ time.time_ns = lambda: now_ns() - {seconds} * 10**9 * os.path.exists({jumped!r})
 
 
 @contextmanager
-def _disk() -> Iterator[Path]:
+def _mount_small_disk() -> Iterator[Path]:
     """A small file system of its own."""
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        done = subprocess.run(
+        mount = subprocess.run(
             ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", folder], capture_output=True, text=True
         )
-        if done.returncode:
-            raise Untried(f"no file system may be mounted ({done.stderr.strip()})")
+        if mount.returncode:
+            raise Untried(f"no file system may be mounted ({mount.stderr.strip()})")
         try:
             yield Path(folder)
         finally:
@@ -44,7 +44,7 @@ def _disk() -> Iterator[Path]:
 
 def full() -> Outcome:
     """No room is left beside the database, then there is again."""
-    with _disk() as disk, service(database_url=f"sqlite:///{disk}/memory.db") as running:
+    with _mount_small_disk() as disk, service(database_url=f"sqlite:///{disk}/memory.db") as running:
 
         def fault() -> None:
             ballast = disk / "ballast"
@@ -59,7 +59,7 @@ def full() -> Outcome:
 
 def read_only() -> Outcome:
     """No writes when the service starts, and then there are: the kernel forbids the other way to files in use."""
-    with _disk() as disk:
+    with _mount_small_disk() as disk:
         _remount(disk, "ro")
         with service(database_url=f"sqlite:///{disk}/memory.db") as running:
 
@@ -70,8 +70,8 @@ def read_only() -> Outcome:
             return observed(running.port, fault, refused=True)
 
 
-def _remount(disk: Path, how: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{how}", str(disk)], check=True)
+def _remount(disk: Path, mode: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{mode}", str(disk)], check=True)
 
 
 def gone() -> Outcome:
@@ -96,16 +96,16 @@ def clock() -> Outcome:
         path = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
         with remembering({"PYTHONPATH": path}) as running:
 
-            def fault() -> Seen:
+            def fault() -> FaultReport:
                 jumped.touch()
                 time.sleep(1)
-                age = time.time() - _newest(running)
-                return Seen(f"what is kept now is dated {age / 3600:.1f} h ago", age > JUMP_SECONDS / 2)
+                age = time.time() - _read_newest_time(running)
+                return FaultReport(f"what is kept now is dated {age / 3600:.1f} h ago", age > JUMP_SECONDS / 2)
 
             return observed(running.port, fault)
 
 
-def _newest(running: Running) -> float:
+def _read_newest_time(running: Running) -> float:
     """When the service says that it kept the last flight of each engine, and of them the last."""
     engines = json.loads(get(f"{base(running.port)}/v1/engines")[1])["engines"]
-    return max(datetime.fromisoformat(one["updated_at"]).timestamp() for one in engines)
+    return max(datetime.fromisoformat(engine["updated_at"]).timestamp() for engine in engines)

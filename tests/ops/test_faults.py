@@ -40,8 +40,8 @@ def test_well_begins_after_the_last_failure_and_takes_a_while_without_another() 
 def test_every_way_to_fail_is_one() -> None:
     """A lost flight, nobody well, nothing acknowledged, or a fault that was none: none of them is kept."""
     good = Outcome("no failure", 10, 0, 0.1)
-    assert good.kept()
+    assert good.passed()
     for bad in ({"lost": 1}, {"well": None}, {"acknowledged": 0}, {"proven": False}):
-        assert not good._replace(**bad).kept()
+        assert not good._replace(**bad).passed()
     assert "**never**" in row("a fault", good._replace(well=None))
     assert "**not as it should be**" in row("a fault", good._replace(proven=False))
