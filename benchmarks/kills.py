@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.load import free_port, get, golden
 
-ENGINES, CLIENTS, MOST_SECONDS = 40, 8, 1.5
+ENGINES, CLIENTS, MAX_LIFE_SECONDS = 40, 8, 1.5
 LABELS = ("normal", "degrading", "critical")
 
 
@@ -39,7 +39,7 @@ class Survived(NamedTuple):
     twice: int  # there more than once
     restart_seconds: float  # the longest from a start to ready
 
-    def kept(self) -> bool:
+    def passed(self) -> bool:
         """Whether the promise was."""
         return self.lost == self.twice == 0 and self.labels > 0
 
@@ -54,13 +54,13 @@ class Life:
         command = [sys.executable, "-m", "service.cli", "serve", "--port", str(port)]
         started = time.monotonic()
         self.process = subprocess.Popen(command, env=environment)
-        while not self._ready():
+        while not self._is_ready():
             if self.process.poll() is not None or time.monotonic() > started + 60:
                 raise RuntimeError("the service did not become ready")
             time.sleep(0.02)
         self.seconds = time.monotonic() - started
 
-    def _ready(self) -> bool:
+    def _is_ready(self) -> bool:
         with suppress(OSError):
             return get(self.base + "/readyz")[0] == 200
         return False
@@ -94,14 +94,16 @@ def survive(database_url: str, kills: int, seed: int = 0) -> Survived:
         stop = threading.Event()
         with ThreadPoolExecutor(CLIENTS) as pool:
             for client in range(CLIENTS):
-                pool.submit(_tell, life, range(client, ENGINES, CLIENTS), next_cycle, flights, labels, stop)
-            time.sleep(chance.uniform(0.02, MOST_SECONDS))
+                pool.submit(
+                    _send_flights_and_labels, life, range(client, ENGINES, CLIENTS), next_cycle, flights, labels, stop
+                )
+            time.sleep(chance.uniform(0.02, MAX_LIFE_SECONDS))
             life.kill()
             stop.set()
-    return _counted(database_url, kills, flights, labels, slowest)
+    return _count_stored(database_url, kills, flights, labels, slowest)
 
 
-def _tell(
+def _send_flights_and_labels(
     life: Life,
     engines: range,
     next_cycle: list[int],
@@ -114,21 +116,21 @@ def _tell(
     while not stop.is_set():
         for engine in engines:
             cycle = next_cycle[engine]
-            at = {"engine_id": f"engine {engine}", "cycle": cycle}
-            if life.post("/v1/cycles", {"cycles": [at | {"telemetry": rows[cycle % len(rows)]}]}) is None:
+            flight_id = {"engine_id": f"engine {engine}", "cycle": cycle}
+            if life.post("/v1/cycles", {"cycles": [flight_id | {"telemetry": rows[cycle % len(rows)]}]}) is None:
                 return
             flights.add((engine, cycle))
             next_cycle[engine] += 1
-            if life.post("/v1/labels", {"labels": [at | {"label": _label(engine, cycle)}]}) is None:
+            if life.post("/v1/labels", {"labels": [flight_id | {"label": _choose_label(engine, cycle)}]}) is None:
                 return
             labels.add((engine, cycle))
 
 
-def _label(engine: int, cycle: int) -> str:
+def _choose_label(engine: int, cycle: int) -> str:
     return LABELS[(engine + cycle) % len(LABELS)]
 
 
-def _counted(
+def _count_stored(
     database_url: str, kills: int, flights: set[tuple[int, int]], labels: set[tuple[int, int]], slowest: float
 ) -> Survived:
     life, lost, twice = Life(database_url), 0, 0
@@ -136,10 +138,10 @@ def _counted(
         for engine in range(ENGINES):
             status, answer = get(f"{life.base}/v1/engines/engine%20{engine}")
             history = json.loads(answer)["history"] if status == 200 else []
-            found = {row["cycle"]: row["label"] for row in history}
-            twice += len(history) - len(found)
-            lost += sum(cycle not in found for e, cycle in flights if e == engine)
-            lost += sum(found.get(cycle) != _label(engine, cycle) for e, cycle in labels if e == engine)
+            label_by_cycle = {row["cycle"]: row["label"] for row in history}
+            twice += len(history) - len(label_by_cycle)
+            lost += sum(cycle not in label_by_cycle for e, cycle in flights if e == engine)
+            lost += sum(label_by_cycle.get(cycle) != _choose_label(engine, cycle) for e, cycle in labels if e == engine)
     finally:
         life.kill()
     return Survived(kills, len(flights), len(labels), lost, twice, max(slowest, life.seconds))
@@ -154,13 +156,13 @@ def main() -> None:
     chosen = parser.parse_args()
     print("| database | kills | flights acknowledged | labels acknowledged | lost | twice | slowest start, s |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    kept = True
+    passed = True
     for name in (chosen.database,) if chosen.database else ("sqlite", "postgresql"):
-        found = survive_in(name, chosen.kills, chosen.seed)
-        cells = " | ".join(f"{value:,}" for value in found[:-1])
-        print(f"| {name} | {cells} | {found.restart_seconds:.1f} |", flush=True)
-        kept &= found.kept()
-    sys.exit(0 if kept else 1)
+        survived = survive_in(name, chosen.kills, chosen.seed)
+        cells = " | ".join(f"{value:,}" for value in survived[:-1])
+        print(f"| {name} | {cells} | {survived.restart_seconds:.1f} |", flush=True)
+        passed &= survived.passed()
+    sys.exit(0 if passed else 1)
 
 
 def survive_in(database: str, kills: int, seed: int) -> Survived:
