@@ -37,7 +37,7 @@ class Server(NamedTuple):
 Case = Callable[[Server, float], float]
 
 
-def _rate(path: str, body: bytes, headers: Mapping[str, str], connections: int) -> Case:
+def _build_rate_case(path: str, body: bytes, headers: Mapping[str, str], connections: int) -> Case:
     def measure(server: Server, seconds: float) -> float:
         result = load.wrk(server.base + path, body, headers, connections, seconds, CLIENT_CORE)
         return unfailing(result).requests_per_second
@@ -47,13 +47,15 @@ def _rate(path: str, body: bytes, headers: Mapping[str, str], connections: int) 
 
 def single_window(server: Server, seconds: float) -> float:
     """Requests/s of one window at 64 connections."""
-    return _rate("/v1/predict", load.predict_json(load.windows(1)), JSON_HEADERS, CONNECTIONS)(server, seconds)
+    return _build_rate_case("/v1/predict", load.predict_json(load.windows(1)), JSON_HEADERS, CONNECTIONS)(
+        server, seconds
+    )
 
 
 def thousand_windows(server: Server, seconds: float) -> float:
     """Requests/s of 1,000 windows as OIP binary, one connection."""
     body, headers = load.oip_binary(load.windows(ROWS))
-    return _rate(INFER, body, headers, 1)(server, seconds)
+    return _build_rate_case(INFER, body, headers, 1)(server, seconds)
 
 
 def crowd(server: Server, seconds: float) -> float:
@@ -66,54 +68,54 @@ def crowd(server: Server, seconds: float) -> float:
 def memory(server: Server, seconds: float) -> float:
     """The inverse of resident GB after large bodies in JSON."""
     body = load.predict_json(load.windows(ROWS))
-    _rate("/v1/predict", body, JSON_HEADERS, 2)(server, seconds)
+    _build_rate_case("/v1/predict", body, JSON_HEADERS, 2)(server, seconds)
     return 1e3 / resident(server.pid)
 
 
-def _patch(target: object, **values: Any) -> None:
+def _patch_attributes(target: object, **values: Any) -> None:
     """Replace attributes of a module or class."""
     for name, value in values.items():
         setattr(target, name, value)
 
 
-def _without_direct_writes() -> None:
+def _disable_direct_writes() -> None:
     from service.server.direct import DirectExchange
 
-    _patch(DirectExchange, can_write_directly=lambda *_: False)
+    _patch_attributes(DirectExchange, can_write_directly=lambda *_: False)
 
 
-def _without_uploads() -> None:
+def _disable_uploads() -> None:
     from service.server import body
 
-    _patch(body, LARGE_UPLOAD=1 << 62)
+    _patch_attributes(body, LARGE_UPLOAD=1 << 62)
 
 
-def _without_spare_buffer() -> None:
+def _disable_spare_buffer() -> None:
     from service.server import body_budget
 
-    _patch(body_budget, MAX_SPARE_BYTES=0)
+    _patch_attributes(body_budget, MAX_SPARE_BYTES=0)
 
 
-def _without_malloc_limits() -> None:
+def _disable_malloc_limits() -> None:
     from service.server import malloc
 
-    _patch(malloc, configure=lambda: None, trim=lambda: None)
+    _patch_attributes(malloc, configure=lambda: None, trim=lambda: None)
 
 
-def _stock(**options: Any) -> None:
+def _use_uvicorn_options(**options: Any) -> None:
     """Serve with other options of uvicorn."""
     from service import serve
     from service.server.config import uvicorn_config
 
     def configure(*arguments: Any, **others: Any) -> uvicorn.Config:
         config = uvicorn_config(*arguments, **others)
-        _patch(config, **options)
+        _patch_attributes(config, **options)
         return config
 
-    _patch(serve, uvicorn_config=configure)
+    _patch_attributes(serve, uvicorn_config=configure)
 
 
-def _with_public_metrics() -> None:
+def _use_public_metrics() -> None:
     from service import metrics
     from service.inference import observer
 
@@ -128,24 +130,24 @@ def _with_public_metrics() -> None:
         for k, index in enumerate(bins):
             series.inputs[k * series.width + index].inc()
 
-    _patch(metrics, observe=observe, observe_all=observe_all)
-    _patch(observer, observe=observe, observe_all=observe_all)
-    _patch(metrics.Metrics, input=count)
+    _patch_attributes(metrics, observe=observe, observe_all=observe_all)
+    _patch_attributes(observer, observe=observe, observe_all=observe_all)
+    _patch_attributes(metrics.Metrics, input=count)
 
 
-def _with_structlog_requests() -> None:
+def _use_structlog_requests() -> None:
     from service.logs import RequestLog
 
     def add(self: RequestLog, fields: dict[str, Any]) -> None:
         self._log.info("request", **fields)
 
-    _patch(RequestLog, add=add)
+    _patch_attributes(RequestLog, add=add)
 
 
-def _without_plain_parser() -> None:
+def _disable_plain_parser() -> None:
     from service.codecs import predict_request
 
-    _patch(predict_request, parse_plain_predict=lambda *_: None)
+    _patch_attributes(predict_request, parse_plain_predict=lambda *_: None)
 
 
 class Hook(NamedTuple):
@@ -156,16 +158,20 @@ class Hook(NamedTuple):
 
 
 HOOKS = {
-    "server.direct.DirectExchange (write)": Hook(single_window, _without_direct_writes),
-    "server.upload.BodyUpload": Hook(thousand_windows, _without_uploads),
-    "server.body_budget (reused buffer)": Hook(thousand_windows, _without_spare_buffer),
-    "server.event_loop.BatchAcceptLoop": Hook(crowd, partial(_stock, loop="uvloop")),
-    "server.malloc": Hook(memory, _without_malloc_limits),
-    "metrics (direct updates)": Hook(single_window, _with_public_metrics),
-    "logs.RequestLog": Hook(single_window, _with_structlog_requests),
-    "codecs.instances_fast": Hook(single_window, _without_plain_parser),
-    "server as a whole, single windows": Hook(single_window, partial(_stock, loop="uvloop", http="httptools")),
-    "server as a whole, 1,000 windows": Hook(thousand_windows, partial(_stock, loop="uvloop", http="httptools")),
+    "server.direct.DirectExchange (write)": Hook(single_window, _disable_direct_writes),
+    "server.upload.BodyUpload": Hook(thousand_windows, _disable_uploads),
+    "server.body_budget (reused buffer)": Hook(thousand_windows, _disable_spare_buffer),
+    "server.event_loop.BatchAcceptLoop": Hook(crowd, partial(_use_uvicorn_options, loop="uvloop")),
+    "server.malloc": Hook(memory, _disable_malloc_limits),
+    "metrics (direct updates)": Hook(single_window, _use_public_metrics),
+    "logs.RequestLog": Hook(single_window, _use_structlog_requests),
+    "codecs.instances_fast": Hook(single_window, _disable_plain_parser),
+    "server as a whole, single windows": Hook(
+        single_window, partial(_use_uvicorn_options, loop="uvloop", http="httptools")
+    ),
+    "server as a whole, 1,000 windows": Hook(
+        thousand_windows, partial(_use_uvicorn_options, loop="uvloop", http="httptools")
+    ),
 }
 
 
@@ -218,9 +224,9 @@ def main() -> None:
     print(f"{load.machine()}; medians of {flags.rounds} rounds of {flags.seconds:g} s\n")
     print("| hook | case | with | without | gain | rounds from | to |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
-    kept = {}
+    pairs_by_hook = {}
     for name in chosen:
-        pairs = kept[name] = measure(name, flags.rounds, flags.seconds)
+        pairs = pairs_by_hook[name] = measure(name, flags.rounds, flags.seconds)
         ratios = [with_hook / without for with_hook, without in pairs]
         columns = [statistics.median(column) for column in zip(*pairs, strict=True)]
         case = (HOOKS[name].case.__doc__ or "").rstrip(".")
@@ -230,7 +236,7 @@ def main() -> None:
             f"{max(ratios):.2f} |",
             flush=True,
         )
-    (BUILD / "hooks.json").write_text(json.dumps(kept, indent=1))
+    (BUILD / "hooks.json").write_text(json.dumps(pairs_by_hook, indent=1))
 
 
 if __name__ == "__main__":

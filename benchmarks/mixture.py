@@ -50,8 +50,8 @@ BROKEN_OFF = "/v1/evaluate"  # the only call that clients break off, so that all
 
 
 @dataclass
-class Told:
-    """What all clients were told."""
+class ClientCounts:
+    """The responses that all clients received."""
 
     answers: Counter[tuple[str, str, int]] = field(default_factory=Counter)  # method, route, status
     broken: Counter[str] = field(default_factory=Counter)
@@ -68,7 +68,7 @@ class Mixture:
     """The clients; each keeps a connection and asks until the time is over."""
 
     def __init__(self, running: Running, minutes: float) -> None:
-        self.running, self.told, self.chance = running, Told(), random.Random(0)
+        self.running, self.counts, self.chance = running, ClientCounts(), random.Random(0)
         self.begun = time.monotonic()
         self.end = self.begun + minutes * 60
         self.json, self.binary = [windows_json(n) for n in SIZES], [windows_binary(n) for n in SIZES]
@@ -76,22 +76,32 @@ class Mixture:
 
     async def run(self) -> None:
         """All of them, until the time is over."""
-        often = [self._client(turn, 0.01) for turn in (self._predict, self._tensors, self._fly) for _ in range(2)]
-        seldom = [self._client(self._plain(*call), pause) for call, pause in SELDOM.items()]
-        await asyncio.gather(*often, *seldom, self._client(self._reload, 15.0), self._break_off(), self._sample())
+        often = [
+            self._run_client(turn, 0.01)
+            for turn in (self._send_predict_request, self._send_tensors, self._send_flight)
+            for _ in range(2)
+        ]
+        seldom = [self._run_client(self._build_turn(*call), pause) for call, pause in SELDOM.items()]
+        await asyncio.gather(
+            *often,
+            *seldom,
+            self._run_client(self._reload_model, 15.0),
+            self._break_off_requests(),
+            self._sample_memory(),
+        )
 
     async def crowd(self) -> None:
         """Many readers at once, so that every connection to the database is open."""
-        turn = self._plain("GET", "/v1/calibration")
+        turn = self._build_turn("GET", "/v1/calibration")
         for _ in range(3):
-            await asyncio.gather(*[self._once(turn) for _ in range(CROWD)])
+            await asyncio.gather(*[self._run_once(turn) for _ in range(CROWD)])
 
-    async def _once(self, turn: Callable[[Connection], Awaitable[None]]) -> None:
+    async def _run_once(self, turn: Callable[[Connection], Awaitable[None]]) -> None:
         connection = await Connection.to(self.running.port)
         await turn(connection)
         connection.close()
 
-    async def _client(self, turn: Callable[[Connection], Awaitable[None]], pause: float) -> None:
+    async def _run_client(self, turn: Callable[[Connection], Awaitable[None]], pause: float) -> None:
         connection = await Connection.to(self.running.port)
         while time.monotonic() < self.end:
             try:
@@ -99,113 +109,123 @@ class Mixture:
                     connection = await Connection.to(self.running.port)
                 await turn(connection)
             except (OSError, TimeoutError) as error:
-                self.told.broken[type(error).__name__] += 1
+                self.counts.broken[type(error).__name__] += 1
             await asyncio.sleep(pause)
         connection.close()
 
-    async def _ask(self, connection: Connection, method: str, route: str, asked: bytes, rows: int = 0) -> Answer:
-        answer = await connection.ask(asked)
-        self.told.answers[method, route, answer.status] += 1
-        self.told.rows += rows if answer.status == 200 else 0
+    async def _send_request(
+        self, connection: Connection, method: str, route: str, request_bytes: bytes, rows: int = 0
+    ) -> Answer:
+        answer = await connection.ask(request_bytes)
+        self.counts.answers[method, route, answer.status] += 1
+        self.counts.rows += rows if answer.status == 200 else 0
         return answer
 
-    async def _predict(self, connection: Connection) -> None:
+    async def _send_predict_request(self, connection: Connection) -> None:
         n = self.chance.choice(SIZES) if self.chance.random() < 0.1 else self.chance.randint(1, 4)
-        answer = await self._ask(connection, "POST", PREDICT, self.json[n - 1], n)
-        self.told.seconds.append((time.monotonic(), answer.seconds))
+        answer = await self._send_request(connection, "POST", PREDICT, self.json[n - 1], n)
+        self.counts.seconds.append((time.monotonic(), answer.seconds))
 
-    async def _tensors(self, connection: Connection) -> None:
+    async def _send_tensors(self, connection: Connection) -> None:
         n = self.chance.choice(SIZES)
-        await self._ask(connection, "POST", "/v2/models/{name}/infer", self.binary[n - 1], n)
+        await self._send_request(connection, "POST", "/v2/models/{name}/infer", self.binary[n - 1], n)
 
-    async def _fly(self, connection: Connection) -> None:
+    async def _send_flight(self, connection: Connection) -> None:
         """A flight, for half of them its label, and the end of an engine that has flown enough."""
         turn, k = divmod(self.flight, ENGINES)
         self.flight += 1
         life, cycle = divmod(turn, END_CYCLE)
-        at = {"engine_id": f"soak {k}-{life}", "cycle": cycle}
-        row = at | {"telemetry": self.lines[cycle % len(self.lines)]}
-        await self._ask(connection, "POST", "/v1/cycles", _post("/v1/cycles", {"cycles": [row]}), 1)
+        flight_id = {"engine_id": f"soak {k}-{life}", "cycle": cycle}
+        row = flight_id | {"telemetry": self.lines[cycle % len(self.lines)]}
+        await self._send_request(connection, "POST", "/v1/cycles", _build_post("/v1/cycles", {"cycles": [row]}), 1)
         if self.chance.random() < 0.5:
-            label = at | {"label": self.chance.choice(LABELS)}
-            await self._ask(connection, "POST", "/v1/labels", _post("/v1/labels", {"labels": [label]}))
+            label = flight_id | {"label": self.chance.choice(LABELS)}
+            await self._send_request(connection, "POST", "/v1/labels", _build_post("/v1/labels", {"labels": [label]}))
         if cycle == END_CYCLE - 1:
-            end = {"engine_id": at["engine_id"], "failed_at_cycle": END_CYCLE + self.chance.randint(0, 200)}
-            await self._ask(connection, "POST", "/v1/outcomes", _post("/v1/outcomes", end))
+            end = {"engine_id": flight_id["engine_id"], "failed_at_cycle": END_CYCLE + self.chance.randint(0, 200)}
+            await self._send_request(connection, "POST", "/v1/outcomes", _build_post("/v1/outcomes", end))
 
-    async def _reload(self, connection: Connection) -> None:
-        await self._ask(connection, "POST", "/v2/repository/models/{name}/load", LOAD)
+    async def _reload_model(self, connection: Connection) -> None:
+        await self._send_request(connection, "POST", "/v2/repository/models/{name}/load", LOAD)
 
-    def _plain(self, method: str, path: str) -> Callable[[Connection], Awaitable[None]]:
+    def _build_turn(self, method: str, path: str) -> Callable[[Connection], Awaitable[None]]:
         async def turn(connection: Connection) -> None:
-            await self._ask(connection, method, path, request(path, method=method))
+            await self._send_request(connection, method, path, request(path, method=method))
 
         return turn
 
-    async def _break_off(self) -> None:
+    async def _break_off_requests(self) -> None:
         """Clients that crash: half a request, or a whole one whose answer nobody waits for, and a reset."""
-        whole = _post(BROKEN_OFF, {"logits": [[1.0, 2.0, 3.0]] * 500, "labels": [2] * 500})
+        whole = _build_post(BROKEN_OFF, {"logits": [[1.0, 2.0, 3.0]] * 500, "labels": [2] * 500})
         while time.monotonic() < self.end:
-            with socket.create_connection((HOST, self.running.port)) as one:
-                one.sendall(whole[: self.chance.randint(1, len(whole))] if self.chance.random() < 0.5 else whole)
-                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            with socket.create_connection((HOST, self.running.port)) as connection:
+                connection.sendall(whole[: self.chance.randint(1, len(whole))] if self.chance.random() < 0.5 else whole)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             await asyncio.sleep(0.25)
 
-    async def _sample(self) -> None:
+    async def _sample_memory(self) -> None:
         while time.monotonic() < self.end:
             await asyncio.sleep(SAMPLE_SECONDS)
-            held = self.running.memory() * 2**20 / 1e6
-            self.told.samples.append((self.told.requests(), held, self.running.descriptors()))
-            say(f"{self.told.requests():,} requests, {held:.0f} MB, {self.told.samples[-1][2]} descriptors")
+            megabytes = self.running.memory() * 2**20 / 1e6
+            self.counts.samples.append((self.counts.requests(), megabytes, self.running.descriptors()))
+            say(f"{self.counts.requests():,} requests, {megabytes:.0f} MB, {self.counts.samples[-1][2]} descriptors")
 
 
-def _post(path: str, body: object) -> bytes:
+def _build_post(path: str, body: object) -> bytes:
     return request(path, json.dumps(body).encode(), JSON_HEADERS)
 
 
 def lines(mixture: Mixture, before: int, after: int, counted: dict[str, float]) -> list[Line]:
     """What was promised of the mixture, and what became of it."""
-    told = mixture.told
-    return [_answered(told), _latency(mixture), _memory(told), _descriptors(before, after), _counters(told, counted)]
+    counts = mixture.counts
+    return [
+        _check_answers(counts),
+        _check_latency(mixture),
+        _check_memory(counts),
+        _check_descriptors(before, after),
+        _check_counters(counts, counted),
+    ]
 
 
-def _answered(told: Told) -> Line:
-    wrong = {key: n for key, n in told.answers.items() if key[2] not in (FITTED if key[1].endswith("/fits") else {200})}
-    seen = f"{told.requests():,} answers; wrong { ({' '.join(map(str, k)): n for k, n in wrong.items()}) }"
-    return Line("errors", f"{seen}; broken {dict(told.broken)}", "none", not wrong and not told.broken)
+def _check_answers(counts: ClientCounts) -> Line:
+    wrong = {
+        key: n for key, n in counts.answers.items() if key[2] not in (FITTED if key[1].endswith("/fits") else {200})
+    }
+    seen = f"{counts.requests():,} answers; wrong { ({' '.join(map(str, k)): n for k, n in wrong.items()}) }"
+    return Line("errors", f"{seen}; broken {dict(counts.broken)}", "none", not wrong and not counts.broken)
 
 
-def _latency(mixture: Mixture) -> Line:
+def _check_latency(mixture: Mixture) -> Line:
     part = min(PART_SECONDS, (mixture.end - mixture.begun) / 6)
-    first = [s for when, s in mixture.told.seconds if when < mixture.begun + part]
-    last = [s for when, s in mixture.told.seconds if when >= mixture.end - part]
-    p99 = [float(np.percentile(some, 99)) * 1e3 for some in (first, last)]
+    first = [s for when, s in mixture.counts.seconds if when < mixture.begun + part]
+    last = [s for when, s in mixture.counts.seconds if when >= mixture.end - part]
+    p99 = [float(np.percentile(latencies, 99)) * 1e3 for latencies in (first, last)]
     seen = f"{p99[0]:.0f} ms in the first {part / 60:.1f} min, {p99[1]:.0f} ms in the last"
     return Line("p99 of /v1/predict", seen, "no more than twice as long at the end", p99[1] < 2 * p99[0])
 
 
-def _memory(told: Told) -> Line:
-    half = told.samples[len(told.samples) // 2 :]
+def _check_memory(counts: ClientCounts) -> Line:
+    half = counts.samples[len(counts.samples) // 2 :]
     slope = float(np.polyfit([n for n, _, _ in half], [mb for _, mb, _ in half], 1)[0]) * STEP
     seen = f"{slope:+.2f} MB for each {STEP:,} requests of the last half, {half[0][1]:.0f} to {half[-1][1]:.0f} MB"
     return Line("memory", seen, f"less than {GROWTH_MB:g} MB", slope < GROWTH_MB)
 
 
-def _descriptors(before: int, after: int) -> Line:
+def _check_descriptors(before: int, after: int) -> Line:
     return Line("descriptors", f"{before} before, {after} after, everybody gone", "as many", before == after)
 
 
-def _counters(told: Told, counted: dict[str, float]) -> Line:
+def _check_counters(counts: ClientCounts, counted: dict[str, float]) -> Line:
     prefix = "engine_health_http_requests_total"
     wrong = {}
-    for (method, route, status), n in told.answers.items():
+    for (method, route, status), n in counts.answers.items():
         name = f'{prefix}{{method="{method}",route="{route}",status="{status}"}}'
         if round(counted.get(name, 0)) != n:
             wrong[name.removeprefix(prefix)] = (n, counted.get(name, 0))
     rows = round(counted["engine_health_confidence_count"])
-    if rows != told.rows:
-        wrong["predictions"] = (told.rows, rows)
-    seen = f"{len(told.answers)} series and {rows:,} predictions as clients counted them; others {wrong}"
+    if rows != counts.rows:
+        wrong["predictions"] = (counts.rows, rows)
+    seen = f"{len(counts.answers)} series and {rows:,} predictions as clients counted them; others {wrong}"
     return Line("counters", seen, "exact", not wrong)
 
 
@@ -222,22 +242,22 @@ def main() -> int:
             None, database_url=f"sqlite:///{folder}/memory.db", admin_keys="soak", retention_days=RETENTION_DAYS
         ) as running,
     ):
-        found = asyncio.run(_mixed(running, minutes))
+        results = asyncio.run(_run_mixture(running, minutes))
     print(f"{load.machine()}; {minutes:g} minutes\n\n| what | seen | promised | kept |\n| --- | --- | --- | --- |")
-    for line in found:
+    for line in results:
         print(f"| {line.done} | {line.seen} | {line.promised} | {'yes' if line.kept else '**no**'} |")
-    figures = {"machine": load.machine(), "minutes": minutes, "lines": [vars(line) for line in found]}
+    figures = {"machine": load.machine(), "minutes": minutes, "lines": [vars(line) for line in results]}
     (BUILD / "mixture.json").write_text(json.dumps(figures, indent=1))
-    return 0 if all(line.kept for line in found) else 1
+    return 0 if all(line.kept for line in results) else 1
 
 
-async def _mixed(running: Running, minutes: float) -> list[Line]:
+async def _run_mixture(running: Running, minutes: float) -> list[Line]:
     warm = Mixture(running, 10 / 60)  # whatever is opened once is open then
     await warm.run()
     await warm.crowd()
     await asyncio.sleep(1)
     before, mixture = running.descriptors(), Mixture(running, minutes)
-    mixture.told.answers, mixture.told.rows, mixture.flight = warm.told.answers, warm.told.rows, warm.flight
+    mixture.counts.answers, mixture.counts.rows, mixture.flight = warm.counts.answers, warm.counts.rows, warm.flight
     await mixture.run()
     await asyncio.sleep(2)
     return lines(mixture, before, running.descriptors(), running.counted())
