@@ -19,15 +19,15 @@ from model.evaluation.evaluate import ARTEFACT, onnx_runner, open_artefact, pred
 CARD, STUDY = (Path(__file__).parent / name for name in ("model-card.md", "study.json"))
 
 
-def made() -> Iterator[tuple[str, Iterator[str]]]:
+def build_tables() -> Iterator[tuple[str, Iterator[str]]]:
     """Every table by its marker."""
     folder, (session, manifest) = cmapss.data_folder(), open_artefact(ARTEFACT)
-    found = predict_test_engines(onnx_runner(session), manifest.window or 1, folder)
-    yield "results", model_card.results_table(found, manifest.temperature)
+    predictions = predict_test_engines(onnx_runner(session), manifest.window or 1, folder)
+    yield "results", model_card.results_table(predictions, manifest.temperature)
     yield "results-80-30", model_card.other_thresholds_table(ARTEFACT, manifest, folder)
-    yield "coverage", model_card.coverage_table(found, manifest)
+    yield "coverage", model_card.coverage_table(predictions, manifest)
     yield "scalings", model_card.scalings_table(manifest)
-    yield "telling", model_card.separability_table(found)
+    yield "telling", model_card.separability_table(predictions)
     yield "robustness", robustness.robustness_table(folder, session, manifest)
     yield "attribution", model_card.attribution_table(session, manifest, folder)
     for name, lines in json.loads(STUDY.read_text()).items():
@@ -37,7 +37,7 @@ def made() -> Iterator[tuple[str, Iterator[str]]]:
 def main() -> None:
     """Write the card."""
     text = CARD.read_text()
-    for name, lines in made():
+    for name, lines in build_tables():
         text = replaced(text, name, lines)
         print(name, flush=True)
     CARD.write_text(text)

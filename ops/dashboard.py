@@ -48,10 +48,10 @@ def panel(title: str, unit: str, about: str, queries: dict[str, str], kind: str 
 
 def stat(title: str, about: str, expr: str, **shown: str) -> Panel:
     """A question and its answer now, 0 and 1 in words, of every replica."""
-    found = panel(title, "none", about, {"{{instance}}": expr}, "stat")
-    found["options"] = {"textMode": "value_and_name", "colorMode": "value"} | shown
-    found["fieldConfig"]["defaults"]["mappings"] = WORDS
-    return found
+    stat_panel = panel(title, "none", about, {"{{instance}}": expr}, "stat")
+    stat_panel["options"] = {"textMode": "value_and_name", "colorMode": "value"} | shown
+    stat_panel["fieldConfig"]["defaults"]["mappings"] = WORDS
+    return stat_panel
 
 
 def rate(name: str, label: str) -> str:
@@ -81,13 +81,13 @@ def up() -> Iterator[Panel]:
     yield stat("Is every replica ready?", "Each of its workers has a proven model.", "engine_health_ready")
     yield stat("Does the memory answer?", "The database, as each replica sees it.", "engine_health_store_up")
     model = "The same name for the same file; 1 while it answers."
-    found = stat("Which model answers?", model, "engine_health_model_info", textMode="name")
-    found["targets"][0]["legendFormat"] = "{{name}} {{version}} {{digest}}"
-    yield found
+    stat_panel = stat("Which model answers?", model, "engine_health_model_info", textMode="name")
+    stat_panel["targets"][0]["legendFormat"] = "{{name}} {{version}} {{digest}}"
+    yield stat_panel
     temperature = "The logits are divided by it; a refit or another model changes it."
-    found = stat("At which temperature?", temperature, "engine_health_temperature")
-    found["fieldConfig"]["defaults"] = {"unit": "none", "decimals": 3}
-    yield found
+    stat_panel = stat("At which temperature?", temperature, "engine_health_temperature")
+    stat_panel["fieldConfig"]["defaults"] = {"unit": "none", "decimals": 3}
+    yield stat_panel
 
 
 def fast() -> Iterator[Panel]:
@@ -157,18 +157,18 @@ def reliability() -> Panel:
     names = {"confidence": "reliability_confidence:increase", "accuracy": "reliability_correct:increase"}
     about = "Fifteen bins of the top probability: the two bars of a bin are alike if calibrated."
     queries = {legend: in_bins(name) for legend, name in names.items()}
-    found = panel("How often is each confidence right?", "percentunit", about, queries, "barchart")
-    for target in found["targets"]:
+    chart = panel("How often is each confidence right?", "percentunit", about, queries, "barchart")
+    for target in chart["targets"]:
         target["format"] = "table"
     renamed = {"Value #A": "confidence", "Value #B": "accuracy"}
     hidden = dict.fromkeys(("Time", "Time 1", "Time 2"), True)
-    found["transformations"] = [
+    chart["transformations"] = [
         {"id": "joinByField", "options": {"byField": "bin", "mode": "outer"}},
         {"id": "organize", "options": {"excludeByName": hidden, "renameByName": renamed}},
         {"id": "sortBy", "options": {"sort": [{"field": "bin"}]}},
     ]
-    found["options"] = LEGEND | {"xField": "bin"}
-    return found
+    chart["options"] = LEGEND | {"xField": "bin"}
+    return chart
 
 
 def drifting() -> Iterator[Panel]:
@@ -191,10 +191,12 @@ def placed(rows: dict[str, Iterator[Panel]]) -> Iterator[Panel]:
     y = 0
     for title, panels in rows.items():
         yield {"type": "row", "title": title, "panels": [], "gridPos": {"x": 0, "y": y, "w": COLUMNS, "h": 1}}
-        found, y = list(panels), y + 1
-        for line in (found[k : k + BESIDE] for k in range(0, len(found), BESIDE)):
+        row_panels, y = list(panels), y + 1
+        for line in (row_panels[k : k + BESIDE] for k in range(0, len(row_panels), BESIDE)):
             w = COLUMNS // len(line)
-            yield from (one | {"gridPos": {"x": k * w, "y": y, "w": w, "h": HEIGHT}} for k, one in enumerate(line))
+            yield from (
+                row_panel | {"gridPos": {"x": k * w, "y": y, "w": w, "h": HEIGHT}} for k, row_panel in enumerate(line)
+            )
             y += HEIGHT
 
 
@@ -210,7 +212,7 @@ def text() -> str:
         "refresh": "30s",
         "time": {"from": "now-6h", "to": "now"},
         "templating": {"list": [window | {"options": options, "current": options[-1]}]},
-        "panels": [one | {"id": k} for k, one in enumerate(placed(rows), 1)],
+        "panels": [placed_panel | {"id": k} for k, placed_panel in enumerate(placed(rows), 1)],
     }
     return json.dumps(dashboard, indent=1) + "\n"
 
