@@ -45,7 +45,7 @@ def ece_alarms(stream: Stream, seen: Looks, random: Random) -> bool:
 
 def false_alarms(make: Make, streams: int) -> list[float]:
     """Shares of calibrated streams that ever alarm: the state, the gap with rows alone, z, ECE."""
-    found = []
+    alarms = []
     for seed in range(streams):
         random = np.random.default_rng(seed)
         stream = make(random)
@@ -53,19 +53,19 @@ def false_alarms(make: Make, streams: int) -> list[float]:
         if not agrees(stream, seen, int(random.integers(len(stream.label)))):
             raise SystemExit(f"monitor: stream {seed}: a look differs from what calibration() answers")
         alone = (log_e(seen.gap.total, seen.gap.rows) >= -np.log(ALPHA_GAP))[seen.enough].any()
-        found.append((seen.alarms().any(), alone, z_alarms(stream, seen), ece_alarms(stream, seen, random)))
-    return [float(share) for share in np.mean(np.array(found, dtype=np.float64), axis=0)]
+        alarms.append((seen.alarms().any(), alone, z_alarms(stream, seen), ece_alarms(stream, seen, random)))
+    return [float(share) for share in np.mean(np.array(alarms, dtype=np.float64), axis=0)]
 
 
-def first_found(make: Make, sign: int, streams: int) -> tuple[Floats, Floats]:
+def find_first_detections(make: Make, sign: int, streams: int) -> tuple[Floats, Floats]:
     """Labels and engines after which each stream is found over- (sign 1) or underconfident (-1); infinite if never."""
     labels, engines = np.full(streams, np.inf), np.full(streams, np.inf)
     for seed in range(streams):
         stream = make(np.random.default_rng(seed))
-        found = np.flatnonzero(looks(stream).found(sign))
-        if len(found):
-            labels[seed] = found[0] + 1
-            engines[seed] = len(np.unique(stream.engine[: found[0] + 1]))
+        indices = np.flatnonzero(looks(stream).detects(sign))
+        if len(indices):
+            labels[seed] = indices[0] + 1
+            engines[seed] = len(np.unique(stream.engine[: indices[0] + 1]))
     return labels, engines
 
 
@@ -80,8 +80,8 @@ def moving(stream: Stream) -> bool:
     """Whether the state of the newest labels alone, which begins anew at every look, ever alarms."""
     for end in range(MOVING, len(stream.label) + 1, MOVING_EVERY):
         k = slice(end - MOVING, end)
-        found = calibration_report.measure_rows(stream.z[k], stream.label[k], stream.engine[k])
-        if state(found.engines.count, *evidences(found)) != "calibrated":
+        report = calibration_report.measure_rows(stream.z[k], stream.label[k], stream.engine[k])
+        if state(report.engines.count, *evidences(report)) != "calibrated":
             return True
     return False
 
@@ -109,7 +109,7 @@ def calibrated_table(streams: int, labels: int) -> Iterator[str]:
         yield f"| {name} | " + " | ".join(f"{share:.1%}" for share in false_alarms(make, streams)) + " |"
 
 
-def found_table(streams: int, labels: int) -> Iterator[str]:
+def detection_table(streams: int, labels: int) -> Iterator[str]:
     """Lines of Markdown: streams found when logits are too sharp or too flat."""
     cases: dict[str, Callable[[float, Random], Stream]] = {
         "rows independent": lambda sharpness, random: independent(random, labels, sharpness),
@@ -122,9 +122,16 @@ def found_table(streams: int, labels: int) -> Iterator[str]:
     yield "| --- | --- | ---: | ---: | ---: |"
     for name, make in cases.items():
         for sharpness, sign in ((SHARP, 1), (FLAT, -1)):
-            found = first_found(partial(make, sharpness), sign, streams)
-            shares = (" / ".join(f"{x:,.0f}" for x in np.quantile(one, [0.5, 0.9], method="higher")) for one in found)
-            yield f"| {sharpness:.2f} | {name} | {np.isfinite(found[0]).mean():.1%} | " + " | ".join(shares) + " |"
+            first_detections = find_first_detections(partial(make, sharpness), sign, streams)
+            shares = (
+                " / ".join(f"{x:,.0f}" for x in np.quantile(counts, [0.5, 0.9], method="higher"))
+                for counts in first_detections
+            )
+            yield (
+                f"| {sharpness:.2f} | {name} | {np.isfinite(first_detections[0]).mean():.1%} | "
+                + " | ".join(shares)
+                + " |"
+            )
 
 
 def others_table(streams: int, labels: int) -> Iterator[str]:
@@ -147,7 +154,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=500)
     parser.add_argument("--labels", type=int, default=5000)
     flags = parser.parse_args()
-    for table in (calibrated_table, found_table, others_table):
+    for table in (calibrated_table, detection_table, others_table):
         for line in table(flags.streams, flags.labels):
             print(line, flush=True)
         print()

@@ -42,13 +42,13 @@ def independent(random: Random, labels: int, sharpness: float = 1.0, engines: in
     z = random.normal(0, 2, (labels, 3))
     p = numerics.softmax(z)
     engine = np.arange(labels) if engines is None else random.integers(0, engines, labels)
-    return Stream(z * sharpness, _drawn(p, random.random(labels)), engine)
+    return Stream(z * sharpness, _draw_labels(p, random.random(labels)), engine)
 
 
 def alike(random: Random, engines: int, rows: int) -> Stream:
     """The worst that dependence can do: 0.90, 0.07, 0.03 said of every row, and one truth for all rows of an engine."""
     p, engine = np.tile([0.9, 0.07, 0.03], (engines * rows, 1)), np.repeat(np.arange(engines), rows)
-    return Stream(np.log(p), _drawn(p, random.random(engines)[engine]), engine)
+    return Stream(np.log(p), _draw_labels(p, random.random(engines)[engine]), engine)
 
 
 def fleet(random: Random, engines: int, arrival: str, sharpness: float = 1.0) -> Stream:
@@ -64,7 +64,7 @@ def fleet(random: Random, engines: int, arrival: str, sharpness: float = 1.0) ->
     engine, age = np.repeat(np.arange(engines), [len(ages) for ages in age_of]), np.concatenate(age_of)
     left = life[engine] - age
     clue = np.log(left) + random.normal(0, ENGINE_BIAS, engines)[engine] + random.normal(0, READING_NOISE, len(age))
-    p = np.maximum(_belief(age, clue), 1e-12)
+    p = np.maximum(_compute_belief(age, clue), 1e-12)
     label = np.searchsorted(-np.array(THRESHOLDS), -left)
     start = random.integers(0, 400, engines)[engine] if arrival == "staggered" else 0
     when = {"outcome": engine, "failing": life[engine]}.get(arrival, age + start)
@@ -72,7 +72,7 @@ def fleet(random: Random, engines: int, arrival: str, sharpness: float = 1.0) ->
     return Stream(np.log(p[order]) * sharpness, label[order], engine[order])
 
 
-def _belief(age: Floats, clue: Floats) -> Floats:
+def _compute_belief(age: Floats, clue: Floats) -> Floats:
     """The posterior of the class (N, 3), given that the engine still runs at this age and gave this clue."""
     left = LIVES - age[:, None]
     spread = np.hypot(ENGINE_BIAS, READING_NOISE)
@@ -83,7 +83,7 @@ def _belief(age: Floats, clue: Floats) -> Floats:
     return np.asarray(np.stack(shares, axis=1) / weight.sum(axis=1, keepdims=True))
 
 
-def _drawn(p: Floats, uniform: Floats) -> Integers:
+def _draw_labels(p: Floats, uniform: Floats) -> Integers:
     return np.asarray((uniform[:, None] > p.cumsum(axis=1)[:, :-1]).sum(axis=1))
 
 
@@ -112,9 +112,11 @@ class Looks:
 
     def alarms(self) -> npt.NDArray[np.bool_]:
         """Where the state is over- or underconfident, or drifting."""
-        return np.asarray(self.found(1) | self.found(-1) | (self.frequencies >= -np.log(ALPHA_CLASSES)) & self.enough)
+        return np.asarray(
+            self.detects(1) | self.detects(-1) | (self.frequencies >= -np.log(ALPHA_CLASSES)) & self.enough
+        )
 
-    def found(self, sign: int) -> npt.NDArray[np.bool_]:
+    def detects(self, sign: int) -> npt.NDArray[np.bool_]:
         """Where the state is overconfident (sign 1) or underconfident (-1)."""
         return np.asarray((self.log_e >= -np.log(ALPHA_GAP)) & (np.sign(self.gap.total) == sign) & self.enough)
 
@@ -126,36 +128,36 @@ def looks(stream: Stream) -> Looks:
     losses = sequential.of_losses(stream.z, loss, numerics.entropy(stream.z), numerics.loss_variance(stream.z))
     gap = running(losses, stream.engine)
     classes = [running(sequential.of_class(p[:, k], q[:, k]), stream.engine).log_e() for k in range(3)]
-    enough = np.cumsum(_within(stream.engine, np.ones(len(p)))[0] == 1) >= MIN_ENGINES
+    enough = np.cumsum(_sum_within_engine(stream.engine, np.ones(len(p)))[0] == 1) >= MIN_ENGINES
     return Looks(gap, gap.log_e(), sequential.mean_of_e(np.stack(classes, axis=-1)), enough)
 
 
-def running(found: Deviations, engine: Integers) -> Running:
+def running(deviations: Deviations, engine: Integers) -> Running:
     """As `sequential.evidence`, after each row."""
-    rows = np.cumsum(found.x**2 + 2 * found.variance) / 3
-    squares, together = _powers(engine, found.x, 2), _powers(engine, np.sqrt(found.variance), 2)
+    rows = np.cumsum(deviations.x**2 + 2 * deviations.variance) / 3
+    squares, together = _sum_powers(engine, deviations.x, 2), _sum_powers(engine, np.sqrt(deviations.variance), 2)
     above, below = (
-        np.maximum(rows, squares + _powers(engine, tail**0.25, 4) / np.where(together > 0, together, 1))
-        for tail in (found.below, found.above)
+        np.maximum(rows, squares + _sum_powers(engine, tail**0.25, 4) / np.where(together > 0, together, 1))
+        for tail in (deviations.below, deviations.above)
     )
-    return Running(np.cumsum(found.x), above, below, rows)
+    return Running(np.cumsum(deviations.x), above, below, rows)
 
 
-def _powers(engine: Integers, values: Floats, power: int) -> Floats:
+def _sum_powers(engine: Integers, values: Floats, power: int) -> Floats:
     """Σ over engines of (sum over its rows so far)^power, after each row."""
-    now, before = _within(engine, values)
+    now, before = _sum_within_engine(engine, values)
     return np.asarray(np.cumsum(now**power - before**power))
 
 
-def _within(engine: Integers, values: Floats) -> tuple[Floats, Floats]:
+def _sum_within_engine(engine: Integers, values: Floats) -> tuple[Floats, Floats]:
     """The sum over the row's engine up to each row, with it and without it."""
     order = np.argsort(engine, kind="stable")
     total = np.cumsum(values[order])
     first = np.flatnonzero(np.diff(engine[order], prepend=-1))
     before = np.repeat((total - values[order])[first], np.diff(first, append=len(order)))
-    found = np.empty_like(total)
-    found[order] = total - before
-    return found, found - values
+    sums = np.empty_like(total)
+    sums[order] = total - before
+    return sums, sums - values
 
 
 def rows_of(stream: Stream, begin: int, end: int) -> CalibrationRows:

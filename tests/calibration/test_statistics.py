@@ -346,7 +346,7 @@ def test_looking_after_every_label_raises_no_false_alarm(kind: str) -> None:
 def test_a_wrong_temperature_is_found(sharpness: float, sign: int) -> None:
     """Of twenty streams of which every logit is too sharp, or too flat, all are found within a thousand labels."""
     streams = (independent(np.random.default_rng(seed), 1000, sharpness) for seed in range(20))
-    assert 20 == sum(looks(stream).found(sign).any() for stream in streams)
+    assert 20 == sum(looks(stream).detects(sign).any() for stream in streams)
 
 
 @pytest.mark.parametrize("kind", DEPENDENT)
