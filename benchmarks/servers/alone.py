@@ -13,10 +13,10 @@ options.intra_op_num_threads = options.inter_op_num_threads = 1
 session = ort.InferenceSession(os.environ["MODEL"], options, providers=["CPUExecutionProvider"])
 telemetry, rates = windows(1024).astype(np.float32), {}
 for batch in (1, 16, 32, 64, 128, 256, 512, 1024):
-    some, times = np.ascontiguousarray(telemetry[:batch]), []
+    batch_windows, times = np.ascontiguousarray(telemetry[:batch]), []
     for _ in range(max(15, 200 // batch)):
         started = time.perf_counter()
-        session.run(None, {"telemetry": some})
+        session.run(None, {"telemetry": batch_windows})
         times.append(time.perf_counter() - started)
     rates[batch] = batch / float(np.median(times))
 best = max(rates, key=rates.__getitem__)

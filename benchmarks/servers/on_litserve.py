@@ -28,7 +28,7 @@ class Health(ls.LitAPI):
     def predict(self, inputs):
         """One run over the rows of all requests."""
         logits, rul = self.session.run(["logits", "rul"], {"telemetry": np.concatenate(inputs)})
-        ends = np.cumsum([len(some) for some in inputs])[:-1]
+        ends = np.cumsum([len(windows) for windows in inputs])[:-1]
         return list(zip(np.split(logits, ends), np.split(rul, ends), strict=True))
 
     def unbatch(self, output):

@@ -26,13 +26,13 @@ class Health:
     async def infer(self, inputs):
         """One run over the rows of all requests."""
         logits, rul = self.session.run(["logits", "rul"], {"telemetry": np.concatenate(inputs)})
-        ends = np.cumsum([len(some) for some in inputs])[:-1]
+        ends = np.cumsum([len(windows) for windows in inputs])[:-1]
         return list(zip(np.split(logits, ends), np.split(rul, ends), strict=True))
 
     async def __call__(self, request: Request):
         """JSON in, JSON out."""
         instances = (await request.json())["instances"]
-        logits, rul = await self.infer(np.array([one["telemetry"] for one in instances], np.float32))
+        logits, rul = await self.infer(np.array([instance["telemetry"] for instance in instances], np.float32))
         return {"logits": logits.tolist(), "rul": rul.tolist()}
 
 

@@ -26,10 +26,10 @@ for engine, flights in pd.read_parquet(source).groupby("engine_id", sort=False):
     z = logits.astype(np.float64) / manifest["temperature"]
     p = np.exp(z - z.max(axis=1, keepdims=True))
     p /= p.sum(axis=1, keepdims=True)
-    found = pd.DataFrame(p, columns=[f"p_{name}" for name in classes])
-    found.insert(0, "engine_id", engine)
-    found.insert(1, "cycle", flights["cycle"].to_numpy())
-    found.insert(2, "health", np.array(classes)[p.argmax(axis=1)])
-    found["rul"] = rul
-    frames.append(found)
+    predictions = pd.DataFrame(p, columns=[f"p_{name}" for name in classes])
+    predictions.insert(0, "engine_id", engine)
+    predictions.insert(1, "cycle", flights["cycle"].to_numpy())
+    predictions.insert(2, "health", np.array(classes)[p.argmax(axis=1)])
+    predictions["rul"] = rul
+    frames.append(predictions)
 pd.concat(frames).to_parquet(target, index=False)

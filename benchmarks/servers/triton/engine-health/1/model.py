@@ -23,9 +23,9 @@ class TritonPythonModel:
         """One run over the rows of all requests."""
         inputs = [pb_utils.get_input_tensor_by_name(request, "telemetry").as_numpy() for request in requests]
         logits, rul = self.session.run(["logits", "rul"], {"telemetry": np.concatenate(inputs)})
-        ends = np.cumsum([len(some) for some in inputs])[:-1]
+        ends = np.cumsum([len(windows) for windows in inputs])[:-1]
         parts = zip(np.split(logits, ends), np.split(rul[:, np.newaxis], ends), strict=True)
         return [
-            pb_utils.InferenceResponse([pb_utils.Tensor("logits", some), pb_utils.Tensor("rul", other)])
-            for some, other in parts
+            pb_utils.InferenceResponse([pb_utils.Tensor("logits", logits_part), pb_utils.Tensor("rul", rul_part)])
+            for logits_part, rul_part in parts
         ]
