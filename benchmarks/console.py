@@ -52,9 +52,9 @@ class Fleet:
     """A thousand engines that fly in turn, each from another point of its life."""
 
     def __init__(self, port: int, per_second: int) -> None:
-        self._port, self._rate, self._sent = port, per_second, 0
+        self._port, self._rate, self._sent_count = port, per_second, 0
         self._engines = list(simulate_histories(ENGINES, mixed=True))
-        self._begins = [(37 * k) % max(1, len(one.cycle) - LEFT) for k, one in enumerate(self._engines)]
+        self._first_rows = [(37 * k) % max(1, len(history.cycle) - LEFT) for k, history in enumerate(self._engines)]
 
     def first(self) -> None:
         """Every engine is known, and has a trend."""
@@ -65,33 +65,38 @@ class Fleet:
         n, begin = int(seconds * self._rate), time.perf_counter() + 0.2
         taken: list[list[float]] = [[] for _ in range(SENDERS)]
         threads = [
-            threading.Thread(target=self._send, args=(taken[k], range(k, n, SENDERS), begin)) for k in range(SENDERS)
+            threading.Thread(target=self._send_flights, args=(taken[k], range(k, n, SENDERS), begin))
+            for k in range(SENDERS)
         ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        self._sent += n
-        found = [one for part in taken for one in part]
-        return found, n - len(found)
+        self._sent_count += n
+        latencies = [latency for part in taken for latency in part]
+        return latencies, n - len(latencies)
 
-    def _send(self, taken: list[float], numbers: range, begin: float) -> None:
+    def _send_flights(self, taken: list[float], numbers: range, begin: float) -> None:
         connection = HTTPConnection("127.0.0.1", self._port, timeout=30)
         for i in numbers:
             due = begin + i / self._rate
             time.sleep(max(0.0, due - time.perf_counter()))
-            connection.request("POST", "/v1/cycles", self._body(self._sent + i), JSON_HEADERS)
+            connection.request("POST", "/v1/cycles", self._build_body(self._sent_count + i), JSON_HEADERS)
             answer = connection.getresponse()
             answer.read()
             if answer.status == 200:
                 taken.append((time.perf_counter() - due) * 1e3)
         connection.close()
 
-    def _body(self, i: int) -> bytes:
+    def _build_body(self, i: int) -> bytes:
         k, turn = i % ENGINES, i // ENGINES
         engine = self._engines[k]
-        at = min(self._begins[k] + turn, len(engine.cycle) - 1)  # who failed meanwhile goes on as it was
-        flight = {"engine_id": engine.engine_id, "cycle": self._begins[k] + turn, "telemetry": engine.telemetry[at]}
+        row = min(self._first_rows[k] + turn, len(engine.cycle) - 1)  # who failed meanwhile goes on as it was
+        flight = {
+            "engine_id": engine.engine_id,
+            "cycle": self._first_rows[k] + turn,
+            "telemetry": engine.telemetry[row],
+        }
         return orjson.dumps({"cycles": [flight]}, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
@@ -100,33 +105,33 @@ class Load:
 
     def __init__(self, port: int, per_second: int) -> None:
         spawned = multiprocessing.get_context("spawn")
-        self._process = ProcessPoolExecutor(1, spawned, initializer=_begin, initargs=(port, per_second))
+        self._process = ProcessPoolExecutor(1, spawned, initializer=_create_fleet, initargs=(port, per_second))
 
     def fly(self, seconds: float) -> "Future[tuple[list[float], int]]":
         """As the fleet does; the first time every engine has flown before."""
-        return self._process.submit(_fly, seconds)
+        return self._process.submit(_fly_fleet, seconds)
 
 
-def _begin(port: int, per_second: int) -> None:
+def _create_fleet(port: int, per_second: int) -> None:
     _fleets.append(Fleet(port, per_second))
     _fleets[0].first()
 
 
-def _fly(seconds: float) -> tuple[list[float], int]:
+def _fly_fleet(seconds: float) -> tuple[list[float], int]:
     return _fleets[0].fly(seconds)
 
 
-def _at_leisure() -> None:
+def _set_idle_priority() -> None:
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
-def unseen(load: Load, seconds: float) -> Round:
+def measure_without_page(load: Load, seconds: float) -> Round:
     """A round that nobody looks at."""
     taken, failed = load.fly(seconds).result()
     return Round(*percentiles(taken), failed)
 
 
-def asked(load: Load, home: str, seconds: float) -> Round:
+def measure_with_requests(load: Load, home: str, seconds: float) -> Round:
     """A round with the requests of the Fleet page, and nobody who draws what is answered."""
     flying, since, looks = load.fly(seconds), datetime.now(UTC), 0
     with httpx.Client(base_url=home, trust_env=False) as client:
@@ -139,7 +144,7 @@ def asked(load: Load, home: str, seconds: float) -> Round:
     return Round(*percentiles(taken), failed, None, looks)
 
 
-def seen(load: Load, browser: Browser, home: str, seconds: float) -> Round:
+def measure_with_page(load: Load, browser: Browser, home: str, seconds: float) -> Round:
     """A round with the Fleet page open."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     try:
@@ -153,7 +158,7 @@ def seen(load: Load, browser: Browser, home: str, seconds: float) -> Round:
 
         def busy() -> float:
             metrics = session.send("Performance.getMetrics")["metrics"]
-            return next(float(one["value"]) for one in metrics if one["name"] == "TaskDuration")
+            return next(float(metric["value"]) for metric in metrics if metric["name"] == "TaskDuration")
 
         before, counted = busy(), len(looks)
         flying = load.fly(seconds)
@@ -179,12 +184,12 @@ def first_paint(browser: Browser, home: str) -> float:
         page = context.new_page()
         page.goto(home)
         page.wait_for_selector(READY)
-        return _painted(page)
+        return _read_first_paint(page)
     finally:
         context.close()
 
 
-def _painted(page: Page) -> float:
+def _read_first_paint(page: Page) -> float:
     return float(page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime"))
 
 
@@ -198,11 +203,14 @@ def main() -> None:
     port = free_port()
     home = f"http://127.0.0.1:{port}/"
     with tempfile.TemporaryDirectory() as folder:
-        around = {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{folder}/memory.db", "ENGINE_HEALTH_LOG_LEVEL": "warning"}
+        environment = {
+            "ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{folder}/memory.db",
+            "ENGINE_HEALTH_LOG_LEVEL": "warning",
+        }
         command = [sys.executable, "-m", "service.cli", "serve", "--port", str(port)]
-        with served(command, around, SERVER_CORE, home + "readyz", Path.cwd()):
+        with served(command, environment, SERVER_CORE, home + "readyz", Path.cwd()):
             os.sched_setaffinity(0, {CLIENT_CORE})
-            _at_leisure()  # what is started now inherits it
+            _set_idle_priority()  # what is started now inherits it
             with chromium() as browser:
                 os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
                 report(Load(port, flags.per_second), browser, home, flags.rounds, flags.seconds)
@@ -214,17 +222,26 @@ def report(load: Load, browser: Browser, home: str, rounds: int, seconds: float)
     paints = [first_paint(browser, home) for _ in range(rounds)]
     turns = []
     for k in range(rounds):
-        turns.append((unseen(load, seconds), asked(load, home, seconds), seen(load, browser, home, seconds)))
+        turns.append(
+            (
+                measure_without_page(load, seconds),
+                measure_with_requests(load, home, seconds),
+                measure_with_page(load, browser, home, seconds),
+            )
+        )
         print(f"round {k + 1}: unseen {turns[-1][0]}, asked {turns[-1][1]}, seen {turns[-1][2]}", flush=True)
     work = [last.work for *_, last in turns if last.work is not None]
-    p99 = [statistics.median(one.p99 for one in kind) for kind in zip(*turns, strict=True)]
+    p99 = [statistics.median(result.p99 for result in kind) for kind in zip(*turns, strict=True)]
     print(f"first paint, ms: {statistics.median(paints):.0f} ({min(paints):.0f} to {max(paints):.0f})")
     print(f"main thread for each update, ms: {statistics.median(work):.1f} ({min(work):.1f} to {max(work):.1f})")
-    print("p99, ms, medians of rounds: " + ", ".join(f"{one:.1f} {kind}" for one, kind in zip(p99, KINDS, strict=True)))
+    print(
+        "p99, ms, medians of rounds: "
+        + ", ".join(f"{median:.1f} {kind}" for median, kind in zip(p99, KINDS, strict=True))
+    )
     print(
         f"ratios to unseen: {p99[1] / p99[0]:.2f} by the requests alone, {p99[2] / p99[0]:.2f} with the browser beside"
     )
-    print(f"flights not answered with 200: {sum(one.failed for turn in turns for one in turn)}")
+    print(f"flights not answered with 200: {sum(result.failed for turn in turns for result in turn)}")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def training_windows(window: int) -> Readings:
     engines = [history for subset in cmapss.SUBSETS for history in cmapss.read_train(folder, subset)]
     picked = random.choice(len(engines), CALIBRATION_WINDOWS)
     windows = [every_window(engines[k].telemetry, window) for k in picked]
-    return np.stack([one[random.integers(len(one))] for one in windows])
+    return np.stack([engine_windows[random.integers(len(engine_windows))] for engine_windows in windows])
 
 
 def plain_options() -> ort.SessionOptions:
@@ -104,16 +104,16 @@ def seconds(session: ort.InferenceSession, windows: Readings) -> float:
 
 def speeds(sessions: dict[str, ort.InferenceSession], windows: Readings) -> dict[str, dict[int, float]]:
     """Median seconds of one call by form and batch size, forms taken in turn."""
-    found: dict[str, dict[int, float]] = {name: {} for name in sessions}
+    medians: dict[str, dict[int, float]] = {name: {} for name in sessions}
     for batch in BATCHES:
         taken: dict[str, list[float]] = {name: [] for name in sessions}
-        some = np.ascontiguousarray(windows[:batch])
+        batch_windows = np.ascontiguousarray(windows[:batch])
         for _ in range(ROUNDS * (10 if batch == 1 else 1)):
             for name, session in sessions.items():
-                taken[name].append(seconds(session, some))
+                taken[name].append(seconds(session, batch_windows))
         for name, times in taken.items():
-            found[name][batch] = float(np.median(times))
-    return found
+            medians[name][batch] = float(np.median(times))
+    return medians
 
 
 def table(artefact: Path) -> Iterator[str]:
@@ -121,22 +121,22 @@ def table(artefact: Path) -> Iterator[str]:
     _, manifest = open_artefact(artefact)
     window, folder = manifest.window or 1, cmapss.data_folder()
     with tempfile.TemporaryDirectory() as scratch:
-        made = dict(forms(artefact, window, Path(scratch)))
+        paths = dict(forms(artefact, window, Path(scratch)))
         sessions, sizes, loads = {}, {}, {}
-        for name, path in made.items():
+        for name, path in paths.items():
             blob, started = path.read_bytes(), time.perf_counter()
             sessions[name] = ort.InferenceSession(blob, plain_options(), providers=["CPUExecutionProvider"])
             loads[name], sizes[name] = time.perf_counter() - started, len(blob)
-    found = speeds(sessions, training_windows(window))
+    medians = speeds(sessions, training_windows(window))
     yield from format_header(
         "form", {"KiB": 0, "load, ms": 0, "one window, µs": 0, "windows/s": 0, "at batch": 0} | COLUMNS
     )
     for name, session in sessions.items():
         rows = concatenate_rows(predict_test_engines(onnx_runner(session), window, folder)["all"], last_only=False)
-        rate, batch = max((batch / took, batch) for batch, took in found[name].items())
+        rate, batch = max((batch / took, batch) for batch, took in medians[name].items())
         line = class_metrics(rows, manifest.temperature) | rul_metrics(rows)
         yield (
-            f"| {name} | {sizes[name] / 1024:.0f} | {loads[name] * 1e3:.0f} | {found[name][1] * 1e6:.0f} "
+            f"| {name} | {sizes[name] / 1024:.0f} | {loads[name] * 1e3:.0f} | {medians[name][1] * 1e6:.0f} "
             f"| {rate:.0f} | {batch} | {format_cells(line, COLUMNS)} |"
         )
 

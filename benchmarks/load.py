@@ -113,7 +113,7 @@ def served(command: list[str], env: Mapping[str, str], core: int | str, ready_ur
             _wait_ready(server, ready_url, Path(log.name))
             yield server.pid
         finally:
-            _stop(server, mark)
+            _stop_server(server, mark)
 
 
 def _wait_ready(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
@@ -125,11 +125,11 @@ def _wait_ready(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
         except OSError:
             pass  # not listening yet
         time.sleep(0.1)
-    what = f"not ready in {START_SECONDS} s" if server.poll() is None else f"ended with {server.returncode}"
-    raise ServerFailed(f"{what}: {log.read_text(errors='replace')[-2000:].strip()}")
+    failure = f"not ready in {START_SECONDS} s" if server.poll() is None else f"ended with {server.returncode}"
+    raise ServerFailed(f"{failure}: {log.read_text(errors='replace')[-2000:].strip()}")
 
 
-def _stop(server: subprocess.Popen[bytes], mark: str) -> None:
+def _stop_server(server: subprocess.Popen[bytes], mark: str) -> None:
     """End the group politely, then whatever still carries the mark: daemons leave the group."""
     if server.poll() is None:
         os.killpg(server.pid, signal.SIGTERM)
@@ -138,15 +138,17 @@ def _stop(server: subprocess.Popen[bytes], mark: str) -> None:
         except subprocess.TimeoutExpired:
             os.killpg(server.pid, signal.SIGKILL)
     needle = f"{MARK}={mark}".encode()
-    while left := [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if needle in _environment(pid)]:
-        for pid in left:
+    while remaining := [
+        pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if needle in _read_environment(pid)
+    ]:
+        for pid in remaining:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.1)
     server.wait()
 
 
-def _environment(pid: int) -> bytes:
+def _read_environment(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:  # gone, or another user's
@@ -155,15 +157,15 @@ def _environment(pid: int) -> bytes:
 
 def get(url: str) -> tuple[int, bytes]:
     """Status and body."""
-    return _answer(urllib.request.Request(url))
+    return _send_request(urllib.request.Request(url))
 
 
 def post(url: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, bytes]:
     """Status and body of one request."""
-    return _answer(urllib.request.Request(url, body, dict(headers)))
+    return _send_request(urllib.request.Request(url, body, dict(headers)))
 
 
-def _answer(request: urllib.request.Request) -> tuple[int, bytes]:
+def _send_request(request: urllib.request.Request) -> tuple[int, bytes]:
     try:
         with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as answer:
             return answer.status, answer.read()
@@ -208,29 +210,29 @@ def median_rounds(cases: Mapping[str, Callable[[], Mapping[str, float]]], rounds
 @cache
 def golden() -> tuple[Readings, Readings]:
     """The artefact's golden windows (N, 100, 17) and their logits (N, C)."""
-    found = open_artefact(ARTEFACT)[1].golden
-    return np.array([g.telemetry for g in found]), np.array([g.logits for g in found])
+    golden_windows = open_artefact(ARTEFACT)[1].golden
+    return np.array([g.telemetry for g in golden_windows]), np.array([g.logits for g in golden_windows])
 
 
 def windows(n: int) -> Readings:
     """Windows (n, 100, 17) as sensors give them: golden ones, each reading moved by a thousandth, three decimals."""
     random, telemetry = np.random.default_rng(0), golden()[0]
-    some = telemetry[np.arange(n) % len(telemetry)]
-    return np.round(some * (1 + 1e-3 * random.standard_normal(some.shape)), 3)
+    picked = telemetry[np.arange(n) % len(telemetry)]
+    return np.round(picked * (1 + 1e-3 * random.standard_normal(picked.shape)), 3)
 
 
-def predict_json(some: Readings) -> bytes:
+def predict_json(telemetry: Readings) -> bytes:
     """The body of `POST /v1/predict`."""
-    return json.dumps({"instances": [{"telemetry": window} for window in some.tolist()]}).encode()
+    return json.dumps({"instances": [{"telemetry": window} for window in telemetry.tolist()]}).encode()
 
 
-def predict_arrow(some: Readings) -> tuple[bytes, dict[str, str]]:
+def predict_arrow(telemetry: Readings) -> tuple[bytes, dict[str, str]]:
     """The same as an Arrow stream, a window an engine: body and headers."""
     import pyarrow as pa
 
-    rows = some.reshape(-1, some.shape[-1]).astype(np.float32)
+    rows = telemetry.reshape(-1, telemetry.shape[-1]).astype(np.float32)
     table = pa.table({name: pa.array(rows[:, k]) for k, name in enumerate(contract.CHANNELS)})
-    engine, cycle = np.divmod(np.arange(len(rows)), some.shape[1])
+    engine, cycle = np.divmod(np.arange(len(rows)), telemetry.shape[1])
     table = table.append_column("engine_id", pa.array([f"FD001-{k}" for k in engine]))
     table, sink = table.append_column("cycle", pa.array(cycle)), pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as stream:
@@ -238,40 +240,48 @@ def predict_arrow(some: Readings) -> tuple[bytes, dict[str, str]]:
     return sink.getvalue().to_pybytes(), {"Content-Type": "application/vnd.apache.arrow.stream"}
 
 
-def of_engines(some: Readings) -> bytes:
+def of_engines(telemetry: Readings) -> bytes:
     """The body of `POST /v1/predict` for one window of an engine at a cycle, both another one each request."""
-    body = json.dumps({"instances": [{"engine_id": _engine(), "cycle": CYCLE.decode(), "telemetry": some[0].tolist()}]})
+    body = json.dumps(
+        {"instances": [{"engine_id": _name_engine(), "cycle": CYCLE.decode(), "telemetry": telemetry[0].tolist()}]}
+    )
     return body.encode().replace(b'"' + CYCLE + b'"', CYCLE)
 
 
-def flights(some: Readings) -> bytes:
+def flights(telemetry: Readings) -> bytes:
     """The body of `POST /v1/cycles` for one flight of an engine, both engine and cycle another one each request."""
-    body = json.dumps({"cycles": [{"engine_id": _engine(), "cycle": CYCLE.decode(), "telemetry": some[0, 0].tolist()}]})
+    body = json.dumps(
+        {"cycles": [{"engine_id": _name_engine(), "cycle": CYCLE.decode(), "telemetry": telemetry[0, 0].tolist()}]}
+    )
     return body.encode().replace(b'"' + CYCLE + b'"', CYCLE)
 
 
-def _engine() -> str:
+def _name_engine() -> str:
     """A name that no other round gives, with the mark that makes it another one each request."""
     return f"{uuid.uuid4().hex[:8]}-{ENGINE.decode()}"
 
 
-def oip_json(some: Readings) -> bytes:
+def oip_json(telemetry: Readings) -> bytes:
     """An Open Inference Protocol request, values in JSON, asking for logits and RUL."""
-    return json.dumps(_oip(some, {"data": some.ravel().tolist()}, {})).encode()
+    return json.dumps(_build_oip_request(telemetry, {"data": telemetry.ravel().tolist()}, {})).encode()
 
 
-def oip_binary(some: Readings) -> tuple[bytes, dict[str, str]]:
+def oip_binary(telemetry: Readings) -> tuple[bytes, dict[str, str]]:
     """The same with the binary tensor extension both ways: body and headers."""
-    values = some.astype("<f4").tobytes()
-    head = json.dumps(_oip(some, {"parameters": {"binary_data_size": len(values)}}, {"binary_data": True})).encode()
+    values = telemetry.astype("<f4").tobytes()
+    head = json.dumps(
+        _build_oip_request(telemetry, {"parameters": {"binary_data_size": len(values)}}, {"binary_data": True})
+    ).encode()
     headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(head))}
     return head + values, headers
 
 
-def _oip(some: Readings, content: dict[str, object], parameters: dict[str, object]) -> dict[str, object]:
-    named = {"name": contract.INPUT, "shape": list(some.shape), "datatype": "FP32"}
-    wanted = [{"name": name, "parameters": parameters} for name in (contract.LOGITS, contract.RUL)]
-    return {"inputs": [named | content], "outputs": wanted}
+def _build_oip_request(
+    telemetry: Readings, content: dict[str, object], parameters: dict[str, object]
+) -> dict[str, object]:
+    tensor = {"name": contract.INPUT, "shape": list(telemetry.shape), "datatype": "FP32"}
+    outputs = [{"name": name, "parameters": parameters} for name in (contract.LOGITS, contract.RUL)]
+    return {"inputs": [tensor | content], "outputs": outputs}
 
 
 def machine() -> str:

@@ -91,7 +91,7 @@ def oip_logits(answer: bytes) -> list[float]:
 
 def in_json(make: Callable[[Readings], bytes]) -> Make:
     """With the headers of JSON."""
-    return lambda some: (make(some), JSON_HEADERS)
+    return lambda telemetry: (make(telemetry), JSON_HEADERS)
 
 
 PLAIN = Encoding(in_json(load.predict_json), plain_logits)
@@ -149,8 +149,8 @@ def installed(name: str, peer: Peer) -> str:
     if not peer.requirements:
         return sys.executable
     folder = BUILD / "peers" / name
-    python, stamp, wanted = folder / "bin" / "python", folder / "installed", "\n".join(peer.requirements)
-    if stamp.exists() and stamp.read_text() == wanted:
+    python, stamp, requirements = folder / "bin" / "python", folder / "installed", "\n".join(peer.requirements)
+    if stamp.exists() and stamp.read_text() == requirements:
         return str(python)
     print(f"installing {', '.join(peer.requirements)}", file=sys.stderr, flush=True)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "--python", str(python), "install"]
@@ -161,7 +161,7 @@ def installed(name: str, peer: Peer) -> str:
             raise Absent(f"needs {peer.python}") from None
         except subprocess.CalledProcessError as error:
             raise Absent(f"not installed: {last_line(error.stderr or error.stdout)}") from None
-    stamp.write_text(wanted)
+    stamp.write_text(requirements)
     return str(python)
 
 
@@ -171,14 +171,14 @@ def last_line(text: str) -> str:
     return (lines or ["no reason given"])[-1][:160].replace("|", "/")
 
 
-def ask(url: str, encoding: Encoding, some: Readings, expected: Readings | None) -> float:
+def ask(url: str, encoding: Encoding, telemetry: Readings, expected: Readings | None) -> float:
     """Seconds of one request, answered rightly.
 
     Raises:
         Absent: not answered with 200, or with logits that are not the expected ones.
     """
     started = time.perf_counter()
-    status, answer = load.post(url, *encoding.make(some))
+    status, answer = load.post(url, *encoding.make(telemetry))
     took = time.perf_counter() - started
     if status != 200:
         raise Absent("not there (404)" if status == 404 else f"answers {status}: {last_line(answer.decode('latin-1'))}")
@@ -187,15 +187,15 @@ def ask(url: str, encoding: Encoding, some: Readings, expected: Readings | None)
     return took
 
 
-def many(url: str, encoding: Encoding, seconds: float) -> float:
+def measure_large_requests(url: str, encoding: Encoding, seconds: float) -> float:
     """Rows/s of requests of 1,000 rows, one at a time, for as long as three of them need at least."""
-    some = load.windows(ROWS)
-    slowest = max(ask(url, encoding, some, None) for _ in range(2))
-    measured = load.wrk(url, *encoding.make(some), 1, max(seconds, 3.5 * slowest + 1), CLIENT_CORE)
+    telemetry = load.windows(ROWS)
+    slowest = max(ask(url, encoding, telemetry, None) for _ in range(2))
+    measured = load.wrk(url, *encoding.make(telemetry), 1, max(seconds, 3.5 * slowest + 1), CLIENT_CORE)
     return ROWS / unfailing(measured).p50_ms * 1e3
 
 
-def one(url: str, encoding: Encoding, seconds: float) -> load.Load:
+def measure_single_windows(url: str, encoding: Encoding, seconds: float) -> load.Load:
     """What 64 connections see that send one window a request, after a warm-up."""
     body, headers = encoding.make(load.windows(1))
     load.wrk(url, body, headers, CONNECTIONS, 1, CLIENT_CORE)
@@ -238,9 +238,13 @@ def measure(name: str, peer: Peer, seconds: float) -> Figures:
             if encoding is None:
                 continue
             ask(base + peer.path, encoding, golden[:1], logits[0] if peer.checked else None)
-            found = one(base + peer.path, encoding, seconds)
-            figures |= {f"{kind}rps": found.requests_per_second, f"{kind}p50": found.p50_ms, f"{kind}p99": found.p99_ms}
-            figures[f"{kind}rows"] = many(base + peer.path, encoding, seconds)
+            result = measure_single_windows(base + peer.path, encoding, seconds)
+            figures |= {
+                f"{kind}rps": result.requests_per_second,
+                f"{kind}p50": result.p50_ms,
+                f"{kind}p99": result.p99_ms,
+            }
+            figures[f"{kind}rows"] = measure_large_requests(base + peer.path, encoding, seconds)
     return figures
 
 
@@ -278,11 +282,11 @@ def cases(names: list[str], seconds: float, notes: dict[str, str]) -> Iterator[t
         yield name, guarded(name)
 
 
-def table(found: Mapping[str, Mapping[str, Figure]], notes: Mapping[str, str]) -> Iterator[str]:
+def table(figures_by_server: Mapping[str, Mapping[str, Figure]], notes: Mapping[str, str]) -> Iterator[str]:
     """Medians, with the range of the rates in brackets, as lines of Markdown."""
     yield "| server | " + " | ".join(COLUMNS.values()) + " |"
     yield "| --- |" + " ---: |" * len(COLUMNS)
-    for name, figures in found.items():
+    for name, figures in figures_by_server.items():
         if name in notes:
             yield f"| {TITLES[name]} | {notes[name]} |" + " |" * (len(COLUMNS) - 1)
         else:
@@ -310,15 +314,15 @@ def main() -> None:
     if unknown := set(names) - set(TITLES):
         parser.error(f"no such server: {', '.join(sorted(unknown))}")
     notes: dict[str, str] = {}
-    found = load.median_rounds(dict(cases(names, chosen.seconds, notes)), chosen.rounds)
+    figures_by_server = load.median_rounds(dict(cases(names, chosen.seconds, notes)), chosen.rounds)
     print(f"{load.machine()}; {chosen.rounds} rounds of {chosen.seconds:g} s\n")
-    print("\n".join(table(found, notes)))
+    print("\n".join(table(figures_by_server, notes)))
     rows = {
         name: {"title": TITLES[name], "note": notes.get(name), "figures": {k: f._asdict() for k, f in figures.items()}}
-        for name, figures in found.items()
+        for name, figures in figures_by_server.items()
     }
-    kept = {"machine": load.machine(), "rounds": chosen.rounds, "seconds": chosen.seconds, "servers": rows}
-    (BUILD / "peers.json").write_text(json.dumps(kept, indent=1))
+    report = {"machine": load.machine(), "rounds": chosen.rounds, "seconds": chosen.seconds, "servers": rows}
+    (BUILD / "peers.json").write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -35,13 +35,13 @@ def measured(rounds: int, seconds: float) -> dict[str, dict[str, Figure]]:
         def served(database: str, workers: int = 1) -> str:
             environment = {"ENGINE_HEALTH_WORKERS": str(workers), "ENGINE_HEALTH_THREADS": "1"}
             environment |= {"ENGINE_HEALTH_DATABASE_URL": database}
-            where = base(port := load.free_port())
-            stack.enter_context(load.served(command(port), environment, EVERY_CORE, where + "/readyz", ROOT))
-            return where
+            url = base(port := load.free_port())
+            stack.enter_context(load.served(command(port), environment, EVERY_CORE, url + "/readyz", ROOT))
+            return url
 
         files = [f"sqlite:///{BUILD}/scaling-{os.getpid()}-{k}.db" for k in (1, 2)]
         for name in files:
-            stack.callback(_removed, name.removeprefix("sqlite:///"))
+            stack.callback(_remove_database, name.removeprefix("sqlite:///"))
         shared = cluster.url("shared")
         cases: dict[str, list[str]] = {
             "1 process, stateless": [served("")],
@@ -52,40 +52,40 @@ def measured(rounds: int, seconds: float) -> dict[str, dict[str, Figure]]:
             "2 workers, PostgreSQL": [served(cluster.url("two"), 2)],
             "2 processes, PostgreSQL": [served(shared), served(shared)],
         }
-        asked = {name: _asking(name, where, seconds) for name, where in cases.items()}
-        for ask in asked.values():
+        rounds_by_case = {name: _build_round(name, addresses, seconds) for name, addresses in cases.items()}
+        for ask in rounds_by_case.values():
             ask()  # warm
-        return load.median_rounds(asked, rounds)
+        return load.median_rounds(rounds_by_case, rounds)
 
 
-def _asking(name: str, where: list[str], seconds: float) -> Callable[[], Mapping[str, float]]:
+def _build_round(name: str, addresses: list[str], seconds: float) -> Callable[[], Mapping[str, float]]:
     """A round of load on each of the addresses at once, and the sum of what they answered."""
     path, make = ("/v1/predict", load.predict_json) if "stateless" in name else ("/v1/cycles", load.flights)
 
-    def one(address: str) -> float:
+    def measure_address(address: str) -> float:
         body = make(load.windows(1))  # another one each time: engines of its own
-        asked = load.wrk(address + path, body, JSON_HEADERS, CONNECTIONS // len(where), seconds, EVERY_CORE)
-        return unfailing(asked).requests_per_second
+        result = load.wrk(address + path, body, JSON_HEADERS, CONNECTIONS // len(addresses), seconds, EVERY_CORE)
+        return unfailing(result).requests_per_second
 
     def ask() -> Mapping[str, float]:
-        with ThreadPoolExecutor(len(where)) as pool:
-            return {"rate": sum(pool.map(one, where))}
+        with ThreadPoolExecutor(len(addresses)) as pool:
+            return {"rate": sum(pool.map(measure_address, addresses))}
 
     return ask
 
 
-def _removed(path: str) -> None:
+def _remove_database(path: str) -> None:
     for end in ("", "-wal", "-shm"):
         if os.path.exists(path + end):
             os.remove(path + end)
 
 
-def table(found: dict[str, dict[str, Figure]]) -> Iterator[str]:
+def table(figures: dict[str, dict[str, Figure]]) -> Iterator[str]:
     """Lines of Markdown: one, two, and the ratio of both."""
     yield "| what is asked | of one, requests/s | of two | ratio |"
     yield "| --- | ---: | ---: | ---: |"
-    for what, (one, two) in ROWS.items():
-        few, many = found[one]["rate"].median, found[two]["rate"].median
+    for what, (first, second) in ROWS.items():
+        few, many = figures[first]["rate"].median, figures[second]["rate"].median
         yield f"| {what} | {few:,.0f} | {many:,.0f} | **{many / few:.2f}** |"
 
 

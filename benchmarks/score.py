@@ -58,7 +58,7 @@ def fleet(path: Path, rows: int) -> Path:
 
     if path.exists():
         return path
-    generator, usual = np.random.default_rng(0), _usual()
+    generator, usual = np.random.default_rng(0), _read_usual_row()
     writer: Any = None
     engine = written = 0
     while written < rows:
@@ -83,7 +83,7 @@ def fleet(path: Path, rows: int) -> Path:
     return path
 
 
-def _usual() -> np.ndarray[Any, np.dtype[np.float64]]:
+def _read_usual_row() -> np.ndarray[Any, np.dtype[np.float64]]:
     manifest = model_loader.open_model(BUNDLED).manifest
     return np.array(manifest.golden[0].telemetry[-1], dtype=np.float64)
 
@@ -125,18 +125,18 @@ def alone(threads: int) -> Alone:
     """Rows a second of ONNX Runtime on windows that are laid out already, the better of two ways."""
     generator = np.random.default_rng(1)
     histories = [
-        (_usual() * (1 + 0.0005 * generator.normal(size=(256, 17)))).astype(np.float32)
+        (_read_usual_row() * (1 + 0.0005 * generator.normal(size=(256, 17)))).astype(np.float32)
         for _ in range(ALONE_ROWS // 256)
     ]
     windows = np.concatenate([every_window(history, 100) for history in histories])
     batches = [windows[i : i + BATCH_WINDOWS] for i in range(0, len(windows), BATCH_WINDOWS)]
     wide, narrow = model_loader.open_model(BUNDLED, threads=threads), model_loader.open_model(BUNDLED, threads=1)
     with ThreadPoolExecutor(threads) as pool:
-        ways = (lambda: [wide.run(one) for one in batches], lambda: list(pool.map(narrow.run, batches)))
-        return max(_rate(way) for way in ways)
+        ways = (lambda: [wide.run(batch) for batch in batches], lambda: list(pool.map(narrow.run, batches)))
+        return max(_measure_rate(way) for way in ways)
 
 
-def _rate(way: Any) -> Alone:
+def _measure_rate(way: Any) -> Alone:
     way()
     passes, begun, used = 0, time.perf_counter(), time.process_time()
     while time.perf_counter() - begun < ALONE_SECONDS / 2:
@@ -146,20 +146,20 @@ def _rate(way: Any) -> Alone:
     return Alone(rows / (time.perf_counter() - begun), (time.process_time() - used) / rows)
 
 
-def table(found: dict[int, dict[str, Any]]) -> Iterator[str]:
+def table(figures_by_rows: dict[int, dict[str, Any]]) -> Iterator[str]:
     """Lines of Markdown: rows a second and processor time a row, here and there."""
     yield "| rows | here, rows/s | ONNX Runtime alone | ratio | of processor time | peak MB | pandas script | ratio |"
     yield "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
-    for rows, figures in found.items():
+    for rows, figures in figures_by_rows.items():
         here, best, script = figures["ours"], figures["alone"], figures["naive"]
         cells = [f"{rows:,}", f"{rows / here.seconds:,.0f}", f"{best.rate:,.0f}"]
         cells += [f"**{rows / here.seconds / best.rate:.2f}**", f"{best.processor * rows / here.processor:.2f}"]
         cells += [f"{here.memory:.0f}"]
-        cells += ["-", "-"] if script is None else _script(rows, script, here)
+        cells += ["-", "-"] if script is None else _format_script_cells(rows, script, here)
         yield "| " + " | ".join(cells) + " |"
 
 
-def _script(rows: int, script: Run, here: Run) -> list[str]:
+def _format_script_cells(rows: int, script: Run, here: Run) -> list[str]:
     return [f"{rows / script.seconds:,.0f}", f"**{script.seconds / here.seconds:.1f}**"]
 
 
@@ -172,7 +172,7 @@ def killed(source: Path, times: int) -> Iterator[str]:
     moments, target = random.Random(0), BUILD / "killed.parquet"
     command = [sys.executable, "-m", "service.cli", "score", str(source), str(target), "--quiet", "--part-rows", "8192"]
     usual = measured([*command, "--restart"]).seconds
-    expected, same, kept = target.read_bytes(), 0, 0
+    expected, same, finished_parts = target.read_bytes(), 0, 0
     for _ in range(times):
         target.unlink()
         process = subprocess.Popen(command)
@@ -180,10 +180,12 @@ def killed(source: Path, times: int) -> Iterator[str]:
         process.kill()
         process.wait()
         journal = target.with_name(target.name + ".partial") / "journal"
-        kept += journal.read_bytes().count(b"\n") if journal.exists() else 0
+        finished_parts += journal.read_bytes().count(b"\n") if journal.exists() else 0
         measured(command)
         same += target.read_bytes() == expected
-    yield f"{times} jobs killed and started again: {same} gave the same bytes; {kept} finished parts were kept"
+    yield (
+        f"{times} jobs killed and started again: {same} gave the same bytes; {finished_parts} finished parts were kept"
+    )
 
 
 def on_ray(source: Path, workers: list[int]) -> Iterator[str]:
@@ -207,7 +209,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="of each; the quickest counts")
     parser.add_argument("--kills", type=int, default=0, help="instead: kill so many jobs, start them again, compare")
     parser.add_argument("--workers", type=int, nargs="+", help="instead: on Ray, with so many actors each")
-    chosen, found = parser.parse_args(), dict[int, dict[str, Any]]()
+    chosen, figures_by_rows = parser.parse_args(), dict[int, dict[str, Any]]()
     BUILD.mkdir(exist_ok=True)
     if chosen.kills:
         print("\n".join(killed(fleet(BUILD / "fleet-100000.parquet", 100_000), chosen.kills)))
@@ -222,15 +224,15 @@ def main() -> None:
             (ours(source), alone(available_cpus()), naive(source) if small else None) for _ in range(chosen.rounds)
         ]
         scripts = [script for *_, script in rounds if script is not None]
-        found[rows] = {
-            "ours": min(one for one, *_ in rounds),
-            "alone": max(one for _, one, _ in rounds),
+        figures_by_rows[rows] = {
+            "ours": min(run for run, *_ in rounds),
+            "alone": max(reference for _, reference, _ in rounds),
             "naive": min(scripts, default=None),
         }
-        print(f"{rows:,} rows: {found[rows]}", file=sys.stderr)
+        print(f"{rows:,} rows: {figures_by_rows[rows]}", file=sys.stderr)
     print(f"{machine()}; {available_cpus()} threads\n")
-    print("\n".join(table(found)))
-    (BUILD / "score.json").write_text(json.dumps({"machine": machine(), "figures": found}, indent=1))
+    print("\n".join(table(figures_by_rows)))
+    (BUILD / "score.json").write_text(json.dumps({"machine": machine(), "figures": figures_by_rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -44,10 +44,10 @@ LIMITS = (
     ("the same after all rounds", "after", None),
 )
 ONE_THREAD, STATELESS = {"ENGINE_HEALTH_THREADS": "1"}, {"ENGINE_HEALTH_DATABASE_URL": ""}
-Found = dict[str, dict[str, Figure]]
+FiguresByCase = dict[str, dict[str, Figure]]
 
 
-def measured(rounds: int, seconds: float) -> Found:
+def measured(rounds: int, seconds: float) -> FiguresByCase:
     """Every figure of every round: bare, ours, alone, start."""
     port, bare, stateless = load.free_port(), load.free_port(), load.free_port()
     with (
@@ -56,11 +56,13 @@ def measured(rounds: int, seconds: float) -> Found:
             [sys.executable, "benchmarks/servers/bare.py", str(bare)], {}, SERVER_CORE, base(bare) + "/ready", ROOT
         ),
         load.served(command(stateless), ONE_THREAD | STATELESS, SERVER_CORE, base(stateless) + "/readyz", ROOT),
-        load.served(command(port), ONE_THREAD | kept_in(folder), SERVER_CORE, base(port) + "/readyz", ROOT) as pid,
+        load.served(
+            command(port), ONE_THREAD | database_settings(folder), SERVER_CORE, base(port) + "/readyz", ROOT
+        ) as pid,
     ):
         plan = Path(folder, "plan.onnx")
-        kept = open_artefact(ARTEFACT)[0].get_modelmeta().custom_metadata_map
-        plan.write_bytes(read_graph(kept, CHANNEL_MAJOR_KEY) or b"")
+        metadata = open_artefact(ARTEFACT)[0].get_modelmeta().custom_metadata_map
+        plan.write_bytes(read_graph(metadata, CHANNEL_MAJOR_KEY) or b"")
         floor, own = base(bare) + "/predict", base(port) + "/v1/predict"
         cases: dict[str, Callable[[], Mapping[str, float]]] = {
             "bare": lambda: singles(floor, seconds),
@@ -75,11 +77,11 @@ def measured(rounds: int, seconds: float) -> Found:
         }
         for case in cases.values():
             case()  # warm
-        found = load.median_rounds(cases, rounds)
+        figures = load.median_rounds(cases, rounds)
         memory = resident(pid)
-    found["start"] = load.median_rounds({"start": started}, rounds)["start"]
-    found["start"]["after"] = Figure(memory, memory, memory)
-    return found
+    figures["start"] = load.median_rounds({"start": started}, rounds)["start"]
+    figures["start"]["after"] = Figure(memory, memory, memory)
+    return figures
 
 
 def base(port: int) -> str:
@@ -102,27 +104,27 @@ def singles(url: str, seconds: float) -> Mapping[str, float]:
 
 def numbered(url: str, make: Callable[[Readings], bytes], seconds: float) -> Mapping[str, float]:
     """Requests/s at 64 connections, each request of another engine and cycle."""
-    asked = load.wrk(url, make(load.windows(1)), JSON_HEADERS, CONNECTIONS, seconds, CLIENT_CORE)
-    return {"rate": unfailing(asked).requests_per_second}
+    result = load.wrk(url, make(load.windows(1)), JSON_HEADERS, CONNECTIONS, seconds, CLIENT_CORE)
+    return {"rate": unfailing(result).requests_per_second}
 
 
-def kept_in(folder: str) -> dict[str, str]:
+def database_settings(folder: str) -> dict[str, str]:
     """A database of the benchmark's own."""
     return {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{folder}/memory.db"}
 
 
 def rows(url: str, seconds: float) -> Mapping[str, float]:
     """Rows/s of requests of 1,000 windows, one at a time, in each encoding."""
-    some = load.windows(ROWS)
-    asked: dict[str, tuple[str, bytes, Mapping[str, str]]] = {
-        "json": ("/v1/predict", load.predict_json(some), JSON_HEADERS),
-        "arrow": ("/v1/predict", *load.predict_arrow(some)),
-        "binary": (INFER, *load.oip_binary(some)),
+    telemetry = load.windows(ROWS)
+    requests: dict[str, tuple[str, bytes, Mapping[str, str]]] = {
+        "json": ("/v1/predict", load.predict_json(telemetry), JSON_HEADERS),
+        "arrow": ("/v1/predict", *load.predict_arrow(telemetry)),
+        "binary": (INFER, *load.oip_binary(telemetry)),
     }
-    found = {}
-    for name, (path, body, headers) in asked.items():
-        found[name] = ROWS / unfailing(load.wrk(url + path, body, headers, 1, seconds, CLIENT_CORE)).p50_ms * 1e3
-    return found
+    rates = {}
+    for name, (path, body, headers) in requests.items():
+        rates[name] = ROWS / unfailing(load.wrk(url + path, body, headers, 1, seconds, CLIENT_CORE)).p50_ms * 1e3
+    return rates
 
 
 def started() -> Mapping[str, float]:
@@ -131,7 +133,9 @@ def started() -> Mapping[str, float]:
     begun = time.perf_counter()
     with (
         tempfile.TemporaryDirectory(dir=BUILD) as folder,
-        load.served(command(port), ONE_THREAD | kept_in(folder), SERVER_CORE, base(port) + "/readyz", ROOT) as pid,
+        load.served(
+            command(port), ONE_THREAD | database_settings(folder), SERVER_CORE, base(port) + "/readyz", ROOT
+        ) as pid,
     ):
         return {"start": time.perf_counter() - begun, "memory": resident(pid)}
 
@@ -142,28 +146,28 @@ def resident(pid: int) -> float:
     return int(next(line.split()[1] for line in lines if line.startswith("VmRSS"))) * 1024 / 1e6
 
 
-def table(found: Found) -> Iterator[str]:
+def table(figures: FiguresByCase) -> Iterator[str]:
     """Lines of Markdown: each case, its ratio, and what was to be reached."""
-    bare, ours, many, best = (found[name] for name in ("bare", "ours", "many", "alone"))
+    bare, ours, many, best = (figures[name] for name in ("bare", "ours", "many", "alone"))
     pairs = {
         "rate": (ours["rate"], bare["rate"]),
         "p50": (ours["alone_p50"], bare["alone_p50"]),
         "binary": (many["binary"], best["rows"]),
         "json": (many["json"], best["rows"]),
         "arrow": (many["arrow"], best["rows"]),
-        "plan": (many["binary"], found["plan"]["rows"]),
+        "plan": (many["binary"], figures["plan"]["rows"]),
         "tail": (ours["p99"], ours["p50"]),
-        "memory": (found["remembered"]["rate"], found["stateless"]["rate"]),
-        "flights": (found["flights"]["rate"], found["bare-flights"]["rate"]),
+        "memory": (figures["remembered"]["rate"], figures["stateless"]["rate"]),
+        "flights": (figures["flights"]["rate"], figures["bare-flights"]["rate"]),
     }
     yield "| case | against | here | there | ratio | reach |"
     yield "| --- | --- | ---: | ---: | ---: | ---: |"
-    for case, against, name, reach, more in REACH:
+    for case, against, name, reach, higher_is_better in REACH:
         here, there = (figure.median for figure in pairs[name])
-        goal = "" if reach is None else f"{'≥' if more else '≤'} {reach:g}"
+        goal = "" if reach is None else f"{'≥' if higher_is_better else '≤'} {reach:g}"
         yield f"| {case} | {against} | {shown(here)} | {shown(there)} | **{here / there:.2f}** | {goal} |"
     for case, name, limit in LIMITS:
-        yield f"| {case} | | {found['start'][name].median:.3g} | | | {'' if limit is None else f'≤ {limit:g}'} |"
+        yield f"| {case} | | {figures['start'][name].median:.3g} | | | {'' if limit is None else f'≤ {limit:g}'} |"
 
 
 def shown(figure: float) -> str:
@@ -178,11 +182,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4, help="of each measurement")
     chosen = parser.parse_args()
     BUILD.mkdir(exist_ok=True)
-    found = measured(chosen.rounds, chosen.seconds)
+    figures_by_case = measured(chosen.rounds, chosen.seconds)
     print(f"{load.machine()}; medians of {chosen.rounds} rounds of {chosen.seconds:g} s\n")
-    print("\n".join(table(found)))
-    kept = {name: {key: figure._asdict() for key, figure in figures.items()} for name, figures in found.items()}
-    (BUILD / "serving.json").write_text(json.dumps({"machine": load.machine(), "figures": kept}, indent=1))
+    print("\n".join(table(figures_by_case)))
+    report = {
+        name: {key: figure._asdict() for key, figure in figures.items()} for name, figures in figures_by_case.items()
+    }
+    (BUILD / "serving.json").write_text(json.dumps({"machine": load.machine(), "figures": report}, indent=1))
 
 
 if __name__ == "__main__":

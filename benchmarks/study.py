@@ -56,12 +56,12 @@ Line = dict[str, float | str]
 def lines_of(network: str, run: RunWindows, window: int, temperature: float, subsets: tuple[str, ...]) -> list[Line]:
     """Every measure on the official test engines: each subset and all of them, every cycle and last cycles."""
     folder = cmapss.data_folder()
-    found = {subset: predict_histories(run, window, cmapss.read_test(folder, subset)) for subset in subsets}
-    if len(found) > 1:
-        found["all"] = [part for parts in found.values() for part in parts]
+    parts_by_subset = {subset: predict_histories(run, window, cmapss.read_test(folder, subset)) for subset in subsets}
+    if len(parts_by_subset) > 1:
+        parts_by_subset["all"] = [part for parts in parts_by_subset.values() for part in parts]
     lines: list[Line] = []
     for rows, last_only in (("every cycle", False), ("last cycle", True)):
-        for subset, parts in found.items():
+        for subset, parts in parts_by_subset.items():
             picked = concatenate_rows(parts, last_only)
             before = {"cross-entropy before T": float(numerics.cross_entropy(picked.logits, picked.labels))}
             line: Line = {"network": network, "rows": rows, "subset": subset}
@@ -89,14 +89,14 @@ def seeds(paths: list[Path]) -> list[Line]:
     return merged
 
 
-def _engines(subsets: tuple[str, ...]) -> tuple[list[History], list[History]]:
+def _split_train_engines(subsets: tuple[str, ...]) -> tuple[list[History], list[History]]:
     parts = [
         cmapss.split_engines(cmapss.read_train(cmapss.data_folder(), s), (1 - HELD_BACK, HELD_BACK), 0) for s in subsets
     ]
     return [h for part in parts for h in part[0]], [h for part in parts for h in part[1]]
 
 
-def _temperature(run: RunWindows, window: int, engines: list[History]) -> float:
+def _fit_temperature(run: RunWindows, window: int, engines: list[History]) -> float:
     held = concatenate_rows(predict_histories(run, window, engines), last_only=False)
     weights = np.concatenate([cmapss.cutoff_weights(history) for history in engines])
     return numerics.fit_temperature(held.logits, held.labels, weights)
@@ -105,17 +105,17 @@ def _temperature(run: RunWindows, window: int, engines: list[History]) -> float:
 def textbook(hidden: int, epochs: int, subsets: tuple[str, ...]) -> list[Line]:
     """The textbook network at a width, trained on nine tenths of the engines."""
     config = TrainingConfig(**vars(TEXTBOOK) | {"hidden": hidden, "epochs": epochs})
-    learn, held = _engines(subsets)
+    learn, held = _split_train_engines(subsets)
     network = build_network(learn, config)
     train_network(network, build_windows(learn, network), config, f"textbook {hidden}")
     run = torch_runner(network)
     name = f"textbook, width {hidden}, {epochs} epochs, window {config.window}"
-    return lines_of(name, run, config.window, _temperature(run, config.window, held), subsets)
+    return lines_of(name, run, config.window, _fit_temperature(run, config.window, held), subsets)
 
 
 def boosting(subsets: tuple[str, ...]) -> list[Line]:
     """Gradient boosting on the compact network's own features: normalised rolling means and their changes."""
-    learn, held = _engines(subsets)
+    learn, held = _split_train_engines(subsets)
     network = build_network(learn, TrainingConfig(folds=0))
     means, windows = network.backbone, build_windows(learn, network)
     assert isinstance(means, RollingMlp)
@@ -133,7 +133,7 @@ def boosting(subsets: tuple[str, ...]) -> list[Line]:
         return np.log(np.clip(health.predict_proba(features), 1e-9, 1)), remaining.predict(features)
 
     window = network.config.window
-    return lines_of("gradient boosting", run, window, _temperature(run, window, held), subsets)
+    return lines_of("gradient boosting", run, window, _fit_temperature(run, window, held), subsets)
 
 
 ANCHORS: dict[str, Callable[[], list[Line]]] = {
@@ -154,8 +154,8 @@ def main() -> None:
     started = time.monotonic()
     name = flags.part if flags.part == "seeds" else flags.name
     lines = seeds(flags.checkpoints) if flags.part == "seeds" else ANCHORS[name]()
-    kept = json.loads(STUDY.read_text()) if STUDY.exists() else {}
-    STUDY.write_text(json.dumps(kept | {name: lines}, indent=1) + "\n")
+    stored_lines = json.loads(STUDY.read_text()) if STUDY.exists() else {}
+    STUDY.write_text(json.dumps(stored_lines | {name: lines}, indent=1) + "\n")
     print(f"{name}: {time.monotonic() - started:.0f} s, wrote {STUDY}")
 
 
