@@ -21,8 +21,9 @@ class BatchObserver:
     def serve(self, temperature: float) -> None:
         """Publish in the metrics that this model serves from now on."""
         manifest = self._model.manifest
-        of = (manifest.name, manifest.version, self._model.digest, manifest.classes, temperature, self._bins.widths)
-        self._series = self._metrics.serving(*of)
+        self._series = self._metrics.serving(
+            manifest.name, manifest.version, self._model.digest, manifest.classes, temperature, self._bins.widths
+        )
 
     def batch(self, rows: int, seconds: float, waits: list[float]) -> None:
         """Record one inference, and the queue times of the requests that start in it."""
