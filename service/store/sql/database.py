@@ -25,7 +25,6 @@ from service.store.sql.migrate import migrate
 
 LOCK_SECONDS = 5.0  # maximum wait for a transaction of another process
 STUCK_SECONDS = urls.SLOW_SECONDS + 1  # after which a server that sends neither a result nor an error is unavailable
-PROGRESS_STEPS = 100_000  # instructions of SQLite's virtual machine between two reports of progress: some milliseconds
 READERS = 4
 MAX_TRIES = 4  # of a transaction that PostgreSQL rolled back in favour of another one
 MAX_TRANSACTION_WRITES = 256
@@ -78,11 +77,9 @@ class Database:
         self._writing = _engine(self._url, "BEGIN IMMEDIATE", 1)
         self._reading = _engine(urls.existing_only(self._url), "BEGIN", READERS)
         self._readers = ThreadPoolExecutor(READERS, "store-reader")  # not the loop's pool: a query may wait for long
-        self._waiting_since: float | None = None  # time of the last progress in the writing thread's transaction
-        if self._file is None:
-            event.listen(self._writing, "before_cursor_execute", self._note_progress)
-        else:  # SQLite reports progress itself, also within a statement
-            event.listen(self._writing, "connect", lambda connection, _: self._watch_statements(connection))
+        self._waiting_since: float | None = None  # start of the writing thread's current statement
+        event.listen(self._writing, "before_cursor_execute", self._note_progress)
+        event.listen(self._writing, "commit", self._note_progress)
         self._rolled_back = rolled_back
         self._lock = lock if self._file is None else None
         self._inode: int | None = None  # of the file that was migrated
@@ -164,9 +161,6 @@ class Database:
 
     def _note_progress(self, *_: object) -> None:
         self._waiting_since = time.monotonic()
-
-    def _watch_statements(self, connection: sqlite3.Connection) -> None:
-        connection.set_progress_handler(self._note_progress, PROGRESS_STEPS)
 
     def _is_stuck(self) -> bool:
         since = self._waiting_since
@@ -265,7 +259,6 @@ class Database:
                     self._lock(connection, list(items.values()))
                 for work, writes in kinds.items():
                     results += zip(writes, work(connection, items[work]), strict=True)
-                    self._waiting_since = time.monotonic()
         except DBAPIError as error:
             if tries > 1 and getattr(error.orig, "sqlstate", None) in TRANSIENT_SQLSTATES:
                 self._rolled_back(False)
