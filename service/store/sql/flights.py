@@ -14,6 +14,7 @@ from sqlalchemy import Connection, Row, bindparam, insert, select, tuple_
 from model.windows import Readings
 from service.store.records import JoinedLabel
 from service.store.sql.flight_cache import EngineTail
+from service.store.sql.label_joins import join_survivors
 from service.store.sql.predictions import ModelVersion, NewPrediction, PredictionWrite, add_predictions
 from service.store.sql.session import EngineRow, WriteSession, insert_missing, parts
 from service.store.sql.tables import engines, layouts, models, predictions, readings
@@ -122,7 +123,7 @@ def record_flights(
         connection.execute(_ADD, new)
     joined = add_predictions(session, connection, batches, by_name).joined if batches else []
     if new or batches:
-        joined += session.join_survivors(connection, before, by_name.values(), now)
+        joined += join_survivors(session, connection, before, by_name.values(), now)
         session.update_engines(connection, by_name.values())
     results = []
     for k, checked in enumerate(checks):

@@ -9,7 +9,8 @@ from sqlalchemy import Connection, bindparam, insert, or_, select, tuple_, updat
 
 from model.numerics import Floats
 from service.store.records import JoinedLabel, LabelResultKind, LabelResults, LabelSubmission, OutcomeResult
-from service.store.sql.session import EngineRow, Key, WriteSession, parts, stored_labels
+from service.store.sql.label_joins import Key, join_labels, read_labels
+from service.store.sql.session import EngineRow, WriteSession, parts
 from service.store.sql.tables import predictions, revisions, truths
 
 
@@ -60,7 +61,7 @@ def record_labels(session: WriteSession, connection: Connection, items: Sequence
     keys = {key for item in keyed for key, _ in item if key is not None}
     labels = {
         row.prediction or (row.engine, row.cycle): _Label(row.engine, np.frombuffer(row.label), row.received_at, row.id)
-        for row in stored_labels(connection, keys)
+        for row in read_labels(connection, keys)
     }
     predicted = _keys_with_predictions(connection, keys)
     results = []
@@ -103,7 +104,7 @@ def record_outcomes(
             }
             connection.execute(insert(revisions), old)
         engine.failed_at, engine.failure_reported_at = item.failed_at, item.received_at
-        joined = session.join_labels(connection, predictions.c.engine == engine.id, [engine], item.received_at)
+        joined = join_labels(session, connection, predictions.c.engine == engine.id, [engine], item.received_at)
         results.append(OutcomeResult(result, item.failed_at, len(joined), joined))
     session.update_engines(connection, by_name.values())
     return results
@@ -198,5 +199,5 @@ def _join_labels(
         pairs = [key for key in part if not isinstance(key, str)]
         of_pairs = tuple_(predictions.c.engine, predictions.c.cycle).in_(pairs)
         where = or_(of_pairs, predictions.c.id.in_([key for key in part if isinstance(key, str)]))
-        joined += session.join_labels(connection, where, rows.values(), now)
+        joined += join_labels(session, connection, where, rows.values(), now)
     return joined

@@ -13,7 +13,7 @@ from service.store.sql.flights import FlightWrite
 from service.store.sql.labels import LabelWrite, OutcomeSubmission
 from service.store.sql.predictions import PredictionWrite
 from service.store.sql.retention import ExpiredRows
-from service.store.sql.session import MOST_VALUES
+from service.store.sql.session import MAX_STATEMENT_VALUES
 from service.store.sql.tables import engines, predictions
 
 _NAMES, _IDS = (bindparam("names", type_=ARRAY(String)), bindparam("ids", type_=ARRAY(Integer)))
@@ -37,7 +37,7 @@ def lock_all(connection: Connection, items_by_kind: Sequence[Sequence[Any]]) -> 
         before = len(names)
         for item in items:
             _add_keys(item, names, prediction_ids, ids)
-        statements += -(-(len(names) - before) // MOST_VALUES)  # without engines that an earlier kind locks
+        statements += -(-(len(names) - before) // MAX_STATEMENT_VALUES)  # without engines that an earlier kind locks
     if ids or statements + len(prediction_ids) > 1:
         if prediction_ids:
             ids |= set(connection.execute(_OWNERS, {"prediction_ids": sorted(prediction_ids)}).scalars())

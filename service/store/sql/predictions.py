@@ -10,7 +10,8 @@ from model.contract import Manifest
 from model.numerics import Floats
 from service.store.labelling import LabelSource, derive_label
 from service.store.records import JoinedLabel, LabelResultKind, StoredModel
-from service.store.sql.session import EngineRow, Key, WriteSession, inspections
+from service.store.sql.label_joins import Key, join_survivors, read_inspections
+from service.store.sql.session import EngineRow, WriteSession
 from service.store.sql.tables import predictions, truths
 
 
@@ -80,7 +81,7 @@ def record_predictions(
     for engine in by_name.values():
         before[engine.id] = engine.newest_cycle
     joined, label_results = add_predictions(session, connection, items, by_name)
-    joined += session.join_survivors(connection, before, by_name.values(), max([item.created_at for item in items]))
+    joined += join_survivors(session, connection, before, by_name.values(), max([item.created_at for item in items]))
     session.update_engines(connection, by_name.values())
     return [PredictionWriteResult(joined if k == 0 else [], label_results) for k in range(len(items))]
 
@@ -110,7 +111,7 @@ def add_predictions(
         engine = by_name[row.engine_id]
         if engine.truths:
             inspection_keys.append((engine.id, row.cycle, row.id))
-    labels = inspections(connection, inspection_keys) if inspection_keys else {}
+    labels = read_inspections(connection, inspection_keys) if inspection_keys else {}
     rows, joined = [], []
     for item, kind, row in every:
         engine = by_name[row.engine_id]
@@ -153,7 +154,7 @@ def _store_labels(
     """Store the labels that arrived with predictions, and return their results. Earlier labels take precedence."""
     labelled = [(item, row, row.label, by_name[row.engine_id]) for item, _, row in every if row.label is not None]
     keys = [(engine.id, row.cycle, row.id) for _, row, _, engine in labelled if engine.truths]
-    labels = inspections(connection, keys)
+    labels = read_inspections(connection, keys)
     new: list[dict[str, object]] = []
     results: dict[str, tuple[LabelResultKind, Floats | None]] = {}
     for item, row, label, engine in labelled:

@@ -7,7 +7,7 @@ import numpy as np
 from sqlalchemy import ColumnElement, Connection, Table, bindparam, delete, exists, func, or_, select, tuple_, update
 
 from model.numerics import log_softmax
-from service.store.sql.session import MOST_VALUES, parts
+from service.store.sql.session import MAX_STATEMENT_VALUES, parts
 from service.store.sql.tables import engines, predictions, readings, truths
 
 PRUNE_ROWS = 1000  # of a table in one transaction, so that no other transaction waits for a large one
@@ -38,11 +38,11 @@ def _expired(before: float) -> dict[Table, ColumnElement[bool]]:
 
 
 def find_expired(connection: Connection, before: float) -> ExpiredRows:
-    """Find engines with expired rows, at most `MOST_VALUES`, so that they can be locked before the deletion."""
+    """Find at most `MAX_STATEMENT_VALUES` engines with expired rows, to lock them before the deletion."""
     ids: set[int] = set()
     for table, expired in _expired(before).items():
         ids |= set(connection.execute(select(table.c.engine).where(expired).limit(PRUNE_ROWS)).scalars())
-    return ExpiredRows(before, sorted(ids)[:MOST_VALUES])
+    return ExpiredRows(before, sorted(ids)[:MAX_STATEMENT_VALUES])
 
 
 def delete_expired(connection: Connection, items: Sequence[ExpiredRows]) -> list[int]:
