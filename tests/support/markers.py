@@ -12,7 +12,19 @@ from typing import Any
 import pytest
 
 PROCESSES = frozenset(
-    {"running", "start", "served", "postgres", "serving", "watched", "connected", "recorded", "Popen", "check_output"}
+    {
+        "running",
+        "start",
+        "served",
+        "postgres",
+        "serving",
+        "survive_in",
+        "watched",
+        "connected",
+        "recorded",
+        "Popen",
+        "check_output",
+    }
 )
 PROCESSES_OF_SUBPROCESS = frozenset({"run", "check_call"})
 MARKERS = ("browser", "slow", "service", "unit")
