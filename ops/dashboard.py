@@ -11,7 +11,7 @@ from typing import Any
 TARGET = Path(__file__).parent / "grafana" / "engine-health.json"
 SOURCE = {"type": "prometheus", "uid": "engine-health"}  # as grafana/provisioning names it
 WINDOWS = ("1h", "1d", "30d")  # for which rules.yml has figures
-COLUMNS, HEIGHT, BESIDE = 24, 7, 4
+COLUMNS, HEIGHT, PANELS_PER_ROW = 24, 7, 4
 Panel = dict[str, Any]
 
 LEGEND = {"legend": {"displayMode": "list", "placement": "bottom"}}
@@ -192,7 +192,7 @@ def placed(rows: dict[str, Iterator[Panel]]) -> Iterator[Panel]:
     for title, panels in rows.items():
         yield {"type": "row", "title": title, "panels": [], "gridPos": {"x": 0, "y": y, "w": COLUMNS, "h": 1}}
         row_panels, y = list(panels), y + 1
-        for line in (row_panels[k : k + BESIDE] for k in range(0, len(row_panels), BESIDE)):
+        for line in (row_panels[k : k + PANELS_PER_ROW] for k in range(0, len(row_panels), PANELS_PER_ROW)):
             w = COLUMNS // len(line)
             yield from (
                 row_panel | {"gridPos": {"x": k * w, "y": y, "w": w, "h": HEIGHT}} for k, row_panel in enumerate(line)

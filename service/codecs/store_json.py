@@ -36,14 +36,14 @@ def cycles_json(predictor: Predictor, flights: Sequence[NewFlight], recorded: Re
     results: list[dict[str, Any]] = []
     for flight, outcome in zip(flights, recorded.outcomes, strict=True):
         results.append({"result": outcome.result})
-        if outcome.known is not None:
+        if outcome.stored is not None:
             results[-1] |= {
                 "given": _by_channel(channels, flight.telemetry),
-                "known": _by_channel(channels, outcome.known),
+                "known": _by_channel(channels, outcome.stored),
             }
     if recorded.prediction is None:
         raise Conflict("every flight contradicts what is known of its cycle", results=results)
-    accepted = [i for i, outcome in enumerate(recorded.outcomes) if outcome.known is None]
+    accepted = [i for i, outcome in enumerate(recorded.outcomes) if outcome.stored is None]
     predicted = prediction_rows(predictor.model, [flights[i] for i in accepted], recorded.prediction, recorded.ids)
     rows = [NULL] * len(flights)
     for i, row in zip(accepted, predicted, strict=True):
@@ -80,7 +80,7 @@ def engines_json(page: EnginePage) -> dict[str, Any]:
         trends = _trends(page.trend, page.kinds)
         for row, stored in zip(rows, page.rows, strict=True):
             row["trend"] = trends.get(stored.engine, [])
-    last = page.rows[-1] if page.more else None
+    last = page.rows[-1] if page.has_more else None
     return {
         "engines": rows,
         "total": page.total,

@@ -41,7 +41,7 @@ class FlightOutcome(NamedTuple):
     """The result of one flight."""
 
     result: FlightResult
-    known: Readings | None = None  # the stored readings if the flight was rejected
+    stored: Readings | None = None  # the stored readings if the flight was rejected
 
 
 class RecordedFlights(NamedTuple):
@@ -227,7 +227,7 @@ def _recorded(
         outcome = request.outcomes[i]
         assert outcome is not None  # every flight of a request was added
         outcomes.append(outcome)
-        if outcome.known is None:
+        if outcome.stored is None:
             row, piece = predicted[flight.engine_id, flight.cycle]
             ids.append(row.id)
             _append_slice(pieces, piece)

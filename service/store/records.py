@@ -77,7 +77,7 @@ class EnginePage(NamedTuple):
     rows: list[Row[Any]]
     kinds: dict[int, StoredModel]
     total: int
-    more: bool
+    has_more: bool
     trend: list[Row[Any]] | None  # engine, cycle, model, temperature and logits, by engine and cycle
 
 

@@ -66,7 +66,7 @@ def describe(result: Any, names: dict[str, int]) -> Any:
     """Outcomes, predictions and the numbers of ids in order of appearance; or the error."""
     if not isinstance(result, RecordedFlights):
         return type(result), str(result)
-    outcomes = [(o.result, None if o.known is None else o.known.tolist()) for o in result.outcomes]
+    outcomes = [(o.result, None if o.stored is None else o.stored.tolist()) for o in result.outcomes]
     ids = [names.setdefault(name, len(names)) for name in result.ids]
     logits = None if result.prediction is None else result.prediction.answers.logits.tobytes()
     return outcomes, ids, logits

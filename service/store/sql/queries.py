@@ -37,9 +37,9 @@ def page(connection: Connection, query: EngineQuery) -> EnginePage:
         conditions.append(or_(engines.c.risk < risk, and_(engines.c.risk == risk, engines.c.engine_id > name)))
     ordered = latest.where(*conditions).order_by(engines.c.risk.desc(), engines.c.engine_id).limit(query.limit + 1)
     rows = list(connection.execute(ordered))
-    more, rows = len(rows) > query.limit, rows[: query.limit]
+    has_more, rows = len(rows) > query.limit, rows[: query.limit]
     trend = _read_trend(connection, [row.engine for row in rows], query.trend) if query.trend else None
-    return EnginePage(rows, all_kinds(connection), total, more, trend)
+    return EnginePage(rows, all_kinds(connection), total, has_more, trend)
 
 
 def _read_trend(connection: Connection, ids: Sequence[int], cycles: int) -> list[Row[Any]]:
