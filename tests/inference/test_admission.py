@@ -7,6 +7,7 @@ import pytest
 
 from service.errors import Overloaded
 from service.inference.admission import MIN_SHARE, RECENT_REQUESTS, Admission, LoadShedder, RowCountEstimator
+from tests.support.clock import Clock
 
 TURN_SECONDS = 0.1  # an eighth of the longest wait, which is what a turn may take
 
@@ -85,16 +86,6 @@ def test_shedder_counts_the_bytes_that_a_turn_will_read() -> None:
     play(scene)
 
 
-class Clock:
-    """A clock that stands still unless a test moves it."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 SECOND = 10**9  # bytes that are read in one second
 
 
@@ -112,10 +103,8 @@ async def share(shedder: LoadShedder, clock: Clock, seconds: float) -> float:
     return admitted / 100
 
 
-def test_share_is_halved_after_long_turns_and_grows_after_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_share_halves_after_long_turns_and_grows_again(clock: Clock) -> None:
     """The share is a whole turn at first, an eighth at least; it is halved by longer turns and grows by half else."""
-    clock = Clock()
-    monkeypatch.setattr(time, "perf_counter", clock)
 
     async def scene() -> None:
         shedder = LoadShedder(16.0)  # a turn may take 2 s
@@ -133,10 +122,8 @@ def test_share_is_halved_after_long_turns_and_grows_after_others(monkeypatch: py
     asyncio.run(scene())
 
 
-def test_share_that_is_used_up_exactly_admits_until_time_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_share_used_up_exactly_admits_until_time_passes(clock: Clock) -> None:
     """A request is refused once more than the share is used, be it by bytes or by the time since the one before."""
-    clock = Clock()
-    monkeypatch.setattr(time, "perf_counter", clock)
 
     async def scene() -> None:
         shedder = LoadShedder(16.0)

@@ -10,6 +10,7 @@ import pytest
 from service.errors import ClientDisconnected, Overloaded
 from service.inference import batcher
 from service.inference.batcher import MAX_NOTIFY_DELAY_SECONDS, Batcher, BatchSlice, Rows
+from tests.support.clock import Clock
 
 
 class Seen:
@@ -312,7 +313,7 @@ def test_whoever_left_is_dropped_before_inference() -> None:
     run(scene)
 
 
-def test_rows_around_those_of_a_disconnected_caller_are_one_batch() -> None:
+def test_rows_around_disconnected_caller_form_one_batch() -> None:
     """Callers before and after one that has disconnected are inferred together."""
 
     async def scene(stage: Stage) -> None:
@@ -382,24 +383,6 @@ def test_a_thread_whose_loop_ended_ends_in_silence() -> None:
     threading.excepthook = before
     assert gate.batches
     assert not raised
-
-
-class Clock:
-    """A clock that stands still unless a test or the model moves it."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock of the batcher."""
-    moved = Clock()
-    monkeypatch.setattr(time, "perf_counter", moved)
-    return moved
 
 
 async def infer_full_batches(stage: Stage, clock: Clock, *seconds: float) -> None:
@@ -519,7 +502,7 @@ def test_rate_is_the_median_of_the_last_full_batches(clock: Clock) -> None:
     run(scene, max_queue_seconds=999.0)
 
 
-def test_results_are_delivered_when_a_caller_is_done_or_late(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_delivered_when_caller_is_done_or_late(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches reach the event loop together: until one answers, refuses or fails a caller, or the delay is over."""
     monkeypatch.setattr(batcher, "MAX_NOTIFY_DELAY_SECONDS", 0.25)
 
@@ -627,7 +610,7 @@ def test_observer_receives_the_leading_rows_of_each_caller(counted: int, slices:
     run(scene)
 
 
-def test_observer_does_not_receive_callers_without_counted_rows() -> None:
+def test_observer_ignores_callers_without_counted_rows() -> None:
     """A caller of which no row counts is answered, and the observer receives the others of its batch only."""
 
     async def scene(stage: Stage) -> None:
@@ -738,7 +721,7 @@ def test_rows_of_a_lone_caller_are_not_copied() -> None:
     run(scene)
 
 
-def test_close_waits_for_callers_behind_one_that_failed_in_several_batches() -> None:
+def test_close_waits_for_callers_behind_a_failed_one() -> None:
     """A caller of which every batch fails counts as one, so that the close waits for all others."""
 
     async def scene(stage: Stage) -> None:

@@ -21,7 +21,7 @@ from service.inference.predictions import PredictionResult, predict_windows
 from service.inference.predictor import FLOAT32_MAX, MAX_LOOP_NUMBERS, Predictor
 from service.metrics import Metrics
 from service.settings import read_settings
-from tests.support.models import classifier, identity_classifier
+from tests.support.models import classifier, identity_classifier, window_classifier
 
 SETTINGS = {"max_batch_rows": 4, "max_queue_seconds": 60.0}  # so that requests of some rows are several batches
 UNKNOWN = [np.nan] * 4
@@ -43,20 +43,8 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 def model_of_sums(folder: Path, usual: list[list[float]]) -> Model:
     """A model of windows (3, 2) whose logits are ten times the sums, with the baselines of some conditions."""
-    manifest: dict[str, object] = {
-        "name": "sums",
-        "version": "1",
-        "classes": ["a", "b"],
-        "window": 3,
-        "channels": [{"name": "x"}, {"name": "y"}],
-        "temperature": 2.0,
-        "conditions": {"setting_scales": [1.0], "usual": usual},
-    }
-    nodes = [
-        helper.make_node("ReduceSum", ["telemetry", "time"], ["reduced"], keepdims=0),
-        helper.make_node("Mul", ["reduced", "ten"], ["logits"]),
-    ]
-    return open_model(classifier(folder / "sums.onnx", nodes, (3, 2), manifest))
+    conditions = {"setting_scales": [1.0], "usual": usual}
+    return open_model(window_classifier(folder / "sums.onnx", "ReduceSum", 3, temperature=2.0, conditions=conditions))
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +105,7 @@ def assert_equal(result: PredictionResult, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 4, 11])
-def test_prediction_is_calibrated_at_the_temperature_of_the_artefact(table: Model, n: int) -> None:
+def test_predict_uses_temperature_of_artefact(table: Model, n: int) -> None:
     """Any number of rows, also more than a batch, get the calibrated output of the network, and nothing else."""
     result = predict(table, rows_of(n))
     assert_equal(result, predict_windows(table, rows_of(n), 2.0))
@@ -131,7 +119,7 @@ def test_prediction_is_calibrated_at_the_temperature_of_the_artefact(table: Mode
     )
 
 
-def test_prediction_at_another_temperature_changes_probabilities_only(table: Model) -> None:
+def test_predict_other_temperature_keeps_prediction_sets(table: Model) -> None:
     """The temperature of one call, or of the predictor, calibrates its probabilities; the sets stay as they are."""
     expected = predict_windows(table, rows_of(5), 0.5)
     for result in (predict(table, rows_of(5), temperature=0.5), predict(table, rows_of(5), (0.5, "admin"))):
@@ -182,7 +170,7 @@ def test_loss_beyond_float32_is_its_maximum(table: Model) -> None:
     assert FLOAT32_MAX == result.evaluation.cross_entropy
 
 
-def test_many_labels_are_scored_outside_of_the_event_loop_alike(table: Model) -> None:
+def test_predict_many_labels_has_the_same_scores(table: Model) -> None:
     """A call with more probabilities than the event loop processes itself has the same result."""
     n = MAX_LOOP_NUMBERS // 4 + 1
     rows, targets = rows_of(n), np.eye(4)[np.arange(n) % 4]
@@ -206,7 +194,7 @@ def test_imputed_values_are_counted_by_channel(table: Model) -> None:
     assert [0, 3, 0, 1] == [count or 0 for count in play(scene, table)]
 
 
-def test_prediction_that_is_not_counted_is_counted_on_request(table: Model) -> None:
+def test_predict_not_counted_is_counted_on_request(table: Model) -> None:
     """Predictions are in the metrics when they are made, or not before the caller counts them."""
 
     async def scene(service: Service) -> list[float | None]:
@@ -237,9 +225,7 @@ def fail(*_: object) -> Any:
     raise AssertionError
 
 
-def test_time_outside_of_the_queue_counts_against_the_longest_wait(
-    table: Model, sums: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_predict_other_delay_reduces_longest_wait(table: Model, sums: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prediction that waits too long outside of the queue is refused, and an explanation before it is computed."""
 
     async def scene(service: Service) -> None:
@@ -313,7 +299,7 @@ def test_rows_at_any_address_are_predicted_alike(table: Model) -> None:
 
 
 @pytest.mark.parametrize("temperature", [None, 0.5])
-def test_explanation_is_the_effect_of_occluding_each_channel(sums: Model, temperature: float | None) -> None:
+def test_explanation_is_effect_of_occluded_channels(sums: Model, temperature: float | None) -> None:
     """Each prediction is explained by its own occluded copies, at the temperature of the call; only it is counted."""
     windows = np.random.default_rng(1).normal(0, 0.1, (3, 3, 2)).astype(np.float32)
 
@@ -391,7 +377,7 @@ def test_instance_without_finite_output_is_named(sums: Model, n: int) -> None:
 
 
 @pytest.mark.parametrize("bad", [0, 1, 2])
-def test_instance_whose_occluded_copy_has_no_finite_output_is_named(sums: Model, bad: int) -> None:
+def test_predict_not_finite_occluded_copy_names_instance(sums: Model, bad: int) -> None:
     """If the network overflows on a copy with a channel occluded, the instance of the copy is refused."""
     windows = np.zeros((3, 3, 2), np.float32)
     windows[bad, :, 0] = 1000  # near the condition whose baseline overflows
@@ -403,14 +389,14 @@ def test_instance_whose_occluded_copy_has_no_finite_output_is_named(sums: Model,
         predict(sums, windows, explain=True)
 
 
-def test_instance_whose_first_occluded_copy_has_no_finite_output_is_named(tmp_path: Path) -> None:
+def test_predict_not_finite_first_copy_names_instance(tmp_path: Path) -> None:
     """If the network overflows on the first copy of the first instance, that instance is refused."""
     model = model_of_sums(tmp_path, [[3e38, 0.0]])
     with pytest.raises(InvalidInput, match=r"^instances\[0\]"):
         predict(model, np.zeros((3, 3, 2)), explain=True)
 
 
-def test_instances_in_a_batch_with_overflowing_rows_of_others_are_answered(sums: Model) -> None:
+def test_predict_in_batch_with_overflow_is_answered(sums: Model) -> None:
     """A request is refused for its own rows only, not for those that shared its batch."""
     windows = np.zeros((2, 3, 2), np.float32)
     overflowing = windows.copy()

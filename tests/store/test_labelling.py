@@ -36,7 +36,7 @@ def test_label_after_the_failure_is_unknown() -> None:
 
 
 @pytest.mark.parametrize(("newest_cycle", "known"), [(7, False), (132, False), (133, True), (1000, True)])
-def test_label_of_a_running_engine_is_the_first_class_above_every_threshold(newest_cycle: int, known: bool) -> None:
+def test_label_of_running_engine_is_first_class(newest_cycle: int, known: bool) -> None:
     """An engine that ran more cycles than the highest threshold was in the first class; before, nothing is known."""
     assert (([1, 0, 0], LabelSource.SURVIVAL) if known else None) == derived(7, newest_cycle=newest_cycle)
 
@@ -49,7 +49,7 @@ def test_label_of_an_inspection_precedes_all_others() -> None:
     assert expected == derived(101, failed_at=100, inspected=SOFT)
 
 
-def test_label_of_an_inspection_with_other_classes_is_ignored() -> None:
+def test_label_of_other_classes_is_ignored() -> None:
     """An inspection for a model with another number of classes is no label; the outcome of the engine is."""
     assert derived(7, inspected=SOFT[:2]) is None
     assert ([0, 0, 1], LabelSource.OUTCOME) == derived(7, failed_at=7, inspected=SOFT[:2])

@@ -68,13 +68,13 @@ async def told(url: str, steps: list[Step]) -> CountedPredictions:
     """Tell a database some things in their order; after "kill" go on with what another process would find."""
     database, session = opened(url)
     left = [database]
-    await database.write(nothing, None)
+    await database.connect()
     for k, step in enumerate(steps):
         kind, *rest = step
         if kind == "kill":
             database, session = opened(url)
             left.append(database)
-            await database.write(nothing, None)
+            await database.connect()
         elif kind == "predict":
             engine, cycle = rest
             made = NewPrediction(f"{k:032x}", engine, cycle, logits_of(engine, cycle), 1.0, 0, 0.5, None)
@@ -97,13 +97,9 @@ async def told(url: str, steps: list[Step]) -> CountedPredictions:
 
 async def pruned(database: Database, before: float) -> int:
     """How much of what is older was forgotten."""
-    await database.write(nothing, None)
+    await database.connect()
     old = await database.read(lambda connection: retention.find_expired(connection, before))
     return await database.write(retention.delete_expired, old)
-
-
-def nothing(_: Connection, items: Any) -> list[None]:
-    return [None for _ in items]
 
 
 def joined_offline(steps: list[Step]) -> dict[bytes, bytes | None]:
@@ -431,7 +427,7 @@ def test_a_look_up_that_takes_too_long_is_no_outage(cluster: Postgres, monkeypat
 
     async def ask() -> tuple[bool, str]:
         database, _ = opened(cluster.url("slowly"))
-        await database.write(nothing, None)
+        await database.connect()
         with pytest.raises(StoreUnavailable) as told:
             await database.read(lambda connection: connection.execute(text("SELECT pg_sleep(30)")))
         up = database.up
@@ -442,7 +438,7 @@ def test_a_look_up_that_takes_too_long_is_no_outage(cluster: Postgres, monkeypat
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_database_long_transaction_of_short_statements_is_waited_for(
+def test_write_of_many_short_statements_is_waited_for(
     tmp_path: Path, cluster: Postgres, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """A transaction may take longer than the limit for one statement, also while its statements wait for the disk."""
@@ -481,7 +477,7 @@ def test_how_long_postgresql_is_waited_for(cluster: Postgres) -> None:
     async def ask() -> tuple[list[Any], int, int]:
         address = cluster.url("patience") + "?options=-c%20work_mem%3D9MB&application_name=mine&keepalives_idle=7"
         database, _ = opened(address)
-        await database.write(nothing, None)
+        await database.connect()
         found = await database.read(look)
         await database.close()
         return found

@@ -94,15 +94,24 @@ def overflowing_classifier(path: Path) -> Path:
     return classifier(path, [helper.make_node("Mul", ["telemetry", "ten"], ["logits"])], (2,), manifest)
 
 
-def window_classifier(path: Path, reduction: str, window: int) -> Path:
-    """Windows of two channels; the logits are ten times their reduction over time, for example ReduceSum."""
+def window_classifier(path: Path, reduction: str, window: int, **fields: object) -> Path:
+    """Windows of two channels; the logits are ten times their reduction over time, for example ReduceSum.
+
+    `fields` are further fields of the manifest.
+    """
     nodes = [
         helper.make_node(reduction, ["telemetry", "time"], ["reduced"], keepdims=0),
         helper.make_node("Mul", ["reduced", "ten"], ["logits"]),
     ]
     channels = [{"name": "x"}, {"name": "y"}]
-    manifest = {"name": "reduced", "version": "1", "classes": ["a", "b"], "window": window, "channels": channels}
-    return classifier(path, nodes, (window, 2), manifest)
+    manifest: dict[str, object] = {
+        "name": "reduced",
+        "version": "1",
+        "classes": ["a", "b"],
+        "window": window,
+        "channels": channels,
+    }
+    return classifier(path, nodes, (window, 2), manifest | fields)
 
 
 def slow_classifier(path: Path, steps: int = 20_000) -> Path:
