@@ -229,34 +229,34 @@ def test_labels_are_told_by_age_lag_and_source() -> None:
     assert (0.8, False) == (found["share"], found["selection_biased"])
 
 
-@pytest.mark.parametrize(("outcomes", "known"), [(0, False), (19, False), (20, True)])
-def test_engines_labelled_by_survival_alone_are_not_sufficient(outcomes: int, known: bool) -> None:
+@pytest.mark.parametrize(("outcomes", "sufficient"), [(0, False), (19, False), (20, True)])
+def test_state_with_survival_labels_only_is_insufficient(outcomes: int, sufficient: bool) -> None:
     """The state needs 20 engines with another label than survival; survivors and unlabelled engines are no such."""
     engine = np.arange(60) % 40
     source = np.where(engine < outcomes, 1, np.where(engine < 30, 2, -1))
     label = np.where(source < 0, np.nan, 1.0)
-    made = rows(np.tile([9.0, 0, 0], (60, 1)), label, engine, source=source)
-    assert ("overconfident" if known else "insufficient_data") == said(made)["state"]
+    predictions = rows(np.tile([9.0, 0, 0], (60, 1)), label, engine, source=source)
+    assert ("overconfident" if sufficient else "insufficient_data") == said(predictions)["state"]
 
 
 def test_largest_scaled_logits_are_accepted() -> None:
     """Logits of 1e41 after the temperature are accepted, and their figures are finite or null."""
-    made = rows(np.zeros((30, 3)), np.zeros(30))
-    assert 30 == said(replace(made, logits=np.tile([1e41, -1e41, 0], (30, 1))))["n"]
+    predictions = rows(np.zeros((30, 3)), np.zeros(30))
+    assert 30 == said(replace(predictions, logits=np.tile([1e41, -1e41, 0], (30, 1))))["n"]
 
 
 def test_evidence_states_where_it_alarms() -> None:
     """The evidence has the engines that it needs, its e-values, and the e-values and the level at which it alarms."""
     answer = said(calibrated())
-    found = answer["evidence"]
+    evidence = answer["evidence"]
     e_values = [10 ** section["log10_e"] for section in answer["classes"]]
-    assert np.mean(e_values) == pytest.approx(10 ** found["classes"]["log10_e"])
-    assert {"engines_needed", "gap", "classes"} == set(found)
-    assert {"log10_e", "alarm_at", "level", "interval"} == set(found["gap"])
-    assert 20 == found["engines_needed"]
-    assert (np.log10(25), 0.96) == pytest.approx((found["gap"]["alarm_at"], found["gap"]["level"]))
-    assert {"log10_e", "alarm_at"} == set(found["classes"])
-    assert 2 == pytest.approx(found["classes"]["alarm_at"])
+    assert np.mean(e_values) == pytest.approx(10 ** evidence["classes"]["log10_e"])
+    assert {"engines_needed", "gap", "classes"} == set(evidence)
+    assert {"log10_e", "alarm_at", "level", "interval"} == set(evidence["gap"])
+    assert 20 == evidence["engines_needed"]
+    assert (np.log10(25), 0.96) == pytest.approx((evidence["gap"]["alarm_at"], evidence["gap"]["level"]))
+    assert {"log10_e", "alarm_at"} == set(evidence["classes"])
+    assert 2 == pytest.approx(evidence["classes"]["alarm_at"])
 
 
 @pytest.mark.parametrize(
@@ -281,9 +281,10 @@ def test_state_at_the_e_value_of_its_alarm_alarms(gap: float, total: float, clas
 def test_lag_of_labels_has_a_median_and_a_ninth_decile() -> None:
     """Lags are seconds from prediction to label; a label that came before its prediction has a lag of 0."""
     for lags in ([0.25, 1, 3, 10, 60], [-5.0, -4, -3, -2, 0]):
-        made = rows(np.zeros((5, 3)), np.zeros(5), made_at=np.full(5, NOW - 60), labelled_at=NOW - 60 + np.array(lags))
-        found = said(made)["labels"]["lag_seconds"]
-        assert {"p50": max(0, lags[2]), "p90": max(0, lags[3] + 0.6 * (lags[4] - lags[3]))} == pytest.approx(found)
+        labelled_at = NOW - 60 + np.array(lags)
+        predictions = rows(np.zeros((5, 3)), np.zeros(5), made_at=np.full(5, NOW - 60), labelled_at=labelled_at)
+        lag = said(predictions)["labels"]["lag_seconds"]
+        assert {"p50": max(0, lags[2]), "p90": max(0, lags[3] + 0.6 * (lags[4] - lags[3]))} == pytest.approx(lag)
 
 
 def test_few_labels_are_called_selected() -> None:
@@ -432,15 +433,14 @@ def test_the_loss_over_time_adds_up_to_the_whole() -> None:
     assert [] == over_time(replace(found, label=np.full_like(found.label, np.nan)), 4)
 
 
-def test_prediction_on_the_border_of_two_periods_is_in_the_later_one() -> None:
+def test_over_time_border_belongs_to_later_period() -> None:
     """A period contains its beginning; the last contains its end as well."""
-    made = rows(np.zeros((5, 3)), np.zeros(5), made_at=NOW + np.arange(5.0))
-    parts = over_time(made, 4)
+    parts = over_time(rows(np.zeros((5, 3)), np.zeros(5), made_at=NOW + np.arange(5.0)), 4)
     assert [1, 1, 1, 2] == [part["n"] for part in parts]
     assert [NOW + k for k in range(5)] == [parts[0]["from"], *(part["to"] for part in parts)]
 
 
 def test_loss_over_time_of_one_class_is_zero() -> None:
     """A model of one class has a loss of 0 in each period with a label."""
-    made = rows(np.zeros((3, 1)), [0.0, np.nan, 0.0], made_at=NOW + np.arange(3.0))
-    assert [(1, 0.0), (1, 0.0)] == [(part["n"], part["realised"]) for part in over_time(made, 2)]
+    predictions = rows(np.zeros((3, 1)), [0.0, np.nan, 0.0], made_at=NOW + np.arange(3.0))
+    assert [(1, 0.0), (1, 0.0)] == [(part["n"], part["realised"]) for part in over_time(predictions, 2)]

@@ -255,7 +255,7 @@ def test_brier_sums_over_classes() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 3.0])
-def test_calibration_measures_divide_logits_by_the_temperature(temperature: float) -> None:
+def test_calibration_measures_divide_by_temperature(temperature: float) -> None:
     """Brier, reliability, ECE and its noise band at a temperature are those of divided logits, and 1 by default."""
     random = np.random.default_rng(5)
     logits, truth = random.normal(0, 2, (200, 3)), random.integers(0, 3, 200)
@@ -295,7 +295,7 @@ def test_noise_band_defaults_are_200_draws_of_seed_0() -> None:
 
 
 @pytest.mark.parametrize("coins", [0, 10**6])
-def test_noise_band_of_one_confidence_is_that_of_a_normal_error(coins: int) -> None:
+def test_noise_band_of_one_confidence_is_normal(coins: int) -> None:
     """10,000 rows of 0.9 have an error of 0.003 times a standard normal, tossed one by one or not."""
     logits = np.tile(np.log([0.9, 0.1]), (10_000, 1))
     low, high = numerics.ece_noise_band(logits, draws=4000 if coins else 40_000, coins=coins)
@@ -303,7 +303,7 @@ def test_noise_band_of_one_confidence_is_that_of_a_normal_error(coins: int) -> N
     assert 0.003 * 0.06271 == pytest.approx(low, rel=0.3)
 
 
-def test_noise_band_of_rows_in_several_bins_does_not_depend_on_tossing() -> None:
+def test_noise_band_of_several_bins_equals_tossed_band() -> None:
     """The band of normal sums in each bin is the band of tossed coins, which differs between numbers of bins."""
     logits = np.random.default_rng(7).normal(0, 2, (3000, 3))
     bands = {bins: numerics.ece_noise_band(logits, draws=2000, bins=bins, coins=0) for bins in (2, 15)}
@@ -398,7 +398,7 @@ def test_fit_temperature_needs_rows(logits: object, targets: list[int], weights:
         numerics.fit_temperature(logits, np.array(targets, dtype=int), weights)  # type: ignore[arg-type]  # empty array
 
 
-def test_fit_temperature_counts_a_row_as_often_as_its_weight() -> None:
+def test_fit_temperature_weight_repeats_row() -> None:
     """A weight of two is the row twice, a weight of zero its absence, and only the ratio of weights matters."""
     random = np.random.default_rng(8)
     logits, truth, weights = random.normal(0, 2, (300, 3)), random.integers(0, 3, 300), random.integers(0, 4, 300)

@@ -86,7 +86,7 @@ def reservation(budget: int = 10**9) -> BodyReservation:
     ],
 )
 @pytest.mark.parametrize("how", [read_body, read_large])
-def test_body_in_any_number_of_pieces_is_read_and_charged_once(
+def test_body_in_pieces_is_read_and_charged_once(
     messages: list[dict[str, Any]], expected: bytes, how: Callable[..., Any]
 ) -> None:
     """A body of at most `limit` bytes is what its pieces contain, and its length is held of the budget."""
@@ -136,7 +136,7 @@ def test_body_of_a_disconnected_client_is_refused(messages: list[dict[str, Any]]
 
 
 @pytest.mark.parametrize("held", [0, 2, 5])
-def test_body_of_which_a_part_is_held_is_charged_for_the_rest(held: int) -> None:
+def test_body_charged_in_part_is_charged_for_the_rest(held: int) -> None:
     """Bytes that were charged before the body was complete are not charged again."""
     call = Call(exchange=Exchange(b"whole"), length=5)
     call.reservation.take(held)
@@ -144,7 +144,7 @@ def test_body_of_which_a_part_is_held_is_charged_for_the_rest(held: int) -> None
     assert 5 == call.reservation.bytes
 
 
-def test_body_in_pieces_is_refused_when_the_budget_is_used_up() -> None:
+def test_body_in_pieces_beyond_budget_is_refused() -> None:
     """Each piece is charged as it arrives, and refused when other requests leave no memory for it."""
     call = Call(piece(b"x" * 60, True), piece(b"y" * 60), budget=100)
     call.reservation.budget.bytes = 10  # of another request
@@ -153,7 +153,7 @@ def test_body_in_pieces_is_refused_when_the_budget_is_used_up() -> None:
     assert 60 == call.reservation.bytes
 
 
-def test_announced_body_is_refused_unread_when_the_budget_is_used_up() -> None:
+def test_announced_body_beyond_budget_is_refused_unread() -> None:
     """A length that other requests leave no memory for is refused before anything is received; one that fits is not."""
     refused, fits = (Call(piece(b"x" * 10), length=length, budget=100) for length in (11, 10))
     for call in (refused, fits):
@@ -332,7 +332,7 @@ def test_upload_without_an_exchange_is_received_in_messages() -> None:
 
 
 @pytest.mark.parametrize("complete", [True, False])
-def test_upload_that_fails_or_is_late_is_refused_and_discarded(complete: bool) -> None:
+def test_upload_failed_or_late_is_discarded(complete: bool) -> None:
     """An upload that is refused raises its error, a late one a timeout; the rest of both is discarded."""
     exchange = Exchange(result=Overloaded("full", 1.0), complete=complete)
     call = Call(exchange=exchange, length=LARGE_UPLOAD + 1)

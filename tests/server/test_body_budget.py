@@ -100,7 +100,7 @@ def test_mapping_in_use_is_not_reused() -> None:
     assert PAGE == len(array)
 
 
-def test_mapping_that_the_system_does_not_resize_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mapping_that_cannot_be_resized_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """If the operating system refuses to resize the retained mapping, a body gets a new one."""
     budget, first, second = two(100)
     first.allocate(PAGE)

@@ -84,7 +84,7 @@ def test_deadline_expires_once_when_it_is_due() -> None:
     assert ([5], inf, []) == (expired, moved.due, clock.pending())
 
 
-def test_deadline_moved_later_expires_later_without_a_new_timer() -> None:
+def test_deadline_moved_later_keeps_its_timer() -> None:
     """Moving a deadline to a later time keeps the timer, which is set anew when it fires."""
     clock, moved, expired = deadline(5)
     for _ in range(10):
@@ -189,7 +189,7 @@ def test_reader_of_everything_is_no_longer_watched() -> None:
     assert (True, []) == (transport.aborted, clock.pending())
 
 
-def test_watch_started_twice_has_one_timer_for_the_first_size() -> None:
+def test_watch_started_twice_keeps_its_first_timer() -> None:
     """A second start within a period changes neither the time nor what must be read by then."""
     clock, transport, slow = watch(5)
     transport.unread = 100
