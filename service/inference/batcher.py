@@ -39,13 +39,19 @@ class BatchSlice(NamedTuple, Generic[Output]):
 
 
 class Observer(Protocol[Output]):
-    """Receives each batch and each completed caller; durations in seconds."""
+    """Receives each batch, and the callers that it completes."""
 
-    def batch(self, rows: int, seconds: float, waits: list[float]) -> None:
-        """Record one inference, and for callers whose first row is in it the time from arrival to its start."""
+    def batch(
+        self, rows: int, seconds: float, waits: list[float], completed: list[tuple[Rows, list[BatchSlice[Output]]]]
+    ) -> None:
+        """Record one inference of `seconds`, and the callers that it completes, before they resume.
 
-    def answered(self, answered: list[tuple[Rows, list[BatchSlice[Output]]]]) -> None:
-        """Record completed callers before they resume; callers that are one whole batch are passed as one."""
+        Args:
+            rows: number of rows of the batch.
+            seconds: duration of the inference.
+            waits: seconds from arrival to the start of the inference, of each caller whose first row is in the batch.
+            completed: counted rows and their outputs, by caller; callers that are one whole batch are passed as one.
+        """
 
 
 class _Job(Generic[Output]):
@@ -311,11 +317,11 @@ class Batcher(Generic[Output]):
         if end == self._cap:
             self._seconds_per_row.append(result.seconds / end)
             self._row_seconds = statistics.median(self._seconds_per_row)
-        self._observer.batch(end, result.seconds, waits)
         if all_whole:
-            self._observer.answered([(result.rows, [BatchSlice(result.output, 0, end)])])
-        elif counted := [_counted(job) for job in finished if job.counted and not job.done.done()]:
-            self._observer.answered(counted)
+            completed = [(result.rows, [BatchSlice(result.output, 0, end)])]
+        else:
+            completed = [_counted(job) for job in finished if job.counted and not job.done.done()]
+        self._observer.batch(end, result.seconds, waits, completed)
         for job in finished:
             self._complete(job)
 

@@ -11,6 +11,8 @@ from service.inference.onnx_model import Model
 from service.inference.predictions import BatchPredictions, concatenate_slices, select_rows
 from service.metrics import Metrics, observe, observe_all
 
+CountedRows = Sequence[tuple[Rows, Sequence[BatchSlice[BatchPredictions]]]]
+
 
 class BatchObserver:
     """Counts the batches and predictions of one model at one temperature, as `batcher.Observer` requires."""
@@ -25,26 +27,28 @@ class BatchObserver:
             manifest.name, manifest.version, self._model.digest, manifest.classes, temperature, self._bins.widths
         )
 
-    def batch(self, rows: int, seconds: float, waits: list[float]) -> None:
-        """Record one inference, and the queue times of the requests that start in it."""
+    def batch(self, rows: int, seconds: float, waits: list[float], completed: CountedRows) -> None:
+        """Record one inference, the queue times of the requests that start in it, and completed predictions."""
+        if completed:
+            self.count(completed)
         self._metrics.batch(rows, seconds)
         if len(waits) == 1:
             observe(self._metrics.queue_duration, waits[0])
         elif waits:
             observe_all(self._metrics.queue_duration, np.array(waits))
 
-    def answered(self, answered: Sequence[tuple[Rows, Sequence[BatchSlice[BatchPredictions]]]]) -> None:
+    def count(self, completed: CountedRows) -> None:
         """Count predictions. Only the newest row of a window is new: the others were counted before."""
-        if len(answered) == 1 and len(answered[0][1]) == 1:
-            (rows, (piece,)) = answered[0]
+        if len(completed) == 1 and len(completed[0][1]) == 1:
+            (rows, (piece,)) = completed[0]
             predictions, finite = piece.output.answers, piece.output.finite
             if piece.end - piece.begin < len(predictions.logits):
                 predictions = select_rows(predictions, slice(piece.begin, piece.end))
             newest = rows if rows.ndim == 2 else rows[:, -1]
         else:
-            slices = [piece for _, some in answered for piece in some]
+            slices = [piece for _, some in completed for piece in some]
             predictions, finite = concatenate_slices(slices), all(piece.output.finite for piece in slices)
-            newest = np.concatenate([rows if rows.ndim == 2 else rows[:, -1] for rows, _ in answered])
+            newest = np.concatenate([rows if rows.ndim == 2 else rows[:, -1] for rows, _ in completed])
         if not finite:
             which = np.flatnonzero(predictions.finite)
             newest, predictions = newest[which], select_rows(predictions, which)

@@ -116,7 +116,7 @@ class Predictor:
 
     def count(self, newest: Rows, slices: PredictionSlices) -> None:
         """Count predictions in the metrics. `newest` (N, channels) has the newest readings of each."""
-        self._observer.answered([(newest, slices)])
+        self._observer.count([(newest, slices)])
 
     def _scored(self, answers: Predictions, targets: Floats | None, t: float) -> PredictionResult:
         """Return the result at temperature `t`, with losses. Labels are scored at the active temperature as well."""

@@ -4,13 +4,13 @@ ASGI delivers a body in messages, takes a response in two, and searches its head
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 from weakref import ReferenceType
 
 from msgspec import Struct
 from starlette.types import Send
-from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
 from service.errors import ClientDisconnected
 from service.server.responses import BytesResponse
@@ -85,7 +85,15 @@ class DirectExchange(Struct, eq=False):  # constructed in C
             cycle.keep_alive = False
         elif not cycle.keep_alive:
             headers.append(CLOSE)
-        cycle.transport.write(response.encode_http1(headers))
+        cycle.transport.write(encode_http1(response, headers))
         if not cycle.keep_alive:
             cycle.transport.close()
         cycle.on_response()
+
+
+def encode_http1(response: BytesResponse, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Encode a response as HTTP/1.1 with exactly these headers, which are not checked."""
+    parts = [STATUS_LINE[response.status_code]]
+    for name, value in headers:
+        parts += (name, b": ", value, b"\r\n")
+    return b"".join((*parts, b"\r\n", response.body))

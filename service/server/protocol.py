@@ -11,7 +11,7 @@ import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.server.direct import DirectExchange
+from service.server.direct import DirectExchange, encode_http1
 from service.server.limits import HEADER_BYTES
 from service.server.scope import CONTEXT, RequestContext, context_of, hooks_of
 from service.server.timeouts import ReadDeadline, SlowReaderWatch
@@ -180,7 +180,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if hooks and (cycle is None or cycle.response_complete != cycle.more_body):  # not for the rest of a body
             path = self.url.decode("latin-1").partition("?")[0] if self._reading_head or responding else ""
             response = hooks.protocol_error_response(status, detail, path)
-            self.transport.write(response.encode_http1((*self.server_state.default_headers, *response.raw_headers)))
+            self.transport.write(encode_http1(response, (*self.server_state.default_headers, *response.raw_headers)))
         self._close()
 
     def _close(self) -> None:

@@ -1,12 +1,10 @@
-"""Responses in one buffer, sent as ASGI messages or encoded as HTTP/1.1 directly."""
+"""Responses in one buffer."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 
 class BytesResponse(Response):
@@ -20,13 +18,6 @@ class BytesResponse(Response):
         """Send two ASGI messages."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self.body})
-
-    def encode_http1(self, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-        """Encode the response as HTTP/1.1 with exactly these headers, which are not checked."""
-        parts = [STATUS_LINE[self.status_code]]
-        for name, value in headers:
-            parts += (name, b": ", value, b"\r\n")
-        return b"".join((*parts, b"\r\n", self.body))
 
 
 def json_response(value: Any, status: int = 200, media_type: str = "application/json") -> BytesResponse:

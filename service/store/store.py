@@ -209,10 +209,12 @@ class Store:
         """Store predictions, and return the results of their labels by prediction id."""
 
         def committed(written: predictions.PredictionWriteResult) -> None:
-            self._accounting.count_joined(written.joined)
-            results = written.label_results
-            submitted = sum(row.label is not None and results[row.id][0] != "conflict" for row in batch.rows)
+            results, submitted = written.label_results, 0
+            if results:
+                submitted = sum(row.label is not None and results[row.id][0] != "conflict" for row in batch.rows)
             self._accounting.count_stored(len(batch.rows) - submitted)  # `count_submitted` counts those
+            if written.joined:
+                self._accounting.count_joined(written.joined)
 
         written = await self._database.write(self._record_predictions, batch, committed, len(batch.rows))
         results = written.label_results

@@ -81,7 +81,12 @@ def record_predictions(
     for engine in by_name.values():
         before[engine.id] = engine.newest_cycle
     joined, label_results = add_predictions(session, connection, items, by_name)
-    joined += join_survivors(session, connection, before, by_name.values(), max([item.created_at for item in items]))
+    advanced = []
+    for engine in by_name.values():
+        if engine.newest_cycle != before[engine.id]:
+            advanced.append(engine)  # noqa: PERF401  # as above
+    if advanced:
+        joined += join_survivors(session, connection, before, advanced, max([item.created_at for item in items]))
     session.update_engines(connection, by_name.values())
     return [PredictionWriteResult(joined if k == 0 else [], label_results) for k in range(len(items))]
 
