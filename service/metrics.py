@@ -87,44 +87,72 @@ class Metrics:
         def histogram(name: str, text: str, buckets: Iterable[float], *labels: str) -> Histogram:
             return Histogram(f"engine_health_{name}", text, labels, buckets=tuple(buckets), registry=registry)
 
-        self.http_requests = counter("http_requests_total", "Requests answered.", "method", "route", "status")
+        self.http_requests = counter("http_requests_total", "Requests with a response.", "method", "route", "status")
         self.http_duration = histogram(
-            "http_request_duration_seconds", "From the headers read to the answer written.", SECONDS, "route"
+            "http_request_duration_seconds",
+            "Time from the request headers to the end of the response.",
+            SECONDS,
+            "route",
         )
-        self.queue_duration = histogram("queue_duration_seconds", "Waiting before inference.", SECONDS)
-        self.inference_duration = histogram("inference_duration_seconds", "Inside ONNX Runtime, a call.", SECONDS)
-        self.batch_rows = histogram("batch_rows", "Rows of one inference.", ROWS)
-        self.predictions = counter("predictions_total", "Predictions by most probable class.", "health")
-        self.rejected = counter("rejected_total", "Requests refused, by reason.", "reason")
-        self.ready = gauge("ready", "1 once a model has proved itself, in every worker.", "livemin")
+        self.queue_duration = histogram("queue_duration_seconds", "Time that a request waits for inference.", SECONDS)
+        self.inference_duration = histogram(
+            "inference_duration_seconds", "Duration of one call of ONNX Runtime.", SECONDS
+        )
+        self.batch_rows = histogram("batch_rows", "Rows of one inference batch.", ROWS)
+        self.predictions = counter("predictions_total", "Predictions, by most probable class.", "health")
+        self.rejected = counter("rejected_total", "Rejected requests, by reason.", "reason")
+        self.ready = gauge("ready", "1 if every worker has a verified model, otherwise 0.", "livemin")
         self.temperature = gauge("temperature", "Active temperature.", "livemostrecent")
         self.model_info = gauge(
-            "model_info", "The model that answers; always 1.", "livemostrecent", "name", "version", "digest"
+            "model_info", "The active model; its value is 1.", "livemostrecent", "name", "version", "digest"
         )
-        self.loss = histogram("cross_entropy_loss", "Cross-entropy of labelled predictions, nats.", NATS)
+        self.loss = histogram("cross_entropy_loss", "Cross-entropy of labelled predictions in nats.", NATS)
         self.labelled = counter("labelled_total", "Labelled predictions.")
-        self.correct = counter("correct_total", "Labelled predictions whose most probable class was right.")
-        self.loss_nats = counter("loss_nats_total", "Sum of cross-entropy of labelled predictions.")
-        self.expected_loss_nats = counter("expected_loss_nats_total", "Sum of entropy of labelled predictions.")
-        self.loss_variance = counter("loss_variance_nats2_total", "Sum of the variance of one loss.")
+        self.correct = counter("correct_total", "Labelled predictions whose most probable class was correct.")
+        self.loss_nats = counter("loss_nats_total", "Sum of the cross-entropy of labelled predictions in nats.")
+        self.expected_loss_nats = counter(
+            "expected_loss_nats_total",
+            "Sum of the entropy of labelled predictions in nats, the loss that a calibrated model expects.",
+        )
+        self.loss_variance = counter(
+            "loss_variance_nats2_total", "Sum of the variance of the loss of labelled predictions in nats squared."
+        )
         self.brier = counter("brier_total", "Sum of Brier scores of labelled predictions.")
-        self.with_set = counter("conformal_labelled_total", "Labelled predictions of a model that gives sets.")
-        self.covered = counter("conformal_covered_total", "Labelled predictions whose set held the truth.")
-        self.reliability_predictions = counter("reliability_predictions_total", "Labelled predictions.", "bin")
-        self.reliability_confidence = counter("reliability_confidence_total", "Sum of top probabilities.", "bin")
-        self.reliability_correct = counter("reliability_correct_total", "Sum of hits.", "bin")
-        self.label_lag = histogram("label_lag_seconds", "From a prediction to its truth.", LAGS)
-        self.store_up = gauge("store_up", "1 while the database answers, in every worker; NaN without one.", "livemin")
+        self.with_set = counter("conformal_labelled_total", "Labelled predictions that have a prediction set.")
+        self.covered = counter(
+            "conformal_covered_total", "Labelled predictions whose prediction set contains the true class."
+        )
+        self.reliability_predictions = counter(
+            "reliability_predictions_total", "Labelled predictions, by bin of the top probability.", "bin"
+        )
+        self.reliability_confidence = counter(
+            "reliability_confidence_total", "Sum of the top probabilities of labelled predictions, by bin.", "bin"
+        )
+        self.reliability_correct = counter(
+            "reliability_correct_total", "Labelled predictions whose most probable class was correct, by bin.", "bin"
+        )
+        self.label_lag = histogram("label_lag_seconds", "Time from a prediction to its label.", LAGS)
+        self.store_up = gauge(
+            "store_up", "1 if the database responds to every worker, otherwise 0; NaN if none is configured.", "livemin"
+        )
         self.labellable = counter(
-            "labellable_total", "Predictions that a truth can reach: kept with their engine, or labelled at once."
+            "labellable_total",
+            "Predictions that can get a label: stored with their engine, or labelled in the request.",
         )
         self.predictions_not_stored = counter(
             "predictions_not_stored_total", "Predictions that were returned but could not be stored."
         )
         self.confidence = histogram("confidence", "Top probability of every prediction.", CONFIDENCE)
         self.entropy = histogram("entropy_nats", "Entropy of every prediction.", ENTROPY)
-        self.input_values = counter("input_values_total", "Newest readings, by reference bin.", "channel", "bin")
-        self.imputed_values = counter("imputed_values_total", "Missing values held.", "channel")
+        self.input_values = counter(
+            "input_values_total",
+            "Newest readings of each prediction, by reference bin of the channel.",
+            "channel",
+            "bin",
+        )
+        self.imputed_values = counter(
+            "imputed_values_total", "Missing readings replaced by the last value of the channel.", "channel"
+        )
         for reason in {InputRejected.reason, *(kind.reason for kind in InputRejected.__subclasses__())}:
             self.rejected.labels(reason)
         for k in range(RELIABILITY_BINS):  # a series that starts at zero has an increase from its first event on

@@ -1,6 +1,6 @@
 """Every setting of the service: one frozen class, read once from the environment. Errors name key and value.
 
-The table in the README is generated from the fields below.
+The table in docs/configuration.md is generated from the fields below.
 """
 
 import os
@@ -21,56 +21,71 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", env_ignore_empty=True)
 
-    host: str = Field("127.0.0.1", description="address to listen on; only this machine unless you say so")
-    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one")
-    workers: int = Field(1, ge=1, le=256, description="serving processes that share the port")
-    model: Path = Field(BUNDLED, description="path of the artefact; the bundled one if not set")
+    host: str = Field(
+        "127.0.0.1", description="address to listen on; the default accepts connections from this machine only"
+    )
+    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 selects a free port")
+    workers: int = Field(1, ge=1, le=256, description="number of worker processes, which share the port")
+    model: Path = Field(BUNDLED, description="path of the artefact")
     model_digest: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = Field(
-        "", description="sha256 that the artefact must have; empty accepts any"
+        "", description="required sha256 of the artefact; empty accepts any"
     )
     database_url: str = Field(
         "sqlite:///engine-health.db",
-        description="where predictions and truths are remembered, SQLite or PostgreSQL; empty remembers nothing",
+        description="URL of the store, SQLite or PostgreSQL; empty disables the store",
     )
     retention_days: float = Field(
-        0.0, ge=0, description="days after which predictions and flights are forgotten; 0 keeps them"
+        0.0, ge=0, description="age in days at which predictions, flights and labels are deleted; 0 keeps them"
     )
     max_body_bytes: int = Field(
-        32 * 2**20, ge=1, description="bytes of a request body; beyond it 413 before it is read"
+        32 * 2**20,
+        ge=1,
+        description="maximum size of a request body in bytes; larger bodies get 413 before they are read",
     )
     max_buffered_bytes: int = Field(
         256 * 2**20,
         ge=1,
-        description="bytes that all bodies held at once may have together, each worker; beyond it 429",
+        description="maximum size of all request bodies in memory, in bytes per worker; beyond it 429",
     )
-    max_instances: int = Field(4096, ge=1, description="instances of one request; beyond it 422")
-    max_queue_rows: int = Field(16384, ge=1, description="rows that may wait for the model; beyond it 429")
-    max_queue_seconds: float = Field(2.0, gt=0, description="seconds that a row may wait for the model; beyond it 429")
+    max_instances: int = Field(4096, ge=1, description="maximum number of instances in a request; beyond it 422")
+    max_queue_rows: int = Field(
+        16384, ge=1, description="maximum number of rows that wait for inference; beyond it 429"
+    )
+    max_queue_seconds: float = Field(
+        2.0, gt=0, description="maximum time in seconds that a row waits for inference; beyond it 429"
+    )
     max_batch_rows: int = Field(
-        64, ge=1, le=4096, description="rows of one inference; a larger request is cut and joined again"
+        64, ge=1, le=4096, description="maximum number of rows in an inference batch; larger requests are split"
     )
     request_seconds: float = Field(
-        30.0, gt=0, description="seconds in which a request must have arrived; beyond it 408"
+        30.0, gt=0, description="maximum time in seconds in which a request arrives; beyond it 408"
     )
     deterministic: bool = Field(
-        False, description="1: the same window gives the same bits whatever its batch, at some cost in speed"
+        False, description="1: predictions do not depend on the other rows of the batch, at some cost in speed"
     )
-    api_keys: str = Field("", description="comma-separated keys for predicting and reading; empty asks for none")
+    api_keys: str = Field("", description="comma-separated API keys; empty requires no key")
     admin_keys: str = Field(
-        "", description="comma-separated keys for loading models and setting temperatures; empty turns those calls off"
+        "", description="comma-separated keys for loading models and setting temperatures; empty disables these calls"
     )
-    cors_origins: str = Field("", description="comma-separated origins whose pages may call; empty allows none")
-    threads: int = Field(0, ge=0, description="threads of one inference; 0 takes the cores this process may use")
+    cors_origins: str = Field(
+        "", description="comma-separated origins of web pages that may call the service; empty allows none"
+    )
+    threads: int = Field(0, ge=0, description="number of threads of one inference; 0 uses all available cores")
     drain_seconds: float = Field(
-        3.0, ge=0, le=600, description="seconds of being unready before closing, so that load balancers look away first"
+        3.0,
+        ge=0,
+        le=600,
+        description="time in seconds between SIGTERM and closing, in which /readyz returns 503 and requests are served",
     )
     secrets: Path = Field(
         Path("/run/secrets"),
-        description="folder of files `engine_health_SETTING`, what a setting is that nothing else gives",
+        description="folder with files `engine_health_SETTING`, used for settings that neither flag nor variable sets",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severity that is logged")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="lowest severity that is logged"
+    )
     log_format: Literal["auto", "json", "text"] = Field(
-        "auto", description="json: one object a line; text: for people; auto: text on a terminal, json elsewhere"
+        "auto", description="json: one object per line; text: readable lines; auto: text on a terminal, otherwise json"
     )
 
 
