@@ -258,14 +258,14 @@ def test_every_panel_returns_data(watched: Watched, window: str) -> None:
 
 
 def test_every_alert_says_what_to_do(watched: Watched) -> None:
-    """An alert waits, is severe or not, says what is the matter, and leads to a section of the README that exists."""
-    headings = {line.removeprefix("### ") for line in (ROOT / "README.md").read_text().splitlines()}
+    """An alert waits, has a severity, a summary and a description, and leads to its section of the runbook."""
+    headings = {line.removeprefix("## ") for line in (ROOT / "docs" / "runbook.md").read_text().splitlines()}
     alerts = [rule for rule in watched.prometheus.rules() if rule["type"] == "alerting"]
     assert len(alerts) >= 11
     for alert in alerts:
         assert alert["duration"] > 0
         assert alert["labels"]["severity"] in {"critical", "warning"}
-        assert f"README.md#{alert['name'].lower()}" == alert["annotations"]["runbook_url"]
+        assert f"docs/runbook.md#{alert['name'].lower()}" == alert["annotations"]["runbook_url"]
         assert alert["name"] in headings
         assert {"summary", "description", "runbook_url"} == set(alert["annotations"])
 
