@@ -7,8 +7,8 @@ PIP := -m pip --disable-pip-version-check --quiet
 CMAPSS_URL ?= https://phm-datasets.s3.amazonaws.com/NASA/6.+Turbofan+Engine+Degradation+Simulation+Data+Set.zip
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo test test-unit check format train export evaluate fleet study fuzz kills bench bench-hooks bench-peers bench-score bench-monitor \
-	bench-console kills-score endurance faults soak scaling data docs trace screenshots mutants lock clean
+.PHONY: help serve demo test test-unit test-commands check format train export evaluate fleet study fuzz kills bench bench-hooks bench-peers bench-score bench-monitor \
+	bench-console kills-score endurance faults soak scaling data docs tables trace screenshots mutants lock clean
 
 help:                            ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -36,6 +36,9 @@ test: $(DEV)/ready               ## every test, a core each; those on real data 
 
 test-unit: $(DEV)/ready          ## the tests that need no other process; less than a minute
 	$(BIN)/python -m pytest -m unit -n auto --maxprocesses 4 --dist loadfile
+
+test-commands: $(DEV)/ready      ## run every command of the documentation from a fresh clone, with its installation
+	COMMANDS_INSTALL=1 $(BIN)/python -m pytest tests/docs/test_commands.py
 
 check: $(DEV)/ready              ## style, types, dependency directions, generated tables against code
 	$(BIN)/ruff format --check .
@@ -110,8 +113,11 @@ soak: $(DEV)/ready               ## MINUTES=30 of everything at once: memory, de
 scaling: $(DEV)/ready            ## requests a second of one and two workers, one and two processes on one database; needs wrk
 	$(BIN)/python -m benchmarks.scaling
 
-docs: $(DEV)/ready               ## write the generated tables of README and docs/architecture.md, and the results from the test engines
-	$(BIN)/python docs/tables.py --results
+tables: $(DEV)/ready             ## write the generated tables of the documents
+	$(BIN)/python docs/tables.py
+
+docs: $(DEV)/ready               ## build the documentation site into build/site; dead links fail
+	$(BIN)/mkdocs build --quiet --strict
 
 trace: $(DEV)/ready              ## frames, modules and module changes of one request of each kind, compared with the targets
 	$(BIN)/python -m docs.trace

@@ -1,7 +1,7 @@
-"""Write the tables that are generated from code: settings, endpoints, folders and results in the README, and packages.
+"""Write the tables that are generated from code: settings, endpoints, modules and packages, and results from the card.
 
-python docs/tables.py            write them; --results also runs the artefact over C-MAPSS
-python docs/tables.py --check    fail if a document differs from the code; results are checked by a test
+python docs/tables.py            write them
+python docs/tables.py --check    fail if a document differs from the code
 """
 
 import argparse
@@ -9,27 +9,35 @@ import ast
 import difflib
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from service.settings import BUNDLED, PREFIX, Settings
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-ARCHITECTURE = ROOT / "docs" / "architecture.md"
+DOCS = ROOT / "docs"
+README, ARCHITECTURE = ROOT / "README.md", DOCS / "architecture.md"
+MAIN_SETTINGS = ("PORT", "WORKERS", "MODEL", "DATABASE_URL", "API_KEYS", "ADMIN_KEYS")
+RESULT_COLUMNS = ("subset", "n", "accuracy", "macro-F1", "cross-entropy", "ECE", "RUL RMSE")
 TOP = ("model", "export", "service")  # folders of the project's own packages
 NAME = 23  # characters of a module's name, and what is between it and its sentence
 
 
-def settings() -> Iterator[str]:
+def settings(names: Collection[str] = tuple(Settings.model_fields)) -> Iterator[str]:
     """Yield one line per setting: variable, default and description."""
-    yield "| variable | default | what it is |"
+    yield "| variable | default | meaning |"
     yield "| --- | --- | --- |"
-    for name, field in Settings.model_fields.items():
+    for name in names:
+        field = Settings.model_fields[name]
         default = BUNDLED.relative_to(ROOT) if field.default == BUNDLED else field.default
         shown = f"`{default}`" if str(default) else "empty"
         yield f"| `{PREFIX}{name.upper()}` | {shown} | {field.description} |"
+
+
+def main_settings() -> Iterator[str]:
+    """Yield one line per setting that most users change."""
+    yield from settings([name.lower() for name in MAIN_SETTINGS])
 
 
 def endpoints() -> Iterator[str]:
@@ -37,13 +45,28 @@ def endpoints() -> Iterator[str]:
     from service.app import create_app
     from service.settings import read_settings
 
-    yield "| call | what it answers |"
+    yield "| call | response or effect |"
     yield "| --- | --- |"
     for path, operations in create_app(read_settings(), print).api.openapi()["paths"].items():
         for method, operation in operations.items():
             yield f"| `{method.upper()} {path}` | {operation['description'].splitlines()[0]} |"
     yield "| `GET /` | The console: fleet, engine, calibration, explorer. |"
-    yield "| `GET /docs` | This API, to try in the browser; loads nothing from another host. |"
+    yield "| `GET /docs` | This API as a page with a form per call. It loads nothing from other hosts. |"
+
+
+def metrics() -> Iterator[str]:
+    """Yield one line per metric: name, type and help text."""
+    from prometheus_client import CollectorRegistry
+
+    from service.metrics import Metrics
+
+    registry = CollectorRegistry()
+    Metrics(registry)
+    yield "| metric | type | meaning |"
+    yield "| --- | --- | --- |"
+    for metric in sorted(registry.collect(), key=lambda metric: metric.name):
+        suffix = "_total" if metric.type == "counter" else ""
+        yield f"| `{metric.name}{suffix}` | {metric.type} | {metric.documentation} |"
 
 
 def tree() -> Iterator[str]:
@@ -141,11 +164,16 @@ def _rank(values: list[int], share: float) -> int:
 
 
 def results() -> Iterator[str]:
-    """Yield the results of the bundled artefact on the official test engines."""
-    from model.data import cmapss
-    from model.evaluation.evaluate import ARTEFACT, open_artefact, results_table
-
-    yield from results_table(cmapss.data_folder(), *open_artefact(ARTEFACT))
+    """Yield the results of all cycles of each subset, from the table of the model card."""
+    card = (DOCS / "model-card.md").read_text()
+    head, _, *rows = card.split("<!-- results -->\n")[1].split("\n<!-- /results -->")[0].split("\n")
+    columns = [cell.strip() for cell in head.strip("|").split("|")]
+    yield f"| {' | '.join(RESULT_COLUMNS)} |"
+    yield f"| --- |{' ---: |' * (len(RESULT_COLUMNS) - 1)}"
+    for line in rows:
+        if line.startswith("| every cycle") and "| all |" not in line:
+            row = dict(zip(columns, (cell.strip() for cell in line.strip("|").split("|")), strict=True))
+            yield f"| {' | '.join(row[column] for column in RESULT_COLUMNS)} |"
 
 
 def replaced(text: str, name: str, lines: Iterator[str]) -> str:
@@ -161,21 +189,24 @@ def main() -> None:
     """Write or check the tables."""
     parser = argparse.ArgumentParser(description="Write the tables that are generated from code.")
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--results", action="store_true", help="also run the artefact over the test engines")
     flags = parser.parse_args()
-    documents: dict[Path, list[Callable[[], Iterator[str]]]] = {
-        README: [settings, endpoints, tree, *([results] if flags.results else [])],
-        ARCHITECTURE: [packages],
+    documents: dict[Path, dict[str, Callable[[], Iterator[str]]]] = {
+        README: {"results": results, "main settings": main_settings},
+        DOCS / "api.md": {"endpoints": endpoints},
+        DOCS / "configuration.md": {"settings": settings},
+        DOCS / "monitoring.md": {"metrics": metrics},
+        ARCHITECTURE: {"packages": packages},
+        DOCS / "layout.md": {"tree": tree},
     }
     for path, tables in documents.items():
         before = path.read_text()
         after = before
-        for make in tables:
-            after = replaced(after, make.__name__, make())
+        for name, make in tables.items():
+            after = replaced(after, name, make())
         if flags.check and after != before:
             lines = difflib.unified_diff(before.splitlines(True), after.splitlines(True), path.name, "code")
             sys.stdout.writelines(lines)
-            raise SystemExit(f"{path.relative_to(ROOT)} differs from the code: run `make docs`")
+            raise SystemExit(f"{path.relative_to(ROOT)} differs from the code: run `make tables`")
         path.write_text(after)
 
 

@@ -121,7 +121,7 @@ run() { # compose, in a network of its own
     kept "ready"
 
     local asked answer
-    asked=$(sed -n "s/.*v1\/predict.* -d '\(.*\)'$/\1/p" README.md | head -1)
+    asked=$(python3 -c "import re; print(re.search(r\"v1/predict.*? -d '(.*?)'\", open('README.md').read(), re.DOTALL)[1])")
     answer=$(ask "$here/v1/predict" -H 'Content-Type: application/json' -d "$asked")
     [[ $answer == *'"health":"'* && $answer == *'"prediction_id":"'* ]] || fail "the README's request: $answer"
     kept "predicts and remembers: the README's request is answered"

@@ -471,8 +471,8 @@ def test_the_document_tells_of_tables(service: Service) -> None:
 
 
 def test_the_readmes_table_works_as_pasted(service: Service, fleet: dict[str, Readings], tmp_path: Path) -> None:
-    """The Python of the README, run as it stands beside a file of flights, prints every engine's health."""
-    program = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    """The Python program of docs/api.md, run in a folder with flights.parquet, prints the health of each engine."""
+    program = (ROOT / "docs" / "api.md").read_text().split("```python\n")[1].split("```")[0]
     assert "pyarrow" in program
     pyarrow.parquet.write_table(flights(fleet), tmp_path / "flights.parquet")
     here = program.replace("http://127.0.0.1:8000", str(service.client.base_url).rstrip("/"))

@@ -42,12 +42,18 @@ class Service:
         return {name: float(value) for name, _, value in (x.rpartition(" ") for x in lines if not x.startswith("#"))}
 
 
+def free_port() -> int:
+    """Return a TCP port of this machine that no process uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 @contextmanager
 def running(**environment: str) -> Iterator[Service]:
     """A service on a free port of this machine, ready."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     folder = tempfile.TemporaryDirectory(prefix="engine-health-test-")  # a memory of its own
     environment = {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{folder.name}/memory.db"} | environment
     process = start("serve", "--port", str(port), **environment)
@@ -171,9 +177,9 @@ def resident(service: Service) -> float:
     return int(next(line.split()[1] for line in lines if line.startswith("VmRSS"))) / 1024
 
 
-def wait_until_ready(client: httpx.Client, process: "subprocess.Popen[str]") -> None:
+def wait_until_ready(client: httpx.Client, process: "subprocess.Popen[str]", seconds: float = START_SECONDS) -> None:
     """Return once a service is ready; fail if its process ends first, or it takes too long."""
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
         try:

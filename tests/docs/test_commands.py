@@ -1,0 +1,145 @@
+"""The bash blocks of README and docs, run in order from a fresh clone against a real service."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.processes import free_port, wait_until_ready
+
+ROOT = Path(__file__).parents[2]
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("store-and-labels", "calibration", "batch-scoring", "replay"))]
+ADDRESS = "http://127.0.0.1:8000"  # of the documents; the test uses another port
+FENCE = re.compile(r"((?:^<!-- not run: [^\n]+ -->\n)?)^```(bash|json)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INSTALL = "COMMANDS_INSTALL"  # set by `make test-commands`: packages are really installed
+START_SECONDS = 600 if INSTALL in os.environ else 60
+VARYING = {"prediction_id", "digest"}  # values that differ between runs
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block that runs, and the response that the document shows after it."""
+
+    place: str
+    command: str
+    response: str | None
+
+
+def blocks_of(name: str) -> Iterator[Block]:
+    """Yield the bash blocks of a document without a mark, each with the JSON block that follows it."""
+    text = (ROOT / name).read_text()
+    fences = list(FENCE.finditer(text))
+    for fence, following in zip_longest(fences, fences[1:]):
+        if fence[2] == "bash" and not fence[1]:
+            place = f"{name}:{text[: fence.start()].count(chr(10)) + 1}"
+            yield Block(place, fence[3], following[3] if following and following[2] == "json" else None)
+
+
+def parse_shown(text: str) -> Any:
+    """Parse a JSON block in which `...` stands for omitted members."""
+    return json.loads(re.sub(r",?\s*\.\.\.(?=\s*[}\]])", "", text))
+
+
+def agrees(shown: Any, actual: Any) -> bool:
+    """Return whether each shown value is the actual one: numbers to 1 %, texts up to `...`, ids not at all."""
+    if isinstance(shown, dict):
+        return isinstance(actual, dict) and all(
+            key in actual and (key in VARYING or agrees(value, actual[key])) for key, value in shown.items()
+        )
+    if isinstance(shown, list):
+        return len(shown) == len(actual) and all(map(agrees, shown, actual))
+    if isinstance(shown, float):
+        return bool(actual == pytest.approx(shown, rel=1e-2))
+    if isinstance(shown, str) and shown.endswith("..."):
+        return str(actual).startswith(shown.removesuffix("..."))
+    return bool(shown == actual)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone of the working tree. Its `.venv` is the environment of the tests, unless packages are really installed."""
+    folder = tmp_path_factory.mktemp("commands") / "clone"
+    subprocess.run(["git", "clone", "--quiet", "--shared", ROOT, folder], check=True)
+    changed = subprocess.check_output(["git", "ls-files", "-mo", "--exclude-standard"], cwd=ROOT, text=True)
+    for name in changed.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    if INSTALL not in os.environ:
+        scripts = folder / ".venv" / "bin"
+        scripts.mkdir(parents=True)
+        for name in ("python", "engine-health", "pip"):
+            (scripts / name).write_text(f'#!/bin/sh\nexec "{Path(sys.executable).parent / name}" "$@"\n')
+            (scripts / name).chmod(0o755)
+        (scripts / "pip").write_text("#!/bin/sh\n")  # its packages are there; installing would change them
+        (folder / ".venv" / "ready").touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment(clone: Path) -> dict[str, str]:
+    """The environment of a new user, with a free port."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("ENGINE_HEALTH")}
+    return kept | {"ENGINE_HEALTH_PORT": str(free_port()), "PYTHONPATH": str(clone)}
+
+
+@pytest.fixture(scope="module")
+def address(clone: Path, environment: dict[str, str]) -> Iterator[str]:
+    """The address of the service that `make serve` starts in the clone."""
+    url = f"http://127.0.0.1:{environment['ENGINE_HEALTH_PORT']}"
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(["make", "serve"], cwd=clone, env=environment, stdout=pipe, stderr=pipe, text=True)
+    try:
+        with httpx.Client(base_url=url, trust_env=False) as client:
+            wait_until_ready(client, process, START_SECONDS)
+        yield url
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+def test_commands_documents_have_blocks_that_run() -> None:
+    """README and pages have bash blocks that run, and most of them show the response."""
+    blocks = [block for name in PAGES for block in blocks_of(name)]
+    assert len(blocks) >= 15
+    assert len([block for block in blocks if block.response]) >= 6
+
+
+def test_commands_every_page_is_covered() -> None:
+    """A page with a bash block that runs is in the list of pages of this test."""
+    names = ["README.md", *(f"docs/{path.relative_to(ROOT / 'docs')}" for path in (ROOT / "docs").rglob("*.md"))]
+    assert set(PAGES) == {name for name in names if list(blocks_of(name))}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_of_document_work_as_pasted(name: str, clone: Path, address: str, environment: dict[str, str]) -> None:
+    """Each bash block of a document ends with exit code 0 and, where a response is shown, returns it."""
+    for block in blocks_of(name):
+        if block.command.strip() == "make serve":  # runs already: the fixture started it
+            continue
+        command = block.command.replace(ADDRESS, address)
+        shell = ["bash", "-euo", "pipefail", "-c", command]
+        done = subprocess.run(shell, cwd=clone, env=environment, capture_output=True, text=True, timeout=600)
+        assert 0 == done.returncode, (block.place, done.stdout[-1000:], done.stderr[-2000:])
+        if block.response:
+            assert agrees(parse_shown(block.response), json.loads(done.stdout)), (block.place, done.stdout)
+
+
+def test_commands_wrong_response_is_detected() -> None:
+    """A shown value that differs, is missing or has another length is no agreement; ids and omitted members are."""
+    shown = parse_shown('{"n": 1.0, "digest": "a...", "rows": [{"cycle": 1, ...}], "text": "ab...", ...}')
+    actual = {"n": 1.001, "digest": "b", "rows": [{"cycle": 1, "x": 2}], "text": "abc", "other": 1}
+    assert agrees(shown, actual)
+    for change in ({"n": 1.1}, {"rows": []}, {"rows": [{"cycle": 2}]}, {"text": "b"}, {"n": None}):
+        assert not agrees(shown, actual | change)
+    assert not agrees({"missing": None}, {})
