@@ -15,7 +15,7 @@ COPY model model
 COPY export export
 COPY service service
 # The label below must not lie. Left out is what only tests, tools and notebooks need: of plotly, all but the script that
-# browsers load. Nobody can write bytecode later, so it is written here.
+# browsers load. The file system is read-only later, so bytecode is compiled here.
 ARG MODEL_DIGEST
 RUN test "$(sha256sum < model/artefact/engine-health.onnx)" = "$MODEL_DIGEST  -" \
     && /build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheel . \
@@ -32,7 +32,7 @@ LABEL org.opencontainers.image.title="engine-health" \
       org.opencontainers.image.version="0.1.0" \
       engine-health.model.digest="$MODEL_DIGEST"
 COPY --from=build /opt/engine-health /opt/engine-health
-# The base's pip is nobody's here. /data is the one folder that the service may write to; engine-health.db is made there.
+# pip is not needed here. The service writes to /data only; engine-health.db is created there.
 RUN rm -rf /usr/local/lib/python3.11/site-packages/* /usr/local/lib/python3.11/ensurepip /usr/local/bin/pip* /usr/local/bin/wheel \
     && mkdir /data && chown 10001:10001 /data
 ENV PATH=/opt/engine-health/bin:$PATH \

@@ -16,7 +16,7 @@ help:                            ## list the commands
 serve: $(SERVE)/ready            ## start the service on 127.0.0.1:8000 with the bundled model
 	exec $(SERVE)/bin/engine-health serve
 
-demo: $(SERVE)/ready             ## the service with a simulated fleet flying; DEMO="--drift sensor_11:+2sd@600" plants drift
+demo: $(SERVE)/ready             ## start the service with a simulated fleet; DEMO="--drift sensor_11:+2sd@600" injects drift
 	@exec $(SERVE)/bin/python -m service.replay.demo $(DEMO)
 
 $(SERVE)/ready: requirements.lock pyproject.toml
@@ -31,27 +31,27 @@ $(DEV)/ready: requirements-dev.lock pyproject.toml
 	$(DEV)/bin/python $(PIP) install --no-deps -e .
 	touch $@
 
-test: $(DEV)/ready               ## every test, a core each; those on real data need CMAPSS_DIR or `make data`
+test: $(DEV)/ready               ## run all tests; those on real data need CMAPSS_DIR or `make data`
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-test-unit: $(DEV)/ready          ## the tests that need no other process; less than a minute
+test-unit: $(DEV)/ready          ## run the tests that need no other process; less than a minute
 	$(BIN)/python -m pytest -m unit -n auto --maxprocesses 4 --dist loadfile
 
 test-commands: $(DEV)/ready      ## run every command of the documentation from a fresh clone, with its installation
 	COMMANDS_INSTALL=1 $(BIN)/python -m pytest tests/docs/test_commands.py
 
-check: $(DEV)/ready              ## style, types, dependency directions, generated tables against code
+check: $(DEV)/ready              ## check style, types, dependency directions and generated tables
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python docs/tables.py --check
 
-format: $(DEV)/ready             ## lay out the code
+format: $(DEV)/ready             ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-data:                            ## fetch NASA's C-MAPSS into data/cmapss and check its sums
+data:                            ## download C-MAPSS into data/cmapss and check its checksums
 	$(PYTHON) -m model.data.download $(CMAPSS_URL)
 
 train: $(DEV)/ready              ## train the shipped network and its folds into build/checkpoint.pt
@@ -62,34 +62,34 @@ export: $(DEV)/ready             ## build/checkpoint.pt to the bundled artefact:
 	$(BIN)/python -m export.to_onnx
 	$(BIN)/python -m export.verify
 
-evaluate: $(DEV)/ready           ## the bundled artefact on the official test engines; renews the model card
+evaluate: $(DEV)/ready           ## evaluate the bundled artefact on the official test engines; renews the model card
 	$(BIN)/python -m model.evaluation.evaluate
 	$(BIN)/python docs/card.py
 
-fleet: $(DEV)/ready              ## estimate anew what simulated engines are drawn from: model/data/simulator/fleet.json
+fleet: $(DEV)/ready              ## estimate the statistics of simulated engines: model/data/simulator/fleet.json
 	$(BIN)/python -m model.data.simulator.fit
 
-study: $(DEV)/ready              ## what the model card compares with: three seeds, then each anchor; hours
+study: $(DEV)/ready              ## train three seeds and each anchor for the model card; hours
 	for seed in 0 1 2; do $(BIN)/python -m model.training.cross_fit --seed $$seed --output build/seed-$$seed.pt || exit 1; done
 	$(BIN)/python -m benchmarks.study seeds build/seed-0.pt build/seed-1.pt build/seed-2.pt
 	for name in boosting textbook-full textbook-64; do $(BIN)/python -m benchmarks.study anchor $$name || exit 1; done
 
-fuzz: $(DEV)/ready              ## five thousand requests and more, generated from the OpenAPI document
+fuzz: $(DEV)/ready              ## send 5,000 requests generated from the OpenAPI document
 	SCHEMA_EXAMPLES=1300 $(BIN)/python -m pytest -s tests/api/test_schema.py
 
-bench: $(DEV)/ready              ## the README's performance table: against a bare route and ONNX Runtime alone
+bench: $(DEV)/ready              ## the performance table of docs/benchmarks.md: against a bare route and ONNX Runtime alone
 	$(BIN)/python -m benchmarks.serving
 
-bench-hooks: $(DEV)/ready        ## the gain of each private hook of the server, with it and without it; ten minutes
+bench-hooks: $(DEV)/ready        ## measure the gain of each private hook of the server; ten minutes
 	$(BIN)/python -m benchmarks.hooks
 
-kills: $(DEV)/ready             ## kill -9 a hundred times while truths are told, on SQLite and PostgreSQL; five minutes
+kills: $(DEV)/ready             ## kill -9 100 times while labels are sent, on SQLite and PostgreSQL; five minutes
 	$(BIN)/python -m benchmarks.kills
 
-bench-peers: $(DEV)/ready        ## the same model behind other servers, side by side; installs them below build, needs wrk; half an hour
+bench-peers: $(DEV)/ready        ## measure the same model behind other servers; installs them below build, needs wrk; half an hour
 	$(BIN)/python -m benchmarks.peers
 
-bench-score: $(DEV)/ready        ## the README's table of batch scoring; 10 million rows take minutes, pandas is compared if build/venv has it
+bench-score: $(DEV)/ready        ## the table of batch scoring; 10 million rows take minutes, pandas is compared if build/venv has it
 	$(BIN)/python -m benchmarks.score
 
 kills-score: $(DEV)/ready        ## kill -9 twenty scoring jobs at random moments, start them again, compare bytes; two minutes
@@ -98,19 +98,19 @@ kills-score: $(DEV)/ready        ## kill -9 twenty scoring jobs at random moment
 bench-monitor: $(DEV)/ready      ## false and true alarms of the calibration state, simulated; a quarter of an hour
 	$(BIN)/python -m benchmarks.monitor
 
-bench-console: $(DEV)/ready      ## what the Fleet page costs the browser and the service, a thousand engines flying; needs chromium
+bench-console: $(DEV)/ready      ## measure what the Fleet page costs browser and service with 1,000 engines; needs chromium
 	$(BIN)/python -m benchmarks.console
 
-endurance: $(DEV)/ready          ## every promise under strain at full size, as a table; fails if one is broken; half an hour
+endurance: $(DEV)/ready          ## check every promise under load at full size; fails if one is broken; half an hour
 	$(BIN)/python -m benchmarks.endurance
 
-faults: $(DEV)/ready             ## kill, fill, stop and starve the service, one fault after another, as a table; needs root; five minutes
+faults: $(DEV)/ready             ## inject one fault after another and print a table; needs root; five minutes
 	$(BIN)/python -m benchmarks.faults
 
-soak: $(DEV)/ready               ## MINUTES=30 of everything at once: memory, descriptors, p99 and counters at the end
+soak: $(DEV)/ready               ## MINUTES=30 of mixed load: memory, descriptors, p99 and counters at the end
 	$(BIN)/python -m benchmarks.mixture --minutes $(or $(MINUTES),30)
 
-scaling: $(DEV)/ready            ## requests a second of one and two workers, one and two processes on one database; needs wrk
+scaling: $(DEV)/ready            ## requests/s of one and two workers, one and two replicas on one database; needs wrk
 	$(BIN)/python -m benchmarks.scaling
 
 tables: $(DEV)/ready             ## write the generated tables of the documents
@@ -122,7 +122,7 @@ docs: $(DEV)/ready               ## build the documentation site into build/site
 trace: $(DEV)/ready              ## frames, modules and module changes of one request of each kind, compared with the targets
 	$(BIN)/python -m docs.trace
 
-screenshots: $(DEV)/ready        ## the README's pictures of the console; needs chromium and C-MAPSS
+screenshots: $(DEV)/ready        ## the pictures of the console in docs/; needs chromium and C-MAPSS
 	$(BIN)/python -m docs.screenshots
 
 build/mutmut/ready: $(DEV)/ready

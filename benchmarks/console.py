@@ -2,7 +2,7 @@
 
 A thousand simulated engines fly 200 cycles a second (`POST /v1/cycles`, open loop: a late answer delays no later
 flight, and is timed from when its flight was due). The service has one core. Load and browser share the other, where
-the browser gets what the load leaves: elsewhere it runs on a machine of its own. Two cores may be threads of one, as
+the browser gets what the load leaves: elsewhere it runs on another machine. Two cores may be threads of one, as
 here, where a busy neighbour makes the other half as fast again; so there are rounds with the page's requests and no
 browser too. Rounds of each kind take turns, so that a noisy neighbour meets all.
 """
@@ -101,7 +101,7 @@ class Fleet:
 
 
 class Load:
-    """A fleet in a process of its own: what the browser has to say is no business of who measures."""
+    """A fleet in a separate process, so that it does not share the interpreter of the measurement."""
 
     def __init__(self, port: int, per_second: int) -> None:
         spawned = multiprocessing.get_context("spawn")
@@ -126,13 +126,13 @@ def _set_idle_priority() -> None:
 
 
 def measure_without_page(load: Load, seconds: float) -> Round:
-    """A round that nobody looks at."""
+    """Measure a round without the console."""
     taken, failed = load.fly(seconds).result()
     return Round(*percentiles(taken), failed)
 
 
 def measure_with_requests(load: Load, home: str, seconds: float) -> Round:
-    """A round with the requests of the Fleet page, and nobody who draws what is answered."""
+    """Measure a round with the requests of the Fleet page, without a browser."""
     flying, since, looks = load.fly(seconds), datetime.now(UTC), 0
     with httpx.Client(base_url=home, trust_env=False) as client:
         while not flying.done():
@@ -145,7 +145,7 @@ def measure_with_requests(load: Load, home: str, seconds: float) -> Round:
 
 
 def measure_with_page(load: Load, browser: Browser, home: str, seconds: float) -> Round:
-    """A round with the Fleet page open."""
+    """Measure a round with the Fleet page open in a browser."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     try:
         page = context.new_page()
@@ -154,7 +154,9 @@ def measure_with_page(load: Load, browser: Browser, home: str, seconds: float) -
         page.goto(home)
         page.wait_for_selector(READY)
         session = context.new_cdp_session(page)
-        session.send("Performance.enable", {"timeDomain": "threadTicks"})  # processor time, whoever else is busy
+        session.send(
+            "Performance.enable", {"timeDomain": "threadTicks"}
+        )  # processor time, independent of other processes
 
         def busy() -> float:
             metrics = session.send("Performance.getMetrics")["metrics"]
@@ -239,7 +241,7 @@ def report(load: Load, browser: Browser, home: str, rounds: int, seconds: float)
         + ", ".join(f"{median:.1f} {kind}" for median, kind in zip(p99, KINDS, strict=True))
     )
     print(
-        f"ratios to unseen: {p99[1] / p99[0]:.2f} by the requests alone, {p99[2] / p99[0]:.2f} with the browser beside"
+        f"ratios to unseen: {p99[1] / p99[0]:.2f} by the requests alone, {p99[2] / p99[0]:.2f} with the browser on the same machine"
     )
     print(f"flights not answered with 200: {sum(result.failed for turn in turns for result in turn)}")
 

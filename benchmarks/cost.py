@@ -45,7 +45,7 @@ class Windows(CalibrationDataReader):  # type: ignore[misc]  # ONNX Runtime ship
         self._batches = iter(np.array_split(windows, 8))
 
     def get_next(self) -> dict[str, Readings] | None:
-        """The next batch, or nothing more."""
+        """Return the next batch, or None at the end."""
         batch = next(self._batches, None)
         return None if batch is None else {contract.INPUT: batch}
 

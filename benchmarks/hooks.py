@@ -59,14 +59,14 @@ def thousand_windows(server: Server, seconds: float) -> float:
 
 
 def crowd(server: Server, seconds: float) -> float:
-    """The inverse of p99 in seconds of one window at 1,000 connections; refusals count as responses."""
+    """Return the inverse of p99 in seconds of one window at 1,000 connections; rejections count as responses."""
     body = load.predict_json(load.windows(1))
     result = load.wrk(server.base + "/v1/predict", body, JSON_HEADERS, MANY_CONNECTIONS, seconds, CLIENT_CORE)
     return 1e3 / result.p99_ms
 
 
 def memory(server: Server, seconds: float) -> float:
-    """The inverse of resident GB after large bodies in JSON."""
+    """Return the inverse of resident GB after large JSON bodies."""
     body = load.predict_json(load.windows(ROWS))
     _build_rate_case("/v1/predict", body, JSON_HEADERS, 2)(server, seconds)
     return 1e3 / resident(server.pid)

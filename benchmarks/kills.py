@@ -1,9 +1,9 @@
-"""kill -9 at random moments while flights and labels are told: what was acknowledged must be there, and once.
+"""kill -9 at random times while flights and labels are sent: acknowledged rows must be stored, exactly once.
 
     python -m benchmarks.kills [--kills 100] [--seed 0] [--database sqlite|postgresql]      # = make kills
 
 Each life of the service is one database's worth of ingestion by several clients, ended at a random moment by SIGKILL;
-the next life goes on with the same database. Cycles that nobody acknowledged are told again, as a collector would.
+the next life goes on with the same database. Cycles that were not acknowledged are sent again, as by a collector.
 """
 
 import argparse
@@ -35,7 +35,7 @@ class Survived(NamedTuple):
     kills: int
     flights: int  # acknowledged
     labels: int  # acknowledged
-    lost: int  # acknowledged, and not there or not as it was said
+    lost: int  # acknowledged, and missing or different
     twice: int  # there more than once
     restart_seconds: float  # the longest from a start to ready
 
@@ -66,7 +66,7 @@ class Life:
         return False
 
     def post(self, path: str, body: Any) -> Any:
-        """The answer; None if none came."""
+        """Return the response; None without one."""
         request = urllib.request.Request(
             self.base + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -77,13 +77,13 @@ class Life:
             return None
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the service."""
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
 
 def survive(database_url: str, kills: int, seed: int = 0) -> Survived:
-    """Tell flights and labels through so many lives, and count what is there at the end."""
+    """Send flights and labels through a number of restarts, and count the stored rows at the end."""
     chance, next_cycle = random.Random(seed), [0] * ENGINES
     flights: set[tuple[int, int]] = set()
     labels: set[tuple[int, int]] = set()
@@ -149,7 +149,7 @@ def _count_stored(
 
 def main() -> None:
     """Print a table; exit code 1 if anything was lost."""
-    parser = argparse.ArgumentParser(description="kill -9 while truths are told.")
+    parser = argparse.ArgumentParser(description="kill -9 while labels are sent.")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--database", choices=("sqlite", "postgresql"), help="one of them; both if not given")
@@ -166,7 +166,7 @@ def main() -> None:
 
 
 def survive_in(database: str, kills: int, seed: int) -> Survived:
-    """As `survive`, with a database of its own."""
+    """Run `survive` with a new database."""
     if database == "sqlite":
         with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
             return survive(f"sqlite:///{folder}/memory.db", kills, seed)

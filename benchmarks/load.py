@@ -82,7 +82,7 @@ class Figure(NamedTuple):
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
+    """Return a free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -90,7 +90,7 @@ def free_port() -> int:
 
 @contextmanager
 def served(command: list[str], env: Mapping[str, str], core: int | str, ready_url: str, cwd: Path) -> Iterator[int]:
-    """A server on one core, or some, for as long as the block lasts; gives its process id.
+    """Run a server on the given cores during the block; yield its process id.
 
     Args:
         command: what starts it, in the foreground.
@@ -209,7 +209,7 @@ def median_rounds(cases: Mapping[str, Callable[[], Mapping[str, float]]], rounds
 
 @cache
 def golden() -> tuple[Readings, Readings]:
-    """The artefact's golden windows (N, 100, 17) and their logits (N, C)."""
+    """Return the artefact's golden windows (N, 100, 17) and their logits (N, C)."""
     golden_windows = open_artefact(ARTEFACT)[1].golden
     return np.array([g.telemetry for g in golden_windows]), np.array([g.logits for g in golden_windows])
 
@@ -222,12 +222,12 @@ def windows(n: int) -> Readings:
 
 
 def predict_json(telemetry: Readings) -> bytes:
-    """The body of `POST /v1/predict`."""
+    """Return the body of `POST /v1/predict`."""
     return json.dumps({"instances": [{"telemetry": window} for window in telemetry.tolist()]}).encode()
 
 
 def predict_arrow(telemetry: Readings) -> tuple[bytes, dict[str, str]]:
-    """The same as an Arrow stream, a window an engine: body and headers."""
+    """Return the same as an Arrow stream, one engine per window: body and headers."""
     import pyarrow as pa
 
     rows = telemetry.reshape(-1, telemetry.shape[-1]).astype(np.float32)
@@ -241,7 +241,7 @@ def predict_arrow(telemetry: Readings) -> tuple[bytes, dict[str, str]]:
 
 
 def of_engines(telemetry: Readings) -> bytes:
-    """The body of `POST /v1/predict` for one window of an engine at a cycle, both another one each request."""
+    """Return the body of `POST /v1/predict` for one window; engine and cycle differ for each request."""
     body = json.dumps(
         {"instances": [{"engine_id": _name_engine(), "cycle": CYCLE.decode(), "telemetry": telemetry[0].tolist()}]}
     )
@@ -249,7 +249,7 @@ def of_engines(telemetry: Readings) -> bytes:
 
 
 def flights(telemetry: Readings) -> bytes:
-    """The body of `POST /v1/cycles` for one flight of an engine, both engine and cycle another one each request."""
+    """Return the body of `POST /v1/cycles` for one flight; engine and cycle differ for each request."""
     body = json.dumps(
         {"cycles": [{"engine_id": _name_engine(), "cycle": CYCLE.decode(), "telemetry": telemetry[0, 0].tolist()}]}
     )
@@ -257,17 +257,17 @@ def flights(telemetry: Readings) -> bytes:
 
 
 def _name_engine() -> str:
-    """A name that no other round gives, with the mark that makes it another one each request."""
+    """Return an engine id that is unique to this round, with the mark that makes it unique per request."""
     return f"{uuid.uuid4().hex[:8]}-{ENGINE.decode()}"
 
 
 def oip_json(telemetry: Readings) -> bytes:
-    """An Open Inference Protocol request, values in JSON, asking for logits and RUL."""
+    """Return an Open Inference Protocol request in JSON for logits and RUL."""
     return json.dumps(_build_oip_request(telemetry, {"data": telemetry.ravel().tolist()}, {})).encode()
 
 
 def oip_binary(telemetry: Readings) -> tuple[bytes, dict[str, str]]:
-    """The same with the binary tensor extension both ways: body and headers."""
+    """Return the same with binary input and output: body and headers."""
     values = telemetry.astype("<f4").tobytes()
     head = json.dumps(
         _build_oip_request(telemetry, {"parameters": {"binary_data_size": len(values)}}, {"binary_data": True})
@@ -285,7 +285,7 @@ def _build_oip_request(
 
 
 def machine() -> str:
-    """The machine, Python and the libraries, in one line."""
+    """Return machine, Python and libraries in one line."""
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     models = [line.partition(":")[2].strip() for line in cpu.splitlines() if line.startswith("model name")]
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES)

@@ -1,4 +1,4 @@
-"""Everything at once, for long: predictions, tensors, flights, labels, ends, fits, reloads, scrapes, crashing clients.
+"""A long mixed load: predictions, tensors, flights, labels, failures, fits, reloads, scrapes, crashing clients.
 
     python -m benchmarks.mixture [--minutes 30]      # = make soak MINUTES=30
 
@@ -31,21 +31,21 @@ from benchmarks.peers import BUILD
 ADMIN = {"Authorization": "Bearer soak"}
 LOAD = request("/v2/repository/models/engine-health/load", headers=ADMIN)
 LABELS = ("normal", "degrading", "critical")
-ENGINES, END_CYCLE = 200, 150  # flights of so many engines in turn; one that has flown so many begins anew
+ENGINES, END_CYCLE = 200, 150  # number of engines, and of flights after which an engine fails and is replaced
 SIZES = range(1, 65)
 # What is older is forgotten every ten minutes. Kept so short, there is hardly more at any later time than before the
 # first; what fits read, and take for it, would else grow for twenty minutes, leak or not.
 RETENTION_DAYS = 1 / 1440
 SAMPLE_SECONDS, PART_SECONDS = 10.0, 300.0  # the first and last five minutes
 GROWTH_MB, STEP = 1.0, 10_000  # as in `endurance.soak`
-SELDOM = {  # and every so many seconds
+SELDOM = {  # and interval in seconds
     ("GET", "/metrics"): 5.0,
     ("GET", "/v1/calibration"): 10.0,
     ("GET", "/v1/engines"): 5.0,
     ("POST", "/v1/calibration/fits"): 20.0,  # below the 30 s after which an idle connection is ended
 }
-FITTED = {200, 201, 409, 422}  # a fit that helps nobody is refused, and that is an answer
-CROWD = 16  # readers at once; the service has four connections for them
+FITTED = {200, 201, 409, 422}  # a fit without gain is refused, which is a valid response
+CROWD = 16  # concurrent readers; the service has four connections for them
 BROKEN_OFF = "/v1/evaluate"  # the only call that clients break off, so that all others can be counted
 
 
@@ -91,7 +91,7 @@ class Mixture:
         )
 
     async def crowd(self) -> None:
-        """Many readers at once, so that every connection to the database is open."""
+        """Read concurrently, so that every connection to the database is open."""
         turn = self._build_turn("GET", "/v1/calibration")
         for _ in range(3):
             await asyncio.gather(*[self._run_once(turn) for _ in range(CROWD)])
@@ -131,7 +131,7 @@ class Mixture:
         await self._send_request(connection, "POST", "/v2/models/{name}/infer", self.binary[n - 1], n)
 
     async def _send_flight(self, connection: Connection) -> None:
-        """A flight, for half of them its label, and the end of an engine that has flown enough."""
+        """Send a flight, for half of them a label, and the failure of an engine after its last flight."""
         turn, k = divmod(self.flight, ENGINES)
         self.flight += 1
         life, cycle = divmod(turn, END_CYCLE)
@@ -155,7 +155,7 @@ class Mixture:
         return turn
 
     async def _break_off_requests(self) -> None:
-        """Clients that crash: half a request, or a whole one whose answer nobody waits for, and a reset."""
+        """Send half a request, or a whole one without reading the response, and reset the connection."""
         whole = _build_post(BROKEN_OFF, {"logits": [[1.0, 2.0, 3.0]] * 500, "labels": [2] * 500})
         while time.monotonic() < self.end:
             with socket.create_connection((HOST, self.running.port)) as connection:
@@ -176,7 +176,7 @@ def _build_post(path: str, body: object) -> bytes:
 
 
 def lines(mixture: Mixture, before: int, after: int, counted: dict[str, float]) -> list[Line]:
-    """What was promised of the mixture, and what became of it."""
+    """Return each promise of the mixture, and whether it was kept."""
     counts = mixture.counts
     return [
         _check_answers(counts),
@@ -231,7 +231,7 @@ def _check_counters(counts: ClientCounts, counted: dict[str, float]) -> Line:
 
 def main() -> int:
     """Mix, print the table, keep the figures."""
-    parser = argparse.ArgumentParser(description="Everything at once, for long.")
+    parser = argparse.ArgumentParser(description="A long mixed load.")
     parser.add_argument("--minutes", type=float, default=30.0)
     minutes = parser.parse_args().minutes
     BUILD.mkdir(exist_ok=True)

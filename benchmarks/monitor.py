@@ -2,7 +2,7 @@
 
     python -m benchmarks.monitor [--streams 500] [--labels 5000]        # = make bench-monitor
 
-Beside the state stands what others look at: the z of the loss gap, and ECE against the noise band of its n. Both are
+The state is compared with common alternatives: the z of the loss gap, and ECE against its noise band. Both are
 right at one look and were never meant for thousands. Prints Markdown; a quarter of an hour on one core.
 """
 
@@ -97,10 +97,10 @@ def calibrated_table(streams: int, labels: int) -> Iterator[str]:
     cases: dict[str, Make] = {
         "rows independent, an engine each": lambda random: independent(random, labels),
         "rows independent, 50 engines": lambda random: independent(random, labels, engines=50),
-        f"{FLEET} engines to failure, outcome at once": lambda random: fleet(random, FLEET, "outcome"),
+        f"{FLEET} engines to failure, outcome immediately": lambda random: fleet(random, FLEET, "outcome"),
         f"{FLEET} engines to failure, inspected day by day": lambda random: fleet(random, FLEET, "daily"),
         "the same, begun on different days": lambda random: fleet(random, FLEET, "staggered"),
-        "50 engines to failure, outcome at once": lambda random: fleet(random, FLEET // 2, "outcome"),
+        "50 engines to failure, outcome immediately": lambda random: fleet(random, FLEET // 2, "outcome"),
         f"{FLEET} engines, one truth for all 50 rows": lambda random: alike(random, FLEET, 50),
     }
     yield "| calibrated streams that ever alarm | state | gap, rows alone | \\|z\\| > 1.96 | ECE above its band |"
@@ -113,7 +113,7 @@ def detection_table(streams: int, labels: int) -> Iterator[str]:
     """Lines of Markdown: streams found when logits are too sharp or too flat."""
     cases: dict[str, Callable[[float, Random], Stream]] = {
         "rows independent": lambda sharpness, random: independent(random, labels, sharpness),
-        "engines to failure, outcome at once": lambda sharpness, random: fleet(
+        "engines to failure, outcome immediately": lambda sharpness, random: fleet(
             random, LARGE_FLEET, "outcome", sharpness
         ),
         "engines, day by day": lambda sharpness, random: fleet(random, LARGE_FLEET, "daily", sharpness),

@@ -2,7 +2,7 @@
 
     python -m benchmarks.peers [--only NAME,...] [--rounds 5] [--seconds 5]      # = make bench-peers
 
-Each server is installed into a virtual environment of its own below build/peers, at the versions named here, and starts
+Each server is installed into a separate virtual environment below build/peers, at the versions named here, and starts
 from a script in benchmarks/servers, written as its documentation shows, its batching on. Everything of a server, helper
 processes included, shares one core; wrk has the other. Before it is measured, a server must answer a golden window with
 the golden logits. Who cannot be installed, started or believed gets a line that says why.
@@ -141,7 +141,7 @@ TITLES = {ALONE: "ONNX Runtime alone"} | {name: peer.title for name, peer in PEE
 
 
 def installed(name: str, peer: Peer) -> str:
-    """The interpreter of a peer, in an environment made now unless it is there.
+    """Return the interpreter of a peer. Create its environment unless it exists.
 
     Raises:
         Absent: no such Python, or pip failed; the message is its last line.
@@ -166,7 +166,7 @@ def installed(name: str, peer: Peer) -> str:
 
 
 def last_line(text: str) -> str:
-    """The last line that says something, fit for a cell of a table."""
+    """Return the last non-empty line, formatted for a cell of a table."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return (lines or ["no reason given"])[-1][:160].replace("|", "/")
 
@@ -196,14 +196,14 @@ def measure_large_requests(url: str, encoding: Encoding, seconds: float) -> floa
 
 
 def measure_single_windows(url: str, encoding: Encoding, seconds: float) -> load.Load:
-    """What 64 connections see that send one window a request, after a warm-up."""
+    """Measure 64 connections with one window per request, after a warm-up."""
     body, headers = encoding.make(load.windows(1))
     load.wrk(url, body, headers, CONNECTIONS, 1, CLIENT_CORE)
     return unfailing(load.wrk(url, body, headers, CONNECTIONS, seconds, CLIENT_CORE))
 
 
 def unfailing(measured: load.Load) -> load.Load:
-    """The measurement, if every request was answered.
+    """Return the measurement if every request got a response.
 
     Raises:
         Absent: some were not.
@@ -258,7 +258,7 @@ def alone(model: Path = ARTEFACT) -> Figures:
 
 
 def cases(names: list[str], seconds: float, notes: dict[str, str]) -> Iterator[tuple[str, Callable[[], Figures]]]:
-    """What each name measures; what cannot be measured is noted, once, and left out of later rounds."""
+    """Measure each peer. A peer that fails is noted once, and skipped in later rounds."""
 
     def guarded(name: str) -> Callable[[], Figures]:
         def case() -> Figures:
@@ -271,7 +271,7 @@ def cases(names: list[str], seconds: float, notes: dict[str, str]) -> Iterator[t
                 notes[name] = str(error)
             except ServerFailed as error:
                 notes[name] = f"did not start: {last_line(str(error))}"
-            except Exception as error:  # a peer may fail in ways of its own, and the others are still measured
+            except Exception as error:  # a peer may fail in any way, and the others are still measured
                 notes[name] = f"{type(error).__name__}: {last_line(str(error))}"
             print(f"  {notes[name]}", file=sys.stderr, flush=True)
             return {}
@@ -294,7 +294,7 @@ def table(figures_by_server: Mapping[str, Mapping[str, Figure]], notes: Mapping[
 
 
 def cell(key: str, figure: Figure | None) -> str:
-    """A figure as the table shows it."""
+    """Format a figure for the table."""
     if figure is None:
         return "–"
     if key in ("p50", "p99"):

@@ -59,11 +59,11 @@ def measured(rounds: int, seconds: float) -> dict[str, dict[str, Figure]]:
 
 
 def _build_round(name: str, addresses: list[str], seconds: float) -> Callable[[], Mapping[str, float]]:
-    """A round of load on each of the addresses at once, and the sum of what they answered."""
+    """Load all addresses concurrently for one round, and return the sum of their rates."""
     path, make = ("/v1/predict", load.predict_json) if "stateless" in name else ("/v1/cycles", load.flights)
 
     def measure_address(address: str) -> float:
-        body = make(load.windows(1))  # another one each time: engines of its own
+        body = make(load.windows(1))  # new engines for each round
         result = load.wrk(address + path, body, JSON_HEADERS, CONNECTIONS // len(addresses), seconds, EVERY_CORE)
         return unfailing(result).requests_per_second
 

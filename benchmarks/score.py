@@ -4,7 +4,7 @@
 
 A fleet of synthetic engines is scored Parquet to Parquet, a process each, with the same threads. ONNX Runtime alone
 runs windows that are laid out already, in the better of two ways: one call on all threads, or calls side by side. The
-script of pandas runs in an environment of its own, build/venv, if that is there. Figures also in build/score.json.
+script of pandas runs in a separate environment, build/venv, if it exists. Figures also in build/score.json.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from service.scoring.scorer import BATCH_WINDOWS
 from service.settings import BUNDLED
 
 BUILD = Path("build")
-PIECE = 100_000  # rows of the fleet that are made at once
+PIECE = 100_000  # rows of the fleet per piece
 LONG, SHORT = 300, 100  # cycles of an engine
 ALONE_ROWS = 16_384  # windows that ONNX Runtime alone runs, again and again
 ALONE_SECONDS = 15.0
@@ -52,7 +52,7 @@ class Alone(NamedTuple):
 
 
 def fleet(path: Path, rows: int) -> Path:
-    """Engines that wear, whole cycles in order, as float64: a file of so many rows."""
+    """Write a file of `rows` flights of wearing engines, in order, as float64."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -105,14 +105,14 @@ def measured(command: list[str]) -> Run:
 
 
 def ours(source: Path, *flags: str) -> Run:
-    """The command."""
+    """Return the command."""
     target = BUILD / "scored.parquet"
     command = [sys.executable, "-m", "service.cli", "score", str(source), str(target), "--quiet", "--restart", *flags]
     return measured(command)
 
 
 def naive(source: Path) -> Run | None:
-    """The script; None without an environment that has pandas."""
+    """Return the script; None without an environment with pandas."""
     python = BUILD / "venv" / "bin" / "python"
     if not python.exists():
         return None
@@ -207,8 +207,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Batch scoring against ONNX Runtime alone and a script of pandas.")
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 10_000_000])
     parser.add_argument("--rounds", type=int, default=1, help="of each; the quickest counts")
-    parser.add_argument("--kills", type=int, default=0, help="instead: kill so many jobs, start them again, compare")
-    parser.add_argument("--workers", type=int, nargs="+", help="instead: on Ray, with so many actors each")
+    parser.add_argument(
+        "--kills", type=int, default=0, help="instead: kill this number of jobs, start them again, compare"
+    )
+    parser.add_argument("--workers", type=int, nargs="+", help="instead: on Ray, with each of these numbers of actors")
     chosen, figures_by_rows = parser.parse_args(), dict[int, dict[str, Any]]()
     BUILD.mkdir(exist_ok=True)
     if chosen.kills:

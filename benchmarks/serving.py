@@ -35,7 +35,7 @@ REACH = (  # case, against, figure, reach, whether more is better
         True,
     ),
     ("p99 at 64 connections", "p50 of the same run", "tail", 3.0, False),
-    ("one window of an engine, remembered, 64 connections", "the same without a database", "memory", 0.70, True),
+    ("one window of an engine, stored, 64 connections", "the same without a database", "memory", 0.70, True),
     ("one flight a request, kept, `/v1/cycles`, 64 connections", "a bare FastAPI route", "flights", 0.35, True),
 )
 LIMITS = (
@@ -67,13 +67,13 @@ def measured(rounds: int, seconds: float) -> FiguresByCase:
         cases: dict[str, Callable[[], Mapping[str, float]]] = {
             "bare": lambda: singles(floor, seconds),
             "ours": lambda: singles(own, seconds),
-            "many": lambda: rows(base(stateless), seconds),  # what Arrow names engines for would be remembered
+            "many": lambda: rows(base(stateless), seconds),  # rows of Arrow with engine ids would be stored
             "alone": lambda: {"rows": alone()["binary_rows"]},
             "plan": lambda: {"rows": alone(plan)["binary_rows"]},
             "bare-flights": lambda: numbered(floor, load.flights, seconds),
             "flights": lambda: numbered(base(port) + "/v1/cycles", load.flights, seconds),
             "stateless": lambda: numbered(base(stateless) + "/v1/predict", load.of_engines, seconds),
-            "remembered": lambda: numbered(own, load.of_engines, seconds),
+            "stored": lambda: numbered(own, load.of_engines, seconds),
         }
         for case in cases.values():
             case()  # warm
@@ -90,7 +90,7 @@ def base(port: int) -> str:
 
 
 def command(port: int) -> list[str]:
-    """What starts the service."""
+    """Return the command that starts the service."""
     return [sys.executable, "-m", "service.cli", "serve", "--port", str(port), "--drain-seconds", "0"]
 
 
@@ -109,7 +109,7 @@ def numbered(url: str, make: Callable[[Readings], bytes], seconds: float) -> Map
 
 
 def database_settings(folder: str) -> dict[str, str]:
-    """A database of the benchmark's own."""
+    """Return the URL of a new database."""
     return {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{folder}/memory.db"}
 
 
@@ -157,7 +157,7 @@ def table(figures: FiguresByCase) -> Iterator[str]:
         "arrow": (many["arrow"], best["rows"]),
         "plan": (many["binary"], figures["plan"]["rows"]),
         "tail": (ours["p99"], ours["p50"]),
-        "memory": (figures["remembered"]["rate"], figures["stateless"]["rate"]),
+        "memory": (figures["stored"]["rate"], figures["stateless"]["rate"]),
         "flights": (figures["flights"]["rate"], figures["bare-flights"]["rate"]),
     }
     yield "| case | against | here | there | ratio | reach |"

@@ -38,7 +38,7 @@ class Stream(NamedTuple):
 
 
 def independent(random: Random, labels: int, sharpness: float = 1.0, engines: int | None = None) -> Stream:
-    """Rows that know nothing of each other, each of an engine of its own unless said; logits have deviation 2."""
+    """Return independent rows, by default one engine per row; logits have a standard deviation of 2."""
     z = random.normal(0, 2, (labels, 3))
     p = numerics.softmax(z)
     engine = np.arange(labels) if engines is None else random.integers(0, engines, labels)
@@ -46,7 +46,7 @@ def independent(random: Random, labels: int, sharpness: float = 1.0, engines: in
 
 
 def alike(random: Random, engines: int, rows: int) -> Stream:
-    """The worst that dependence can do: 0.90, 0.07, 0.03 said of every row, and one truth for all rows of an engine."""
+    """Return the worst case of dependence: 0.90, 0.07, 0.03 for every row, and one label for all rows of an engine."""
     p, engine = np.tile([0.9, 0.07, 0.03], (engines * rows, 1)), np.repeat(np.arange(engines), rows)
     return Stream(np.log(p), _draw_labels(p, random.random(engines)[engine]), engine)
 
@@ -56,8 +56,8 @@ def fleet(random: Random, engines: int, arrival: str, sharpness: float = 1.0) ->
 
     The clue is the logarithm of the remaining life with a bias for each engine and a noise for each reading; so errors
     of one engine have one cause, though every row by itself is calibrated. `arrival` of labels: `outcome` (an engine's
-    all at once, engine after engine), `daily` (every running engine inspected at every age), `staggered` (the same,
-    engines starting on different days), `failing` (all start at once, outcomes come as engines fail).
+    all together, engine after engine), `daily` (every running engine inspected at every age), `staggered` (the same,
+    engines starting on different days), `failing` (all start together, outcomes arrive as engines fail).
     """
     life = random.choice(LIVES, engines, p=PRIOR)
     age_of = [np.arange(1.0 + random.integers(CYCLES), cycles, CYCLES) for cycles in life]
@@ -73,7 +73,7 @@ def fleet(random: Random, engines: int, arrival: str, sharpness: float = 1.0) ->
 
 
 def _compute_belief(age: Floats, clue: Floats) -> Floats:
-    """The posterior of the class (N, 3), given that the engine still runs at this age and gave this clue."""
+    """Return the posterior of the class (N, 3), given that the engine is running at this age, and its clue."""
     left = LIVES - age[:, None]
     spread = np.hypot(ENGINE_BIAS, READING_NOISE)
     likelihood = np.exp(-(((clue[:, None] - np.log(np.maximum(left, 1))) / spread) ** 2) / 2)
@@ -103,7 +103,7 @@ class Running(NamedTuple):
 
 @dataclass(frozen=True)
 class Looks:
-    """What the monitor would have said after each label."""
+    """The report of the monitor after each label."""
 
     gap: Running
     log_e: Floats  # of the loss gap
@@ -150,7 +150,7 @@ def _sum_powers(engine: Integers, values: Floats, power: int) -> Floats:
 
 
 def _sum_within_engine(engine: Integers, values: Floats) -> tuple[Floats, Floats]:
-    """The sum over the row's engine up to each row, with it and without it."""
+    """Return the sum over the rows of the engine up to each row, including it and excluding it."""
     order = np.argsort(engine, kind="stable")
     total = np.cumsum(values[order])
     first = np.flatnonzero(np.diff(engine[order], prepend=-1))

@@ -103,7 +103,7 @@ def _fit_temperature(run: RunWindows, window: int, engines: list[History]) -> fl
 
 
 def textbook(hidden: int, epochs: int, subsets: tuple[str, ...]) -> list[Line]:
-    """The textbook network at a width, trained on nine tenths of the engines."""
+    """Train the textbook network of a given width on nine tenths of the engines."""
     config = TrainingConfig(**vars(TEXTBOOK) | {"hidden": hidden, "epochs": epochs})
     learn, held = _split_train_engines(subsets)
     network = build_network(learn, config)

@@ -186,26 +186,26 @@ class Reliability:
     correct: Floats  # sum of `correct`
 
     def ece(self) -> float:
-        """Expected calibration error: Σ |confidence - correct| / N (Naeini et al. 2015)."""
+        """Return the expected calibration error Σ |confidence - correct| / N (Naeini et al. 2015)."""
         return float(abs(self.confidence - self.correct).sum() / max(self.count.sum(), 1.0))
 
 
 def bin_of(confidence: npt.ArrayLike, bins: int = RELIABILITY_BINS) -> npt.NDArray[np.int64]:
-    """The bin (k/bins, (k+1)/bins] of each confidence, 0 <= k < bins; zero belongs to the first."""
+    """Return the bin (k/bins, (k+1)/bins] of each confidence, 0 <= k < bins; zero belongs to the first."""
     return np.asarray(np.searchsorted(np.arange(1, bins) / bins, np.asarray(confidence)), dtype=np.int64)
 
 
 def reliability(
     logits: npt.ArrayLike, targets: npt.ArrayLike, temperature: float = 1.0, bins: int = RELIABILITY_BINS
 ) -> Reliability:
-    """Counts, confidences and hits of equal-width bins of the top probability."""
+    """Return counts, confidences and hits of equal-width bins of the top probability."""
     top = np.atleast_2d(softmax(logits, temperature)).max(axis=1)
     k, hits = bin_of(top, bins), correct(logits, targets)
     return Reliability(*(np.bincount(k, w, bins).astype(np.float64) for w in (np.ones_like(top), top, hits)))
 
 
 def ece(logits: npt.ArrayLike, targets: npt.ArrayLike, temperature: float = 1.0, bins: int = RELIABILITY_BINS) -> float:
-    """Expected calibration error over equal-width bins of the top probability."""
+    """Return the expected calibration error over equal-width bins of the top probability."""
     return reliability(logits, targets, temperature, bins).ece()
 
 
@@ -217,7 +217,7 @@ def ece_noise_band(
     bins: int = RELIABILITY_BINS,
     coins: int = 10**6,
 ) -> tuple[float, float]:
-    """The 5th and 95th percentile of ECE if the model were perfectly calibrated at these confidences.
+    """Return the 5th and 95th percentile of ECE if the model were perfectly calibrated at these confidences.
 
     A hit of a calibrated model is a coin that falls with its confidence, so the band needs no labels. Of more rows than
     `coins` not every coin is tossed: their sum in a bin is normal by then.
@@ -235,7 +235,7 @@ def ece_noise_band(
 def fit_temperature(
     logits: npt.ArrayLike, targets: npt.ArrayLike, weights: npt.ArrayLike | None = None, tolerance: float = 1e-9
 ) -> float:
-    """The temperature in 0.01..100 with the lowest mean cross-entropy (Guo et al. 2017).
+    """Return the temperature in 0.01..100 with the lowest mean cross-entropy (Guo et al. 2017).
 
     Mean cross-entropy is convex in b = 1/T with slope E_p[z] - E_q[z], so the root of a rising slope is bracketed
     and halved over ln T. A bound is returned where the loss still falls there (separable data), 1.0 where it is flat.

@@ -159,7 +159,7 @@ class Lifecycle:
         except SchemaRejected:
             raise
         except ServiceError as error:  # predictions do not need it, and it is opened again later
-            log.error("nothing is remembered: %s", error.detail)
+            log.error("the store is unavailable, predictions are not stored: %s", error.detail)
 
     async def _follow_store(self, store: Store) -> None:
         """Poll for another temperature, reconnect a database that was unavailable, and delete expired rows."""
@@ -175,7 +175,7 @@ class Lifecycle:
             except ServiceError as error:
                 up = False
                 if was_up:
-                    log.error("nothing is remembered: %s", error.detail)
+                    log.error("the store is unavailable, predictions are not stored: %s", error.detail)
             except Exception:  # the next poll tries again
                 up = False
                 log.exception("the memory could not be looked after")

@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def row(line: Line) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     return f"| {line.done} | {line.seen} | {line.promised} | {'yes' if line.kept else '**no**'} |"
 
 

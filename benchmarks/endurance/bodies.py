@@ -22,7 +22,7 @@ Ask = Callable[[int], Awaitable[int]]
 
 
 def lines() -> Iterator[Line]:
-    """Each kind of body a hundred times, then many large ones at once."""
+    """Send each kind of body 100 times, then many large ones concurrently."""
     with service() as running:
         large = request(PREDICT, b" " * (MAX_BODY_BYTES + 1), load.JSON_HEADERS)
         packed = gzip.compress(b"[" + b" " * (200 * MIB), 1)
@@ -39,7 +39,7 @@ def lines() -> Iterator[Line]:
 
 
 def repeated(running: Running, description: str, status: int, ask: Ask) -> Line:
-    """A kind of body, some times to warm up, then a hundred times."""
+    """Send one kind of body several times to warm up, then 100 times."""
     asyncio.run(_send_repeatedly(running.port, ask, WARM))
     before, begun = running.settled_memory(), time.perf_counter()
     statuses = asyncio.run(_send_repeatedly(running.port, ask, TIMES))
@@ -55,7 +55,7 @@ def repeated(running: Running, description: str, status: int, ask: Ask) -> Line:
 
 
 def crowd() -> Line:
-    """Many large bodies at once, more than a machine may have memory for."""
+    """Send many large bodies concurrently, more than the memory of a machine."""
     with service() as running:
         body = b'{"instances": [' + b" " * (30 * MIB) + b"]}"
         request_bytes = request(PREDICT, body, load.JSON_HEADERS)
@@ -67,7 +67,7 @@ def crowd() -> Line:
         peak, alive = running.memory("VmHWM") - before, running.alive()
     bound = 1.5 * BUFFER / MIB
     return Line(
-        f"{CROWD} bodies of 30 MiB at once, 1.9 GiB together",
+        f"{CROWD} concurrent bodies of 30 MiB, 1.9 GiB in total",
         f"{dict(statuses)}; at most {peak:.0f} MiB more than before",
         f"answered, or 429; never more than {bound:.0f} MiB, half as much again as the 256 MiB that bodies may hold",
         set(statuses) <= {422, 429} and peak <= bound and alive,
@@ -104,7 +104,7 @@ async def _send_tiny_chunks(port: int) -> int:
 
 
 async def _send_pieces(port: int, pieces: Iterator[bytes]) -> int:
-    """A chunked body; the pieces are chunks already."""
+    """Send a chunked body; the pieces are encoded as chunks."""
     connection = await Connection.to(port)
     connection.send(f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode())
     try:

@@ -1,4 +1,4 @@
-"""The service changes under load: other models, killed workers, and the end of it. Nobody who asks is let down."""
+"""Changes of the service under load: reloads, killed workers, and shutdown. No request is lost."""
 
 import asyncio
 import json
@@ -69,7 +69,7 @@ async def _measure_reloads(running: Running, path: Path, contents: list[bytes]) 
         f"{RELOADS} reloads, two models in turn, under load",
         f"{answered} answered, {sum(response_counts.values()) - answered} not; {len(temperatures)} digests, each with "
         f"its temperature; memory of the last {half} reloads {growth:+.1f} MiB; slowest reload {slowest:.1f} s",
-        f"nobody fails; one digest an answer, and its temperature; less than {RELOAD_MIB:g} MiB a reload",
+        f"no failure; one digest per response, with its temperature; less than {RELOAD_MIB:g} MiB per reload",
         fitting and len(temperatures) == 2 and growth < RELOAD_MIB * half,
         {
             "seen": {str(k): n for k, n in response_counts.items()},
@@ -136,7 +136,7 @@ async def _measure_kills(running: Running) -> Line:
 
 
 def format_other_statuses(statuses: Counter[object]) -> str:
-    """What else there was."""
+    """Return the failures other than the expected ones."""
     other = {str(key): n for key, n in statuses.items() if key not in (200, "ConnectionResetError")}
     return f"others {other}" if other else "no other answer"
 
@@ -165,7 +165,7 @@ def _measure_restarts(running: Running, folder: Path) -> Line:
 
 
 def _find_shared_folder(running: Running) -> Path:
-    """The folder in which the workers keep what is theirs together."""
+    """Return the folder that the workers share."""
     for worker in running.workers():
         for link in Path(f"/proc/{worker}/fd").iterdir():
             with suppress(OSError):
@@ -175,7 +175,7 @@ def _find_shared_folder(running: Running) -> Path:
 
 
 def stop() -> Iterator[Line]:
-    """SIGTERM while two hundred requests are being answered, more than the drain time has room for."""
+    """Send SIGTERM with 200 requests in flight, more than the drain time suffices for."""
     limits: dict[str, object] = {"max_queue_rows": 200_000, "max_queue_seconds": 600, "max_buffered_bytes": 2**30}
     with service(None, **limits) as running:
         yield asyncio.run(_measure_stop(running))

@@ -38,10 +38,10 @@ class Connection(asyncio.Protocol):
 
     @classmethod
     async def to(cls, port: int) -> "Connection":
-        """A new one.
+        """Open a connection.
 
         Raises:
-            OSError: nobody listens, or not in time.
+            OSError: no process listens, or the connection timed out.
         """
         connecting = asyncio.get_running_loop().create_connection(cls, HOST, port)
         return (await asyncio.wait_for(connecting, PATIENCE))[1]
@@ -137,14 +137,14 @@ class RequestOutcomes:
 
 
 def request(path: str, body: bytes = b"", headers: Mapping[str, str] | None = None, method: str = "POST") -> bytes:
-    """A request as bytes, its length announced."""
+    """Return a request as bytes, with Content-Length."""
     lines = [f"{method} {path} HTTP/1.1", f"Host: {HOST}", f"Content-Length: {len(body)}"]
     lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
     return "\r\n".join((*lines, "", "")).encode() + body
 
 
 async def ask_once(port: int, request_bytes: bytes) -> Answer:
-    """One request on a connection of its own."""
+    """Send one request on a new connection."""
     connection = await Connection.to(port)
     try:
         return await connection.ask(request_bytes)

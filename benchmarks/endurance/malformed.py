@@ -43,7 +43,7 @@ def requests(running: Running) -> Line:
 
 
 def corpus() -> list[Case]:
-    """What the tests send, on every route that reads a body, and what is worst for a parser."""
+    """Send the malformed bodies of the tests, and the worst cases for a parser, to every route that reads a body."""
     windows = load.golden()[0].astype(np.float32)
     bodies = [as_json(body) for body, *_ in CASES] + [body for body, _ in BODIES] + [as_json(b) for b, _ in EVALUATIONS]
     bodies += [b"[" * DEEP, b"[" * DEEP + b"]" * DEEP, b'{"a":' * DEEP, b'{"instances":' + b"[" * DEEP, b"\xff" * 1000]
@@ -125,7 +125,7 @@ def wires(running: Running) -> Line:
 
 
 def _exchange_bytes(port: int, data: bytes) -> bytes:
-    """What comes back within two seconds of silence."""
+    """Return the bytes that are received until 2 s pass without any."""
     received = b""
     with socket.create_connection((HOST, port), timeout=2) as connection:
         try:

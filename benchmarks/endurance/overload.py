@@ -1,4 +1,4 @@
-"""More than can be answered: every request is answered or refused at once, and those answered do not wait too long."""
+"""Overload: every request is answered or rejected quickly, and accepted requests do not wait too long."""
 
 import asyncio
 import itertools
@@ -16,7 +16,7 @@ from benchmarks.peers import INFER
 SECONDS = 20.0  # of each offer
 CAPACITY_SECONDS, CAPACITY_CONNECTIONS = 6.0, 8
 QUEUE_SECONDS = 2.0  # the default of ENGINE_HEALTH_MAX_QUEUE_SECONDS
-TURN_SECONDS = 0.5  # in the hands of the event loop: a turn to be read and one to be told, an eighth of that each
+TURN_SECONDS = 0.5  # in the event loop: one turn to read the request and one to respond, an eighth of this each
 EXPLAINED = json.dumps(json.loads(load.predict_json(load.windows(8))) | {"explain": True}).encode()
 CASES = (  # what is refused has to be read all the same: no client on the other core offers ten times the last two
     ("64 engines, one flight each, JSON", PREDICT, windows_json(64, 1), (2, 5, 10)),
@@ -28,7 +28,7 @@ CONNECTIONS = 3000  # beyond the 2,048 that a listening socket holds
 
 
 def lines() -> Iterator[Line]:
-    """Each kind of request at multiples of what the service can take, then connections that nobody accepts at first."""
+    """Send each kind of request at multiples of the capacity, then connect while the service is stopped."""
     for description, path, request_bytes, times in CASES:
         with service() as running:
             rate, unloaded_p99 = asyncio.run(capacity(running, request_bytes))
@@ -39,7 +39,7 @@ def lines() -> Iterator[Line]:
 
 
 async def capacity(running: Running, request_bytes: bytes) -> tuple[float, float]:
-    """Requests a second that a few connections get answered, and their p99 in seconds."""
+    """Return the rate in requests/s at few connections, and the p99 in seconds."""
     begun = time.perf_counter()
     until = itertools.takewhile(
         lambda _: time.perf_counter() < begun + CAPACITY_SECONDS, itertools.repeat(request_bytes)
@@ -51,7 +51,7 @@ async def capacity(running: Running, request_bytes: bytes) -> tuple[float, float
 def overloaded(
     running: Running, description: str, path: str, request_bytes: bytes, rate: float, multiple: int, unloaded_p99: float
 ) -> Line:
-    """A rate that is a multiple of the capacity, kept for a while whatever the answers."""
+    """Send requests at a multiple of the capacity for some time, independent of the responses."""
     route = path.replace("engine-health", "{name}")
     before = running.counted()
     outcomes = asyncio.run(offer(running.port, request_bytes, rate * multiple, SECONDS))
@@ -108,7 +108,7 @@ def backlog() -> Line:
     with service() as running:
         outcomes, held = asyncio.run(_connect_crowd(running))
     return Line(
-        f"{CONNECTIONS} connections at once to a process stopped for 3 s",
+        f"{CONNECTIONS} concurrent connections to a process stopped for 3 s",
         f"{held} were held by the kernel, the others tried again; {format_outcomes(outcomes)}; "
         f"slowest {outcomes.percentile(200, 100):.1f} s",
         "every one is answered",

@@ -26,7 +26,7 @@ def lines() -> Iterator[Line]:
 
 
 def bodies() -> Iterator[tuple[str, bytes]]:
-    """What they are, and the requests."""
+    """Return the name of each kind of body, and its requests."""
     rows = load.windows(1)[0].tolist()
     long = rows * (BYTES // len(json.dumps(rows)))
     holes = [list(row) for row in long]
@@ -69,7 +69,7 @@ def probed(running: Running, description: str, request_bytes: bytes) -> Line:
 
 
 async def _probe_during(port: int, request_bytes: bytes) -> tuple[Answer, list[float]]:
-    """The answer, and the seconds that each probe took from when the body was sent."""
+    """Return the response, and the duration in seconds of each probe since the body was sent."""
     live, probe = request("/livez", method="GET"), await Connection.to(port)
     await probe.ask(live)
     task, waits = asyncio.create_task(ask_once(port, request_bytes)), []

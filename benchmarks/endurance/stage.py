@@ -64,7 +64,7 @@ class Running:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
     def workers(self) -> list[int]:
-        """Processes that serve below it."""
+        """Return the worker processes of the service."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         return [int(pid) for pid in children if b"spawn_main" in _read_command_line(int(pid))]
 
@@ -86,7 +86,7 @@ class Running:
 
 @contextmanager
 def service(environment: Mapping[str, str] | None = None, **settings: object) -> Iterator[Running]:
-    """The service on its core, one thread of inference, logging as it is shipped; settings in lower case."""
+    """Start the service on its core with one inference thread and default logging; settings in lower case."""
     port = load.free_port()
     variables = {f"ENGINE_HEALTH_{key.upper()}": str(value) for key, value in ({"threads": 1} | settings).items()}
     arguments = [word for word in command(port) if word not in ("--drain-seconds", "0")]
@@ -97,17 +97,17 @@ def service(environment: Mapping[str, str] | None = None, **settings: object) ->
 
 
 def windows_json(rows: int, flights: int = 0) -> bytes:
-    """A request of `/v1/predict`; `flights` is how many of the window's newest rows are sent, 0 for all."""
+    """Return a request of `/v1/predict`; `flights` is the number of newest rows of the window, 0 for all."""
     return request(PREDICT, load.predict_json(load.windows(rows)[:, -flights:]), load.JSON_HEADERS)
 
 
 def windows_binary(rows: int) -> bytes:
-    """A request of the Open Inference Protocol with the binary extension, both ways."""
+    """Return a request of the Open Inference Protocol with binary input and output."""
     return request(INFER, *load.oip_binary(load.windows(rows)))
 
 
 def say(text: str) -> None:
-    """Progress, beside the table."""
+    """Print progress to standard error, separate from the table."""
     print(f"  {text}", file=sys.stderr, flush=True)
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.faults [FAULT ...]      # = make faults; five minutes
 
-Needs root for disks and memory limits of its own, and PostgreSQL's programs; a fault that cannot be made here has a
+Needs root for separate disks and memory limits, and PostgreSQL's programs; a fault that cannot be injected here has a
 line that says why. Figures also in build/faults.json.
 """
 
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def row(name: str, outcome: Outcome | str) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     if isinstance(outcome, str):
         return f"| {name} | not tried: {outcome} | | | |"
     well = "**never**" if outcome.well is None else f"{outcome.well:.1f}"

@@ -1,6 +1,6 @@
 """Clients that ask all the time: collectors, whose every acknowledged flight must be there later, and dashboards.
 
-A flight that was not acknowledged is told again, the same one, as a data collector does. Knows no fault.
+A flight that was not acknowledged is sent again, unchanged, as a data collector does.
 """
 
 import asyncio
@@ -68,7 +68,7 @@ class Clients:
         self._readings = golden()[0][0].tolist()
 
     def run(self) -> None:
-        """Ask until told to stop."""
+        """Send requests until stopped."""
         asyncio.run(self._run_clients())
 
     def stop(self) -> None:
@@ -105,7 +105,7 @@ class Clients:
 
 
 def observed(port: int, fault: Callable[[], FaultReport | None], refused: bool = False) -> Outcome:
-    """What clients see of a fault, which is over when `fault` returns; it may give something to add.
+    """Return what clients see during a fault, which ends when `fault` returns. `fault` may return a remark.
 
     `refused`: flights must have been refused meanwhile, or there was no fault.
     """

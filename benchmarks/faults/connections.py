@@ -1,4 +1,4 @@
-"""Faults of whoever connects: leaves connections open, sends a byte a second, closes half of a socket."""
+"""Faults of clients: unused connections, one byte per second, half-closed sockets."""
 
 import socket
 import time
@@ -14,12 +14,12 @@ HEARD_SECONDS = 30.0
 
 
 def left() -> Outcome:
-    """Connections on which nothing is ever sent."""
+    """Open connections and send nothing."""
     return _hold_connections(LEFT, b"", b"")
 
 
 def slow() -> Outcome:
-    """A request of which a byte comes each second: headers that do not end."""
+    """Send one byte per second of a request whose headers do not end."""
     return _hold_connections(SLOW, b"POST /v1/predict HTTP/1.1\r\nX-Slow: ", b"x")
 
 

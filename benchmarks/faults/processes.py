@@ -23,7 +23,7 @@ DESCRIPTORS, CONNECTIONS, HELD_SECONDS = 64, 200, 5
 
 @contextmanager
 def remembering(environment: Mapping[str, str] | None = None, **settings: object) -> Iterator[Running]:
-    """The service with a database file of its own, on a real disk."""
+    """Start the service with a new database file on a real disk."""
     BUILD.mkdir(exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix="faults-", dir=BUILD) as folder,
@@ -55,7 +55,7 @@ def stopped() -> Outcome:
 
 
 def out_of_memory() -> Outcome:
-    """The kernel kills a worker that asks for more memory than its control group has."""
+    """Let the kernel kill a worker that exceeds the memory of its control group."""
     with (
         remembering(workers=2, max_body_bytes=2 * BALLAST, request_seconds=5) as running,
         _create_control_group() as group,
@@ -84,7 +84,7 @@ def out_of_memory() -> Outcome:
 
 @contextmanager
 def _create_control_group() -> Iterator[Path]:
-    """A control group of this benchmark's own, version 1 or 2."""
+    """Create a control group, version 1 or 2."""
     above = CGROUPS / "memory" if (CGROUPS / "memory").is_dir() else CGROUPS
     group = above / f"engine-health-faults-{os.getpid()}"
     try:
@@ -119,7 +119,7 @@ def _read_usage(group: Path) -> int:
 
 
 def descriptors() -> Outcome:
-    """Room for 64 open files, and 200 connections."""
+    """Limit the service to 64 open files, and open 200 connections."""
     with remembering() as running:
 
         def fault() -> FaultReport:

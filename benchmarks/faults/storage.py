@@ -29,7 +29,7 @@ time.time_ns = lambda: now_ns() - {seconds} * 10**9 * os.path.exists({jumped!r})
 
 @contextmanager
 def _mount_small_disk() -> Iterator[Path]:
-    """A small file system of its own."""
+    """Mount a small file system."""
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         mount = subprocess.run(
             ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", folder], capture_output=True, text=True
@@ -43,7 +43,7 @@ def _mount_small_disk() -> Iterator[Path]:
 
 
 def full() -> Outcome:
-    """No room is left beside the database, then there is again."""
+    """Fill the disk of the database, and free it again."""
     with _mount_small_disk() as disk, service(database_url=f"sqlite:///{disk}/memory.db") as running:
 
         def fault() -> None:
@@ -89,7 +89,7 @@ def gone() -> Outcome:
 
 
 def clock() -> Outcome:
-    """The wall clock that the service's Python reads goes back an hour, while it runs, and stays there."""
+    """Set the wall clock of the running service back by one hour, permanently."""
     with tempfile.TemporaryDirectory(prefix="faults-clock-") as folder:
         jumped = Path(folder, "jumped")
         Path(folder, "sitecustomize.py").write_text(CLOCK.format(jumped=str(jumped), seconds=JUMP_SECONDS))

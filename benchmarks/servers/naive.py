@@ -17,7 +17,7 @@ app = FastAPI()
 
 @app.get("/ready")
 async def ready() -> dict[str, bool]:
-    """Takes requests."""
+    """Return 200 for readiness probes."""
     return {"ready": True}
 
 

@@ -22,7 +22,7 @@ class Health(ls.LitAPI):
         return np.array([instance["telemetry"] for instance in request["instances"]], np.float32)
 
     def batch(self, inputs):
-        """Requests differ in rows: kept as a list."""
+        """Keep requests as a list, because they differ in rows."""
         return inputs
 
     def predict(self, inputs):
@@ -32,7 +32,7 @@ class Health(ls.LitAPI):
         return list(zip(np.split(logits, ends), np.split(rul, ends), strict=True))
 
     def unbatch(self, output):
-        """An answer for each request."""
+        """Return one response per request."""
         return output
 
     def encode_response(self, output):

@@ -1,4 +1,4 @@
-"""MLServer: a custom runtime (none of its own reads ONNX); its batching on, no extra process."""
+"""MLServer with a custom runtime (no built-in one reads ONNX), batching on, no extra process."""
 
 import os
 import socket
@@ -31,7 +31,7 @@ class Health(MLModel):
 
 
 def free_port() -> str:
-    """For gRPC and metrics, which nobody calls here."""
+    """Return a port for gRPC and metrics, which are not used here."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])

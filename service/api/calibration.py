@@ -24,7 +24,7 @@ def build_router(lifecycle: Lifecycle) -> APIRouter:
 
     @router.get("/v1/calibration", openapi_extra=document_query(None, CalibrationQuery))
     async def watch(request: Request) -> Response:
-        """Calibration of stored predictions against their labels, and input drift, which needs no labels."""
+        """Compare stored predictions with their labels, and readings with the reference, which needs no labels."""
         parameters = parse_query(request.query_params.multi_items(), CalibrationQuery)
         store, predictor = lifecycle.require_store(), lifecycle.ready_predictor()
         body = await use_cases.report(store, predictor, parameters.window, parameters.periods)
@@ -42,7 +42,7 @@ def build_router(lifecycle: Lifecycle) -> APIRouter:
 
     @router.get("/v1/calibration/temperature", openapi_extra=document_query(None, NoQuery))
     async def changes(request: Request) -> Response:
-        """The active temperature and every change of it: when, by which key, from which fit."""
+        """Return the active temperature and every change of it: when, by which key, from which fit."""
         parse_query(request.query_params.multi_items(), NoQuery)
         store, predictor = lifecycle.require_store(), lifecycle.ready_predictor()
         rows = [
@@ -67,7 +67,7 @@ def build_router(lifecycle: Lifecycle) -> APIRouter:
         body = await read_body(request, limits.max_body_bytes, limits.request_seconds)
         store, submitted = lifecycle.require_store(), parse(body, TemperatureRequest)
         if (submitted.fit_id is not None) + (submitted.temperature is not None) + submitted.rollback != 1:
-            message = "say one of fit_id, temperature and rollback"
+            message = "expected exactly one of fit_id, temperature and rollback"
             raise InvalidInput(message, (Fault((), message),))
         actor = fingerprint(dict(request.scope["headers"]))
         await use_cases.apply_temperature(

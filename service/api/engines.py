@@ -23,7 +23,7 @@ def build_router(lifecycle: Lifecycle, offloader: Offloader) -> APIRouter:
 
     @router.get("/v1/engines", openapi_extra=document_query("EnginesResponse", EnginesQuery))
     async def engines(request: Request) -> Response:
-        """The latest health of every stored engine, worst first, 100 per page."""
+        """Return the latest health of every stored engine, worst first, 100 per page."""
         parameters = parse_query(request.query_params.multi_items(), EnginesQuery)
         store, classes = lifecycle.require_store(), lifecycle.ready_predictor().model.manifest.classes
         page = await store.engines(_page_query(parameters, classes))
@@ -36,7 +36,7 @@ def build_router(lifecycle: Lifecycle, offloader: Offloader) -> APIRouter:
         store = lifecycle.require_store()
         predictions = await store.history(engine_id, parameters.superseded)
         if predictions is None:
-            raise NotFound(f"nothing is remembered of an engine {engine_id[:200]!r}")
+            raise NotFound(f"no flight or prediction is stored for engine {engine_id[:200]!r}")
         body = await offloader.run(lambda: history_json(engine_id, predictions))
         if parameters.sensors:
             manifest = lifecycle.ready_predictor().model.manifest

@@ -34,7 +34,7 @@ def build_router(lifecycle: Lifecycle, offloader: Offloader) -> APIRouter:
 
     @router.post("/v1/outcomes", openapi_extra=document_route("OutcomeRequest", "OutcomeResponse", "409", "501"))
     async def outcomes(request: Request) -> Response:
-        """The failure of an engine, which labels its stored history and later predictions of it."""
+        """Store the failure of an engine, which labels its stored history and later predictions of it."""
         media_type(request, (JSON,))
         body = await read_body(request, limits.max_body_bytes, limits.request_seconds)
         store, submitted = lifecycle.require_store(), parse(body, OutcomeRequest)

@@ -80,19 +80,19 @@ def build_router(lifecycle: Lifecycle, infer: Endpoint) -> APIRouter:
 
     @router.get("/v2/health/live")
     async def live() -> dict[str, bool]:
-        """The process runs."""
+        """Return 200 while the process is running."""
         return {"live": True}
 
     @router.get("/v2/health/ready", openapi_extra=documentation)
     async def ready() -> dict[str, bool]:
-        """A model is verified; send traffic."""
+        """Return 200 if a model is verified, otherwise 503."""
         lifecycle.accepting_predictor()
         return {"ready": True}
 
     @router.get("/v2/models/{name}/versions/{version}", openapi_extra=documentation)
     @router.get("/v2/models/{name}", openapi_extra=documentation)
     async def model(name: str, version: str | None = None) -> Response:
-        """Inputs and outputs of the model."""
+        """Return inputs and outputs of the model."""
         return json_response(metadata(check_name(lifecycle.ready_predictor().model, name, version)))
 
     @router.get("/v2/models/{name}/versions/{version}/ready", openapi_extra=documentation)
@@ -110,7 +110,7 @@ def build_router(lifecycle: Lifecycle, infer: Endpoint) -> APIRouter:
 
     @router.post("/v2/repository/index", openapi_extra=documentation)
     async def index() -> list[dict[str, str]]:
-        """The models of this server (admin)."""
+        """Return the models of this server (admin)."""
         manifest = lifecycle.ready_predictor().model.manifest
         return [{"name": manifest.name, "version": manifest.version, "state": "READY", "reason": ""}]
 

@@ -21,12 +21,12 @@ def build_router(lifecycle: Lifecycle) -> APIRouter:
 
     @router.get("/livez")
     async def livez() -> dict[str, str]:
-        """The process runs."""
+        """Return 200 while the process is running."""
         return {"status": "live"}
 
     @router.get("/readyz", openapi_extra=document_route(None, None))
     async def readyz() -> Response:
-        """A model is verified; send traffic."""
+        """Return 200 if a model is verified, otherwise 503."""
         return json_response({"status": "ready", "digest": lifecycle.accepting_predictor().model.digest})
 
     @router.get("/metrics", response_class=PlainTextResponse)
@@ -44,7 +44,7 @@ def build_model_router(lifecycle: Lifecycle) -> APIRouter:
 
     @router.get("/v1/model", openapi_extra=document_route(None, None))
     async def model() -> Response:
-        """The manifest of the active model, its digest, its temperature and the limits of this service."""
+        """Return the manifest of the active model, its digest, its temperature and the limits of this service."""
         return json_response(model_json(lifecycle.ready_predictor(), lifecycle.settings))
 
     return router

@@ -173,7 +173,7 @@ def _inflated_buffers(batch: FlatbufferTable, body: bytes | memoryview, body_beg
     compressed, total = batch.field_position(3) != 0, 0
     for offset, length in struct.iter_unpack("<qq", batch.data[begin : begin + 16 * count]):
         if offset < 0 or length < 0 or body_begin + offset + length > len(body):
-            raise malformed_stream("a buffer lies behind the end")
+            raise malformed_stream("a buffer is beyond the end of the stream")
         inflated = read_number(INT64, body, body_begin + offset) if compressed and length >= 8 else -1
         total += length if inflated < 0 else inflated
     return total

@@ -98,7 +98,7 @@ class EvaluateRequest(Struct, forbid_unknown_fields=True):
 
 
 class Flight(Struct, forbid_unknown_fields=True):
-    """What one engine's sensors said at one cycle."""
+    """The readings of one engine at one cycle."""
 
     engine_id: EngineId
     cycle: Cycle
@@ -131,7 +131,7 @@ class LabelsRequest(Struct, forbid_unknown_fields=True):
     """Truths that arrive late."""
 
     labels: Annotated[list[LabelRow], Meta(min_length=1)]
-    revise: Annotated[bool, Meta(description="As if every row said so.")] = False
+    revise: Annotated[bool, Meta(description="Applies to every row.")] = False
 
 
 class Tensor(Struct):

@@ -83,7 +83,7 @@ def build_router() -> APIRouter:
 
     @router.get("/")
     async def index(request: Request) -> Response:
-        """The console."""
+        """Return the page of the console."""
         return await page(request)
 
     router.add_api_route("/console/{name}", page, methods=["GET"])

@@ -55,7 +55,9 @@ class Layout:
         output_columns = {"health", "rul", "prediction_set", "expected_loss", "loss", *probabilities}
         for flag, name in (("--engine-column", options.engine_column), ("--cycle-column", options.cycle_column)):
             if name in output_columns:
-                raise InvalidInput(f"{flag} {name}: the output has a column of its own of this name")
+                raise InvalidInput(
+                    f"{flag} {name}: the output has another column with this name; rename the input column"
+                )
         unknown = sorted(set(options.columns) - set(self.channels))
         if unknown:
             raise InvalidInput(f"--map {unknown[0]}: this model has no such channel; it has {', '.join(self.channels)}")

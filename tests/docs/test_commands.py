@@ -140,6 +140,7 @@ def test_commands_wrong_response_is_detected() -> None:
     shown = parse_shown('{"n": 1.0, "digest": "a...", "rows": [{"cycle": 1, ...}], "text": "ab...", ...}')
     actual = {"n": 1.001, "digest": "b", "rows": [{"cycle": 1, "x": 2}], "text": "abc", "other": 1}
     assert agrees(shown, actual)
-    for change in ({"n": 1.1}, {"rows": []}, {"rows": [{"cycle": 2}]}, {"text": "b"}, {"n": None}):
+    changes: list[dict[str, Any]] = [{"n": 1.1}, {"rows": []}, {"rows": [{"cycle": 2}]}, {"text": "b"}, {"n": None}]
+    for change in changes:
         assert not agrees(shown, actual | change)
     assert not agrees({"missing": None}, {})

@@ -137,7 +137,7 @@ def test_site_builds_without_warnings(tmp_path: Path) -> None:
     if not mkdocs.exists():
         assert not os.environ.get("CI"), "mkdocs is not installed"
         pytest.skip("mkdocs is not installed: extra `docs`")
-    command = [mkdocs, "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"]
+    command = [str(mkdocs), "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert 0 == done.returncode, done.stderr
     assert len(list((tmp_path / "site").rglob("index.html"))) > 25
