@@ -241,7 +241,7 @@ def report(load: Load, browser: Browser, home: str, rounds: int, seconds: float)
         + ", ".join(f"{median:.1f} {kind}" for median, kind in zip(p99, KINDS, strict=True))
     )
     print(
-        f"ratios to unseen: {p99[1] / p99[0]:.2f} by the requests alone, {p99[2] / p99[0]:.2f} with the browser on the same machine"
+        f"ratios to no page: {p99[1] / p99[0]:.2f} with the requests alone, {p99[2] / p99[0]:.2f} with the browser"
     )
     print(f"flights not answered with 200: {sum(result.failed for turn in turns for result in turn)}")
 

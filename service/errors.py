@@ -71,7 +71,7 @@ class InputRejected(ServiceError):
 
 
 class InvalidInput(InputRejected):
-    """Well-formed, but a value is wrong."""
+    """A well-formed request with an invalid value."""
 
 
 class MalformedJson(InputRejected):
@@ -82,14 +82,14 @@ class MalformedJson(InputRejected):
 
 
 class MalformedArrow(InputRejected):
-    """A body that is not an Arrow stream, or a hostile one."""
+    """A body that is not a valid Arrow stream."""
 
     code = Code.MALFORMED_ARROW
     reason = "not_arrow"
 
 
 class UnsupportedMediaType(InputRejected):
-    """A content type that this call does not read."""
+    """A content type that the call does not support."""
 
     code = Code.UNSUPPORTED_MEDIA_TYPE
     reason = "unsupported_media_type"
@@ -146,7 +146,7 @@ class ApiKeyUnknown(Unauthorized):
 
 
 class Forbidden(InputRejected):
-    """The root of admin calls that are refused."""
+    """The root of rejected admin calls."""
 
     reason = "forbidden"
 

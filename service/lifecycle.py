@@ -68,7 +68,7 @@ class Lifecycle:
             NotReady: no model is verified yet.
         """
         if self.predictor is None:
-            raise NotReady("no model has proved itself yet")
+            raise NotReady("no model is verified yet")
         return self.predictor
 
     def accepting_predictor(self) -> Predictor:
@@ -79,7 +79,7 @@ class Lifecycle:
             Draining: the process is shutting down.
         """
         if self.draining:
-            raise Draining("draining: this process is about to close")
+            raise Draining("draining: this process is shutting down")
         return self.ready_predictor()
 
     def require_store(self) -> Store:
@@ -89,7 +89,7 @@ class Lifecycle:
             StoreNotConfigured: no database is configured.
         """
         if self.store is None:
-            raise StoreNotConfigured("this service is stateless: set ENGINE_HEALTH_DATABASE_URL to remember anything")
+            raise StoreNotConfigured("no store is configured: set ENGINE_HEALTH_DATABASE_URL and restart")
         return self.store
 
     async def open(self, on_rejected: Callable[[str], None]) -> None:
@@ -124,7 +124,7 @@ class Lifecycle:
         try:
             await self.reload()
         except ArtefactRejected as error:
-            log.error("reload refused, the model that answers goes on: %s", error.detail)
+            log.error("reload rejected, the active model is unchanged: %s", error.detail)
 
     def drain(self) -> None:
         """Become unready, and continue to serve."""
@@ -178,9 +178,9 @@ class Lifecycle:
                     log.error("the store is unavailable, predictions are not stored: %s", error.detail)
             except Exception:  # the next poll tries again
                 up = False
-                log.exception("the memory could not be looked after")
+                log.exception("maintenance of the store failed")
             if up and not was_up:
-                log.info("the database answers again")
+                log.info("the database responds again")
             was_up = up
             self.metrics.store_up.set(up)
             await asyncio.sleep(STORE_POLL_SECONDS)
@@ -261,7 +261,7 @@ class Lifecycle:
         try:
             await self._load(copy)
         except ArtefactRejected as error:
-            log.error("another worker's model was refused: %s", error.detail)
+            log.error("the model that another worker loaded was rejected: %s", error.detail)
 
 
 async def _trim_malloc() -> None:

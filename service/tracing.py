@@ -34,7 +34,7 @@ def open_tracing(environment: Mapping[str, str] = os.environ) -> "Tracing | None
             raise ValueError(f"the protocol is {PROTOCOL}, not {protocol[:40]}")
         return Tracing()
     except ImportError as error:
-        log.warning("no spans: %s is not installed (engine-health[tracing])", error.name)
+        log.warning("no spans: %s is not installed: install the extra `tracing`", error.name)
     except Exception as error:  # an error of tracing does not stop the service
         log.warning("no spans: %s", error)
     return None

@@ -174,7 +174,7 @@ def test_without_a_collector_everything_else_goes_on(windows: Readings, listenin
 @pytest.mark.parametrize(
     ("setting", "why"),
     [
-        ({}, "opentelemetry.instrumentation.asgi is not installed (engine-health[tracing])"),
+        ({}, "opentelemetry.instrumentation.asgi is not installed: install the extra `tracing`"),
         ({"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, "the protocol is http/protobuf, not grpc"),
         ({"OTEL_SDK_DISABLED": "true"}, None),
         ({"OTEL_TRACES_EXPORTER": "none"}, None),

@@ -26,7 +26,7 @@ Reason = Literal["too_few_engines", "too_few_rows", "one_class", "no_finite_temp
 
 
 class FitRefused(ValueError):
-    """These labels do not support another temperature. The message is a sentence, `reason` is the case."""
+    """The labels do not support another temperature. The message is a sentence, `reason` is the case."""
 
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)
@@ -56,7 +56,7 @@ class TemperatureFit:
 
     @property
     def significant(self) -> bool:
-        """Whether the whole interval of cross-entropy is below zero. If not, the gain may be noise."""
+        """Return whether the whole interval of cross-entropy is below zero. If not, the gain may be noise."""
         return self.cross_entropy.interval[1] < 0
 
 

@@ -23,13 +23,13 @@ class ApiKeys:
         self._api, self._admin = _hashes(settings.api_keys), _hashes(settings.admin_keys)
 
     def needed_for(self, method: str, path: str) -> bool:
-        """Return whether a call is refused without a key."""
+        """Return whether a call needs a key."""
         if is_admin(method, path):
             return True
         return bool(self._api) and not (path in OPEN or path.startswith(OPEN_PREFIXES) or method == "OPTIONS")
 
     def check(self, method: str, path: str, headers: RawHeaders) -> None:
-        """Accept or refuse a call.
+        """Accept or reject a call.
 
         Raises:
             ApiKeyMissing: the request has no key.
@@ -41,14 +41,14 @@ class ApiKeys:
             return
         admin = is_admin(method, path)
         if admin and not self._admin:
-            raise AdminDisabled("this call is turned off: no ENGINE_HEALTH_ADMIN_KEYS are set")
+            raise AdminDisabled("admin calls are disabled: set ENGINE_HEALTH_ADMIN_KEYS and restart")
         key_hash = _key_hash(headers)
         if key_hash is None:
-            raise ApiKeyMissing("a key is needed: Authorization: Bearer KEY, or X-API-Key: KEY")
+            raise ApiKeyMissing("an API key is required: send Authorization: Bearer KEY, or X-API-Key: KEY")
         if _contains(self._admin, key_hash):
             return
         if not _contains(self._api, key_hash):
-            raise ApiKeyUnknown("this key is not known")
+            raise ApiKeyUnknown("this API key is not configured")
         if admin:
             raise NotAdmin("this API key is not authorised for admin calls")
 

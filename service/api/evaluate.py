@@ -67,7 +67,5 @@ def _warnings(logits: Floats) -> list[dict[str, Any]]:
     """Return the rows of logits that look like probabilities."""
     suspicious = (logits >= 0).all(axis=1) & (abs(logits.sum(axis=1) - 1) <= PROBABILITY_TOLERANCE)
     rows = np.flatnonzero(suspicious).tolist() if logits.shape[1] > 1 else []
-    text = (
-        "looks like probabilities, not logits: softmax was applied again, as asked; send ln p to evaluate probabilities"
-    )
+    text = "looks like probabilities, not logits; softmax was applied. To evaluate probabilities, send their logarithms"
     return [{"rows": rows, "msg": text}] if rows else []

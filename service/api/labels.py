@@ -42,8 +42,8 @@ def build_router(lifecycle: Lifecycle, offloader: Offloader) -> APIRouter:
         outcome = await store.record_outcome(engine, cycle, submitted.revise)
         if outcome.result == "conflict":
             raise Conflict(
-                f"engine {engine!r} is known to have failed at cycle {outcome.failed_at}, not {cycle}; "
-                '"revise": true would replace it',
+                f"engine {engine!r} is stored as failed at cycle {outcome.failed_at}, not {cycle}; "
+                'send "revise": true to replace it',
                 results=[{"result": "conflict", "given": cycle, "known": outcome.failed_at}],
             )
         result = {"result": outcome.result, "labelled": outcome.labelled}

@@ -106,7 +106,7 @@ class RequestMiddleware:
         try:
             path = scope["path"]
             if CONTROL_CHARACTER.search(path):  # some patterns match before a last newline, and others do not
-                raise HTTPException(404, "no path has control characters")
+                raise HTTPException(404, "the path contains control characters")
             route = self._fast_routes.get((scope["method"], path)) or self._index.fast_route(scope)
             if route is None:
                 await self._call_router(handling, receive)
@@ -118,7 +118,9 @@ class RequestMiddleware:
         except asyncio.CancelledError:  # the process closes, and stops waiting for incomplete requests
             if handling.begun:
                 raise
-            await self._refuse(handling, receive, Draining("this process closes before the request was answered"))
+            await self._refuse(
+                handling, receive, Draining("this process shuts down before the request was answered; send it again")
+            )
         except Exception as error:  # every request gets a response
             if not handling.begun:
                 await self._refuse(handling, receive, error)

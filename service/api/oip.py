@@ -218,9 +218,11 @@ def _requested_outputs(inference: DecodedInference, model: Model) -> list[tuple[
     for output in requested:
         if output.name not in available:
             reason = " (needs the input 'label')" if output.name == "loss" else ""
-            raise InvalidInput(f"output {output.name[:80]!r} is not there{reason}; outputs are {', '.join(available)}")
+            raise InvalidInput(
+                f"output {output.name[:80]!r} does not exist{reason}; outputs are {', '.join(available)}"
+            )
         if output.parameters.get("classification"):
-            raise InvalidInput(f"output {output.name!r}: classification is not offered; ask for 'health'")
+            raise InvalidInput(f"output {output.name!r}: classification is not supported; request 'health'")
     if len({output.name for output in requested}) != len(requested):
         raise InvalidInput("duplicate output in outputs")
     return [(output.name, _flag(output.parameters, "binary_data", default)) for output in requested]

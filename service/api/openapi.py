@@ -25,7 +25,7 @@ from service.server.media_types import JSON
 ARROW_TABLE = {
     "type": "string",
     "format": "binary",
-    "description": "An Arrow stream of flights: a column of numbers for each channel, by name, and where known "
+    "description": "An Arrow stream of flights: one column of numbers per channel, by name, and optionally "
     "`engine_id` (strings), `cycle` (integers) and `label` (class names or indices). The rows of one engine, by cycle, "
     "are one instance, labelled as its newest row is; without `engine_id` the whole table is one.",
 }
@@ -55,7 +55,9 @@ def document_route(
         return {"content": {media_type: {"schema": {"$ref": f"#/components/schemas/{name}"}}}}
 
     refusal = {"description": "Problem", **content(*problem)}
-    extra: dict[str, Any] = {"responses": {"200": {"description": "Answer", **(content(response) if response else {})}}}
+    extra: dict[str, Any] = {
+        "responses": {"200": {"description": "Response", **(content(response) if response else {})}}
+    }
     always = ("400", "401", "403", "408", "413", "415", "422", "429", "503") if request else ("401", "403", "503")
     extra["responses"] |= dict.fromkeys((*always, *codes), refusal)
     return extra | ({"requestBody": {"required": True, **content(request)}} if request else {})

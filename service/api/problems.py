@@ -89,7 +89,11 @@ def problem(error: Exception, path: str, metrics: Metrics) -> BytesResponse:
             code = Code.ORIGIN_NOT_ALLOWED
     else:
         log.error("unexpected error on %s", path, exc_info=error)
-        status, code, detail = 500, Code.INTERNAL_ERROR, "this is a fault of the service; its log says more"
+        status, code, detail = (
+            500,
+            Code.INTERNAL_ERROR,
+            "internal error; the log has the stack trace under this request id",
+        )
     protocol = path == "/v2" or path.startswith("/v2/")
     if protocol and status == 422:
         status = 400  # the protocol has one status for every wrong request

@@ -26,7 +26,7 @@ class AttributionBody(Struct):
 
 
 class PredictionBody(Struct):
-    """The answer for one instance. Losses are in nats, RUL in cycles."""
+    """The prediction of one instance. Losses are in nats, RUL in cycles."""
 
     prediction_id: Annotated[str | None, Meta(description="None if it could not be stored.")]
     engine_id: str | None
@@ -92,7 +92,7 @@ class EngineBody(Struct):
 
 
 class EnginesResponse(Struct):
-    """A page of engines, the worst first; `next` asks for the page after, null on the last."""
+    """A page of engines, the worst first; `next` is the cursor of the next page, null on the last page."""
 
     engines: list[EngineBody]
     total: int
@@ -146,7 +146,7 @@ class HistoryResponse(Struct):
     failed_at_cycle: int | None
     history: list[StoredPredictionBody]
     sensors: Annotated[
-        SensorsBody | msgspec.UnsetType | None, Meta(description="None if no model says what is usual.")
+        SensorsBody | msgspec.UnsetType | None, Meta(description="null if the manifest of the model has no baselines.")
     ] = msgspec.UNSET
 
 

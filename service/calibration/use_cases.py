@@ -64,7 +64,7 @@ async def report(store: Store, predictor: Predictor, window: str | None, periods
 
     Raises:
         InvalidInput: the window is malformed.
-        StoreUnavailable: the database does not answer.
+        StoreUnavailable: the database does not respond.
     """
     now = time.time()
     counted = await _counted(store, predictor.model, window, now)
@@ -77,7 +77,7 @@ async def fit(store: Store, predictor: Predictor, window: str | None) -> dict[st
     Raises:
         Conflict: these labels give no better temperature; the detail has the reason.
         InvalidInput: the window is malformed.
-        StoreUnavailable: the database does not answer.
+        StoreUnavailable: the database does not respond.
     """
     now, model = time.time(), predictor.model
     counted = await _counted(store, model, window, now)
@@ -116,7 +116,7 @@ async def apply_temperature(
     Raises:
         NotFound: no such fit.
         Conflict: a fit of another model, or nothing to restore.
-        StoreUnavailable: the database does not answer.
+        StoreUnavailable: the database does not respond.
     """
     model = predictor.model
     change = TemperatureChange(model.digest, model.manifest, fit_id, temperature, actor, time.time())

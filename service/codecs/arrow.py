@@ -60,7 +60,7 @@ def read_table(body: bytes | memoryview, limit: int) -> ArrowTable:
     try:
         import pyarrow
     except ImportError:
-        message = f"{ARROW} needs pyarrow, which this service lacks: install engine-health[tables]"
+        message = f"{ARROW} needs pyarrow, which is not installed: install the extra `tables`"
         raise UnsupportedMediaType(message) from None
     bytes_left = limit - inflated_size(body, limit)
     batches = []

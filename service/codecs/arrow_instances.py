@@ -72,7 +72,7 @@ def group_instances(table: ArrowTable, model: Model) -> TableInstances:
     """
     window, channels = model.manifest.window, model.channels
     if not channels or model.input_shape not in ((len(channels),), (window, len(channels))):
-        raise UnsupportedMediaType(f"{ARROW}: this model's input {list(model.input_shape)} is no row of named channels")
+        raise UnsupportedMediaType(f"{ARROW}: this model's input {list(model.input_shape)} has no named channels")
     _check_columns(table, channels)
     columns = {column.name: column for column in table.columns}
     names, engine = _read_engines(columns, table.rows)
@@ -91,7 +91,7 @@ def group_instances(table: ArrowTable, model: Model) -> TableInstances:
 
 
 def _check_columns(table: ArrowTable, channels: tuple[str, ...]) -> None:
-    """Refuse a table that lacks a channel, or has a column that is unknown, a duplicate, or of the wrong type."""
+    """Reject a table without a channel, or with a column that is unknown, a duplicate, or of the wrong type."""
     expected = dict.fromkeys(channels, ("numbers", NUMBERS)) | KEY_COLUMNS
     column_counts = Counter(column.name for column in table.columns)
     faults = [Fault((name,), MISSING_CHANNEL) for name in channels if name not in column_counts]
@@ -99,7 +99,7 @@ def _check_columns(table: ArrowTable, channels: tuple[str, ...]) -> None:
         if name not in expected:
             faults.append(Fault((name[:80],), "unknown column"))
         elif column_counts[name] > 1:
-            faults.append(Fault((name,), "there is more than one column of this name"))
+            faults.append(Fault((name,), "more than one column has this name"))
         elif kind not in expected[name][1]:
             faults.append(Fault((name,), f"expected a column of {expected[name][0]}, got {kind[:80]}"))
     if not (table.rows or faults):
@@ -152,7 +152,7 @@ def _sort_rows(engine: RowIndices, cycle: RowIndices) -> RowIndices | None:
     order = np.lexsort((cycle, engine))
     engine, cycle = engine[order], cycle[order]
     duplicates = np.flatnonzero((engine[1:] == engine[:-1]) & (cycle[1:] == cycle[:-1]))[:MAX_FAULTS].tolist()
-    refuse([Fault(("instances", int(engine[i]), CYCLE), f"cycle {cycle[i]} stands in two rows") for i in duplicates])
+    refuse([Fault(("instances", int(engine[i]), CYCLE), f"cycle {cycle[i]} occurs in two rows") for i in duplicates])
     return order
 
 
@@ -174,7 +174,7 @@ def decode_table(instances: TableInstances, model: Model, hold: bool) -> Decoded
     for i, (begin, end) in enumerate(pairwise(instances.bounds.tolist())):
         history = readings[begin:end]
         rows: Batch | None = history
-        if window is not None and not all_finite:  # then `hold` is set, otherwise they were refused
+        if window is not None and not all_finite:  # then `hold` is set, otherwise they were rejected
             rows, held_counts = hold_window(history, window, channels, ("instances", i, "telemetry"), faults)
             imputed += held_counts
         if rows is not None:
@@ -192,7 +192,7 @@ def _read_channels(instances: TableInstances, channels: tuple[str, ...]) -> Batc
         values, present = instances.columns[name].numbers()
         if values.dtype.kind in "iu":
             values = values.astype(np.float64)  # as JSON numbers are, so that both are rounded to the same float32
-        with np.errstate(over="ignore", invalid="ignore"):  # values that are not finite are refused later
+        with np.errstate(over="ignore", invalid="ignore"):  # values that are not finite are rejected later
             readings[:, k] = values
         readings[~present, k] = np.nan
     return readings if instances.order is None else readings[instances.order]
@@ -201,7 +201,7 @@ def _read_channels(instances: TableInstances, channels: tuple[str, ...]) -> Batc
 def _refuse_not_finite(
     readings: Batch, instances: TableInstances, channels: tuple[str, ...], hold: bool, single: bool
 ) -> None:
-    """Refuse readings that are infinite as float32, and missing ones if they are not held."""
+    """Reject readings that are infinite as float32, and missing ones if they are not held."""
     refused = np.isinf(readings) if hold else ~np.isfinite(readings)
     faults = []
     for row in np.flatnonzero(refused.any(axis=1))[:MAX_FAULTS].tolist():

@@ -139,7 +139,7 @@ def _read_messages(body: bytes | memoryview) -> Iterator[tuple[FlatbufferTable, 
 
 
 def _check_schema(schema: FlatbufferTable, metadata_bytes: int) -> int:
-    """Refuse too many columns, and nested ones, which could be referenced any number of times.
+    """Reject too many columns, and nested ones, which could be referenced any number of times.
 
     Return `metadata_bytes` with the metadata of the schema added.
     """
@@ -148,7 +148,7 @@ def _check_schema(schema: FlatbufferTable, metadata_bytes: int) -> int:
     metadata_bytes = _add_metadata_bytes(schema, 2, metadata_bytes)
     for field in schema.tables(1):
         if field.vector(5, 4)[1]:
-            name, message = field.text(0).decode(errors="replace")[:80], "a column of lists or structs is not read"
+            name, message = field.text(0).decode(errors="replace")[:80], "columns of lists or structs are not supported"
             raise InvalidInput(f"{name}: {message}", (Fault((name,), message),))
         metadata_bytes = _add_metadata_bytes(field, 6, metadata_bytes)
     return metadata_bytes

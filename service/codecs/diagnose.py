@@ -25,7 +25,7 @@ from service.errors import Fault, MalformedJson
 from service.inference.onnx_model import Batch
 
 MAX_INTEGER_DIGITS = 400  # longer integers exceed float64
-MAX_EXTRA_LISTS = 4096  # beyond the expected ones; text with more is refused before it is parsed
+MAX_EXTRA_LISTS = 4096  # beyond the expected ones; text with more is rejected before it is parsed
 JsonValue = Any
 
 
@@ -66,7 +66,7 @@ def _parse_parts(text: bytes, loc: Loc) -> Iterator[JsonValue]:
             refuse([Fault(loc, f"expected rows of numbers, got one of more than {MAX_ROW_BYTES} bytes")])
         value = _load_value(piece, loc)
         if k and value == []:
-            raise MalformedJson(f"{describe(loc)} is not JSON: there is no value behind a comma")
+            raise MalformedJson(f"{describe(loc)} is not JSON: a value is missing after a comma")
         yield value
 
 
@@ -85,7 +85,7 @@ def _refuse_constant(name: str) -> JsonValue:
 
 
 def _parse_integer(digits: str) -> float:
-    return int(digits) if len(digits) < MAX_INTEGER_DIGITS else float(digits)  # infinite, and refused later
+    return int(digits) if len(digits) < MAX_INTEGER_DIGITS else float(digits)  # infinite, and rejected later
 
 
 def _rows_from_columns(value: JsonValue, channels: tuple[str, ...], loc: Loc, faults: list[Fault]) -> JsonValue:

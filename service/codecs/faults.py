@@ -58,7 +58,7 @@ def invalid_input(loc: Loc, message: str) -> InvalidInput:
 
 
 def check_row_count(field: str, rows: int, max_rows: int) -> None:
-    """Refuse more rows than one call may have.
+    """Reject more rows than the limit of one call.
 
     Raises:
         InvalidInput: more than `max_rows` rows.

@@ -38,7 +38,7 @@ class PlainInstances(NamedTuple):
 
 
 def parse_plain_predict(body: bytes | memoryview, model: Model, max_instances: int) -> PlainInstances | None:
-    """Decode a body of nothing but plain instances; None for any other body."""
+    """Decode a body that consists of plain instances only; None for any other body."""
     window, width = model.manifest.window, len(model.channels)
     if window is None:
         return None

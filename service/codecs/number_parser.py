@@ -63,7 +63,7 @@ class NumberParser(Protocol):
 
 
 class SimdjsonParser:
-    """Write the numbers straight into buffers. Each thread keeps one parser, whose buffers are reused."""
+    """Write the numbers directly into buffers. Each thread has one parser, whose buffers are reused."""
 
     def __init__(self) -> None:
         import simdjson

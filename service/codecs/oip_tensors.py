@@ -1,4 +1,4 @@
-"""Decode and encode tensors of the Open Inference Protocol, version 2: JSON and the binary extension. Knows no model.
+"""Decode and encode tensors of the Open Inference Protocol, version 2, as JSON and with the binary extension.
 
 https://github.com/kserve/open-inference-protocol and Triton's extension_binary_data.md.
 """
@@ -48,7 +48,7 @@ def decode_inference(body: bytes | memoryview, header_length: str | None, dtypes
             raise InvalidInput(f"Inference-Header-Content-Length: {header_length[:40]!r} is not a number of bytes")
         json_size = int(header_length)
         if json_size > len(body):
-            raise InvalidInput(f"Inference-Header-Content-Length says {json_size}, the body has {len(body)} bytes")
+            raise InvalidInput(f"Inference-Header-Content-Length is {json_size}, the body has {len(body)} bytes")
     text = body[:json_size] if json_size < len(body) else body
     request = parse(text, InferRequest)
     inputs: dict[str, TensorArray] = {}
@@ -62,7 +62,7 @@ def decode_inference(body: bytes | memoryview, header_length: str | None, dtypes
         inputs[tensor.name], position = _decode_tensor(tensor, body, position)
         tensor.data = UNSET  # the array has the numbers, and the raw JSON would keep the body in memory
     if position != len(body):
-        raise InvalidInput(f"{len(body) - position} bytes are left behind the last binary tensor")
+        raise InvalidInput(f"{len(body) - position} bytes follow the last binary tensor")
     return DecodedInference(request, inputs)
 
 
@@ -70,10 +70,12 @@ def _decode_tensor(tensor: Tensor, body: bytes | memoryview, position: int) -> t
     """Return the numbers of a tensor, and the position of the next binary tensor."""
     place, dtype = f"input {tensor.name!r}", DTYPES[tensor.datatype]
     if len(tensor.shape) > MAX_DIMENSIONS:
-        raise InvalidInput(f"{place}: shape has {len(tensor.shape)} sides, at most {MAX_DIMENSIONS} are taken")
+        raise InvalidInput(f"{place}: shape has {len(tensor.shape)} dimensions, the limit is {MAX_DIMENSIONS}")
     for side in tensor.shape:
         if not 0 <= side <= MAX_ELEMENTS:
-            raise InvalidInput(f"{place}: shape {tensor.shape[:8]} has a side that is not from 0 to {MAX_ELEMENTS}")
+            raise InvalidInput(
+                f"{place}: shape {tensor.shape[:8]} has a dimension that is not from 0 to {MAX_ELEMENTS}"
+            )
     if math.prod(max(side, 1) for side in tensor.shape) > MAX_ELEMENTS:  # numpy also limits the other sides if one is 0
         raise InvalidInput(f"{place}: shape {tensor.shape[:8]} is larger than any body")
     count = math.prod(tensor.shape)
@@ -85,16 +87,16 @@ def _decode_tensor(tensor: Tensor, body: bytes | memoryview, position: int) -> t
             f"{place}: binary_data_size {str(size)[:40]}, but shape {tensor.shape[:8]} needs another size"
         )
     if not isinstance(tensor.data, UnsetType):
-        raise InvalidInput(f"{place}: both data and binary_data_size")
+        raise InvalidInput(f"{place}: expected data or binary_data_size, got both")
     if position + size > len(body):
-        raise InvalidInput(f"{place}: {size} bytes announced, {len(body) - position} are there")
+        raise InvalidInput(f"{place}: {size} bytes expected, got {len(body) - position}")
     values: TensorArray = np.frombuffer(body, dtype, count, position).reshape(tensor.shape)
     return values, position + size
 
 
 def _parse_json_data(tensor: Tensor, place: str, dtype: np.dtype[Any], count: int) -> TensorArray:
     if isinstance(tensor.data, UnsetType):
-        raise InvalidInput(f"{place}: neither data nor binary_data_size")
+        raise InvalidInput(f"{place}: expected data or binary_data_size")
     floats = dtype.kind == "f"
     values = parse_numbers(bytes(tensor.data), "d" if floats else "i")
     if floats and values is not None:

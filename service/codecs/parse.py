@@ -62,7 +62,7 @@ def _validation_error(error: msgspec.ValidationError) -> InvalidInput:
 
 
 def _check_json(body: bytes | memoryview) -> None:
-    """Refuse a body that is not JSON as a whole. No objects are created: many small ones take a gigabyte.
+    """Reject a body that is not JSON as a whole. No objects are created: many small ones take a gigabyte.
 
     Raises:
         MalformedJson: the body is not JSON, or nested too deeply.

@@ -65,14 +65,14 @@ def decode_predict_table(
 
 
 def _check_count(instances: int, explain: bool, model: Model, max_instances: int) -> None:
-    """Refuse more instances than one call may have; an explained one counts once per channel."""
+    """Reject more instances than the limit of one call; an explained one counts once per channel."""
     if explain and model.manifest.conditions is None:
-        message = "this model does not say what is usual (`conditions`), so its answers cannot be explained"
+        message = "the manifest of this model has no baselines (`conditions`), so predictions cannot be explained"
         raise InvalidInput(message, (Fault(("explain",), message),))
-    verb = "explained" if explain else "taken"
+    kind = "explained instances" if explain else "instances"
     limit = max_instances // max(1, len(model.channels)) if explain else max_instances
     if instances > limit:
-        refuse([Fault(("instances",), f"{instances} instances, at most {limit} are {verb} in one call")])
+        refuse([Fault(("instances",), f"{instances} instances, the limit is {limit} {kind} per call")])
 
 
 class EvaluateInputs(NamedTuple):

@@ -35,8 +35,8 @@ EXAMPLE_ROW = [
 Telemetry = Annotated[
     Raw,
     Meta(
-        description="Rows oldest first, one value a channel in the manifest's order; or an object of channel name to "
-        "values. Fewer rows than the window are padded with the oldest, of more the newest count.",
+        description="Rows, oldest first, with one value per channel in the order of the manifest; or an object from "
+        "channel name to values. Fewer rows than the window are padded with the oldest; of more rows the newest are used.",
         extra_json_schema={
             "anyOf": [
                 {"type": "array", "minItems": 1, "items": {"type": "array", "items": {"type": ["number", "null"]}}},
@@ -50,14 +50,14 @@ MAX_NAME_LENGTH = 200  # characters of an engine's id
 MAX_CYCLE = 2**53  # beyond it JSON numbers are not exact
 Label = str | int | list[float]
 Temperature = Annotated[float, Meta(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, description="Divides the logits.")]
-CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")  # refused in engine ids: no URL path can contain them
+CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")  # rejected in engine ids: no URL path can contain them
 _PRINTED = "^[^\\x00-\\x1f\\x7f]*$(?!\\n)"  # `(?!\n)`: in Python `$` also matches before a final newline
 EngineId = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_LENGTH, pattern=_PRINTED)]
 Cycle = Annotated[int, Meta(ge=0, le=MAX_CYCLE)]
 
 
 class Instance(Struct, forbid_unknown_fields=True):
-    """One engine at one moment."""
+    """The history of one engine up to one cycle."""
 
     telemetry: Telemetry
     engine_id: EngineId | None = None
@@ -70,10 +70,10 @@ class PredictOptions(Struct, forbid_unknown_fields=True):
 
     temperature: Annotated[Temperature | None, Meta(description="In place of the active one, for this call.")] = None
     missing: Annotated[
-        Literal["reject", "hold"], Meta(description="What to do with null: refuse, or hold the last seen value.")
+        Literal["reject", "hold"], Meta(description="Treatment of null readings: reject them, or hold the last value.")
     ] = "reject"
     explain: Annotated[
-        bool, Meta(description="Also say which channels moved each answer most; costs a batch more.")
+        bool, Meta(description="Also rank the channels by their effect on each prediction; takes one more batch.")
     ] = False
 
 
@@ -118,24 +118,24 @@ class CyclesRequest(Struct, forbid_unknown_fields=True):
 
 
 class LabelRow(Struct, forbid_unknown_fields=True):
-    """The truth of one prediction, named by its id or by engine and cycle."""
+    """The label of one prediction, identified by its id or by engine and cycle."""
 
     label: Annotated[Label, Meta(description="Class name, class index, or a probability for each class.")]
     prediction_id: Annotated[str, Meta(min_length=1, max_length=MAX_NAME_LENGTH, pattern="^[^\\x00]*$")] | None = None
     engine_id: EngineId | None = None
     cycle: Cycle | None = None
-    revise: Annotated[bool, Meta(description="Replace another label that was given before; it is kept aside.")] = False
+    revise: Annotated[bool, Meta(description="Replace a different stored label; the old one is archived.")] = False
 
 
 class LabelsRequest(Struct, forbid_unknown_fields=True):
-    """Truths that arrive late."""
+    """Labels that arrive after their predictions."""
 
     labels: Annotated[list[LabelRow], Meta(min_length=1)]
     revise: Annotated[bool, Meta(description="Applies to every row.")] = False
 
 
 class Tensor(Struct):
-    """An input: a shape, and its numbers as JSON or, where `binary_data_size` says so, behind the JSON."""
+    """An input: a shape, and its numbers as JSON or, with `binary_data_size`, as binary data after the JSON."""
 
     name: str
     shape: list[int]
@@ -145,7 +145,7 @@ class Tensor(Struct):
 
 
 class RequestedOutput(Struct):
-    """An output that is asked for."""
+    """A requested output."""
 
     name: str
     parameters: dict[str, Any] = {}

@@ -42,7 +42,7 @@ def cycles_json(predictor: Predictor, flights: Sequence[NewFlight], recorded: Re
                 "known": _by_channel(channels, outcome.stored),
             }
     if recorded.prediction is None:
-        raise Conflict("every flight contradicts what is known of its cycle", results=results)
+        raise Conflict("every flight differs from the one stored for its cycle", results=results)
     accepted = [i for i, outcome in enumerate(recorded.outcomes) if outcome.stored is None]
     predicted = prediction_rows(predictor.model, [flights[i] for i in accepted], recorded.prediction, recorded.ids)
     rows = [NULL] * len(flights)
@@ -65,7 +65,7 @@ def labels_json(
     """
     documents = [label_result_json(row.label, *result, classes) for row, result in zip(rows, results, strict=True)]
     if all(result == "conflict" for result, _ in results):
-        message = 'every label contradicts one that was given before; "revise": true would replace it'
+        message = 'every label contradicts a stored one; send "revise": true to replace it'
         raise Conflict(message, results=documents)
     return {"results": documents}
 

@@ -40,7 +40,7 @@ def decode_flights(body: bytes, model: Model, max_rows: int) -> list[NewFlight]:
     """
     request, channels = parse.parse(body, requests.CyclesRequest), model.channels
     if model.manifest.window is None:
-        refuse([Fault(("cycles",), "this model takes no windows of readings: there is nothing to collect flights for")])
+        refuse([Fault(("cycles",), "this model has no windows of readings, so flights cannot be stored for it")])
     check_row_count("cycles", len(request.cycles), max_rows)
     faults: list[Fault] = []
     flights = []
@@ -101,7 +101,7 @@ def decode_label_rows(body: bytes, classes: tuple[str, ...], max_rows: int) -> l
     for i, row in enumerate(request.labels):
         by_cycle = row.engine_id is not None and row.cycle is not None
         if (row.prediction_id is None) != by_cycle or (row.prediction_id and (row.engine_id or row.cycle is not None)):
-            faults.append(Fault(("labels", i), "name it by prediction_id, or by engine_id and cycle"))
+            faults.append(Fault(("labels", i), "expected prediction_id, or engine_id and cycle"))
             continue
         try:
             label = label_distribution(row.label, classes)
@@ -149,6 +149,6 @@ def decode_cursor(text: str) -> tuple[float, str]:
         if not math.isfinite(risk) or "\0" in engine_id:
             raise ValueError
     except (ValueError, msgspec.MsgspecError):
-        message = "not a `next` of this service"
+        message = "expected the value of `next` of the previous page"
         raise invalid_input(("next",), message) from None
     return risk, engine_id

@@ -15,10 +15,10 @@ import msgspec
 
 from service.errors import Overloaded
 
-MAX_TURN_FRACTION = 1 / 8  # of the longest wait: one turn to be read, one to be answered, the rest for the queue
+MAX_TURN_FRACTION = 1 / 8  # of the longest wait: one turn to read, one to respond, the rest for the queue
 MAX_SHARE, MIN_SHARE = 1, 1 / 8  # in turns of exactly the longest accepted length
 SHARE_GROWTH = 1.5
-CHEAP_SECONDS = 0.0005  # a request that costs no more is answered as fast as it is refused
+CHEAP_SECONDS = 0.0005  # a request that costs less is answered as fast as it is rejected
 BYTE_SECONDS = 1e-9  # to read one byte of a body
 RECENT_REQUESTS = 8  # of about the same length, whose rows are known
 

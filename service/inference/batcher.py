@@ -55,7 +55,7 @@ class Observer(Protocol[Output]):
 
 
 class _Job(Generic[Output]):
-    """One caller: its rows, the numbers of rows that are counted, taken and answered, and the future of its slices."""
+    """One caller: its rows, the numbers of counted, taken and answered rows, and the future of its slices."""
 
     __slots__ = (
         "answered",

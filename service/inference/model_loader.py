@@ -31,7 +31,7 @@ def open_model(
     digest = contract.digest(content)
     try:
         if required_digest and digest != required_digest:
-            raise ContractError(f"digest is {digest}, required is {required_digest}")
+            raise ContractError(f"the digest is {digest}, ENGINE_HEALTH_MODEL_DIGEST requires {required_digest}")
         contract.check_seal(content)
         session = open_session(content, threads or available_cpus())
         manifest = _read_manifest(session)
@@ -63,9 +63,11 @@ def _read_input_shape(session: ort.InferenceSession, manifest: Manifest) -> tupl
         )
     batch, *rest = inputs[0].shape or [0]
     if isinstance(batch, int) or not all(isinstance(size, int) for size in rest):
-        raise ContractError(f"the input needs a free batch and fixed sizes after it, found {inputs[0].shape}")
+        raise ContractError(f"expected an input with a dynamic batch and fixed other dimensions, got {inputs[0].shape}")
     if manifest.window is not None and rest != [manifest.window, len(manifest.channels)]:
-        raise ContractError(f"manifest says {manifest.window} x {len(manifest.channels)} readings, input is {rest}")
+        raise ContractError(
+            f"the manifest has {manifest.window} x {len(manifest.channels)} readings, the input is {rest}"
+        )
     return tuple(rest)
 
 
@@ -77,4 +79,4 @@ def _check_outputs(session: ort.InferenceSession, manifest: Manifest) -> None:
     if width != len(manifest.classes):
         raise ContractError(f"manifest names {len(manifest.classes)} classes, logits have {width}")
     if (contract.RUL in shapes) != (manifest.rul_thresholds is not None):
-        raise ContractError("an output 'rul' and rul_thresholds in the manifest go together")
+        raise ContractError("the output 'rul' and rul_thresholds of the manifest require each other")

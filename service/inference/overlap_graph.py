@@ -51,7 +51,7 @@ class OverlapGraph:
         n, classes = len(starts), len(self.model.manifest.classes)
         signature = [(column.shape, column.dtype) for column in (logits, rul, exact)]
         if signature != [((n, classes), np.float32), ((n,), np.float32), ((n,), np.bool_)]:
-            raise ValueError(f"answers of other shapes or types: {signature}")
+            raise ValueError(f"outputs of other shapes or types: {signature}")
         return Outputs(logits, rul), exact
 
     def answers(self, rows: Batch, starts: WindowStarts, max_batch: int) -> Outputs:
@@ -76,7 +76,7 @@ def open_overlap_graph(path: Path, model: Model) -> OverlapGraph | None:
     """
     content = path.read_bytes()
     if contract.digest(content) != model.digest:
-        raise ArtefactRejected(f"{path}: changed while it was opened")
+        raise ArtefactRejected(f"{path}: the file changed while it was opened")
     if model.manifest.window is None or model.manifest.rul_thresholds is None:
         return None
     try:

@@ -135,7 +135,7 @@ class Predictor:
     async def _with_occluded(self, telemetry: Batch) -> Batch:
         """Return the instances, followed by each of them once per channel with that channel occluded."""
         usual = self._usual
-        assert usual is not None  # a model without `conditions` is refused when the request is decoded
+        assert usual is not None  # decoding rejects the request if the model has no `conditions`
         rows = len(telemetry) * (1 + telemetry.shape[-1])
         self._batcher.check_capacity(rows, self._admission.shedder.other_delay)
         return await asyncio.to_thread(
@@ -176,7 +176,7 @@ def _explain(occluded: Predictions, prediction: PredictionResult) -> PredictionR
 
 
 def _check_finite(pieces: PredictionSlices, n: int) -> None:
-    """Refuse the first of N instances whose output is not finite. Rows after the first N are of occluded channels."""
+    """Reject the first of N instances whose output is not finite. Rows after the first N are of occluded channels."""
     finite = np.concatenate([piece.output.answers.finite[piece.begin : piece.end] for piece in pieces])
     for bad in np.flatnonzero(~finite)[:1].tolist():  # none if that row belongs to another caller
         raise _not_finite(bad if bad < n else (bad - n) * n // (len(finite) - n))
@@ -184,5 +184,5 @@ def _check_finite(pieces: PredictionSlices, n: int) -> None:
 
 def _not_finite(i: int) -> InvalidInput:
     """Return the error of an instance on which the network overflows."""
-    message = "the model has no finite answer for these readings"
+    message = "the model has no finite output for these readings"
     return InvalidInput(f"instances[{i}].telemetry: {message}", (Fault(("instances", i, "telemetry"), message),))

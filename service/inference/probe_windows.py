@@ -16,7 +16,7 @@ NOISE_ROWS = 2**10  # noisy rows among the flights
 CORRUPTIONS = ("held", "coarse", "copied", "scaled", "odd")  # of consecutive rows
 CORRUPTED_ROWS = (3, 4, 5, 8)  # rows with the same corruption; another run per kind is longer than a window
 EXTREME_VALUES = (0.0, -0.0, 1e-40, 3e38, -3e38)  # readings that no working sensor gives
-CONDITION_BORDER = 0.5  # setting scales from a condition's centre; beyond, a row is of no known condition
+CONDITION_BORDER = 0.5  # setting scales from a condition's centre; beyond it, a row has no condition
 BATCH_SIZES = (1, 1, 1, 1, 7, 7, 64, 64, 64)  # windows of the batches that verify a graph with a dynamic batch
 
 

@@ -94,7 +94,7 @@ def _check_batch_invariance(model: Model, windows: Batch) -> Outputs:
         outputs = model.run(windows)
         alone = run_alone(run, windows)
     except Exception as error:  # ONNX Runtime has a separate exception class per kind of failure
-        raise ContractError(f"the network fails on its own windows: {str(error).splitlines()[0]}") from None
+        raise ContractError(f"the network fails on the golden windows: {str(error).splitlines()[0]}") from None
     for name, output, shape in (
         ("logits", outputs.logits, (len(windows), len(model.manifest.classes))),
         ("rul", outputs.rul, (len(windows),)),
@@ -102,7 +102,7 @@ def _check_batch_invariance(model: Model, windows: Batch) -> Outputs:
         if output is not None and (
             output.shape != shape or output.dtype != np.float32 or not np.isfinite(output).all()
         ):
-            raise ContractError(f"output {name!r} is not finite float32 of shape {list(shape)} on its own windows")
+            raise ContractError(f"output {name!r} is not finite float32 of shape {list(shape)} for the golden windows")
     names = ("batch of N against N batches of 1", "batch of N against N batches of 1, RUL")
     columns = [column for column in outputs if column is not None]
     for name, column, own, unit in zip(names, columns, alone, _tolerance_units(model), strict=False):
@@ -117,7 +117,7 @@ def _tolerance_units(model: Model) -> tuple[float, ...]:
 
 def _compare(name: str, actual: npt.NDArray[Any], expected: npt.NDArray[Any], tolerance: float) -> None:
     if actual.shape != expected.shape:
-        raise ContractError(f"{name}: answers of shape {list(actual.shape)}, not {list(expected.shape)}")
+        raise ContractError(f"{name}: outputs of shape {list(actual.shape)}, not {list(expected.shape)}")
     difference = float(np.max(np.abs(actual.astype(np.float64) - expected)))
     if not difference <= tolerance:  # also when it is NaN
-        raise ContractError(f"{name}: answers differ by {difference:.3g}, tolerance is {tolerance:.3g}")
+        raise ContractError(f"{name}: outputs differ by {difference:.3g}, the tolerance is {tolerance:.3g}")

@@ -30,7 +30,7 @@ from service.scoring.window_assembly import Integers, WorkUnit
 
 BATCH_WINDOWS = 64  # of one inference, as in the service; the fastest size for the bundled model
 MAX_ROWS_PER_WINDOW = 16  # with more rows per window, separate windows are faster
-NO_ANSWER = "the model has no finite answer for these readings"
+NO_ANSWER = "the model has no finite output for these readings"
 
 
 @dataclass

@@ -48,14 +48,14 @@ def read_large(request: Request, limit: int, seconds: float) -> Awaitable[bytes 
 
 
 def _check_headers(context: RequestContext, limit: int) -> bytes:
-    """Return the encoding of a body; raise if its headers announce a body that is refused."""
+    """Return the encoding of a body; raise if its headers announce a body that must be rejected."""
     encoding = context.headers.get(b"content-encoding", b"identity").strip().lower()
     if encoding not in (b"identity", b"gzip"):
         shown = encoding[:80].decode("latin-1")
-        raise UnsupportedMediaType(f"content encoding {shown!r}: this call reads plain or gzip bodies")
+        raise UnsupportedMediaType(f"content encoding {shown!r}: expected an uncompressed or gzip body")
     if context.content_length > limit:
-        raise BodyTooLarge(f"{context.content_length} bytes, at most {limit} are read")
-    if context.reservation.budget.bytes:  # nothing is refused while no other request holds a body
+        raise BodyTooLarge(f"{context.content_length} bytes, the limit is {limit} bytes")
+    if context.reservation.budget.bytes:  # the first body is accepted whatever its size
         context.reservation.check(context.content_length)
     return encoding
 
@@ -103,7 +103,7 @@ async def _join_pieces(message: Message, receive: Receive, limit: int, reservati
     body = BytesIO()  # one buffer that grows: a list of pieces would leave holes between those of other requests
     while True:
         if message["type"] == "http.disconnect":
-            raise ClientDisconnected("the client left before its body was whole")
+            raise ClientDisconnected("the client disconnected before its body was complete")
         piece: bytes = message.get("body", b"")
         if body.tell() + len(piece) > limit:
             raise BodyTooLarge(f"more than {limit} bytes")
@@ -150,5 +150,5 @@ def _inflate_member(
             raise BodyTooLarge(f"more than {limit} bytes when inflated")
         reservation.take(len(step))
         if not (step or piece or stream.eof):
-            raise MalformedJson("the gzip body is cut short")
+            raise MalformedJson("the gzip body is truncated")
     return position - len(stream.unused_data)

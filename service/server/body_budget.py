@@ -17,7 +17,7 @@ RETRY_SECONDS = 1.0
 
 
 class Mapping:
-    """Anonymous memory of the operating system, and the only view of it that is given away.
+    """Anonymous memory of the operating system, and the only view of it that callers receive.
 
     The view is released before the memory is resized or closed. Code that still reads it then gets an error, never the
     bytes of another request.
@@ -40,7 +40,7 @@ class Mapping:
             self.view.release()
 
     def resize(self, length: int) -> bool:
-        """Change the length and renew the view; False if it is still in use, or the system refuses."""
+        """Change the length and renew the view; False if the view is in use, or the system has no memory."""
         try:
             self.view.release()
             self._memory.resize(length)
@@ -85,7 +85,9 @@ class BodyReservation(Struct, eq=False):  # constructed in C
         """
         held = self.budget.bytes
         if held + length > self.budget.limit and held > self.bytes:
-            raise Overloaded(f"{held} bytes of bodies are held, at most {self.budget.limit} may", RETRY_SECONDS)
+            raise Overloaded(
+                f"{held} bytes of request bodies are in memory, the limit is {self.budget.limit}", RETRY_SECONDS
+            )
 
     def take(self, length: int) -> None:
         """Hold more bytes. Any thread may call it.

@@ -55,7 +55,7 @@ class DirectExchange(Struct, eq=False):  # constructed in C
         """
         cycle, transport = self.cycle(), self.connection.transport
         if cycle is None or cycle.disconnected:
-            raise ClientDisconnected("the client left before its body was whole")
+            raise ClientDisconnected("the client disconnected before its body was complete")
         upload = BodyUpload(self.connection, cycle.body, buffer, charge)
         cycle.body = bytearray()
         if cycle.more_body:

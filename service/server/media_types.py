@@ -23,5 +23,5 @@ def media_type(request: Request, accepted: tuple[str, ...]) -> str:
     if kind.endswith("+json"):
         kind = JSON
     if kind not in accepted:
-        raise UnsupportedMediaType(f"content type {kind[:80]!r}: this call reads {' or '.join(accepted)}")
+        raise UnsupportedMediaType(f"content type {kind[:80]!r}: expected {' or '.join(accepted)}")
     return kind

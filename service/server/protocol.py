@@ -54,7 +54,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.cycle.body = bytearray()  # the cycle would retain it until a garbage collection
 
     def data_received(self, data: bytes) -> None:
-        """Parse bytes; refuse too many bytes outside of bodies."""
+        """Parse bytes; reject too many bytes outside of bodies."""
         if self._input_closed:
             return
         self._non_body_bytes += len(data)  # on_body resets it
@@ -65,7 +65,7 @@ class BoundedProtocol(HttpToolsProtocol):
             except httptools.HttpParserUpgrade as upgrade:
                 data = self._rebuild_without_upgrade(data[upgrade.args[0] :])
             except httptools.HttpParserError:
-                self._refuse(400, "this is no HTTP request")
+                self._refuse(400, "the bytes received are not an HTTP/1.1 request")
                 break
         if self._non_body_bytes > HEADER_BYTES:
             self._refuse(431, f"more than {HEADER_BYTES} bytes of headers")
@@ -114,7 +114,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Mark the body as complete."""
-        if not self._reading_head:  # otherwise it asks for an upgrade, and is parsed again
+        if not self._reading_head:  # otherwise the request has an Upgrade header, and is parsed again
             self._non_body_bytes = 0
             self.cycle.more_body = False
             self.cycle.message_event.set()

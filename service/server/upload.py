@@ -91,7 +91,7 @@ class BodyUpload(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Finish with an error: the client disconnected."""
-        self._finish(ClientDisconnected("the client left before its body was whole"))
+        self._finish(ClientDisconnected("the client disconnected before its body was complete"))
         self._parent.connection_lost(exc)
 
     def eof_received(self) -> bool | None:

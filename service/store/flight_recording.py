@@ -103,7 +103,9 @@ class FlightRecorder:
     async def _wait(self, request: FlightRequest) -> RecordedFlights:
         """Wait for the round of a request, and return its result."""
         if len(self._waiting) >= self._max_queue:
-            raise Overloaded(f"{self._max_queue} requests wait for engines of other requests", self._max_seconds)
+            raise Overloaded(
+                f"{self._max_queue} requests wait for the same engines, which is the limit", self._max_seconds
+            )
         done: asyncio.Future[RecordedFlights] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(request, done, time.monotonic()))
         self._reserved.update(request.engines)
@@ -191,7 +193,7 @@ class FlightRecorder:
                 self._all_cached, self._shared_until = False, time.monotonic() + SHARED_SECONDS
                 current.build(result.stale)
             current.require(result.unpredicted)
-        raise Overloaded("other processes keep changing these engines", 1.0)
+        raise Overloaded("other processes change these engines at the same time", 1.0)
 
     def _stored(self, current: FlightRound, result: FlightWriteResult) -> None:
         """Count what was committed, and cache the tails."""

@@ -175,7 +175,7 @@ class Store:
         if new:
             try:
                 if not self._database.up:  # it is tried every second; predictions do not wait for that
-                    raise StoreUnavailable("the database does not answer")
+                    raise StoreUnavailable("the database does not respond")
                 results = await (
                     self._store_predictions(PredictionWrite(model_version(predictor), now, new))
                     if at_active

@@ -412,7 +412,7 @@ def test_without_pyarrow_tables_are_refused_and_all_else_is_served(tmp_path: Pat
     with running(**absent(tmp_path, "pyarrow")) as bare:
         answer = post(bare, stream(flights({"A": windows[0]})))
         assert 415 == answer.status_code
-        assert "engine-health[tables]" in answer.json()["detail"]
+        assert "install the extra `tables`" in answer.json()["detail"]
         bare.predict([{"telemetry": windows[0].tolist()}])
 
 

@@ -343,7 +343,7 @@ def test_a_service_that_goes_and_comes_back(browser: Browser, tmp_path: Path) ->
             page = console.open()
             page.get_by_label("Key", exact=True).fill("sibboleth")
             page.get_by_role("button", name="Use this key").click()
-            expect(page.get_by_text("Not accepted: this key is not known")).to_be_visible()
+            expect(page.get_by_text("Not accepted: this API key is not configured")).to_be_visible()
             page.get_by_label("Key", exact=True).fill("shibboleth")
             page.get_by_role("button", name="Use this key").click()
             expect(page.get_by_text("No engine has been seen")).to_be_visible()

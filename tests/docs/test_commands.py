@@ -67,7 +67,7 @@ def agrees(shown: Any, actual: Any) -> bool:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone of the working tree. Its `.venv` is the environment of the tests, unless packages are really installed."""
+    """A clone of the working tree; its `.venv` calls the environment of the tests, unless packages are installed."""
     folder = tmp_path_factory.mktemp("commands") / "clone"
     subprocess.run(["git", "clone", "--quiet", "--shared", ROOT, folder], check=True)
     changed = subprocess.check_output(["git", "ls-files", "-mo", "--exclude-standard"], cwd=ROOT, text=True)

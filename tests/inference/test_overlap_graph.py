@@ -226,7 +226,7 @@ def test_a_graph_that_vouches_wrongly_is_not_used(bundled: Opened, monkeypatch: 
 def test_a_file_that_changed_since_is_refused(bundled: Opened, tmp_path: Path) -> None:
     """The second graph is of the very file whose network answers."""
     contract.write(ARTEFACT.read_bytes(), open_artefact(ARTEFACT)[1], tmp_path / "m.onnx", b"x")
-    with pytest.raises(ArtefactRejected, match="changed while it was opened"):
+    with pytest.raises(ArtefactRejected, match="the file changed while it was opened"):
         open_overlap_graph(tmp_path / "m.onnx", bundled.model)
 
 

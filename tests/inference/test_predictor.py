@@ -372,7 +372,7 @@ def test_instance_without_finite_output_is_named(sums: Model, n: int) -> None:
         overflowing[[bad, n - 1], 0, 0] = 3e38
         with pytest.raises(InvalidInput, match=rf"^instances\[{bad}\]\.telemetry: the model has no finite") as refusal:
             predict(sums, overflowing)
-        message = "the model has no finite answer for these readings"
+        message = "the model has no finite output for these readings"
         assert (Fault(("instances", bad, "telemetry"), message),) == refusal.value.faults
 
 

@@ -264,7 +264,7 @@ def test_what_cannot_be_replayed_is_said_in_a_line(
             (("--url", "nowhere"), "is not the URL of a service"),
             (("--url", "http://nowhere.invalid", "--patience", "0"), "no response for 0 s"),
             (url, "/v1/model answered 401: a key is needed"),
-            ((*url, "--key", "wrong"), "answered 401: this key is not known; set one with --key KEY"),
+            ((*url, "--key", "wrong"), "answered 401: this API key is not configured; set one with --key KEY"),
             ((*url, *key), "/v1/cycles answered 501"),
             (("--url", url_of(stateless) + "/v2", *key), "answered 404"),
             ((*url, *key, "--fleet", str(wrong)), "no column 'op_setting_1'"),

@@ -524,7 +524,7 @@ def test_rows_without_a_finite_answer_are_rejected(
     assert 3 == score(path, output, part_rows=100)
     whole, found = output.read_bytes(), rejected(output)
     assert 150 in {one["row"] for one in found}
-    assert {"the model has no finite answer for these readings"} == {one["reason"] for one in found}
+    assert {"the model has no finite output for these readings"} == {one["reason"] for one in found}
     output.unlink()
     monkeypatch.setattr(outputs, "assemble_output", full_disk)
     with pytest.raises(ServiceError, match="No space left"):

@@ -22,7 +22,7 @@ def test_budget_is_shared_up_to_its_limit() -> None:
     first.take(60)
     second.take(40)
     for other in (first, second):
-        with pytest.raises(Overloaded, match="100 bytes of bodies are held, at most 100 may") as refusal:
+        with pytest.raises(Overloaded, match="100 bytes of request bodies are in memory, the limit is 100") as refusal:
             other.take(1)
         assert RETRY_SECONDS == refusal.value.retry_after
     assert (100, 60, 40) == (budget.bytes, first.bytes, second.bytes)

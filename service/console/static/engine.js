@@ -192,7 +192,7 @@ class Engine {
         this.look();
       } catch (error) {
         const known = error.body?.results?.[0]?.known;
-        said.append(h("p", { class: "note bad" }, known === undefined ? `Not recorded: ${error.message}.` : `Not recorded: this engine is known to have failed at cycle ${number(known)}. `,
+        said.append(h("p", { class: "note bad" }, known === undefined ? `Not recorded: ${error.message}.` : `Not recorded: this engine is stored as failed at cycle ${number(known)}. `,
           known === undefined ? null : h("button", { type: "button", class: "button", text: `Replace ${known} by ${cycle}`, on: { click: () => send(true) } })));
       }
     };

@@ -1,1 +1,1 @@
-"""The only database: predictions, readings and truths, and what joins them. Nothing else in the project speaks SQL."""
+"""The database: predictions, readings and labels, and how they are joined. Only this package contains SQL."""

@@ -83,7 +83,7 @@ class Database:
         self._rolled_back = rolled_back
         self._lock = lock if self._file is None else None
         self._inode: int | None = None  # of the file that was migrated
-        self.up, self._reason = False, "the database does not answer"
+        self.up, self._reason = False, "the database does not respond"
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._turn: list[_Write] = []  # writes of this turn of the event loop, which form one transaction
         self._max_queue, self._max_seconds = max_queue, max_seconds
@@ -110,7 +110,7 @@ class Database:
             Overloaded: too many writes wait already, or this one waited too long.
         """
         if self._queue.qsize() + len(self._turn) >= self._max_queue:
-            raise Overloaded(f"{self._max_queue} requests wait for the database, no more may", self._max_seconds)
+            raise Overloaded(f"{self._max_queue} requests wait for the database, which is the limit", self._max_seconds)
         if not self.up and self._is_stuck():
             raise StoreUnavailable(self._reason)
         loop = asyncio.get_running_loop()
@@ -173,7 +173,7 @@ class Database:
         if not self._is_stuck():
             loop.call_later(1, self._give_up, loop, done)
             return
-        self.up, self._reason = False, "the database does not answer: it has been silent for too long"
+        self.up, self._reason = False, "the database does not respond"
         done.set_exception(StoreUnavailable(self._reason))
 
     def _read(self, work: Callable[[Connection], Result]) -> Result:
@@ -184,7 +184,7 @@ class Database:
                 return work(connection)
         except DBAPIError as error:
             if getattr(error.orig, "sqlstate", None) == CANCELLED_SQLSTATE:  # `up` stays: the database does respond
-                message = f"the database took longer than {urls.SLOW_SECONDS} s to look this up"
+                message = f"the query took longer than {urls.SLOW_SECONDS} s"
                 raise StoreUnavailable(message) from error
             raise self._unavailable(error) from error
         except (SQLAlchemyError, sqlite3.Error) as error:
@@ -282,7 +282,7 @@ class Database:
             inode = os.stat(self._file).st_ino
         except FileNotFoundError:
             if self._inode is not None:
-                raise StoreUnavailable(f"the database file {self._file} is gone") from None
+                raise StoreUnavailable(f"the database file {self._file} does not exist any more") from None
             inode = None  # it is created
         if inode is None or inode != self._inode:
             self._rolled_back(True)  # caches describe the previous file
@@ -297,7 +297,7 @@ class Database:
         if isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError):
             return error
         self.up = False
-        self._reason = f"the database does not answer: {str(cause).strip().partition(chr(10))[0]}"
+        self._reason = f"the database does not respond: {str(cause).strip().partition(chr(10))[0]}"
         return StoreUnavailable(self._reason)
 
 

@@ -41,7 +41,7 @@ class EngineTail:
         self._front, self._values = 0, values  # number of padding rows; padding, flights and spare rows
 
     def copy(self) -> "EngineTail":
-        """Return a tail that flights can be added to. It shares memory: only one copy of a tail may be kept."""
+        """Return a tail that flights can be added to. It shares memory, so only one copy of a tail may be stored."""
         tail = EngineTail(
             self.revision,
             self.generation,

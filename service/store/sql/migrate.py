@@ -25,7 +25,8 @@ def migrate(engine: Engine) -> None:
             return
         if stored is not None and stored not in revisions:
             raise SchemaRejected(
-                f"the database has schema {stored}, this code knows {revisions[-1]}: it was made by newer code"
+                f"the database has the newer schema {stored}, this version supports {revisions[-1]}: "
+                "update the service, or restore a backup"
             )
         _upgrade(connection)
 

@@ -1,4 +1,4 @@
-"""Store predictions, and join them with labels that are known already."""
+"""Store predictions, and join them with labels that are stored already."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -30,7 +30,7 @@ class NewPrediction(NamedTuple):
 
 
 class PredictionWriteResult(NamedTuple):
-    """Labels that were known before, and the results of labels that arrived with predictions, by prediction id.
+    """Labels that were stored before, and the results of labels that arrived with predictions, by prediction id.
 
     A label that contradicts an earlier one is a conflict. Its result has the earlier label.
     """

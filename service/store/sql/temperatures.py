@@ -50,7 +50,7 @@ def _apply_change(session: WriteSession, connection: Connection, item: Temperatu
     else:
         unreverted = _unreverted(changes(connection, item.digest))
         if not unreverted:
-            raise Conflict("there is nothing to take back: the temperature is the artefact's")
+            raise Conflict("there is no change to undo: the active temperature is that of the artefact")
         before = {"temperature": item.manifest.temperature, "source": "artefact", "fit": None}
         if len(unreverted) > 1:
             before = {name: getattr(unreverted[-2], name) for name in before}
@@ -64,7 +64,7 @@ def _fitted_temperature(connection: Connection, fit_id: str, model: int) -> floa
     if fit is None:
         raise NotFound(f"no fit {fit_id[:40]!r}")
     if fit.model != model:
-        raise Conflict("that fit is of another model than the one that answers")
+        raise Conflict("the fit belongs to another model than the active one")
     return float(fit.temperature)
 
 

@@ -21,13 +21,17 @@ def parse_url(text: str) -> URL:
         url = make_url(text)
         kind = url.get_backend_name()
     except (ArgumentError, ValueError):
-        raise SettingsRejected("ENGINE_HEALTH_DATABASE_URL is no URL like sqlite:///engine-health.db") from None
+        raise SettingsRejected("ENGINE_HEALTH_DATABASE_URL: expected a URL like sqlite:///engine-health.db") from None
     if kind == "postgresql":
         return url.set(drivername="postgresql+psycopg")
     if kind != "sqlite":
-        raise SettingsRejected(f"ENGINE_HEALTH_DATABASE_URL: {kind[:40]} is not sqlite or postgresql")
+        raise SettingsRejected(
+            f"ENGINE_HEALTH_DATABASE_URL: {kind[:40]} is not supported, expected sqlite or postgresql"
+        )
     if url.database in (None, "", ":memory:"):
-        raise SettingsRejected("ENGINE_HEALTH_DATABASE_URL: SQLite needs a file; leave it empty for no store at all")
+        raise SettingsRejected(
+            "ENGINE_HEALTH_DATABASE_URL: expected the path of a file; an empty value disables the store"
+        )
     return url.set(drivername="sqlite")
 
 

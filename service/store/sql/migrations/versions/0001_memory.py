@@ -1,4 +1,4 @@
-"""The first schema: predictions, readings, truths, fits."""
+"""First schema: predictions, readings, labels, fits."""
 
 import sqlalchemy as sa
 from alembic import op

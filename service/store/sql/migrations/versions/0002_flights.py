@@ -1,4 +1,4 @@
-"""Predictions say whether they answered a flight, so that the same flight again is answered as the first time."""
+"""Mark predictions of flights, so that a repeated flight returns its first prediction."""
 
 import sqlalchemy as sa
 from alembic import op
