@@ -19,7 +19,7 @@ MAX_SENSOR_FLIGHTS = 500  # of one engine, for its sensors
 
 def build_router(lifecycle: Lifecycle, offloader: Offloader) -> APIRouter:
     """Return the router of stored engines."""
-    router = APIRouter(tags=["memory"])
+    router = APIRouter(tags=["store"])
 
     @router.get("/v1/engines", openapi_extra=document_query("EnginesResponse", EnginesQuery))
     async def engines(request: Request) -> Response:

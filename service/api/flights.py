@@ -44,7 +44,7 @@ def build_endpoint(lifecycle: Lifecycle, offloader: Offloader) -> Endpoint:
 
 def build_router(cycles: Endpoint) -> APIRouter:
     """Return the router of /v1/cycles."""
-    router = APIRouter(tags=["memory"])
+    router = APIRouter(tags=["store"])
     extra = document_route("CyclesRequest", "CyclesResponse", "409", "501")
     router.add_api_route("/v1/cycles", cycles, methods=["POST"], openapi_extra=extra, route_class_override=FastRoute)
     return router

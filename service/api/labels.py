@@ -17,7 +17,7 @@ from service.server.responses import json_response
 
 def build_router(lifecycle: Lifecycle, offloader: Offloader) -> APIRouter:
     """Return the router of labels and outcomes."""
-    router = APIRouter(tags=["memory"])
+    router = APIRouter(tags=["store"])
     limits = lifecycle.settings
 
     @router.post("/v1/labels", openapi_extra=document_route("LabelsRequest", "LabelsResponse", "409", "501"))

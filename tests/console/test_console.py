@@ -117,8 +117,8 @@ def test_a_flight_shows_without_a_reload(console: Watched, fleet: Service, windo
     expect(row).to_contain_text(told["health"])
     fleet.client.post("/v1/outcomes", json={"engine_id": "newcomer", "failed_at_cycle": 8})
     expect(row).to_have_count(0)
-    page.get_by_label("Ended engines too").check()
-    expect(row).to_contain_text("ended")
+    page.get_by_label("Failed engines too").check()
+    expect(row).to_contain_text("failed")
 
 
 def test_keys_alone_lead_to_an_engine(console: Watched) -> None:
@@ -145,7 +145,7 @@ def test_an_engine_shows_its_history_and_its_sensors(console: Watched, fleet: Se
     page.locator(".behind summary").first.click()
     expect(page.locator(".behind[open] tbody tr")).to_have_count(len(history["history"]))
     moved = history["sensors"]["channels"][0]
-    first = page.get_by_role("region", name="Sensors that moved most").locator("tbody tr").first
+    first = page.get_by_role("region", name="Sensors with the largest deviation").locator("tbody tr").first
     expect(first).to_contain_text(moved["channel"].replace("sensor_", "sensor "))
     expect(first).to_contain_text(f"{abs(moved['shift']):.2f}")
     other = page.locator(".pick").nth(2)
@@ -160,10 +160,10 @@ def test_an_end_is_entered_and_corrected(console: Watched, fleet: Service) -> No
     page = console.open("#/engine/FD001-62")
     last = fleet.client.get("/v1/engines/FD001-62").json()["history"][-1]["cycle"]
     page.get_by_label("Failed at cycle").fill(str(last + 5))
-    page.get_by_role("button", name="Record the end").click()
+    page.get_by_role("button", name="Record the failure").click()
     expect(page.get_by_text(f"Recorded: failed at cycle {last + 5}")).to_be_visible()
     page.get_by_label("Failed at cycle").fill(str(last + 2))
-    page.get_by_role("button", name="Record the end").click()
+    page.get_by_role("button", name="Record the failure").click()
     page.get_by_role("button", name=f"Replace {last + 5} by {last + 2}").click()
     expect(page.get_by_text(f"Replaced: failed at cycle {last + 2}")).to_be_visible()
     found = fleet.client.get("/v1/engines/FD001-62").json()
@@ -174,7 +174,7 @@ def test_an_end_is_entered_and_corrected(console: Watched, fleet: Service) -> No
 def test_an_inspection_is_entered(console: Watched, fleet: Service) -> None:
     """What an inspection found at a cycle becomes the truth of its prediction."""
     page = console.open("#/engine/FD001-63")
-    page.get_by_label("It was").select_option("normal")
+    page.get_by_label("Inspected class").select_option("normal")
     page.get_by_role("button", name="Record the inspection").click()
     expect(page.get_by_text("Recorded.")).to_be_visible()
     row = fleet.client.get("/v1/engines/FD001-63").json()["history"][-1]
@@ -184,8 +184,8 @@ def test_an_inspection_is_entered(console: Watched, fleet: Service) -> None:
 def test_an_engine_that_nobody_knows_is_no_fault(console: Watched) -> None:
     """A name without a history is told so, with a way back."""
     page = console.open("#/engine/none%2Fof%20these")
-    expect(page.get_by_text("Nothing is known of this engine")).to_be_visible()
-    page.get_by_role("link", name="See the fleet").click()
+    expect(page.get_by_text("This engine is not stored")).to_be_visible()
+    page.get_by_role("link", name="Show the fleet").click()
     expect(page.locator("h1")).to_have_text("Fleet")
     assert {"404"} == set(console.refused)
 
@@ -196,7 +196,7 @@ def test_calibration_is_told_in_words_and_mended(console: Watched, fleet: Servic
     page = console.open("#/calibration")
     verdict = page.locator(".verdict h2")
     expect(verdict).to_contain_text(
-        f"Over-confident: says {now['label_free']['error']['accuracy'] + now['accuracy']:.0%}"[:-1]
+        f"Overconfident: confidence {now['label_free']['error']['accuracy'] + now['accuracy']:.0%}"[:-1]
     )
     expect(verdict).to_contain_text(f"{now['engines']} engines")
     page.get_by_role("button", name="Fit a temperature").click()
@@ -204,14 +204,14 @@ def test_calibration_is_told_in_words_and_mended(console: Watched, fleet: Servic
     apply.click()
     page.get_by_role("textbox", name="Admin key").fill("no such key")
     page.get_by_role("button", name="Use this key").click()
-    expect(page.get_by_role("alert").filter(has_text="not known")).to_be_visible()
+    expect(page.get_by_role("alert").filter(has_text="not configured")).to_be_visible()
     page.get_by_role("textbox", name="Admin key").fill(ADMIN)
     page.get_by_role("button", name="Use this key").click()
     expect(page.get_by_text("Applied.")).to_be_visible()
     fitted = fleet.client.get("/v1/calibration/temperature").json()
     assert (True, "fit") == (fitted["temperature"] > 0.5, fitted["temperature_source"])
-    page.get_by_role("button", name="Take the last change back").click()
-    expect(page.get_by_text("Taken back.")).to_be_visible()
+    page.get_by_role("button", name="Undo the last change").click()
+    expect(page.get_by_text("Undone. The active")).to_be_visible()
     changes = fleet.client.get("/v1/calibration/temperature").json()
     assert (TOO_SHARP, 3) == (changes["temperature"], len(changes["changes"]))
     expect(page.get_by_role("region", name=re.compile("Every change")).locator("tbody tr")).to_have_count(3)
@@ -277,7 +277,7 @@ def test_the_explorer_follows_sliders_and_presets(console: Watched, fleet: Servi
     page.get_by_role("button", name="Overflow").click()
     told = fleet.client.post("/v1/evaluate", json={"logits": [[1000, 999, 998, 0]], "labels": [1]}).json()
     assert told["losses"][0] == pytest.approx(shown(page)[0], abs=1e-6)
-    expect(page.get_by_text("infinity over infinity")).to_be_visible()
+    expect(page.get_by_text("infinity divided by infinity")).to_be_visible()
     page.get_by_role("button", name="twice").click()
     expect(page.get_by_text("softmax was applied before")).to_be_visible()
     assert told["probabilities"][0][0] == pytest.approx(
@@ -286,7 +286,7 @@ def test_the_explorer_follows_sliders_and_presets(console: Watched, fleet: Servi
     page.get_by_label("Classes").fill("10")
     page.get_by_label("Classes").press("Tab")
     assert 10 == len(shown(page)[1])
-    expect(page.get_by_text("numerics agree")).to_be_visible()
+    expect(page.get_by_text("numerics of the service agree")).to_be_visible()
     before = shown(page)
     page.reload()
     expect(page.locator(".answer")).to_have_count(10)
@@ -346,11 +346,11 @@ def test_a_service_that_goes_and_comes_back(browser: Browser, tmp_path: Path) ->
             expect(page.get_by_text("Not accepted: this API key is not configured")).to_be_visible()
             page.get_by_label("Key", exact=True).fill("shibboleth")
             page.get_by_role("button", name="Use this key").click()
-            expect(page.get_by_text("No engine has been seen")).to_be_visible()
+            expect(page.get_by_text("No engine is stored")).to_be_visible()
             down(process)
-            expect(page.get_by_text("Nothing answers at")).to_be_visible()
+            expect(page.get_by_text("does not respond")).to_be_visible()
             process = up(port, around)
-            expect(page.get_by_text("Nothing answers at")).to_be_hidden()
+            expect(page.get_by_text("does not respond")).to_be_hidden()
             assert {"401", "ERR_CONNECTION_REFUSED"} <= set(console.refused)
             assert ([], []) == (console.errors, console.outside)
     finally:
@@ -362,9 +362,9 @@ def test_without_a_memory_the_console_says_so(browser: Browser) -> None:
     with running(ENGINE_HEALTH_DATABASE_URL="") as service:
         with watched(browser, str(service.client.base_url).rstrip("/") + "/") as console:
             page = console.open()
-            expect(page.get_by_text("This service keeps no memory")).to_be_visible()
-            page.get_by_role("link", name="The explorer needs none").click()
-            expect(page.get_by_text("numerics agree")).to_be_visible()
+            expect(page.get_by_text("This service has no store")).to_be_visible()
+            page.get_by_role("link", name="The explorer needs no store").click()
+            expect(page.get_by_text("numerics of the service agree")).to_be_visible()
         assert ([], []) == (console.errors, console.outside)
 
 

@@ -93,20 +93,20 @@ def test_an_address_that_somebody_wrote_by_hand(console: Watched) -> None:
 def test_an_engine_is_waited_for(console: Watched, flown: Service, windows: Readings) -> None:
     """Who opens an engine before its first flight sees it when it has flown."""
     page = console.open("#/engine/early")
-    expect(page.get_by_text("Nothing is known of this engine")).to_be_visible()
+    expect(page.get_by_text("This engine is not stored")).to_be_visible()
     fly(flown, windows, "early", 3)
     expect(page.locator(".facts")).to_contain_text("Predictions")
-    expect(page.get_by_text("Nothing is known of this engine")).to_have_count(0)
+    expect(page.get_by_text("This engine is not stored")).to_have_count(0)
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
 def test_a_replaced_truth_shows_at_once(console: Watched) -> None:
     """An inspection that is replaced by another one changes the tables, though it is still one truth."""
     page = console.open("#/engine/e00")
-    page.get_by_text("Every prediction, as a table").click()
+    page.get_by_text("All predictions, as a table").click()
     newest = page.locator(".behind[open] tbody tr").first
     for found in ("normal", "critical"):
-        page.get_by_label("It was").select_option(found)
+        page.get_by_label("Inspected class").select_option(found)
         page.get_by_role("button", name="Record the inspection").click()
         if found == "critical":
             page.get_by_role("button", name="Replace by critical").click()
@@ -118,7 +118,7 @@ def test_what_was_recorded_is_told_though_the_next_look_fails(console: Watched) 
     page = console.open("#/engine/e01")
     expect(page.locator(".facts")).to_be_visible()
     page.route("**/v1/engines/e01*", unavailable)
-    page.get_by_role("button", name="Record the end").click()
+    page.get_by_role("button", name="Record the failure").click()
     expect(page.get_by_text("Recorded: failed at cycle 40")).to_be_visible()
     expect(page.get_by_role("alert")).to_contain_text("Not available now")
     page.unroute("**/v1/engines/e01*")
@@ -143,7 +143,7 @@ def test_a_row_that_is_held_hides_no_other(console: Watched, flown: Service) -> 
     page = console.open("#/fleet?sort=name&find=e0")
     row(page, "e05").locator("a").focus()
     flown.client.post("/v1/outcomes", json={"engine_id": "e05", "failed_at_cycle": 60})
-    expect(row(page, "e05")).to_contain_text("ended")
+    expect(row(page, "e05")).to_contain_text("failed")
     expect(page.locator(".head p")).to_contain_text(re.compile("engines, by name"))
     tops = page.evaluate("[...document.querySelectorAll('.rows .row')].map(row => row.getBoundingClientRect().top)")
     assert len(tops) == len(set(tops))
@@ -162,9 +162,9 @@ def test_a_pointer_that_rests_in_the_list_holds_nothing(browser: Browser, flown:
         row(page, "e07").hover()
         fly(flown, windows, "e06", 1, first=41)
         page.clock.fast_forward(3000)
-        expect(page.get_by_text("Order held")).to_be_visible()
+        expect(page.get_by_text("Order paused")).to_be_visible()
         page.clock.fast_forward(11_000)
-        expect(page.get_by_text("Order held")).to_be_hidden()
+        expect(page.get_by_text("Order paused")).to_be_hidden()
         expect(row(page, "e06")).to_have_attribute("aria-rowindex", "2")
 
 
@@ -174,9 +174,9 @@ def test_ended_engines_are_asked_for_only_when_wanted(console: Watched, flown: S
     console.page.on("request", lambda request: looks.append(request.url) if "trend=" in request.url else None)
     flown.client.post("/v1/outcomes", json={"engine_id": "e08", "failed_at_cycle": 60})
     page = console.open("#/fleet?find=e08")
-    expect(page.get_by_text("No engine here is called like")).to_be_visible()
-    page.get_by_label("Ended engines too").check()
-    expect(row(page, "e08")).to_contain_text("ended")
+    expect(page.get_by_text("No engine shown matches")).to_be_visible()
+    page.get_by_label("Failed engines too").check()
+    expect(row(page, "e08")).to_contain_text("failed")
     assert [True, False] == ["running=true" in look for look in looks]
 
 
@@ -226,14 +226,14 @@ def test_a_page_can_be_opened_while_nobody_answers(browser: Browser, tmp_path: P
     try:
         with watched(browser, f"http://127.0.0.1:{port}/") as console:
             page = console.open()
-            expect(page.get_by_text("No engine has been seen")).to_be_visible()
+            expect(page.get_by_text("No engine is stored")).to_be_visible()
             down(process)
             for name in ("Calibration", "Explorer", "Calibration"):
                 page.get_by_role("link", name=name).click()
                 expect(page.locator("h1")).to_have_text(name)
-            expect(page.get_by_text("Nothing answers at")).to_be_visible()
+            expect(page.get_by_text("does not respond")).to_be_visible()
             process = up(port, around)
-            expect(page.get_by_text("Too few truths to tell")).to_be_visible()
+            expect(page.get_by_text("Too few labels")).to_be_visible()
             expect(page.get_by_role("alert")).to_be_hidden()
         assert [] == console.errors
     finally:
@@ -257,7 +257,7 @@ def test_another_service_at_the_address_is_no_addition(browser: Browser, tmp_pat
                 expect(row(page, name)).to_be_visible()
                 if name == "old":
                     down(process)
-                    expect(page.get_by_text("Nothing answers at")).to_be_visible()
+                    expect(page.get_by_text("does not respond")).to_be_visible()
             expect(row(page, "old")).to_have_count(0)
         assert [] == console.errors
     finally:
@@ -281,7 +281,7 @@ def test_who_leaves_a_page_hears_no_more_of_it(console: Watched) -> None:
     with page.expect_request("**/v1/calibration?*"):
         page.get_by_label("Predictions of").select_option("1h")
     page.get_by_role("link", name="Explorer").click()
-    expect(page.get_by_text("numerics agree")).to_be_visible()
+    expect(page.get_by_text("numerics of the service agree")).to_be_visible()
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
@@ -293,8 +293,8 @@ def test_a_double_click_takes_one_change_back(console: Watched, flown: Service) 
     expect(page.locator(".verdict h2")).not_to_be_empty()
     page.evaluate("sessionStorage.setItem('engine-health.admin-key', 'wheel')")
     page.route("**/v1/calibration?*", unavailable)
-    page.get_by_role("button", name="Take the last change back").dblclick()
-    expect(page.get_by_text("Taken back. The temperature is 1.2000")).to_be_visible()
+    page.get_by_role("button", name="Undo the last change").dblclick()
+    expect(page.get_by_text("Undone. The active temperature is 1.2000")).to_be_visible()
     expect(page.get_by_role("alert")).to_contain_text("Not available now")
     assert 1.2 == flown.client.get("/v1/calibration/temperature").json()["temperature"]
     page.unroute("**/v1/calibration?*")
@@ -317,7 +317,7 @@ def test_a_verdict_is_read_out_once(console: Watched) -> None:
 def test_an_explorer_of_any_address_agrees_with_the_service(console: Watched, query: str) -> None:
     """Whatever an address says, the numbers are finite and those of the service."""
     page = console.open(f"#/explorer?{query}")
-    expect(page.get_by_text("numerics agree")).to_be_visible()
+    expect(page.get_by_text("numerics of the service agree")).to_be_visible()
     assert np.isfinite(float(page.locator(".loss").inner_text()))
 
 

@@ -1,4 +1,4 @@
-// Charts, drawn by the Plotly of the installed package, each with its table behind it. Knows no service.
+// Charts, drawn by the Plotly of the installed package, each with a table of its values. Independent of the service.
 
 import { h, refill, table } from "./page.js";
 import { colours } from "./health.js";
@@ -8,7 +8,7 @@ let loading = null;
 
 class MissingPlotly extends Error {}
 
-/** Plotly, when it is there. It would write a style sheet for its maps into the page unless one of that name is there. */
+/** Load Plotly. It would add a style sheet for maps to the page unless an element with this id exists. */
 export function plotly() {
   loading ??= new Promise((resolve, reject) => {
     document.head.append(h("meta", { id: WRITTEN }));
@@ -21,7 +21,7 @@ export function plotly() {
   return loading;
 }
 
-/** A figure: `draw(layout, traces)` shows it again, `tell` fills the table behind it when somebody opens that. */
+/** A chart with a table of its values, which is filled when it is opened. */
 export class Chart {
   constructor(label, height = 260) {
     this.plot = h("div", { class: "chart", role: "img", "aria-label": label, style: { height: `${height}px` } });
@@ -43,12 +43,12 @@ export class Chart {
       await Plotly.react(this.plot, traces, framed(layout, this.height), config);
     } catch (error) {
       if (!(error instanceof MissingPlotly)) throw error;
-      this.plot.textContent = "Charts need the Python package plotly where the service runs: pip install plotly. The table is below.";
+      this.plot.textContent = "Charts need the Python package plotly in the environment of the service: pip install plotly. The table below has the values.";
       this.plot.style.height = "auto";
     }
   }
 
-  /** With the colours of now. */
+  /** Draw again in the current colours. */
   again() {
     if (this.make) this.draw(this.make, this.tell);
   }

@@ -1,18 +1,19 @@
-// What softmax and cross-entropy do: logits on sliders, every step of the arithmetic written out, checked by the service.
+// Explains softmax and cross-entropy: logits on sliders, with every step of the arithmetic, checked by the service.
 
 import { h, say, table, number } from "./page.js";
 import { get, model, post } from "./service.js";
 import { Chart } from "./charts.js";
+import { term } from "./tooltip.js";
 import { naive, softmax, worked } from "./numerics.js";
 
 const FEWEST = 2;
 const MOST = 10;
-const REACH = 10; // of a slider; farther where a logit is
-const [COLDEST, HOTTEST] = [0.01, 100]; // temperatures that the service takes
-const MOST_LOGIT = 1e6; // far beyond it, z / temperature is no number any more
+const REACH = 10; // of a slider; more if a logit is larger
+const [COLDEST, HOTTEST] = [0.01, 100]; // temperatures that the service accepts
+const MOST_LOGIT = 1e6; // far beyond it, z / temperature is not finite
 const within = (logit) => Math.min(MOST_LOGIT, Math.max(-MOST_LOGIT, logit));
 const PRESETS = {
-  "Confident and right": () => ({ logits: [6, 1, 0, -1], y: 0 }),
+  "Confident and correct": () => ({ logits: [6, 1, 0, -1], y: 0 }),
   "Confident and wrong": () => ({ logits: [6, 1, 0, -1], y: 3 }),
   Uniform: () => ({ logits: [0, 0, 0, 0], y: 0 }),
   "Overflow: logits 1000": () => ({ logits: [1000, 999, 998, 0], y: 1 }),
@@ -23,7 +24,7 @@ export async function open(main, _, { signal, query, remember, beat }) {
   const page = new Explorer(main, signal, query, remember, beat);
   window.addEventListener("themechange", () => page.curve.again(), { signal });
   page.show();
-  await page.names().catch(() => {}); // without a memory, or a key, there are no engines to load from
+  await page.names().catch(() => {}); // without a store or a key there are no engines to load
 }
 
 const plain = (value) => (Math.abs(value) >= 1e6 || (value !== 0 && Math.abs(value) < 1e-4) ? value.toExponential(4) : String(Number(value.toFixed(6))));
@@ -55,15 +56,15 @@ class Explorer {
     this.check = h("p", { class: "muted small", role: "status" });
     this.curve = new Chart("Loss against the probability of the true class, with the point where this one is", 240);
     const presets = Object.entries(PRESETS).map(([text, make]) => h("button", { type: "button", class: "button", text, on: { click: () => this.preset(make(this.logits)) } }));
-    main.append(h("div", { class: "head" }, h("div", {}, h("h1", { text: "Explorer" }), h("p", { text: "How logits become probabilities, and what being wrong costs. Nothing here is remembered." }))),
+    main.append(h("div", { class: "head" }, h("div", {}, h("h1", { text: "Explorer" }), h("p", { text: "How logits become probabilities, and what a wrong prediction costs. Nothing on this page is stored." }))),
       h("div", { class: "grid" },
         h("section", { class: "card half stack" }, h("h2", { text: "Logits" }), h("div", { class: "presets" }, presets),
-          h("p", { class: "muted small", text: "Choose the true class with the dot before it." }), this.rows,
+          h("p", { class: "muted small", text: "Select the true class with its radio button." }), this.rows,
           h("div", { class: "inline" }, h("label", {}, "Classes", this.count),
             h("label", { style: { flex: "1 1 160px" } }, "Temperature: sharp to flat", this.hot), h("label", {}, h("span", { class: "hidden", text: "Temperature" }), this.exact)),
           h("form", { class: "inline", on: { submit: (event) => { event.preventDefault(); this.load(); } } }, h("label", {}, "Load from a prediction", this.engine), this.list, h("button", { class: "button", type: "submit", text: "Load" })), this.loaded),
         h("section", { class: "card half stack" }, h("h2", { text: "Probabilities" }), this.answers, this.warning,
-          h("div", { class: "cost" }, h("div", {}, h("p", { class: "muted small", text: "Loss, -ln p of the true class" }), this.loss, h("p", { class: "muted small", text: "nats" }), this.check), this.curve.element)),
+          h("div", { class: "cost" }, h("div", {}, h("p", { class: "muted small" }, term("Loss, -ln p of the true class", "Loss of the true class")), this.loss, h("p", { class: "muted small", text: "nats" }), this.check), this.curve.element)),
         h("section", { class: "card stack" }, h("h2", { text: "The calculation" }), this.sum, this.steps)));
     this.lines();
   }
@@ -72,7 +73,7 @@ class Explorer {
     return this.classes[k] ?? `class ${k}`;
   }
 
-  /** The controls, made anew when there is another number of classes. */
+  /** Create the controls; again when the number of classes changes. */
   lines() {
     this.controls = this.logits.map((_, k) => {
       const slider = h("input", { type: "range", step: 0.01, "aria-label": `Logit of ${this.name(k)}`, on: { input: () => this.move(k, Number(slider.value)) } });
@@ -162,8 +163,8 @@ class Explorer {
     const careless = naive(this.logits, this.temperature);
     const broken = careless.some((one) => Number.isNaN(one));
     this.warning.hidden = !broken && this.why !== "twice";
-    if (broken) say(this.warning, `Without taking the largest off first, exp(${plain(max)}) is infinite and every probability is infinity over infinity. With it, the largest exponential is exp(0) = 1.`);
-    else if (this.why === "twice") say(this.warning, "These logits are probabilities: softmax was applied before. Applied again it flattens them towards uniform, and the best loss that is left is far from 0. The service warns of rows like this and changes nothing.");
+    if (broken) say(this.warning, `Without subtracting the largest z, exp(${plain(max)}) is infinite, and every probability is infinity divided by infinity. With it, the largest exponential is exp(0) = 1.`);
+    else if (this.why === "twice") say(this.warning, "These logits are probabilities: softmax was applied before. A second softmax flattens them towards uniform, and the loss cannot get near 0. The service returns a warning for such rows and changes nothing.");
   }
 
   draw({ p, loss }) {
@@ -176,17 +177,17 @@ class Explorer {
     }), () => ({ titles: [["p", "number"], ["-ln p", "number"]], rows: [[plain(at), plain(loss)], ...[1, 0.9, 0.75, 0.5, 0.25, 0.1, 0.05, 0.01].map((one) => [one, (0 - Math.log(one)).toFixed(4)])] }));
   }
 
-  /** What the service's own numerics say of the same numbers, when they have rested a moment. */
+  /** Compare with the numerics of the service, a moment after the last change. */
   ask() {
     clearTimeout(this.timer);
     this.check.dataset.state = "waiting";
     this.timer = setTimeout(async () => {
       const { found, logits, y, temperature } = this;
       try {
-        const told = await post("v1/evaluate", { logits: [logits], labels: [y], temperature });
+        const result = await post("v1/evaluate", { logits: [logits], labels: [y], temperature });
         if (this.signal.aborted || found !== this.found) return;
-        const apart = Math.max(Math.abs(told.losses[0] - found.loss), ...told.probabilities[0].map((one, k) => Math.abs(one - found.p[k])));
-        say(this.check, apart <= 1e-6 ? `The service's own numerics agree: they differ by ${apart === 0 ? "0" : apart.toExponential(0)}.` : `The service says ${told.losses[0]}: this page is wrong by ${apart.toExponential(1)}.`);
+        const apart = Math.max(Math.abs(result.losses[0] - found.loss), ...result.probabilities[0].map((one, k) => Math.abs(one - found.p[k])));
+        say(this.check, apart <= 1e-6 ? `The numerics of the service agree: the difference is ${apart === 0 ? "0" : apart.toExponential(0)}.` : `The service returns ${result.losses[0]}: this page differs by ${apart.toExponential(1)}.`);
         this.check.dataset.state = apart <= 1e-6 ? "agrees" : "differs";
         this.beat("live", "live");
       } catch (error) {
@@ -206,12 +207,12 @@ class Explorer {
 
   async load() {
     const id = this.engine.value.trim() || this.list.firstChild?.value;
-    if (!id) return say(this.loaded, "Name an engine first.");
+    if (!id) return say(this.loaded, "Enter an engine first.");
     try {
       const [{ history }, { classes }] = await Promise.all([get(`v1/engines/${encodeURIComponent(id)}`, this.signal), model(this.signal)]);
       const last = history.at(-1);
-      if (!last) return say(this.loaded, `Nothing was predicted of ${id} yet.`);
-      if (last.logits.length > MOST) return say(this.loaded, `${id} has ${last.logits.length} classes; ${MOST} fit here.`);
+      if (!last) return say(this.loaded, `Engine ${id} has no prediction yet.`);
+      if (last.logits.length > MOST) return say(this.loaded, `${id} has ${last.logits.length} classes; the limit of this page is ${MOST}.`);
       this.logits = [...last.logits];
       this.classes = classes.length === last.logits.length ? classes : [];
       const truth = typeof last.label === "string" ? last.label : last.health;
@@ -220,7 +221,7 @@ class Explorer {
       this.why = null;
       this.lines();
       this.show();
-      say(this.loaded, `${id} at cycle ${number(last.cycle)}, temperature ${last.temperature.toFixed(4)}. ${last.label === null ? `No truth is known; ${truth} is assumed.` : `It was ${truth}.`}`);
+      say(this.loaded, `${id} at cycle ${number(last.cycle)}, temperature ${last.temperature.toFixed(4)}. ${last.label === null ? `No label is known; ${truth} is assumed.` : `The label is ${truth}.`}`);
     } catch (error) {
       if (error.name !== "AbortError") say(this.loaded, error.message);
     }

@@ -1,17 +1,18 @@
-// The fleet: every remembered engine, the worst first, live. Rows that are out of sight are not made.
+// The fleet: every stored engine, worst first, live. Only visible rows are rendered.
 
 import { h, s, say, dash, number, percent, plural, span, empty } from "./page.js";
 import { get, live, model, now, since } from "./service.js";
 import { badge, level, reshape, shape } from "./health.js";
+import { explain, term } from "./tooltip.js";
 
-const SECONDS = 2; // between looks
-const PAGE = 1000; // engines of one answer
-const MOST = 5000; // engines that are shown; who looks for another one opens it by its name
+const SECONDS = 2; // between refreshes
+const PAGE = 1000; // engines per response
+const MOST = 5000; // engines that are shown; others are opened by their name
 const TREND = 30; // cycles
-const ANEW = 300; // looks after which everything is asked again: what is forgotten is no change
-const BEYOND = 6; // rows made above and below what is seen
-const TILES = 12; // classes to choose from
-const RESTS = 10_000; // ms after which a pointer that lies in the list chooses nothing there
+const ANEW = 300; // refreshes after which everything is loaded again: expired engines are not reported as changes
+const BEYOND = 6; // rows rendered above and below the visible ones
+const TILES = 12; // classes to filter by
+const RESTS = 10_000; // ms after which a pointer that rests in the list no longer holds the order
 
 const SORTS = {
   worst: ["Worst first", "descending", (a, b) => b.risk - a.risk || sooner(a, b)],
@@ -61,7 +62,7 @@ class Fleet {
     this.table.addEventListener("pointermove", () => { this.pointed = performance.now(); });
     this.table.addEventListener("pointerleave", () => { this.pointed = -Infinity; this.draw(); });
     this.table.addEventListener("focusout", (event) => { if (!this.table.contains(event.relatedTarget)) queueMicrotask(() => this.draw()); });
-    this.subtitle = h("p", { text: "Asking the service …" });
+    this.subtitle = h("p", { text: "Loading …" });
     main.append(h("div", { class: "head" }, h("div", {}, h("h1", { text: "Fleet" }), this.subtitle)));
     this.clock = setInterval(() => this.ages(), 1000);
   }
@@ -69,19 +70,19 @@ class Fleet {
   makeTitles() {
     const title = (text, name, kind = "") => {
       const sorts = name ? { "aria-sort": "none", "data-sort": name } : {};
-      return h("div", { role: "columnheader", class: `cell-${kind}`, ...sorts }, name ? h("button", { type: "button", text, on: { click: () => this.by(name) } }) : text);
+      return h("div", { role: "columnheader", class: `cell-${kind}`, ...sorts }, name ? explain(h("button", { type: "button", text, on: { click: () => this.by(name) } }), text) : term(text));
     };
     return h("div", { class: "row titles", role: "row" }, title("Engine", "name", "name"), title("Health", "worst", "health"),
-      h("div", { role: "columnheader", class: "cell-bars" }, "Probabilities", this.worst = h("span")), title("Cycles left", "rul", "rul"), title("Last 30 cycles", null, "trend"),
-      title("Not ruled out", null, "set"), title("Cycle", null, "cycle"), title("Age", "newest", "age"));
+      h("div", { role: "columnheader", class: "cell-bars" }, term("Probabilities"), this.worst = h("span")), title("Cycles left", "rul", "rul"), title("Last 30 cycles", null, "trend"),
+      title("Possible classes", null, "set"), title("Cycle", null, "cycle"), title("Age", "newest", "age"));
   }
 
-  /** Everything the first time, after a trouble and now and then; else what changed. */
+  /** Load everything at first, after an error and from time to time; otherwise what has changed. */
   async load(signal) {
     this.looks = (this.looks ?? 0) + 1;
     const from = this.anew || this.looks % ANEW === 0 ? null : this.from;
     this.anew = false;
-    this.from = null; // until this look has come to its end: who comes back may be another service
+    this.from = null; // until this refresh is complete: after an error another service may respond
     if (!from) this.use((await model(signal)).classes);
     const next = since();
     const which = from ? `&since=${encodeURIComponent(from)}` : `&trend=${TREND}${this.all ? "" : "&running=true"}`;
@@ -92,7 +93,7 @@ class Fleet {
       for (const row of page.engines) this.keep(row, engines);
     } while (page.next && (from || engines.size < MOST));
     this.engines = engines;
-    const counts = [...engines.values()].some((one) => Number.isFinite(one.rul)); // a model may know classes only
+    const counts = [...engines.values()].some((one) => Number.isFinite(one.rul)); // a model may have no RUL
     this.table.classList.toggle("no-rul", !counts && engines.size > 0);
     this.total = from ? Math.max(this.total, engines.size) : page.total;
     this.from = next;
@@ -100,7 +101,7 @@ class Fleet {
     this.draw();
   }
 
-  /** The classes of the model; with others everything is made anew. */
+  /** Set the classes of the model; other classes discard all rows. */
   use(classes) {
     if (classes.join("\n") === this.classes?.join("\n")) return;
     this.classes = classes;
@@ -109,7 +110,7 @@ class Fleet {
     this.framed = null;
   }
 
-  /** Ended engines are asked for only when they are wanted: in the course of time they are the most, and the worst. */
+  /** Load failed engines only on request: over time they are the majority, and the worst. */
   withEnded(wanted) {
     this.all = wanted;
     this.anew = true;
@@ -120,7 +121,7 @@ class Fleet {
   keep(row, engines) {
     const p = this.classes.map((name) => row.probabilities[name] ?? 0);
     const old = engines.get(row.engine_id);
-    const risk = row.probabilities[this.classes.at(-1)] ?? Object.values(row.probabilities).at(-1); // of the model that answered, which may be an older one
+    const risk = row.probabilities[this.classes.at(-1)] ?? Object.values(row.probabilities).at(-1); // of the model of the prediction, which may be an older one
     const trend = row.trend ?? old?.trend ?? [];
     if (!row.trend && row.cycle !== null && row.cycle > (trend.at(-1)?.[0] ?? -1)) trend.push([row.cycle, risk]);
     while (trend.length && trend[0][0] <= row.cycle - TREND) trend.shift();
@@ -128,16 +129,16 @@ class Fleet {
       set: row.prediction_set, at: Date.parse(row.updated_at), ended: row.failed_at_cycle, trend });
   }
 
-  /** The page, once there is something to show. */
+  /** Build the page once there is an engine. */
   frame() {
     const any = this.engines.size > 0;
     if (any === this.framed) return;
     this.framed = any;
     this.main.querySelectorAll(":scope > :not(.head)").forEach((old) => old.remove());
     if (!any) {
-      say(this.subtitle, "Nothing is remembered yet.");
-      this.main.append(empty("No engine has been seen", "An engine appears with its first flight. Send one, or let a whole simulated fleet fly:",
-        h("pre", { text: `engine-health replay --url ${location.origin}` }), h("p", {}, "How a flight is sent stands in ", h("a", { href: "docs#/memory", text: "the API" }), ".")));
+      say(this.subtitle, "No prediction is stored yet.");
+      this.main.append(empty("No engine is stored", "An engine appears with its first flight. Send a flight, or start a simulated fleet:",
+        h("pre", { text: `.venv/bin/engine-health replay --url ${location.origin}` }), h("p", {}, "The page ", h("a", { href: "docs#/store", text: "API" }), " describes how to send a flight.")));
       return;
     }
     this.worst.textContent = this.classes.at(-1);
@@ -145,7 +146,7 @@ class Fleet {
     this.counts.replaceChildren(...this.filters.map((one) => one.button));
     this.main.append(this.counts,
       h("div", { class: "bar-tools" }, h("div", { class: "search" }, this.search), h("label", { class: "check" }, h("span", { class: "muted order", text: "Order" }), this.sorting),
-        h("label", { class: "check" }, this.ended, "Ended engines too"), this.held), this.table, this.none);
+        h("label", { class: "check" }, this.ended, "Failed engines too"), this.held), this.table, this.none);
     this.resize();
   }
 
@@ -156,6 +157,7 @@ class Fleet {
       this.picked = k === null || this.picked === this.classes[k] ? null : this.classes[k];
       this.changed();
     } } }, figure, name);
+    explain(button, "count");
     return { k, button, figure };
   }
 
@@ -165,7 +167,7 @@ class Fleet {
     this.changed();
   }
 
-  /** Somebody wants to see other engines. */
+  /** Apply another filter or order. */
   changed() {
     const kept = { health: this.picked, sort: this.sort === "worst" ? null : this.sort, find: this.words.trim() || null, ended: this.all ? "yes" : null };
     this.remember(Object.fromEntries(Object.entries(kept).filter(([, value]) => value)));
@@ -173,13 +175,13 @@ class Fleet {
     this.draw();
   }
 
-  /** Which engines in which order. While somebody is in the list it stays: no row goes, or moves to another's place. */
+  /** Return the engines in order. While the pointer or the focus is in the list, no row moves or disappears. */
   choose() {
     const words = this.words.trim().toLowerCase();
     const standing = [...this.engines.values()].filter((one) => this.all || one.ended === null);
     const count = this.classes.map(() => 0);
     for (const one of standing) if (one.k >= 0) count[one.k] += 1;
-    const least = [...count].sort((a, b) => b - a)[TILES - 1] ?? 0; // of a thousand classes those that there are most of
+    const least = [...count].sort((a, b) => b - a)[TILES - 1] ?? 0; // of many classes the most frequent ones
     let free = TILES;
     for (const { k, button, figure } of this.filters) {
       say(figure, number(k === null ? standing.length : count[k]));
@@ -200,8 +202,8 @@ class Fleet {
   draw() {
     if (!this.framed) return;
     this.order = this.choose();
-    say(this.held, this.order.length !== this.best.length || this.best.some((one, i) => one !== this.order[i]) ? "Order held while you are in the list" : "");
-    const beyond = this.total > this.engines.size ? ` The ${number(this.engines.size)} worst of ${number(this.total)} are here; find another one by its whole name and Enter.` : "";
+    say(this.held, this.order.length !== this.best.length || this.best.some((one, i) => one !== this.order[i]) ? "Order paused while you are in the list" : "");
+    const beyond = this.total > this.engines.size ? ` Shown are the ${number(this.engines.size)} worst of ${number(this.total)}; open any other with its full name and Enter.` : "";
     say(this.subtitle, `${plural(this.best.length, "engine")}, ${SORTS[this.sort][0].toLowerCase()}.${beyond}`);
     for (const title of this.titles.children) {
       const mine = title.dataset.sort && (title.dataset.sort === this.sort || (title.dataset.sort === "newest" && this.sort === "oldest"));
@@ -217,7 +219,7 @@ class Fleet {
 
   nothing() {
     const wanted = this.words.trim();
-    this.none.replaceChildren(wanted ? `No engine here is called like “${wanted}”${this.picked ? ` and ${this.picked}` : ""}. ` : `No engine is ${this.picked ?? "running"} now. `,
+    this.none.replaceChildren(wanted ? `No engine shown matches “${wanted}”${this.picked ? ` and ${this.picked}` : ""}. ` : `No engine is ${this.picked ?? "running"} now. `,
       h("button", { type: "button", class: "button", text: "Show all engines", on: { click: () => { this.picked = null; this.words = this.search.value = ""; this.changed(); } } }),
       wanted ? h("span", {}, " or ", h("a", { href: `#/engine/${encodeURIComponent(wanted)}`, text: `open ${wanted}` })) : "");
   }
@@ -227,7 +229,7 @@ class Fleet {
     this.draw();
   }
 
-  /** Make and renew the rows that are in sight, and forget the others; `renew` those that stay too. */
+  /** Render visible rows and remove others; `renew` also updates those that stay. */
   sight(renew = false) {
     if (!this.framed) return;
     const top = this.rows.getBoundingClientRect().top;
@@ -266,13 +268,13 @@ class Fleet {
     if (event.key === "Escape") { this.search.value = this.words = ""; this.changed(); }
     if (event.key !== "Enter") return;
     const exact = this.search.value.trim();
-    const all = this.total <= this.engines.size; // then who is not here is nowhere
+    const all = this.total <= this.engines.size; // then an engine that is not shown does not exist
     if (!exact) return;
     if (this.order.length > 1 && all && !this.engines.has(exact)) this.made.get(this.order[0].id)?.link.focus();
     else location.hash = `#/engine/${encodeURIComponent(this.order.length === 1 ? this.order[0].id : exact)}`;
   }
 
-  /** "/" finds; arrows go from engine to engine. */
+  /** "/" focuses the search; arrow keys move between engines. */
   key(event) {
     if (event.key === "/" && !/INPUT|SELECT/.test(document.activeElement.tagName)) {
       event.preventDefault();
@@ -287,7 +289,7 @@ class Fleet {
   }
 }
 
-/** One engine's line. */
+/** The row of one engine. */
 class Row {
   constructor(classes) {
     this.classes = classes;
@@ -317,7 +319,7 @@ class Row {
     this.element.dataset.engine = engine.id;
     say(this.link, engine.id);
     this.link.setAttribute("href", `#/engine/${encodeURIComponent(engine.id)}`);
-    say(this.health, engine.ended === null ? engine.health : "ended");
+    say(this.health, engine.ended === null ? engine.health : "failed");
     this.health.className = engine.ended === null ? "" : "ended";
     const of = engine.k < 0 ? "watch" : level(engine.k, n);
     reshape(this.shape, of);
@@ -335,7 +337,7 @@ class Row {
       this.set.dataset.of = set.join();
       const shapes = set.map((name) => shape(level(this.classes.indexOf(name), n)));
       this.set.replaceChildren(...shapes, h("span", { class: "hidden", text: set.join(", ") || "none" }));
-      this.set.title = set.length > 1 ? `Could be ${set.join(" or ")}: inspect` : set.join();
+      this.set.title = set.length > 1 ? `Possible classes: ${set.join(" or ")}; inspect` : set.join();
     }
     say(this.cycle, engine.cycle === null ? dash : number(engine.cycle));
     this.age();

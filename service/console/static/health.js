@@ -1,4 +1,4 @@
-// How a class looks: colour, shape and word, so that no one of them must be told from another alone.
+// Representation of a class: colour, shape and word, so that no information depends on colour alone.
 
 import { h, s } from "./page.js";
 
@@ -6,10 +6,10 @@ const LEVELS = ["good", "watch", "bad"];
 const PATHS = {
   good: "M7 1a6 6 0 1 1 0 12A6 6 0 0 1 7 1Z", // a disc
   watch: "M7 1 13.4 12.600H.6Z", // a triangle
-  bad: "M4.300 .8h5.400l3.500 3.500v5.400l-3.500 3.500H4.300L.8 9.700V4.300Z", // an octagon, as signs that say stop
+  bad: "M4.300 .8h5.400l3.500 3.500v5.400l-3.500 3.500H4.300L.8 9.700V4.300Z", // an octagon
 };
 
-/** The level of class k of n: the first is good, the last bad, all between to be watched. */
+/** Return the level of class k of n: the first is good, the last bad, all others are to be watched. */
 export const level = (k, n) => (k <= 0 ? LEVELS[0] : k >= n - 1 ? LEVELS[2] : LEVELS[1]);
 
 export function shape(of) {
@@ -23,7 +23,7 @@ export function reshape(picture, of) {
   picture.firstChild.setAttribute("d", PATHS[of]);
 }
 
-/** A class by its name; one that the model does not have, of a model before it, is to be watched. */
+/** Create the badge of a class. A class that the model lacks (of a former model) is to be watched. */
 export function badge(name, classes) {
   const k = classes.indexOf(name);
   return h("span", { class: "health" }, shape(k < 0 ? LEVELS[1] : level(k, classes.length)), h("span", { text: name }));
@@ -31,13 +31,13 @@ export function badge(name, classes) {
 
 const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-/** The colours of now, as charts need them. */
+/** Return the current colours for charts. */
 export function colours() {
   const names = ["good", "watch", "bad", "text", "muted", "line", "line-strong", "accent", "surface", "track"];
   return Object.fromEntries(names.map((name) => [name, variable(`--${name}`)]));
 }
 
-/** A colour for class k of n, between the three of the levels. */
+/** Return a colour for class k of n, interpolated between those of the three levels. */
 export function colour(k, n, of = colours()) {
   const at = n < 2 ? 0 : (2 * k) / (n - 1);
   const [from, to, share] = at <= 1 ? [of.good, of.watch, at] : [of.watch, of.bad, at - 1];

@@ -1,4 +1,4 @@
-// Which page is shown: the part of the address behind "#", as #/engine/FD001-24. One page at a time; its end is a signal.
+// Selects the page by the fragment of the address, for example #/engine/FD001-24. A page ends with a signal.
 
 import { h, empty } from "./page.js";
 import { Problem } from "./service.js";
@@ -7,7 +7,7 @@ import * as engine from "./engine.js";
 import * as explorer from "./explorer.js";
 import * as fleet from "./fleet.js";
 
-// All are here from the start: a page that had to be fetched could not be shown while nobody answers.
+// All pages are loaded at the start: a page that is loaded later could not be shown while the service is unreachable.
 const PAGES = {
   fleet: ["Fleet", fleet],
   engine: ["Engine", engine],
@@ -39,7 +39,7 @@ async function show() {
   window.scrollTo(0, 0);
   if (!first) main.focus({ preventScroll: true });
   first = false;
-  const mine = (say) => (...words) => { if (!ending.signal.aborted) say(...words); }; // who has left is not heard
+  const mine = (say) => (...words) => { if (!ending.signal.aborted) say(...words); }; // a page that was left has no effect
   const around = { signal: ending.signal, query: new URLSearchParams(query ?? ""), remember: mine(remember), beat: mine(beat), tell: mine(tell) };
   try {
     await opened.open(main, id, around);
@@ -48,7 +48,7 @@ async function show() {
   }
 }
 
-/** What an address means; one that somebody wrote by hand may hold a lonely %. */
+/** Decode an address; one that was typed may contain a single %. */
 function decoded(text) {
   try {
     return decodeURIComponent(text);
@@ -57,20 +57,20 @@ function decoded(text) {
   }
 }
 
-/** Keep what a page shows in the address, without a step in the browser's history. */
+/** Store the state of a page in the address, without an entry in the browser's history. */
 function remember(query) {
   const [path] = (location.hash || "#/fleet").split("?");
   const text = new URLSearchParams(query).toString();
   history.replaceState(null, "", path + (text ? `?${text}` : ""));
 }
 
-/** What the lamp beside the colours says: "live", "paused" or "down". */
+/** Set the state of the connection: "live", "paused" or "down". */
 function beat(state, text) {
   pulse.dataset.state = state;
   if (pulse.textContent !== text) pulse.textContent = text;
 }
 
-/** Say what is wrong, and what to do; null when it is not any more. */
+/** Show an error and what to do; null hides it. */
 function tell(error) {
   trouble.hidden = !error;
   if (!error) return;
@@ -78,21 +78,21 @@ function tell(error) {
   const [title, advice] = explained(error);
   if (error.code === "store_not_configured") {
     trouble.hidden = true;
-    beat("paused", "no memory");
-    main.replaceChildren(empty("This service keeps no memory", "Fleet, engines and calibration are made of what it remembers. Start it with a database, and it remembers what is sent from then on:",
-      h("pre", { text: "ENGINE_HEALTH_DATABASE_URL=sqlite:///engine-health.db make serve" }), h("p", {}, h("a", { href: "#/explorer", text: "The explorer needs none" }))));
+    beat("paused", "no store");
+    main.replaceChildren(empty("This service has no store", "Fleet, engines and calibration show stored predictions. Start the service with a database to store predictions from then on:",
+      h("pre", { text: "ENGINE_HEALTH_DATABASE_URL=sqlite:///engine-health.db make serve" }), h("p", {}, h("a", { href: "#/explorer", text: "The explorer needs no store" }))));
     return;
   }
   trouble.replaceChildren(h("strong", { text: title }), advice);
 }
 
 function explained(error) {
-  if (!(error instanceof Problem)) return ["This page failed.", `${error.message}. Reload it; if that does not help, it is a fault worth reporting.`];
-  if (error.status === 0) return ["Not connected.", `${error.message} This page goes on trying.`];
+  if (!(error instanceof Problem)) return ["This page failed.", `${error.message}. Reload the page. If the error remains, please report it.`];
+  if (error.status === 0) return ["Not connected.", `${error.message} This page retries.`];
   if (error.status === 401) return ["Key needed.", error.message];
-  if (error.status === 503) return ["Not available now.", `${error.message}. This page goes on trying.`];
-  if (error.code === "overloaded") return ["Overloaded.", "The service answers others first. This page goes on trying."];
-  return [`${error.body.title ?? "Refused"}.`, error.message];
+  if (error.status === 503) return ["Not available now.", `${error.message}. This page retries.`];
+  if (error.code === "overloaded") return ["Overloaded.", "The service has more requests than it can answer. This page retries."];
+  return [`${error.body.title ?? "Rejected"}.`, error.message];
 }
 
 const theme = document.getElementById("theme");

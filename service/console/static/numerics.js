@@ -1,6 +1,6 @@
-// Softmax and cross-entropy, as the service has them (model/numerics.py): float64, from logits, the largest taken off first.
+// Softmax and cross-entropy as in model/numerics.py: float64, from logits, after subtracting the largest one.
 
-/** Every step from logits to the loss of class y, and its gradient; all arrays have a number a class. */
+/** Return every step from logits to the loss of class y, and its gradient; arrays have one number per class. */
 export function worked(logits, y, temperature) {
   const z = logits.map((one) => one / temperature);
   const max = Math.max(...z);
@@ -16,7 +16,7 @@ export function worked(logits, y, temperature) {
 
 export const softmax = (logits) => worked(logits, 0, 1).p;
 
-/** What comes of it without taking the largest off: infinity over infinity, where numbers are large. */
+/** Return softmax without subtracting the largest logit: infinity divided by infinity for large numbers. */
 export function naive(logits, temperature) {
   const exponentials = logits.map((one) => Math.exp(one / temperature));
   const sum = exponentials.reduce((a, b) => a + b, 0);

@@ -1,13 +1,15 @@
-// Making elements, and saying numbers as people read them. Knows no service and no page.
+// Create elements, and format numbers for people. Independent of the service and of pages.
+
+import { term } from "./tooltip.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** An element. `props`: attributes; `on` a map of listeners, `style` a map of properties, `text` its text. */
+/** Create an element. `props`: attributes; `on` a map of listeners, `style` a map of properties, `text` its text. */
 export function h(name, props = {}, ...children) {
   return filled(document.createElement(name), props, children);
 }
 
-/** An element of an SVG picture. */
+/** Create an element of an SVG picture. */
 export function s(name, props = {}, ...children) {
   return filled(document.createElementNS(SVG, name), props, children);
 }
@@ -25,7 +27,7 @@ function filled(element, props, children) {
   return element;
 }
 
-/** Change a text only if it is another one: what does not change costs the browser nothing. */
+/** Change a text only if it differs, which saves work of the browser. */
 export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
@@ -33,7 +35,7 @@ export function say(element, text) {
 export const dash = "–";
 const thin = " ";
 
-/** A probability: no certainty where there is none. */
+/** Format a probability: never 0 % or 100 % by rounding. */
 export function percent(p, digits = 0) {
   if (p === null || p === undefined) return dash;
   const least = 0.5 * 10 ** -digits / 100;
@@ -56,7 +58,7 @@ export function plural(n, one, many = `${one}s`) {
   return `${number(n)} ${n === 1 ? one : many}`;
 }
 
-/** How long a time is, in one unit. */
+/** Format a duration in one unit. */
 export function span(seconds) {
   if (seconds === null || seconds === undefined) return dash;
   const units = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
@@ -69,18 +71,18 @@ export function moment(text) {
   return new Date(text).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
 }
 
-/** A table: titles are strings, or [title, "number"]; cells strings, numbers or elements. */
+/** Create a table. Titles are strings, or [title, "number", key of the glossary]; cells strings, numbers or elements. */
 export function table(titles, rows, caption) {
   const heads = titles.map((title) => (Array.isArray(title) ? title : [title, ""]));
   const cell = (value, k) => h("td", { class: heads[k][1] || null }, value instanceof Node ? value : String(value ?? dash));
   return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption },
     h("table", {},
       h("caption", { class: "hidden", text: caption }),
-      h("thead", {}, h("tr", {}, heads.map(([title, kind]) => h("th", { scope: "col", class: kind || null, text: title })))),
+      h("thead", {}, h("tr", {}, heads.map(([title, kind, key]) => h("th", { scope: "col", class: kind || null }, term(title, key))))),
       h("tbody", {}, rows.map((row) => h("tr", row.props ?? {}, (row.cells ?? row).map(cell))))));
 }
 
-/** Put other things into an element; who reads one of its tables stays where they are in it. */
+/** Replace the content of an element. Scroll positions and focus of its tables and buttons are kept. */
 export function refill(element, ...children) {
   const named = (one) => one.getAttribute("aria-label");
   const parts = () => element.querySelectorAll(".scroll, button, a");
@@ -95,12 +97,13 @@ export function refill(element, ...children) {
   }
 }
 
-/** What stands where there is nothing yet: what is so, and what to do. */
+/** Create the text of an empty page: what is missing, and what to do. */
 export function empty(title, text, ...more) {
   return h("section", { class: "card empty" }, h("h2", { text: title }), h("p", { text }), ...more);
 }
 
-export function facts(pairs) {
-  return h("dl", { class: "facts" }, pairs.map(([name, value, small]) =>
-    h("div", {}, h("dt", { text: name }), h("dd", {}, value, small ? h("small", { text: ` ${small}` }) : null))));
+/** Create a list of figures: [name, value, small text, key of the glossary]. */
+export function facts(figures) {
+  return h("dl", { class: "facts" }, figures.map(([name, value, small, key]) =>
+    h("div", {}, h("dt", {}, term(name, key)), h("dd", {}, value, small ? h("small", { text: ` ${small}` }) : null))));
 }

@@ -1,12 +1,12 @@
-// The only place that speaks to the service: its public API, on the host that the page came from, and keys if it asks.
-// Keys live in the memory of this tab (sessionStorage) and nowhere else.
+// The client of the public API, on the host of the page, with API keys if the service requires them.
+// Keys are stored in this tab only (sessionStorage).
 
 import { h } from "./page.js";
 
 const KEYS = { api: "engine-health.key", admin: "engine-health.admin-key" };
 const KEY_CODES = new Set(["api_key_missing", "api_key_unknown", "not_admin"]); // another key may be accepted
-const AGAIN = 3; // seconds until what failed is tried again
-const SLACK = 4000; // ms: who is told "since" also gets what was being committed then
+const AGAIN = 3; // seconds until a failed request is retried
+const SLACK = 4000; // ms: `since` also includes what was being committed at that time
 
 /** An error response of the service. `code` is from the closed list in docs/api.md; `status` is 0 without a response. */
 export class Problem extends Error {
@@ -18,10 +18,10 @@ export class Problem extends Error {
   }
 }
 
-let skew = 0; // ms that the service's clock is ahead of this one
+let skew = 0; // ms by which the clock of the service is ahead
 export const now = () => Date.now() + skew;
 
-/** When to ask from next time, for a request that is about to be sent. */
+/** Return the value of `since` for the next request. */
 export const since = () => new Date(now() - SLACK).toISOString();
 
 export const get = (path, signal) => call(path, { signal });
@@ -36,7 +36,7 @@ async function call(path, { method = "GET", body, signal, kind = "api" }) {
     if (answer.ok) return answer.json();
     const problem = await read(answer);
     if (!KEY_CODES.has(problem.code)) throw problem;
-    if (sessionStorage.getItem(KEYS[kind]) === shown) sessionStorage.removeItem(KEYS[kind]); // else another call got one
+    if (sessionStorage.getItem(KEYS[kind]) === shown) sessionStorage.removeItem(KEYS[kind]); // otherwise another call has got one
     why = shown ? problem.message : "";
     if (!sessionStorage.getItem(KEYS[kind])) await askForKey(kind, why);
   }
@@ -53,7 +53,7 @@ async function send(path, method, body, signal, key) {
     return answer;
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Problem(0, `Nothing answers at ${location.host}. Is the service running? "make serve" starts it.`);
+    throw new Problem(0, `The service at ${location.host} does not respond. Is it running? "make serve" starts it.`);
   }
 }
 
@@ -63,9 +63,9 @@ async function read(answer) {
 }
 
 let asking = null;
-let declined = false; // the key of the service, which every look at it would ask for again
+let declined = false; // the API key; otherwise every refresh would ask again
 
-/** Ask for a key, once for all who wait for it. Who closes the question gets the problem. */
+/** Ask for a key, once for all waiting requests. Closing the dialog rejects them. */
 function askForKey(kind, why) {
   if (declined && kind === "api") return Promise.reject(refusal(kind));
   asking ??= dialog(kind, why).finally(() => { asking = null; });
@@ -80,8 +80,8 @@ function dialog(kind, why) {
       h("div", {},
         h("h2", { id: "key-title", text: admin ? "Admin key needed" : "Key needed" }),
         h("p", { text: admin
-          ? "Changing the temperature is for one of ENGINE_HEALTH_ADMIN_KEYS. It is kept in this tab only."
-          : "This service answers to one of ENGINE_HEALTH_API_KEYS. It is kept in this tab only." })),
+          ? "Changing the temperature needs one of ENGINE_HEALTH_ADMIN_KEYS. The key is stored in this tab only."
+          : "This service requires one of ENGINE_HEALTH_API_KEYS. The key is stored in this tab only." })),
       why ? h("p", { class: "note bad", role: "alert", text: `Not accepted: ${why}.` }) : null,
       h("label", { class: "labelled", for: "key" }, admin ? "Admin key" : "Key", field),
       h("div", { class: "inline" },
@@ -108,18 +108,18 @@ function dialog(kind, why) {
 }
 
 function refusal(kind) {
-  return new Problem(401, kind === "admin" ? "No admin key was given." : "This service asks for a key. Reload the page to give one.");
+  return new Problem(401, kind === "admin" ? "No admin key was given." : "This service requires a key. Reload the page to enter one.");
 }
 
-/** The model that answers: its classes, thresholds and channels. */
+/** Return the active model: its classes, thresholds and channels. */
 export const model = (signal) => get("v1/model", signal);
 
-/** Something that is done now and again from its first call on, and at once at every other one, until `signal`.
-    Not while the tab is hidden, and never twice at a time. Troubles are told, and soon tried again. */
+/** Return a function that runs `work` immediately and then regularly, until `signal`.
+    It pauses while the tab is hidden, and never runs twice at the same time. Errors go to `trouble`, with an early retry. */
 export function live(seconds, signal, work, trouble) {
   let timer = 0;
   let busy = false;
-  let more = false; // somebody could not wait while it was being done
+  let more = false; // it was called while it was running
   const round = async () => {
     if (busy) return void (more = true);
     clearTimeout(timer);
@@ -133,7 +133,7 @@ export function live(seconds, signal, work, trouble) {
     } catch (error) {
       if (signal.aborted || error.name === "AbortError") return;
       trouble(error);
-      if (error.status === 401 || error.code === "store_not_configured") return; // asking again changes nothing
+      if (error.status === 401 || error.code === "store_not_configured") return; // a retry changes nothing
       wait = AGAIN;
     } finally {
       busy = false;

@@ -1,4 +1,4 @@
-// Dark or light, before anything is painted: what was chosen here before, else what the system prefers.
+// Set dark or light colours before the page is painted: the earlier choice, otherwise the preference of the system.
 (() => {
   const chosen = localStorage.getItem("engine-health.theme");
   const dark = chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
