@@ -1,4 +1,4 @@
-"""The bash blocks of README and docs, run in order from a fresh clone against a real service."""
+"""Run the bash blocks of README and docs in order, from a fresh clone, against a real service."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def agrees(shown: Any, actual: Any) -> bool:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone of the working tree; its `.venv` calls the environment of the tests, unless packages are installed."""
+    """Clone the working tree. Its `.venv` calls the environment of the tests, unless packages are installed."""
     folder = tmp_path_factory.mktemp("commands") / "clone"
     subprocess.run(["git", "clone", "--quiet", "--shared", ROOT, folder], check=True)
     changed = subprocess.check_output(["git", "ls-files", "-mo", "--exclude-standard"], cwd=ROOT, text=True)
@@ -108,15 +108,15 @@ def address(clone: Path, environment: dict[str, str]) -> Iterator[str]:
         process.communicate(timeout=30)
 
 
-def test_commands_documents_have_blocks_that_run() -> None:
-    """README and pages have bash blocks that run, and most of them show the response."""
+def test_documents_have_blocks_that_run() -> None:
+    """The documents have at least 15 bash blocks that run, and at least 6 of them show the response."""
     blocks = [block for name in PAGES for block in blocks_of(name)]
     assert len(blocks) >= 15
     assert len([block for block in blocks if block.response]) >= 6
 
 
-def test_commands_every_page_is_covered() -> None:
-    """A page with a bash block that runs is in the list of pages of this test."""
+def test_every_page_with_commands_is_covered() -> None:
+    """Each document with a bash block that runs is in PAGES."""
     names = ["README.md", *(f"docs/{path.relative_to(ROOT / 'docs')}" for path in (ROOT / "docs").rglob("*.md"))]
     assert set(PAGES) == {name for name in names if list(blocks_of(name))}
 
@@ -135,8 +135,8 @@ def test_commands_of_document_work_as_pasted(name: str, clone: Path, address: st
             assert agrees(parse_shown(block.response), json.loads(done.stdout)), (block.place, done.stdout)
 
 
-def test_commands_wrong_response_is_detected() -> None:
-    """A shown value that differs, is missing or has another length is no agreement; ids and omitted members are."""
+def test_wrong_response_is_detected() -> None:
+    """A shown value that differs or is missing is detected. Ids and omitted members are ignored."""
     shown = parse_shown('{"n": 1.0, "digest": "a...", "rows": [{"cycle": 1, ...}], "text": "ab...", ...}')
     actual = {"n": 1.001, "digest": "b", "rows": [{"cycle": 1, "x": 2}], "text": "abc", "other": 1}
     assert agrees(shown, actual)
