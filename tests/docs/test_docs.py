@@ -157,6 +157,18 @@ def test_readme_has_at_most_250_lines() -> None:
     assert pages <= set(links(text))
 
 
+def test_readme_performance_is_that_of_benchmarks_page() -> None:
+    """Each ratio of the performance table in the README is in docs/benchmarks.md, with its date."""
+    section = (ROOT / "README.md").read_text().partition("## Performance")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if "|" in line]
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert ["case", "compared with", "ratio", "date"] == rows[0]
+    assert 4 == len(rows[2:])
+    for _, _, ratio, date in rows[2:]:
+        assert f"**{ratio}**" in page or f"{ratio} times" in page
+        assert date in page
+
+
 def test_pages_have_one_to_five_screens() -> None:
     """A page, without tables and code, has at most 250 lines."""
     pages = [name for name in DOCUMENTS if name.startswith("docs/")]
