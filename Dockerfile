@@ -1,10 +1,10 @@
-# The service on the production lock alone: no torch, no compiler, no pip. Any builder of the last years builds it.
+# The service with the packages of requirements.lock: no torch, no compiler, no pip. It uses no BuildKit extension.
 ARG MODEL_DIGEST=a404842e4f4602bf5ecbee2c8ca77d92f3c81eadc40aa18e9c615b3aefbba69d
 
 FROM python:3.11-slim AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
-# The locks first: a change of code installs nothing anew.
+# The locks are copied first, so that a change of code does not install the packages again.
 COPY requirements.lock requirements-build.lock ./
 RUN python -m venv /build \
     && /build/bin/pip install --require-hashes --only-binary :all: -r requirements-build.lock \
@@ -14,8 +14,8 @@ COPY pyproject.toml README.md ./
 COPY model model
 COPY export export
 COPY service service
-# The label below must not lie. Left out is what only tests, tools and notebooks need: of plotly, all but the script that
-# browsers load. The file system is read-only later, so bytecode is compiled here.
+# The build fails if the label below differs from the artefact. Files that only tests, tools and notebooks need are removed;
+# of plotly only the script for browsers remains. The file system is read-only later, so bytecode is compiled here.
 ARG MODEL_DIGEST
 RUN test "$(sha256sum < model/artefact/engine-health.onnx)" = "$MODEL_DIGEST  -" \
     && /build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheel . \

@@ -117,7 +117,7 @@ tables: $(DEV)/ready             ## write the generated tables of the documents
 	$(BIN)/python docs/tables.py
 
 docs: $(DEV)/ready               ## build the documentation site into build/site; dead links fail
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict  # without the notice of end of life in May 2027
 
 trace: $(DEV)/ready              ## frames, modules and module changes of one request of each kind, compared with the targets
 	$(BIN)/python -m docs.trace

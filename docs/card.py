@@ -1,8 +1,8 @@
-"""Puts every figure of the model card anew between its markers; the text around them is written by hand.
+"""Write all generated tables of the model card between their markers. The other text is written by hand.
 
-    python docs/card.py             # the second half of `make evaluate`: a minute on one core, and C-MAPSS
+    python docs/card.py             # the second half of `make evaluate`; takes 1 min on one core, needs C-MAPSS
 
-Figures that need training (other seeds, anchors) come from docs/study.json, which `make study` writes.
+Figures that need training (other seeds, anchors) are read from docs/study.json, which `make study` writes.
 """
 
 import json
@@ -20,7 +20,7 @@ CARD, STUDY = (Path(__file__).parent / name for name in ("model-card.md", "study
 
 
 def build_tables() -> Iterator[tuple[str, Iterator[str]]]:
-    """Every table by its marker."""
+    """Yield the marker and the lines of each table."""
     folder, (session, manifest) = cmapss.data_folder(), open_artefact(ARTEFACT)
     predictions = predict_test_engines(onnx_runner(session), manifest.window or 1, folder)
     yield "results", model_card.results_table(predictions, manifest.temperature)
@@ -35,7 +35,7 @@ def build_tables() -> Iterator[tuple[str, Iterator[str]]]:
 
 
 def main() -> None:
-    """Write the card."""
+    """Write the tables into the card."""
     text = CARD.read_text()
     for name, lines in build_tables():
         text = replaced(text, name, lines)

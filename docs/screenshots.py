@@ -1,4 +1,4 @@
-"""The pictures of the console in the README: a real service, NASA's engines, a real browser.
+"""Take the screenshots of the console for the documentation, with a real service, C-MAPSS engines and Chromium.
 
 python -m docs.screenshots    writes docs/console-*.png; needs C-MAPSS and /usr/bin/chromium
 """
@@ -23,7 +23,7 @@ PICTURES = (
 
 
 def main() -> None:
-    """Take them all."""
+    """Take all screenshots."""
     with running() as service, chromium() as browser:
         for subset in ("FD001", "FD002"):
             fly_nasas(service.client, cmapss.data_folder(), subset, 30, 30, 400)
@@ -32,7 +32,7 @@ def main() -> None:
             with watched(browser, home, viewport=size, color_scheme=colours) as console:
                 page = console.open(path)
                 expect(page.locator(".chart .main-svg, .rows .row").first).to_be_visible(timeout=30_000)
-                page.wait_for_timeout(2500)  # milliseconds, until everything has settled
+                page.wait_for_timeout(2500)  # milliseconds, until charts and live updates are drawn
                 page.screenshot(path=FOLDER / f"console-{name}.png")
             print(f"docs/console-{name}.png {(FOLDER / f'console-{name}.png').stat().st_size // 1024} kB")
 

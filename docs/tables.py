@@ -21,7 +21,7 @@ README, ARCHITECTURE = ROOT / "README.md", DOCS / "architecture.md"
 MAIN_SETTINGS = ("PORT", "WORKERS", "MODEL", "DATABASE_URL", "API_KEYS", "ADMIN_KEYS")
 RESULT_COLUMNS = ("subset", "n", "accuracy", "macro-F1", "cross-entropy", "ECE", "RUL RMSE")
 TOP = ("model", "export", "service")  # folders of the project's own packages
-NAME = 23  # characters of a module's name, and what is between it and its sentence
+NAME = 23  # width of the column of module names, in characters
 
 
 def settings(names: Collection[str] = tuple(Settings.model_fields)) -> Iterator[str]:
@@ -97,7 +97,7 @@ def package_folders(root: Path) -> list[Path]:
     """Return the folder of every package of the project, the top level of each first."""
     folders = [path.parent for top in TOP for path in sorted((root / top).rglob("__init__.py"))]
     if not folders:
-        raise SystemExit(f"no packages in {root}")
+        raise SystemExit(f"no packages in {root}: expected folders {', '.join(TOP)} with an __init__.py")
     return sorted(folders, key=lambda folder: (TOP.index(folder.relative_to(root).parts[0]), folder))
 
 
@@ -152,14 +152,14 @@ def packages(root: Path = ROOT) -> Iterator[str]:
 
 
 def _imported(name: str, modules: dict[str, str]) -> str | None:
-    """Return the module or package of the project that an imported name is, or is in."""
+    """Return the module or package of the project that an imported name is or belongs to."""
     while name and name not in modules:
         name = name.rpartition(".")[0]
     return name or None
 
 
 def _rank(values: list[int], share: float) -> int:
-    """Return the smallest value that at least this share of the values does not exceed; 0 of none."""
+    """Return the nearest-rank quantile of the values; 0 if there are none."""
     return sorted(values)[math.ceil(share * len(values)) - 1] if values else 0
 
 
@@ -180,17 +180,14 @@ def replaced(text: str, name: str, lines: Iterator[str]) -> str:
     """Return the text with everything between the markers of a table replaced by its lines."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     if begin not in text or end not in text:
-        raise SystemExit(f"no markers {begin} and {end}")
+        raise SystemExit(f"the document has no markers {begin} and {end}")
     head, rest = text.split(begin, 1)
     return head + begin + "\n" + "\n".join(lines) + "\n" + end + rest.split(end, 1)[1]
 
 
-def main() -> None:
-    """Write or check the tables."""
-    parser = argparse.ArgumentParser(description="Write the tables that are generated from code.")
-    parser.add_argument("--check", action="store_true")
-    flags = parser.parse_args()
-    documents: dict[Path, dict[str, Callable[[], Iterator[str]]]] = {
+def generated_tables() -> dict[Path, dict[str, Callable[[], Iterator[str]]]]:
+    """Return the generators of all tables: by document, then by marker."""
+    return {
         README: {"results": results, "main settings": main_settings},
         DOCS / "api.md": {"endpoints": endpoints},
         DOCS / "configuration.md": {"settings": settings},
@@ -198,7 +195,14 @@ def main() -> None:
         ARCHITECTURE: {"packages": packages},
         DOCS / "layout.md": {"tree": tree},
     }
-    for path, tables in documents.items():
+
+
+def main() -> None:
+    """Write or check the tables."""
+    parser = argparse.ArgumentParser(description="Write the tables that are generated from code.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a document differs from the code")
+    flags = parser.parse_args()
+    for path, tables in generated_tables().items():
         before = path.read_text()
         after = before
         for name, make in tables.items():

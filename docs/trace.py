@@ -38,7 +38,7 @@ ROOT = Path(__file__).parent.parent
 TRACED = ("service", "model")
 WARM_UP, MEASURED = 40, 9  # requests
 PAUSE_SECONDS = 0.003  # between head and body, so that the server reads them separately
-SETTLE_SECONDS = 0.05  # after the response, for what belongs to the request: the log line and the release of buffers
+SETTLE_SECONDS = 0.05  # after the response: the log line and the release of buffers belong to the request
 START_SECONDS = 60
 
 
@@ -60,7 +60,7 @@ class Measure(NamedTuple):
     thread_changes: int = 0
 
 
-TARGETS = {  # kinds of requests without a target are shown only
+TARGETS = {  # a kind of request without a target is shown but not checked
     "stored prediction": Measure(200, 22, 80),
     "anonymous prediction": Measure(140, 18, 55),
     "flight": Measure(190, 22, 75),
@@ -105,10 +105,10 @@ def serve(port: int) -> None:
         for command in sys.stdin:
             if command == "start\n":
                 recorded = []
-                answer: list[Call] = []
+                calls: list[Call] = []
             else:
-                answer, recorded = recorded or [], None
-            print(json.dumps(answer), flush=True)
+                calls, recorded = recorded or [], None
+            print(json.dumps(calls), flush=True)
 
     threading.Thread(target=control, daemon=True).start()  # before the profile function is installed: not recorded
     threading.setprofile(profile)
@@ -133,7 +133,7 @@ class Server:
                 if self.send(b"GET /readyz HTTP/1.1\r\nHost: trace\r\n\r\n")[0] == 200:
                     return
             if process.poll() is not None or time.monotonic() > until:
-                raise SystemExit("trace: the service did not start")
+                raise SystemExit(f"trace: the service was not ready within {START_SECONDS} s")
             time.sleep(0.1)
 
     def send(self, *pieces: bytes) -> tuple[int, bytes]:
@@ -162,9 +162,9 @@ class Server:
         """Send a JSON document, which must be accepted."""
         body = json.dumps(document).encode()
         headers = f"Host: trace\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        status, answer = self.send(f"POST {path} HTTP/1.1\r\n{headers}\r\n\r\n".encode(), body)
+        status, response = self.send(f"POST {path} HTTP/1.1\r\n{headers}\r\n\r\n".encode(), body)
         if status != 200:
-            raise SystemExit(f"trace: {path} returned {status}: {answer.decode()[:200]}")
+            raise SystemExit(f"trace: {path} returned {status}: {response.decode()[:200]}")
 
     def record(self, path: str, document: Any) -> list[Call]:
         """Send a JSON document and return the calls that it caused."""
@@ -176,10 +176,10 @@ class Server:
         return [Call(*call) for call in self._command("stop")]
 
     def _command(self, command: str) -> Any:
-        to, answers = self._control
-        to.write(command + "\n")
-        to.flush()
-        return json.loads(answers.readline())
+        commands, recordings = self._control
+        commands.write(command + "\n")
+        commands.flush()
+        return json.loads(recordings.readline())
 
     def _receive(self) -> bytes:
         assert self._connection
@@ -263,7 +263,7 @@ def recorded(warm_up: int = WARM_UP, measured: int = MEASURED) -> dict[str, list
 
 
 def table(measures: dict[str, Measure]) -> Iterator[str]:
-    """One line per kind of request: each count, and the target where there is one."""
+    """Yield one line per kind of request: each count, and its target if it has one."""
     yield "| request | frames | modules | module changes | distinct functions | thread changes |"
     yield "| --- | ---: | ---: | ---: | ---: | ---: |"
     for kind, counts in measures.items():
@@ -284,7 +284,7 @@ def exceeded(measures: dict[str, Measure]) -> list[str]:
 
 
 def sequence(calls: list[Call]) -> Iterator[str]:
-    """One line per change of module or thread: thread, module, and the functions entered there in order."""
+    """Yield one line per change of module or thread: thread, module, and the functions entered there in order."""
     line: list[str] = []
     before: Call | None = None
     for call in calls:

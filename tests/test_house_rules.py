@@ -17,26 +17,26 @@ FILES = [ROOT / name for name in subprocess.check_output(["git", "ls-files"], cw
 
 
 def children(folder: Path) -> set[str]:
-    """The modules and packages directly in a package."""
+    """Return the names of the modules and packages directly in a package."""
     packages = {path.parent.name for path in folder.glob("*/__init__.py")}
     return packages | {path.stem for path in folder.glob("*.py")} - {"__init__"}
 
 
 def functions_of(path: Path) -> list[ast.FunctionDef]:
-    """The test functions of a module."""
+    """Return the test functions of a module."""
     body = ast.parse(path.read_text()).body
     return [node for node in body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
 
 
-def test_every_test_opens_with_its_promise() -> None:
-    """Every test function has a sentence that says what it promises."""
+def test_every_test_has_a_docstring() -> None:
+    """Every test function states its promise in a docstring."""
     functions = [(path, node) for path in TEST_MODULES for node in functions_of(path)]
     assert len(functions) > 700
     assert [] == [f"{path.name}:{node.lineno}" for path, node in functions if not ast.get_docstring(node)]
 
 
 def test_layers_name_every_package_and_module() -> None:
-    """The layers that import-linter checks are the children of each root package, and it lets none be missing."""
+    """Every module and package of service, model and export is in a layer that import-linter checks."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     layers = {c["containers"][0]: c for c in contracts if c["type"] == "layers"}
     assert {"service", "model", "export"} == set(layers)
@@ -46,8 +46,8 @@ def test_layers_name_every_package_and_module() -> None:
         assert children(ROOT / root) == {name for name in named if not name.startswith("(")}
 
 
-def test_top_level_of_the_service_has_only_entry_points_and_utilities() -> None:
-    """Every other module of the service is in a package."""
+def test_service_top_level_has_only_entry_points_and_utilities() -> None:
+    """All modules of the service are in packages, except entry points and utilities."""
     allowed = ["cli", "serve", "app", "lifecycle", "settings", "errors", "metrics", "logs", "tracing", "ids"]
     assert set(allowed) == {path.stem for path in (ROOT / "service").glob("*.py")} - {"__init__"}
 
@@ -64,7 +64,7 @@ def test_packages_have_at_most_25_modules() -> None:
 
 
 def test_no_test_module_imports_another() -> None:
-    """Helpers of several tests are in tests/support; benchmarks, documents and tests import no test module."""
+    """Tests, benchmarks, documents and ops import helpers from tests/support only."""
     sources = [path for root in ("tests", "benchmarks", "docs", "ops") for path in (ROOT / root).rglob("*.py")]
     assert len(sources) > 100
     pattern = re.compile(r"^\s*(?:from|import) tests\.(?!support)", re.MULTILINE)
@@ -72,14 +72,14 @@ def test_no_test_module_imports_another() -> None:
 
 
 def test_tests_mirror_the_packages() -> None:
-    """Each package of the service has a folder of tests."""
+    """Each package of the service has a folder of tests with the same name."""
     packages = {path.parent.name for path in (ROOT / "service").glob("*/__init__.py")}
     assert len(packages) > 7
     assert packages <= {path.parent.name for path in (ROOT / "tests").glob("*/__init__.py")}
 
 
-def test_no_file_names_a_package_registry_or_holds_data() -> None:
-    """Locks and scripts name no registry host, and nothing of the data set is in the repository."""
+def test_no_file_names_a_package_registry_or_contains_data() -> None:
+    """No file names the host of a package registry, and no file of the data set is in the repository."""
     hosts = re.compile(rb"pypi\.org|pythonhosted|registry\.npmjs|deb\.debian\.org|download\.pytorch|conda\.anaconda")
     checked = [path for path in FILES if path.exists() and path != Path(__file__)]
     assert len(checked) > 300
@@ -88,8 +88,8 @@ def test_no_file_names_a_package_registry_or_holds_data() -> None:
         assert not re.match(r"(train|test|RUL)_FD00\d", path.name)
 
 
-def test_the_production_lock_is_hashed_and_has_no_torch() -> None:
-    """Every pinned package carries hashes, and none of them is for training."""
+def test_production_lock_has_hashes_and_no_torch() -> None:
+    """Every package of requirements.lock has hashes, and none of them is for training."""
     lock = (ROOT / "requirements.lock").read_text()
     pinned = re.findall(r"^([a-z0-9.-]+)==", lock, re.MULTILINE)
     assert {"fastapi", "uvicorn", "onnxruntime", "prometheus-client"} <= set(pinned)
@@ -111,25 +111,25 @@ def test_model_card_has_the_results_of_the_artefact(cmapss_dir: Path) -> None:
     columns = set(measured[0]) & set(stated[0])
     assert {"rows", "subset", "n", "accuracy", "macro-F1", "cross-entropy", "ECE", "Brier", "RUL RMSE"} <= columns
     assert 10 == len(measured) == len(stated)
-    for one, other in zip(measured, stated, strict=True):
+    for row, card_row in zip(measured, stated, strict=True):
         for column in columns - {"rows", "subset"}:
-            assert float(one[column]) == pytest.approx(float(other[column]), rel=2e-3, abs=2e-3), (one, column)
-        assert (one["rows"], one["subset"]) == (other["rows"], other["subset"])
+            assert float(row[column]) == pytest.approx(float(card_row[column]), rel=2e-3, abs=2e-3), (row, column)
+        assert (row["rows"], row["subset"]) == (card_row["rows"], card_row["subset"])
 
 
-def test_calibration_helps_on_engines_that_it_never_saw(cmapss_dir: Path) -> None:
-    """On all cycles of the test engines, cross-entropy after temperature is below 0.45 and no higher than before."""
+def test_temperature_lowers_cross_entropy_of_test_engines(cmapss_dir: Path) -> None:
+    """On all cycles of the test engines, the temperature lowers the cross-entropy, to less than 0.45."""
     lines = [line.split("|") for line in results_table(cmapss_dir, *open_artefact(ARTEFACT))]
     before, after = (float(cells[7]) for cells in lines if cells[1:3] == [" every cycle ", " all "])
     assert after < 0.45
     assert after <= before
 
 
-def test_told_to_stop_is_no_failure() -> None:
-    """SIGTERM and Ctrl-C end the service with exit code 0 and no traceback."""
+def test_serve_exits_with_0_on_sigterm_and_sigint() -> None:
+    """On SIGTERM and Ctrl-C the service exits with code 0 and without a traceback."""
     for number in (signal.SIGTERM, signal.SIGINT):
         with running() as service:
             service.process.send_signal(number)
-            _, said = service.process.communicate(timeout=30)
-            assert 0 == service.process.returncode, said
-            assert "Traceback" not in said
+            _, errors = service.process.communicate(timeout=30)
+            assert 0 == service.process.returncode, errors
+            assert "Traceback" not in errors

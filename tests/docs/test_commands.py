@@ -1,9 +1,11 @@
-"""The bash blocks of README and docs, run in order from a fresh clone against a real service."""
+"""Run the bash blocks of README and docs in order, from a fresh clone, against a real service."""
 
 import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +20,9 @@ import pytest
 from tests.support.processes import free_port, wait_until_ready
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", *(f"docs/{name}.md" for name in ("store-and-labels", "calibration", "batch-scoring", "replay"))]
+NAMES = ("api", "store-and-labels", "calibration", "batch-scoring", "replay")
+PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
+STARTED_BY_TESTS = {"make serve", "make demo"}  # they run until they are stopped
 ADDRESS = "http://127.0.0.1:8000"  # of the documents; the test uses another port
 FENCE = re.compile(r"((?:^<!-- not run: [^\n]+ -->\n)?)^```(bash|json)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INSTALL = "COMMANDS_INSTALL"  # set by `make test-commands`: packages are really installed
@@ -67,7 +71,7 @@ def agrees(shown: Any, actual: Any) -> bool:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone of the working tree; its `.venv` calls the environment of the tests, unless packages are installed."""
+    """Clone the working tree. Its `.venv` calls the environment of the tests, unless packages are installed."""
     folder = tmp_path_factory.mktemp("commands") / "clone"
     subprocess.run(["git", "clone", "--quiet", "--shared", ROOT, folder], check=True)
     changed = subprocess.check_output(["git", "ls-files", "-mo", "--exclude-standard"], cwd=ROOT, text=True)
@@ -88,14 +92,16 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(clone: Path) -> dict[str, str]:
-    """The environment of a new user, with a free port."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("ENGINE_HEALTH")}
-    return kept | {"ENGINE_HEALTH_PORT": str(free_port()), "PYTHONPATH": str(clone)}
+    """Return the environment of a new user, with a free port."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("ENGINE_HEALTH", "PYTHONPATH"))}
+    if INSTALL not in os.environ:
+        inherited["PYTHONPATH"] = str(clone)  # the environment of the tests has the package of another folder
+    return inherited | {"ENGINE_HEALTH_PORT": str(free_port())}
 
 
 @pytest.fixture(scope="module")
 def address(clone: Path, environment: dict[str, str]) -> Iterator[str]:
-    """The address of the service that `make serve` starts in the clone."""
+    """Start the service with `make serve` in the clone, and yield its address."""
     url = f"http://127.0.0.1:{environment['ENGINE_HEALTH_PORT']}"
     pipe = subprocess.PIPE
     process = subprocess.Popen(["make", "serve"], cwd=clone, env=environment, stdout=pipe, stderr=pipe, text=True)
@@ -108,15 +114,15 @@ def address(clone: Path, environment: dict[str, str]) -> Iterator[str]:
         process.communicate(timeout=30)
 
 
-def test_commands_documents_have_blocks_that_run() -> None:
-    """README and pages have bash blocks that run, and most of them show the response."""
+def test_documents_have_blocks_that_run() -> None:
+    """The documents have at least 20 bash blocks that run, and at least 9 of them show the response."""
     blocks = [block for name in PAGES for block in blocks_of(name)]
-    assert len(blocks) >= 15
-    assert len([block for block in blocks if block.response]) >= 6
+    assert len(blocks) >= 20
+    assert len([block for block in blocks if block.response]) >= 9
 
 
-def test_commands_every_page_is_covered() -> None:
-    """A page with a bash block that runs is in the list of pages of this test."""
+def test_every_page_with_commands_is_covered() -> None:
+    """Each document with a bash block that runs is in PAGES."""
     names = ["README.md", *(f"docs/{path.relative_to(ROOT / 'docs')}" for path in (ROOT / "docs").rglob("*.md"))]
     assert set(PAGES) == {name for name in names if list(blocks_of(name))}
 
@@ -125,7 +131,7 @@ def test_commands_every_page_is_covered() -> None:
 def test_commands_of_document_work_as_pasted(name: str, clone: Path, address: str, environment: dict[str, str]) -> None:
     """Each bash block of a document ends with exit code 0 and, where a response is shown, returns it."""
     for block in blocks_of(name):
-        if block.command.strip() == "make serve":  # runs already: the fixture started it
+        if block.command.strip() in STARTED_BY_TESTS:
             continue
         command = block.command.replace(ADDRESS, address)
         shell = ["bash", "-euo", "pipefail", "-c", command]
@@ -135,8 +141,29 @@ def test_commands_of_document_work_as_pasted(name: str, clone: Path, address: st
             assert agrees(parse_shown(block.response), json.loads(done.stdout)), (block.place, done.stdout)
 
 
-def test_commands_wrong_response_is_detected() -> None:
-    """A shown value that differs, is missing or has another length is no agreement; ids and omitted members are."""
+def test_demo_starts_from_fresh_clone(clone: Path, address: str, environment: dict[str, str]) -> None:
+    """`make demo` prints the address of the console. Ctrl-C stops it and its service without a traceback."""
+    assert "make demo" in {block.command.strip() for block in blocks_of("README.md")}
+    port = free_port()
+    variables = environment | {"ENGINE_HEALTH_PORT": str(port)}
+    assert str(port) not in address
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        ["make", "demo"], cwd=clone, env=variables, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as demo:
+        try:
+            assert demo.stdout is not None
+            assert demo.stdout.readline().startswith(f"The console is at http://127.0.0.1:{port}/")
+        finally:
+            os.killpg(demo.pid, signal.SIGINT)  # a terminal sends it to all processes of the command
+        _, errors = demo.communicate(timeout=30)
+    assert "Traceback" not in errors
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+
+
+def test_wrong_response_is_detected() -> None:
+    """A shown value that differs or is missing is detected. Ids and omitted members are ignored."""
     shown = parse_shown('{"n": 1.0, "digest": "a...", "rows": [{"cycle": 1, ...}], "text": "ab...", ...}')
     actual = {"n": 1.001, "digest": "b", "rows": [{"cycle": 1, "x": 2}], "text": "abc", "other": 1}
     assert agrees(shown, actual)

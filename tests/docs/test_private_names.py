@@ -1,4 +1,4 @@
-"""The table of private names in docs/development.md: names are used, tests exist, packages are bounded."""
+"""Tests of the table of private names in docs/development.md: names are used, tests exist, packages are bounded."""
 
 import ast
 import re
@@ -21,22 +21,22 @@ each_use = pytest.mark.parametrize("use", USES, ids=[f"{k}-{use[0]}" for k, use 
 
 
 def quoted(text: str) -> list[str]:
-    """Return what stands in backticks."""
+    """Return the texts in backticks."""
     return re.findall(r"`([^`]+)`", text)
 
 
 def names_of(path: Path) -> set[str]:
     """Return every name that a module imports, defines or uses, and the words of its texts."""
-    found: set[str] = set()
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         match node:
             case ast.Attribute(attr=name) | ast.Name(id=name) | ast.alias(name=name):
-                found.add(name)
+                names.add(name)
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
-                found.add(name)
+                names.add(name)
             case ast.Constant(value=str(text)):
-                found |= {text, text.removeprefix("^").partition(" `")[0]}
-    return found | {part for text in found for part in re.findall(r" - at ", text)}
+                names |= {text, text.removeprefix("^").partition(" `")[0]}
+    return names | {part for name in names for part in re.findall(r" - at ", name)}
 
 
 USED = set[str]().union(*(names_of(path) for path in (ROOT / "service").rglob("*.py")))
@@ -79,7 +79,7 @@ def test_listed_package_is_bounded_to_its_locked_minor_version(package: str) -> 
     """The declaration of each listed package admits one minor version: the one in requirements.lock."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     texts = [*project["dependencies"], *(text for extra in project["optional-dependencies"].values() for text in extra)]
-    declared = [one for one in map(Requirement, texts) if one.name == package]
+    declared = [requirement for requirement in map(Requirement, texts) if requirement.name == package]
     assert declared
     locked = re.findall(rf"^{package}==((\d+)\.(\d+)[\d.]*)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
     assert locked

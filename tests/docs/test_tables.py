@@ -1,10 +1,10 @@
-"""The generated table of packages: what it counts, and that it follows the folders that exist."""
+"""Tests of the generated tables: the definitions of the counts, and the tables in the documents."""
 
 from pathlib import Path
 
 import pytest
 
-from docs.tables import package_folders, packages
+from docs.tables import README, generated_tables, package_folders, packages, replaced
 
 ROOT = Path(__file__).parents[2]
 
@@ -15,7 +15,7 @@ def write(root: Path, path: str, text: str) -> None:
     (root / path).write_text(text)
 
 
-def test_packages_are_counted_from_the_folders(tmp_path: Path) -> None:
+def test_packages_counts_modules_lines_and_imports(tmp_path: Path) -> None:
     """Each folder with an `__init__.py` is a row with its modules, lines, sizes and imports from and to others."""
     for package in ("model", "service", "service/store"):
         write(tmp_path, f"{package}/__init__.py", "")
@@ -32,15 +32,31 @@ def test_packages_are_counted_from_the_folders(tmp_path: Path) -> None:
     ] == list(packages(tmp_path))[2:]
 
 
-def test_no_packages_is_an_error(tmp_path: Path) -> None:
-    """A project in which no package is found fails instead of writing an empty table."""
+def test_packages_without_folders_is_an_error(tmp_path: Path) -> None:
+    """A project without packages raises an error instead of an empty table."""
     with pytest.raises(SystemExit, match="no packages"):
         package_folders(tmp_path)
 
 
 def test_architecture_lists_every_package() -> None:
-    """The table in docs/architecture.md is the one that is generated now, with a row per folder that has modules."""
+    """The table in docs/architecture.md equals the generated one, and has one row per folder with modules."""
     rows = list(packages())
     text = (ROOT / "docs" / "architecture.md").read_text()
     assert "\n".join(("<!-- packages -->", *rows, "<!-- /packages -->")) in text
     assert len(rows) - 2 == sum(len(list(folder.glob("*.py"))) > 1 for folder in package_folders(ROOT)) > 3
+
+
+def test_readme_has_generated_results_and_settings() -> None:
+    """The results in the README are those of the model card, and its six settings are those of the code."""
+    text, tables = README.read_text(), generated_tables()[README]
+    assert {"results", "main settings"} == set(tables)
+    for name, generate in tables.items():
+        lines = list(generate())
+        assert {"results": 6, "main settings": 8}[name] == len(lines)
+        assert text == replaced(text, name, iter(lines))
+
+
+def test_document_without_markers_is_an_error() -> None:
+    """A table whose markers are missing from the document raises an error that names them."""
+    with pytest.raises(SystemExit, match="no markers <!-- results -->"):
+        replaced("text", "results", iter(()))
