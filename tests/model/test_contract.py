@@ -24,7 +24,7 @@ def test_a_manifest_survives_writing_and_reading(manifest: Manifest) -> None:
     ("change", "said"),
     [
         ({"classes": []}, "classes"),
-        ({"classes": ["a", "a"]}, "classes has a name twice"),
+        ({"classes": ["a", "a"]}, "classes has a duplicate name"),
         ({"name": "../x"}, "name"),
         ({"temperature": 0}, "temperature"),
         ({"schema_version": 2}, "schema_version 2"),

@@ -92,10 +92,10 @@ def test_scaled_rows_divides_each_row_by_its_temperature() -> None:
 @pytest.mark.parametrize(
     ("logits", "temperatures", "message"),
     [
-        ([[1, 2], [3, 4]], [1, 1, 1], r"logits of shape \(2, 2\) and temperatures of shape \(3,\) do not fit"),
-        ([[1, 2], [3, 4]], [[1, 1]], "do not fit"),
-        ([1, 2], 1, "do not fit"),
-        ([1, 2], [1, 1], "do not fit"),
+        ([[1, 2], [3, 4]], [1, 1, 1], r"logits of shape \(2, 2\) and temperatures of shape \(3,\) do not match"),
+        ([[1, 2], [3, 4]], [[1, 1]], "do not match"),
+        ([1, 2], 1, "do not match"),
+        ([1, 2], [1, 1], "do not match"),
         ([[1, 2], [3, 4]], [1, 0.009], "^temperatures must be from 0.01 to 100$"),
         ([[1, 2], [3, 4]], [1, 101], "temperatures must be"),
         ([[1, 2], [3, 4]], 0, "temperatures must be"),

@@ -86,7 +86,7 @@ def engines_of_one(label: int) -> Stream:
 @pytest.mark.parametrize(
     ("stream", "reason", "words"),
     [
-        (sharp(engines=19), "too_few_engines", "19 engines are too few: a fit needs 20"),
+        (sharp(engines=19), "too_few_engines", "19 engines are too few; a fit needs 20"),
         (independent(np.random.default_rng(0), 99), "too_few_rows", "99 labelled predictions"),
         (engines_of_one(0), "one_class", "all labels are of one class"),
         (sharp(engines=60, sharpness=1.0, seed=1), "held_out_loss_does_not_fall", "raises cross-entropy by"),
@@ -102,7 +102,7 @@ def test_a_fit_that_helps_nobody_is_refused(stream: Stream, reason: Reason, word
 def test_labels_that_contradict_nothing_have_no_temperature() -> None:
     """Where the model is always right, the loss falls for ever with the temperature, and no fit is given."""
     z = independent(np.random.default_rng(0), 500).z
-    with pytest.raises(FitRefused, match=r"bound of temperatures, 0\.01") as refused:
+    with pytest.raises(FitRefused, match=r"bound 0\.01") as refused:
         cross_validate_temperature(z, z.argmax(axis=1), np.arange(500), 1.0)
     assert "no_finite_temperature" == refused.value.reason
 
