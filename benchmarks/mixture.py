@@ -244,9 +244,8 @@ def main() -> int:
         ) as running,
     ):
         results = asyncio.run(_run_mixture(running, minutes))
-    print(
-        f"{load.machine()}; {minutes:g} minutes\n\n| subject | observation | requirement | met |\n| --- | --- | --- | --- |"
-    )
+    print(f"{load.machine()}; {minutes:g} minutes\n\n| subject | observation | requirement | met |")
+    print("| --- | --- | --- | --- |")
     for line in results:
         print(f"| {line.done} | {line.seen} | {line.promised} | {'yes' if line.kept else '**no**'} |")
     figures = {"machine": load.machine(), "minutes": minutes, "lines": [vars(line) for line in results]}

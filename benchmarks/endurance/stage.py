@@ -77,9 +77,8 @@ class Running:
         os.kill(self.pid, signal.SIGTERM)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            exit_info = os.waitid(
-                os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG
-            )  # WNOWAIT: the parent reaps it later
+            # WNOWAIT leaves the process to its parent, which reaps it later
+            exit_info = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
             if exit_info is not None:
                 return exit_info.si_status if exit_info.si_code == os.CLD_EXITED else -exit_info.si_status
             time.sleep(0.05)

@@ -54,7 +54,7 @@ class Outcome(NamedTuple):
     proven: bool = True
 
     def passed(self) -> bool:
-        """Return whether the fault took effect, no acknowledged flight was lost, and the service recovered by itself."""
+        """Return whether the fault took effect, no acknowledged flight was lost, and the service recovered."""
         return self.proven and self.lost == 0 and self.well is not None and self.acknowledged > 0
 
 
@@ -146,7 +146,7 @@ def _wait_until_well(clients: Clients, ended: float) -> float | None:
 
 
 def well(events: Sequence[Event], ended: float, now: float) -> float | None:
-    """Return seconds from the end of the fault to the first response of the last client; None before or after a failure."""
+    """Return seconds from the end of the fault until every client got a response; None while one has not."""
     since = max((event.when for event in events if event.status != "200"), default=ended)
     since = max(since, ended)
     first = {(event.call, event.client): event.when for event in reversed(events) if event.when > since}

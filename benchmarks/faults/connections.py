@@ -62,7 +62,8 @@ def half_closed() -> Outcome:
             refused = sum(not _receive_all(connection).startswith(b"HTTP/1.1 200 ") for connection in torn)
             time.sleep(1)
             remaining = max(0, running.descriptors() - before)
-            answered_text = f"{answered} of {len(whole)} whole requests answered, {len(torn) - refused} of {len(torn)} truncated ones"
+            truncated = f"{len(torn) - refused} of {len(torn)} truncated ones"
+            answered_text = f"{answered} of {len(whole)} whole requests answered, {truncated}"
             return FaultReport(f"{answered_text}; {remaining} left open", refused == len(torn) and remaining == 0)
 
         return observed(running.port, fault)

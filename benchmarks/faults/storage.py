@@ -77,7 +77,7 @@ def _remount(disk: Path, mode: str) -> None:
 def gone() -> Outcome:
     """Stop PostgreSQL immediately and start it again."""
     if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
-        raise Untried("no PostgreSQL server programs (Debian: postgresql)")
+        raise Untried("the PostgreSQL server programs are not installed (Debian: apt-get install postgresql)")
     with postgres() as cluster, service(database_url=cluster.url("faults")) as running:
 
         def fault() -> None:

@@ -1,4 +1,4 @@
-"""The floor of FastAPI: a route that reads the body and answers a constant."""
+"""The lower bound of FastAPI: a route that reads the body and returns a constant."""
 
 import sys
 
@@ -10,13 +10,13 @@ app = FastAPI()
 
 @app.get("/ready")
 async def ready() -> dict[str, bool]:
-    """Takes requests."""
+    """Report that the server accepts requests."""
     return {"ready": True}
 
 
 @app.post("/predict")
 async def predict(request: Request) -> Response:
-    """The same answer to everybody."""
+    """Return a constant response."""
     await request.body()
     return Response(b'{"logits":[[0.0,0.0,0.0]],"rul":[0.0]}', media_type="application/json")
 

@@ -1,4 +1,4 @@
-"""Triton: NVIDIA's tritonserver as PyPI carries it (in nvidia-pytriton), with the model repository beside this file."""
+"""Triton: NVIDIA's tritonserver from PyPI (nvidia-pytriton), with the model repository in the folder of this file."""
 
 import importlib.util
 import os
