@@ -92,9 +92,7 @@ class Fleet:
     def _build_body(self, i: int) -> bytes:
         k, turn = i % ENGINES, i // ENGINES
         engine = self._engines[k]
-        row = min(
-            self._first_rows[k] + turn, len(engine.cycle) - 1
-        )  # an engine at the end of its life repeats its last row
+        row = min(self._first_rows[k] + turn, len(engine.cycle) - 1)  # after the end of its life: the last row
         flight = {
             "engine_id": engine.engine_id,
             "cycle": self._first_rows[k] + turn,

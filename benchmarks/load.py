@@ -33,9 +33,7 @@ from model.windows import Readings
 
 SERVER_CORE, CLIENT_CORE = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
 JSON_HEADERS = {"Content-Type": "application/json"}
-MARK = (
-    "BENCHMARK_SERVER"  # environment variable of a server and its child processes, by which they are found and stopped
-)
+MARK = "BENCHMARK_SERVER"  # environment variable by which the child processes of a server are found and stopped
 START_SECONDS, STOP_SECONDS, REQUEST_SECONDS = 120, 10, 60
 LIBRARIES = ("onnxruntime", "numpy", "fastapi", "uvicorn", "httptools", "uvloop", "orjson", "msgspec")
 ENGINE, CYCLE = b"@engine@", b"@cycle@"  # placeholders in a body: engines alternate, and the cycle rises each round

@@ -70,7 +70,7 @@ def find_first_detections(make: Make, sign: int, streams: int) -> tuple[Floats, 
 
 
 def strays(stream: Stream, sharpness: float) -> bool:
-    """Return whether the confidence sequence ever excludes the mean gap of independent rows with logits z / sharpness."""
+    """Return whether the confidence sequence ever excludes the true mean gap, for logits z / sharpness."""
     log_p, true_p = numerics.log_softmax(stream.z), numerics.softmax(stream.z, sharpness)
     expected = np.cumsum(((numerics.softmax(stream.z) - true_p) * log_p).sum(axis=1))
     return bool((looks(stream).gap.log_e(expected) >= -np.log(ALPHA_GAP)).any())

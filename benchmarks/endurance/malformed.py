@@ -35,8 +35,8 @@ def requests(running: Running) -> Line:
     faults = sum(n for status, n in statuses.items() if not isinstance(status, int) or status >= 500)
     return Line(
         f"{len(cases)} malformed requests on {len({path for path, *_ in cases})} routes, a golden window after each",
-        f"{format_statuses(statuses)}; {changed} golden answers changed",
-        "no 5xx, no restart, every golden answer bit-equal",
+        f"{format_statuses(statuses)}; {changed} golden responses changed",
+        "no 5xx, no restart, every golden response bit-equal",
         faults == 0 and changed == 0 and running.alive(),
         {"statuses": {str(k): v for k, v in statuses.items()}, "changed": changed},
     )
@@ -117,8 +117,8 @@ def wires(running: Running) -> Line:
     faults = sum(n for status, n in statuses.items() if isinstance(status, int) and status >= 500)
     return Line(
         f"{len(messages)} messages that are not HTTP or have wrong lengths",
-        f"{format_statuses(statuses)}; {changed} golden answers changed",
-        "4xx or closed, no restart, every golden answer bit-equal",
+        f"{format_statuses(statuses)}; {changed} golden responses changed",
+        "4xx or closed, no restart, every golden response bit-equal",
         faults == 0 and 200 not in statuses and changed == 0 and running.alive(),
         {"statuses": {str(k): v for k, v in statuses.items()}, "changed": changed},
     )

@@ -18,11 +18,8 @@ def test_deviation_is_relative_to_the_condition() -> None:
     flights = np.array([[0.1, 14.0, 20.0], [4.9, 30.0, 47.0]], dtype=np.float32)
     first, second = sensor_shifts(flights, USUAL, SPREAD)
     assert (1, 1.0, [2.0, 0.0]) == (first.channel, first.shift, first.deviations.tolist())
-    assert (2, 0.0, [0.0, 0.0]) == (
-        second.channel,
-        second.shift,
-        second.deviations.tolist(),
-    )  # without spread, deviations are 0
+    # without spread, deviations are 0
+    assert (2, 0.0, [0.0, 0.0]) == (second.channel, second.shift, second.deviations.tolist())
 
 
 def test_shift_is_the_mean_of_the_newest_ten_flights() -> None:
