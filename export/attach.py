@@ -1,6 +1,6 @@
 """Convert a foreign ONNX classifier and its class names to an artefact for the service. Does not need torch.
 
-    python -m export.attach in.onnx out.onnx --logits OUTPUT --classes a,b,c      # or --classes @names.txt, one per line
+    python -m export.attach in.onnx out.onnx --logits OUTPUT --classes a,b,c   # or --classes @names.txt, one per line
 
 The graph is reduced to the nodes that compute the logits, tensors get the names of the contract, and the batch size
 becomes dynamic. Outputs must equal those of the original for all batch sizes on synthetic probes. Some probes become

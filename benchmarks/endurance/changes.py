@@ -171,7 +171,7 @@ def _find_shared_folder(running: Running) -> Path:
             with suppress(OSError):
                 if "slot-" in (target := os.readlink(link)):
                     return Path(target).parent
-    raise FileNotFoundError("no worker holds a slot")
+    raise FileNotFoundError("no worker has an open slot file")
 
 
 def stop() -> Iterator[Line]:

@@ -1,7 +1,7 @@
 """A fast HTTP/1.1 client in one thread, which can send ten times the capacity of the server.
 
 A connection sends one request at a time. `offer` is an open loop: it sends each request when it is due, whatever the
-server does. Latency is measured from the due time, so that requests delayed by a stalled server are included.
+server does, so that requests delayed by a stalled server are included.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ PATIENCE = 120.0  # s; timeout of a response
 
 
 class Answer(NamedTuple):
-    """A response. `seconds` are measured from the time when the request was due."""
+    """A response. `seconds`: from the due time that was passed to `ask`, or from the call of `ask`."""
 
     status: int
     headers: dict[bytes, bytes]

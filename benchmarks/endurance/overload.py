@@ -51,7 +51,7 @@ async def capacity(running: Running, request_bytes: bytes) -> tuple[float, float
 def overloaded(
     running: Running, description: str, path: str, request_bytes: bytes, rate: float, multiple: int, unloaded_p99: float
 ) -> Line:
-    """Send a multiple of the capacity for `SECONDS`, whatever the responses."""
+    """Send a multiple of the capacity for `SECONDS`, regardless of the responses."""
     route = path.replace("engine-health", "{name}")
     before = running.counted()
     outcomes = asyncio.run(offer(running.port, request_bytes, rate * multiple, SECONDS))

@@ -20,7 +20,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Line:
-    """One promise: the action, the observation, the requirement, and whether it was met."""
+    """One requirement: the action, the observation, the required result, and whether it was met."""
 
     done: str
     seen: str

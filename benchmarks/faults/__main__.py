@@ -2,7 +2,7 @@
 
     python -m benchmarks.faults [FAULT ...]      # = make faults; 5 min
 
-The exit code is also 1 if a fault had no effect. Root is needed to mount disks and set memory limits, and the programs
+The exit code is also 1 if a fault had no effect. Requires root, to mount disks and set memory limits, and the programs
 of PostgreSQL. If a fault cannot be injected, its line states the reason. The figures are written to build/faults.json.
 """
 
