@@ -68,9 +68,8 @@ def measured(rounds: int, seconds: float) -> FiguresByCase:
         cases: dict[str, Callable[[], Mapping[str, float]]] = {
             "bare": lambda: singles(floor, seconds),
             "ours": lambda: singles(own, seconds),
-            "many": lambda: rows(
-                base(stateless), seconds
-            ),  # without a store, because Arrow rows name engines and would be stored
+            # without a store, because Arrow rows name engines and would be stored
+            "many": lambda: rows(base(stateless), seconds),
             "alone": lambda: {"rows": alone()["binary_rows"]},
             "plan": lambda: {"rows": alone(plan)["binary_rows"]},
             "bare-flights": lambda: numbered(floor, load.flights, seconds),
