@@ -9,12 +9,12 @@ which ever reaches 1/α with probability α at most, at any number of looks (Vil
 
 * Σ (x² + 2 var x) / 3 over rows: exact, at every n, if each label follows its row's probabilities, given all before
   (Delyon 2009; Bercu and Touati 2019);
-* Σ S² over engines, S an engine's sum: windows of one engine overlap, and their errors are correlated (Howard et
-  al. 2021; asymptotic: Waudby-Smith et al. 2024), **plus an error not yet observed**. Where errors are rare, engines
-  without an error are similar, and Σ S² does not include the size of the first error. Where T points away from a tail,
-  the size of an error of a whole engine in that tail is therefore added: Σ m4 / Σ m2. Here m4 is the fourth moment of
-  the tail, and m2 the variance of an engine's sum if all its rows had the same error. Both are Minkowski's bounds and
-  need probabilities only.
+* Σ S² over engines, S an engine's sum: windows of one engine overlap, and their errors are correlated
+  (self-normalised sums: Howard et al. 2021; asymptotic: Waudby-Smith et al. 2024), **plus an error not yet observed**.
+  Where errors are rare, engines without an error are similar, and Σ S² does not include the size of the first error.
+  Where T points away from a tail, the size of an error of a whole engine in that tail is therefore added: Σ m4 / Σ m2.
+  Here m4 is the fourth moment of the tail, and m2 the variance of an engine's sum if all its rows had the same error.
+  Both are Minkowski's bounds and need probabilities only.
 
 The result does not depend on the order of rows. Not covered: errors that engines have in common (one bad fuel delivery
 for the whole fleet), and labels that are missing because of their value. numpy only.
