@@ -1,1 +1,1 @@
-"""What the tables of the README and of the model card are made of."""
+"""Benchmarks that produce the tables of the README, the docs and the model card."""

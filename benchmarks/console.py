@@ -1,10 +1,11 @@
-"""What the console costs: the browser for each look at a thousand engines, and the service for being looked at.
+"""Cost of the console: browser time per update with 1,000 engines, and latency of the service meanwhile.
 
-A thousand simulated engines fly 200 cycles a second (`POST /v1/cycles`, open loop: a late answer delays no later
-flight, and is timed from when its flight was due). The service has one core. Load and browser share the other, where
-the browser gets what the load leaves: elsewhere it runs on another machine. Two cores may be threads of one, as
-here, where a busy neighbour makes the other half as fast again; so there are rounds with the page's requests and no
-browser too. Rounds of each kind take turns, so that a noisy neighbour meets all.
+1,000 simulated engines send 200 flights per second (`POST /v1/cycles`, open loop: a late response delays no later
+flight, and latency is measured from the due time). The service has one core. Load and browser share the other core,
+where the browser has idle priority. In production the browser runs on another machine.
+The two cores may be hardware threads of one core, and a busy thread then slows the other. Some rounds therefore send
+the requests of the page without a browser. Rounds of each kind alternate, so that other load on the machine affects
+all kinds.
 """
 
 import argparse
@@ -31,15 +32,15 @@ from model.data.simulator.fleet import simulate_histories
 from tests.support.browser import chromium
 
 ENGINES, SENDERS = 1000, 8
-LEFT = 60  # flights that an engine has before it when it is first seen
+LEFT = 60  # minimum number of flights that an engine has left at its first flight
 LOOK_SECONDS = 2.0  # as in fleet.js
-KINDS = ("unseen", "asked", "seen")
+KINDS = ("without page", "requests only", "with page")
 READY = ".rows .row"
-_fleets: list["Fleet"] = []  # of the process that flies
+_fleets: list["Fleet"] = []  # in the load process
 
 
 class Round(NamedTuple):
-    """One round: latency of flights in milliseconds; with a page, its main thread's work for each update too."""
+    """One round: latency of flights in ms; with a page, also the main-thread work per update in ms."""
 
     p50: float
     p99: float
@@ -49,7 +50,7 @@ class Round(NamedTuple):
 
 
 class Fleet:
-    """A thousand engines that fly in turn, each from another point of its life."""
+    """1,000 engines that fly one after another, each from another point of its life."""
 
     def __init__(self, port: int, per_second: int) -> None:
         self._port, self._rate, self._sent_count = port, per_second, 0
@@ -57,11 +58,11 @@ class Fleet:
         self._first_rows = [(37 * k) % max(1, len(history.cycle) - LEFT) for k, history in enumerate(self._engines)]
 
     def first(self) -> None:
-        """Every engine is known, and has a trend."""
+        """Send three flights of every engine, so that each engine is stored and has a trend."""
         self.fly(3 * ENGINES / self._rate)
 
     def fly(self, seconds: float) -> tuple[list[float], int]:
-        """Milliseconds of each flight that was answered, and how many were not."""
+        """Return the latencies in ms of the flights with status 200, and the number of the other flights."""
         n, begin = int(seconds * self._rate), time.perf_counter() + 0.2
         taken: list[list[float]] = [[] for _ in range(SENDERS)]
         threads = [
@@ -91,7 +92,7 @@ class Fleet:
     def _build_body(self, i: int) -> bytes:
         k, turn = i % ENGINES, i // ENGINES
         engine = self._engines[k]
-        row = min(self._first_rows[k] + turn, len(engine.cycle) - 1)  # who failed meanwhile goes on as it was
+        row = min(self._first_rows[k] + turn, len(engine.cycle) - 1)  # after the end of its life: the last row
         flight = {
             "engine_id": engine.engine_id,
             "cycle": self._first_rows[k] + turn,
@@ -101,14 +102,14 @@ class Fleet:
 
 
 class Load:
-    """A fleet in a separate process, so that it does not share the interpreter of the measurement."""
+    """A fleet in a separate process, so that the browser does not delay the measurement."""
 
     def __init__(self, port: int, per_second: int) -> None:
         spawned = multiprocessing.get_context("spawn")
         self._process = ProcessPoolExecutor(1, spawned, initializer=_create_fleet, initargs=(port, per_second))
 
     def fly(self, seconds: float) -> "Future[tuple[list[float], int]]":
-        """As the fleet does; the first time every engine has flown before."""
+        """Send flights for some seconds. Every engine is stored before the first call."""
         return self._process.submit(_fly_fleet, seconds)
 
 
@@ -126,22 +127,22 @@ def _set_idle_priority() -> None:
 
 
 def measure_without_page(load: Load, seconds: float) -> Round:
-    """Measure a round without the console."""
+    """Measure a round without a page and without its requests."""
     taken, failed = load.fly(seconds).result()
     return Round(*percentiles(taken), failed)
 
 
 def measure_with_requests(load: Load, home: str, seconds: float) -> Round:
-    """Measure a round with the requests of the Fleet page, without a browser."""
-    flying, since, looks = load.fly(seconds), datetime.now(UTC), 0
+    """Measure a round with the requests of the Fleet page, but without a browser that renders the responses."""
+    flying, since, updates_seen = load.fly(seconds), datetime.now(UTC), 0
     with httpx.Client(base_url=home, trust_env=False) as client:
         while not flying.done():
             now = datetime.now(UTC)
             client.get("v1/engines", params={"limit": ENGINES, "since": since.isoformat()}).raise_for_status()
-            since, looks = now, looks + 1
+            since, updates_seen = now, updates_seen + 1
             wait([flying], LOOK_SECONDS)
     taken, failed = flying.result()
-    return Round(*percentiles(taken), failed, None, looks)
+    return Round(*percentiles(taken), failed, None, updates_seen)
 
 
 def measure_with_page(load: Load, browser: Browser, home: str, seconds: float) -> Round:
@@ -149,24 +150,22 @@ def measure_with_page(load: Load, browser: Browser, home: str, seconds: float) -
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     try:
         page = context.new_page()
-        looks: list[str] = []
-        page.on("response", lambda answer: looks.append(answer.url) if "since=" in answer.url else None)
+        updates_seen: list[str] = []
+        page.on("response", lambda answer: updates_seen.append(answer.url) if "since=" in answer.url else None)
         page.goto(home)
         page.wait_for_selector(READY)
         session = context.new_cdp_session(page)
-        session.send(
-            "Performance.enable", {"timeDomain": "threadTicks"}
-        )  # processor time, independent of other processes
+        session.send("Performance.enable", {"timeDomain": "threadTicks"})  # processor time of this thread only
 
         def busy() -> float:
             metrics = session.send("Performance.getMetrics")["metrics"]
             return next(float(metric["value"]) for metric in metrics if metric["name"] == "TaskDuration")
 
-        before, counted = busy(), len(looks)
+        before, counted = busy(), len(updates_seen)
         flying = load.fly(seconds)
         while not flying.done():
-            page.wait_for_timeout(200)  # lets the page's events in
-        updates, work = len(looks) - counted, (busy() - before) * 1e3
+            page.wait_for_timeout(200)  # process events of the page
+        updates, work = len(updates_seen) - counted, (busy() - before) * 1e3
         taken, failed = flying.result()
         return Round(*percentiles(taken), failed, work / max(1, updates), updates)
     finally:
@@ -174,13 +173,13 @@ def measure_with_page(load: Load, browser: Browser, home: str, seconds: float) -
 
 
 def percentiles(taken: list[float]) -> tuple[float, float]:
-    """Median and 99th percentile."""
+    """Return the median and the 99th percentile."""
     p50, p99 = np.percentile(taken, [50, 99])
     return float(p50), float(p99)
 
 
 def first_paint(browser: Browser, home: str) -> float:
-    """Milliseconds from the address to the first contents on an empty cache."""
+    """Return the time in ms from navigation to the first contents with an empty cache."""
     context = browser.new_context()
     try:
         page = context.new_page()
@@ -196,8 +195,8 @@ def _read_first_paint(page: Page) -> float:
 
 
 def main() -> None:
-    """Measure, and print a line for each figure."""
-    parser = argparse.ArgumentParser(description="What the console costs.")
+    """Measure all rounds and print one line per figure."""
+    parser = argparse.ArgumentParser(description="Cost of the console.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--per-second", type=int, default=200)
@@ -212,15 +211,15 @@ def main() -> None:
         command = [sys.executable, "-m", "service.cli", "serve", "--port", str(port)]
         with served(command, environment, SERVER_CORE, home + "readyz", Path.cwd()):
             os.sched_setaffinity(0, {CLIENT_CORE})
-            _set_idle_priority()  # what is started now inherits it
+            _set_idle_priority()  # inherited by the browser
             with chromium() as browser:
                 os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
                 report(Load(port, flags.per_second), browser, home, flags.rounds, flags.seconds)
 
 
 def report(load: Load, browser: Browser, home: str, rounds: int, seconds: float) -> None:
-    """All rounds, and medians over them."""
-    load.fly(1).result()  # every engine is known, and has a trend
+    """Measure all rounds and print the medians over rounds."""
+    load.fly(1).result()  # waits until every engine is stored and has a trend
     paints = [first_paint(browser, home) for _ in range(rounds)]
     turns = []
     for k in range(rounds):
@@ -231,19 +230,18 @@ def report(load: Load, browser: Browser, home: str, rounds: int, seconds: float)
                 measure_with_page(load, browser, home, seconds),
             )
         )
-        print(f"round {k + 1}: unseen {turns[-1][0]}, asked {turns[-1][1]}, seen {turns[-1][2]}", flush=True)
+        parts = ", ".join(f"{kind} {result}" for kind, result in zip(KINDS, turns[-1], strict=True))
+        print(f"round {k + 1}: {parts}", flush=True)
     work = [last.work for *_, last in turns if last.work is not None]
     p99 = [statistics.median(result.p99 for result in kind) for kind in zip(*turns, strict=True)]
     print(f"first paint, ms: {statistics.median(paints):.0f} ({min(paints):.0f} to {max(paints):.0f})")
-    print(f"main thread for each update, ms: {statistics.median(work):.1f} ({min(work):.1f} to {max(work):.1f})")
+    print(f"main thread per update, ms: {statistics.median(work):.1f} ({min(work):.1f} to {max(work):.1f})")
     print(
         "p99, ms, medians of rounds: "
         + ", ".join(f"{median:.1f} {kind}" for median, kind in zip(p99, KINDS, strict=True))
     )
-    print(
-        f"ratios to no page: {p99[1] / p99[0]:.2f} with the requests alone, {p99[2] / p99[0]:.2f} with the browser"
-    )
-    print(f"flights not answered with 200: {sum(result.failed for turn in turns for result in turn)}")
+    print(f"p99 relative to no page: {p99[1] / p99[0]:.2f} with requests only, {p99[2] / p99[0]:.2f} with the page")
+    print(f"flights without status 200: {sum(result.failed for turn in turns for result in turn)}")
 
 
 if __name__ == "__main__":

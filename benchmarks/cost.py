@@ -1,9 +1,9 @@
-"""What an artefact costs and what cheaper forms of it lose: fp32, graph optimised offline, static int8.
+"""Speed and quality of an artefact and of cheaper forms: fp32, graph optimised offline, static int8.
 
-    python -m benchmarks.cost [artefact]       # three minutes on one core, and C-MAPSS
+    python -m benchmarks.cost [artefact]       # 3 min on one core; needs C-MAPSS
 
-Pins itself to one core and takes the forms in turn, so that a noisy neighbour meets all of them; medians and ratios.
-int8 is ONNX Runtime's static quantisation, calibrated on training windows of every subset.
+The process is pinned to one core. Forms alternate, so that other load on the machine affects all of them; results are
+medians. int8 is ONNX Runtime's static quantisation, calibrated on training windows of every subset.
 """
 
 import argparse
@@ -39,19 +39,19 @@ COLUMNS = {"cross-entropy": 4, "macro-F1": 4, "ECE": 4, "RUL RMSE": 2}
 
 
 class Windows(CalibrationDataReader):  # type: ignore[misc]  # ONNX Runtime ships no types for it
-    """Training windows, one batch after another."""
+    """Training windows in batches."""
 
     def __init__(self, windows: Readings) -> None:
         self._batches = iter(np.array_split(windows, 8))
 
     def get_next(self) -> dict[str, Readings] | None:
-        """Return the next batch, or None at the end."""
+        """Return the next batch, or None after the last one."""
         batch = next(self._batches, None)
         return None if batch is None else {contract.INPUT: batch}
 
 
 def training_windows(window: int) -> Readings:
-    """Windows of training engines of every subset, drawn at random."""
+    """Return randomly drawn windows of training engines of every subset."""
     random, folder = np.random.default_rng(0), cmapss.data_folder()
     engines = [history for subset in cmapss.SUBSETS for history in cmapss.read_train(folder, subset)]
     picked = random.choice(len(engines), CALIBRATION_WINDOWS)
@@ -60,7 +60,7 @@ def training_windows(window: int) -> Readings:
 
 
 def plain_options() -> ort.SessionOptions:
-    """One thread, as a worker on one core has it."""
+    """Return session options with one thread, as for a worker on one core."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
@@ -68,7 +68,7 @@ def plain_options() -> ort.SessionOptions:
 
 
 def forms(artefact: Path, window: int, folder: Path) -> Iterator[tuple[str, Path]]:
-    """Every form of the artefact, written below `folder`."""
+    """Yield name and path of every form of the artefact, written below `folder`."""
     yield "fp32, shipped", artefact
     optimised, options = folder / "optimised.onnx", plain_options()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
@@ -96,14 +96,14 @@ def forms(artefact: Path, window: int, folder: Path) -> Iterator[tuple[str, Path
 
 
 def seconds(session: ort.InferenceSession, windows: Readings) -> float:
-    """Seconds of one call."""
+    """Return the duration of one call in seconds."""
     started = time.perf_counter()
     session.run(None, {contract.INPUT: windows})
     return time.perf_counter() - started
 
 
 def speeds(sessions: dict[str, ort.InferenceSession], windows: Readings) -> dict[str, dict[int, float]]:
-    """Median seconds of one call by form and batch size, forms taken in turn."""
+    """Return the median seconds of one call by form and batch size. Forms alternate."""
     medians: dict[str, dict[int, float]] = {name: {} for name in sessions}
     for batch in BATCHES:
         taken: dict[str, list[float]] = {name: [] for name in sessions}
@@ -117,7 +117,7 @@ def speeds(sessions: dict[str, ort.InferenceSession], windows: Readings) -> dict
 
 
 def table(artefact: Path) -> Iterator[str]:
-    """Size, speed and quality of each form as lines of Markdown."""
+    """Yield size, speed and quality of each form as lines of Markdown."""
     _, manifest = open_artefact(artefact)
     window, folder = manifest.window or 1, cmapss.data_folder()
     with tempfile.TemporaryDirectory() as scratch:
@@ -143,7 +143,7 @@ def table(artefact: Path) -> Iterator[str]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description="Cost of an artefact and of cheaper forms of it.")
+    parser = argparse.ArgumentParser(description="Speed and quality of an artefact and of cheaper forms of it.")
     parser.add_argument("artefact", type=Path, nargs="?", default=ARTEFACT)
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     for line in table(parser.parse_args().artefact):

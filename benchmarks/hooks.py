@@ -4,7 +4,7 @@
 
 A hook uses private names of a library, or replaces code of one. For each hook two servers run on one core, one of them
 with the hook removed by a patch before it starts, and wrk runs on the other core. The table shows medians of the figure
-of the case that the hook was made for, and the median of the paired ratios. Figures also in build/hooks.json.
+of the case that the hook is for, and the median of the paired ratios. The figures are written to build/hooks.json.
 """
 
 import argparse
@@ -46,27 +46,27 @@ def _build_rate_case(path: str, body: bytes, headers: Mapping[str, str], connect
 
 
 def single_window(server: Server, seconds: float) -> float:
-    """Requests/s of one window at 64 connections."""
+    """Measure requests/s of one window at 64 connections."""
     return _build_rate_case("/v1/predict", load.predict_json(load.windows(1)), JSON_HEADERS, CONNECTIONS)(
         server, seconds
     )
 
 
 def thousand_windows(server: Server, seconds: float) -> float:
-    """Requests/s of 1,000 windows as OIP binary, one connection."""
+    """Measure requests/s of 1,000 windows as OIP binary, one connection."""
     body, headers = load.oip_binary(load.windows(ROWS))
     return _build_rate_case(INFER, body, headers, 1)(server, seconds)
 
 
 def crowd(server: Server, seconds: float) -> float:
-    """Return the inverse of p99 in seconds of one window at 1,000 connections; rejections count as responses."""
+    """Measure the inverse of p99 in seconds of one window at 1,000 connections; refusals count as responses."""
     body = load.predict_json(load.windows(1))
     result = load.wrk(server.base + "/v1/predict", body, JSON_HEADERS, MANY_CONNECTIONS, seconds, CLIENT_CORE)
     return 1e3 / result.p99_ms
 
 
 def memory(server: Server, seconds: float) -> float:
-    """Return the inverse of resident GB after large JSON bodies."""
+    """Measure the inverse of resident GB after large bodies in JSON."""
     body = load.predict_json(load.windows(ROWS))
     _build_rate_case("/v1/predict", body, JSON_HEADERS, 2)(server, seconds)
     return 1e3 / resident(server.pid)
@@ -151,7 +151,7 @@ def _disable_plain_parser() -> None:
 
 
 class Hook(NamedTuple):
-    """A hook: the case that it was made for, and the patch that removes it."""
+    """A hook: the case that it is for, and the patch that removes it."""
 
     case: Case
     remove: Callable[[], None]
@@ -210,8 +210,8 @@ def measure(name: str, rounds: int, seconds: float) -> list[tuple[float, float]]
 
 def main() -> None:
     """Measure hooks and print the table."""
-    parser = argparse.ArgumentParser(description="The gain of each private hook.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="part of the name of a hook; all if none is given")
+    parser = argparse.ArgumentParser(description="Measure the gain of each private hook.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="part of the name of a hook; default: all")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=2)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
@@ -229,7 +229,7 @@ def main() -> None:
         pairs = pairs_by_hook[name] = measure(name, flags.rounds, flags.seconds)
         ratios = [with_hook / without for with_hook, without in pairs]
         columns = [statistics.median(column) for column in zip(*pairs, strict=True)]
-        case = (HOOKS[name].case.__doc__ or "").rstrip(".")
+        case = (HOOKS[name].case.__doc__ or "").removeprefix("Measure ").rstrip(".")
         gain = f"{100 * (statistics.median(ratios) - 1):+.1f} %"
         print(
             f"| {name} | {case} | {columns[0]:.4g} | {columns[1]:.4g} | **{gain}** | {min(ratios):.2f} | "

@@ -1,9 +1,9 @@
-"""kill -9 at random times while flights and labels are sent: acknowledged rows must be stored, exactly once.
+"""kill -9 at random moments while flights and labels are sent: acknowledged ones must be stored exactly once.
 
     python -m benchmarks.kills [--kills 100] [--seed 0] [--database sqlite|postgresql]      # = make kills
 
-Each life of the service is one database's worth of ingestion by several clients, ended at a random moment by SIGKILL;
-the next life goes on with the same database. Cycles that were not acknowledged are sent again, as by a collector.
+Several clients send flights and labels until a random SIGKILL ends the service. It is then started again with the same
+database. Cycles that were not acknowledged are sent again, as a data collector does.
 """
 
 import argparse
@@ -30,22 +30,22 @@ LABELS = ("normal", "degrading", "critical")
 
 
 class Survived(NamedTuple):
-    """What many kills left. `lost` and `twice` are to be 0."""
+    """Results of a number of kills. `lost` and `twice` must be 0."""
 
     kills: int
     flights: int  # acknowledged
     labels: int  # acknowledged
-    lost: int  # acknowledged, and missing or different
-    twice: int  # there more than once
-    restart_seconds: float  # the longest from a start to ready
+    lost: int  # acknowledged, but not stored or stored with another label
+    twice: int  # stored more than once
+    restart_seconds: float  # longest time from start to ready
 
     def passed(self) -> bool:
-        """Whether the promise was."""
+        """Return whether nothing is lost or duplicate, and labels were acknowledged."""
         return self.lost == self.twice == 0 and self.labels > 0
 
 
 class Life:
-    """A service from start to SIGKILL."""
+    """A service process from start to SIGKILL."""
 
     def __init__(self, database_url: str) -> None:
         self.base = f"http://127.0.0.1:{(port := free_port())}"
@@ -66,7 +66,7 @@ class Life:
         return False
 
     def post(self, path: str, body: Any) -> Any:
-        """Return the response; None without one."""
+        """Return the response, or None without one."""
         request = urllib.request.Request(
             self.base + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -77,13 +77,13 @@ class Life:
             return None
 
     def kill(self) -> None:
-        """Kill the service."""
+        """Send SIGKILL and wait for the end of the process."""
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
 
 def survive(database_url: str, kills: int, seed: int = 0) -> Survived:
-    """Send flights and labels through a number of restarts, and count the stored rows at the end."""
+    """Send flights and labels while the service is killed `kills` times, and count the stored ones at the end."""
     chance, next_cycle = random.Random(seed), [0] * ENGINES
     flights: set[tuple[int, int]] = set()
     labels: set[tuple[int, int]] = set()
@@ -111,7 +111,7 @@ def _send_flights_and_labels(
     labels: set[tuple[int, int]],
     stop: threading.Event,
 ) -> None:
-    """One client: a flight of each of its engines, then its label, until the service is gone."""
+    """Send a flight of each engine and then its label, until the service is gone."""
     rows = golden()[0][0].tolist()
     while not stop.is_set():
         for engine in engines:
@@ -148,11 +148,11 @@ def _count_stored(
 
 
 def main() -> None:
-    """Print a table; exit code 1 if anything was lost."""
-    parser = argparse.ArgumentParser(description="kill -9 while labels are sent.")
+    """Print a table. The exit code is 1 if anything was lost."""
+    parser = argparse.ArgumentParser(description="kill -9 while flights and labels are sent.")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--database", choices=("sqlite", "postgresql"), help="one of them; both if not given")
+    parser.add_argument("--database", choices=("sqlite", "postgresql"), help="default: both")
     chosen = parser.parse_args()
     print("| database | kills | flights acknowledged | labels acknowledged | lost | twice | slowest start, s |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
@@ -166,7 +166,7 @@ def main() -> None:
 
 
 def survive_in(database: str, kills: int, seed: int) -> Survived:
-    """Run `survive` with a new database."""
+    """Call `survive` with a new database."""
     if database == "sqlite":
         with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
             return survive(f"sqlite:///{folder}/memory.db", kills, seed)

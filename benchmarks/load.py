@@ -1,7 +1,7 @@
-"""Load on a server: start it on one core, send it bodies from the other with wrk, take medians of alternating rounds.
+"""Load on a server: start it on one core, send bodies with wrk from another core, take medians of alternating rounds.
 
-Knows how a request is measured and what a window looks like in each encoding; knows no server and prints no table.
-The machine is shared, so cases take turns (A B C A B C ...): a noisy neighbour meets all of them.
+Contains the encodings of windows. Independent of the servers and the tables.
+Cases alternate (A B C A B C ...), so that other load on the machine affects all of them.
 """
 
 import json
@@ -33,10 +33,10 @@ from model.windows import Readings
 
 SERVER_CORE, CLIENT_CORE = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
 JSON_HEADERS = {"Content-Type": "application/json"}
-MARK = "BENCHMARK_SERVER"  # in the environment of a server and all it starts, so that none of them is left behind
+MARK = "BENCHMARK_SERVER"  # environment variable by which the child processes of a server are found and stopped
 START_SECONDS, STOP_SECONDS, REQUEST_SECONDS = 120, 10, 60
 LIBRARIES = ("onnxruntime", "numpy", "fastapi", "uvicorn", "httptools", "uvloop", "orjson", "msgspec")
-ENGINE, CYCLE = b"@engine@", b"@cycle@"  # in a body: another engine each request, in turn, one cycle later each turn
+ENGINE, CYCLE = b"@engine@", b"@cycle@"  # placeholders in a body: engines alternate, and the cycle rises each round
 ENGINES = 1000
 SCRIPT = """
 wrk.method = "POST"
@@ -60,12 +60,12 @@ end
 
 
 class ServerFailed(Exception):
-    """A server that did not become ready; the message ends with what it logged last."""
+    """A server that did not become ready. The message ends with its last log lines."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What wrk measured. `errors` counts answers of status 400 and above, timeouts and broken connections."""
+    """Result of wrk. `errors` counts responses with status 400 and above, timeouts and broken connections."""
 
     requests_per_second: float
     p50_ms: float
@@ -82,7 +82,7 @@ class Figure(NamedTuple):
 
 
 def free_port() -> int:
-    """Return a free TCP port."""
+    """Return a TCP port that is not in use."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -90,17 +90,17 @@ def free_port() -> int:
 
 @contextmanager
 def served(command: list[str], env: Mapping[str, str], core: int | str, ready_url: str, cwd: Path) -> Iterator[int]:
-    """Run a server on the given cores during the block; yield its process id.
+    """Run a server on one or more cores within the block, and yield its process id.
 
     Args:
-        command: what starts it, in the foreground.
-        env: added to this process's environment.
-        core: the one core that it and its children may use, or several as `taskset` writes them.
-        ready_url: answers 200 once it takes requests.
-        cwd: the folder that it starts in.
+        command: starts the server in the foreground.
+        env: added to the environment of this process.
+        core: the core of the server and its children, or several in the syntax of `taskset`.
+        ready_url: returns 200 when the server accepts requests.
+        cwd: working directory of the server.
 
     Raises:
-        ServerFailed: it ended, or was not ready in two minutes.
+        ServerFailed: the server ended, or was not ready within 2 min.
     """
     mark = uuid.uuid4().hex
     with tempfile.NamedTemporaryFile(prefix="server-", suffix=".log") as log:
@@ -123,14 +123,14 @@ def _wait_ready(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
             if get(url)[0] == 200:
                 return
         except OSError:
-            pass  # not listening yet
+            pass  # the server does not listen yet
         time.sleep(0.1)
-    failure = f"not ready in {START_SECONDS} s" if server.poll() is None else f"ended with {server.returncode}"
+    failure = f"not ready within {START_SECONDS} s" if server.poll() is None else f"exit code {server.returncode}"
     raise ServerFailed(f"{failure}: {log.read_text(errors='replace')[-2000:].strip()}")
 
 
 def _stop_server(server: subprocess.Popen[bytes], mark: str) -> None:
-    """End the group politely, then whatever still carries the mark: daemons leave the group."""
+    """Send SIGTERM to the process group, then SIGKILL to all processes with the mark: daemons leave the group."""
     if server.poll() is None:
         os.killpg(server.pid, signal.SIGTERM)
         try:
@@ -151,17 +151,17 @@ def _stop_server(server: subprocess.Popen[bytes], mark: str) -> None:
 def _read_environment(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:  # gone, or another user's
+    except OSError:  # the process ended, or belongs to another user
         return b""
 
 
 def get(url: str) -> tuple[int, bytes]:
-    """Status and body."""
+    """Return status and body of a GET request."""
     return _send_request(urllib.request.Request(url))
 
 
 def post(url: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, bytes]:
-    """Status and body of one request."""
+    """Return status and body of a POST request."""
     return _send_request(urllib.request.Request(url, body, dict(headers)))
 
 
@@ -174,9 +174,9 @@ def _send_request(request: urllib.request.Request) -> tuple[int, bytes]:
 
 
 def wrk(url: str, body: bytes, headers: Mapping[str, str], connections: int, seconds: float, core: int | str) -> Load:
-    """One round of load from one thread on one core, each connection sending its next request when answered.
+    """Run one round of load from one thread on one core; each connection sends its next request after a response.
 
-    A large body (1,000 windows) is well measured with one or two connections and ten requests or more in the time.
+    For a large body (1,000 windows), use one or two connections and a time of at least ten requests.
     """
     if not shutil.which("wrk"):
         raise FileNotFoundError("wrk is not installed (Debian: apt-get install wrk)")
@@ -195,7 +195,7 @@ def wrk(url: str, body: bytes, headers: Mapping[str, str], connections: int, sec
 
 
 def median_rounds(cases: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int) -> dict[str, dict[str, Figure]]:
-    """Run each case once a round, the cases in turn; median, lowest and highest of every figure that a case gives."""
+    """Run the cases alternately, once per round; return median, lowest and highest of every figure."""
     taken: dict[str, dict[str, list[float]]] = {name: {} for name in cases}
     for _ in range(rounds):
         for name, case in cases.items():
@@ -215,7 +215,7 @@ def golden() -> tuple[Readings, Readings]:
 
 
 def windows(n: int) -> Readings:
-    """Windows (n, 100, 17) as sensors give them: golden ones, each reading moved by a thousandth, three decimals."""
+    """Return windows (n, 100, 17): golden ones with 0.1 % noise on each reading and three decimals, as from sensors."""
     random, telemetry = np.random.default_rng(0), golden()[0]
     picked = telemetry[np.arange(n) % len(telemetry)]
     return np.round(picked * (1 + 1e-3 * random.standard_normal(picked.shape)), 3)
@@ -227,7 +227,7 @@ def predict_json(telemetry: Readings) -> bytes:
 
 
 def predict_arrow(telemetry: Readings) -> tuple[bytes, dict[str, str]]:
-    """Return the same as an Arrow stream, one engine per window: body and headers."""
+    """Return body and headers of the same request as an Arrow stream, one window per engine."""
     import pyarrow as pa
 
     rows = telemetry.reshape(-1, telemetry.shape[-1]).astype(np.float32)
@@ -241,7 +241,7 @@ def predict_arrow(telemetry: Readings) -> tuple[bytes, dict[str, str]]:
 
 
 def of_engines(telemetry: Readings) -> bytes:
-    """Return the body of `POST /v1/predict` for one window; engine and cycle differ for each request."""
+    """Return the body of `POST /v1/predict` for one window of an engine; engine and cycle differ in every request."""
     body = json.dumps(
         {"instances": [{"engine_id": _name_engine(), "cycle": CYCLE.decode(), "telemetry": telemetry[0].tolist()}]}
     )
@@ -249,7 +249,7 @@ def of_engines(telemetry: Readings) -> bytes:
 
 
 def flights(telemetry: Readings) -> bytes:
-    """Return the body of `POST /v1/cycles` for one flight; engine and cycle differ for each request."""
+    """Return the body of `POST /v1/cycles` for one flight of an engine; engine and cycle differ in every request."""
     body = json.dumps(
         {"cycles": [{"engine_id": _name_engine(), "cycle": CYCLE.decode(), "telemetry": telemetry[0, 0].tolist()}]}
     )
@@ -257,17 +257,17 @@ def flights(telemetry: Readings) -> bytes:
 
 
 def _name_engine() -> str:
-    """Return an engine id that is unique to this round, with the mark that makes it unique per request."""
+    """Return a name that is unique to the round, with the mark that wrk replaces in every request."""
     return f"{uuid.uuid4().hex[:8]}-{ENGINE.decode()}"
 
 
 def oip_json(telemetry: Readings) -> bytes:
-    """Return an Open Inference Protocol request in JSON for logits and RUL."""
+    """Return an Open Inference Protocol request for logits and RUL, with values in JSON."""
     return json.dumps(_build_oip_request(telemetry, {"data": telemetry.ravel().tolist()}, {})).encode()
 
 
 def oip_binary(telemetry: Readings) -> tuple[bytes, dict[str, str]]:
-    """Return the same with binary input and output: body and headers."""
+    """Return body and headers of the same request with binary tensors in both directions."""
     values = telemetry.astype("<f4").tobytes()
     head = json.dumps(
         _build_oip_request(telemetry, {"parameters": {"binary_data_size": len(values)}}, {"binary_data": True})
@@ -285,7 +285,7 @@ def _build_oip_request(
 
 
 def machine() -> str:
-    """Return machine, Python and libraries in one line."""
+    """Return the machine, Python and the libraries in one line."""
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     models = [line.partition(":")[2].strip() for line in cpu.splitlines() if line.startswith("model name")]
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES)

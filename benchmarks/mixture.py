@@ -2,8 +2,9 @@
 
     python -m benchmarks.mixture [--minutes 30]      # = make soak MINUTES=30
 
-The service on one core with a memory on disk, its clients on the other. Exit code 1 if a request failed, memory or
-descriptors grew, or a counter is not what clients counted. Figures also in build/mixture.json.
+The service runs on one core with a store on disk, its clients on the other. The exit code is 1 if a request failed,
+memory or descriptors grew, or a metric differs from the counts of the clients. The figures are written to
+build/mixture.json.
 """
 
 import argparse
@@ -31,22 +32,22 @@ from benchmarks.peers import BUILD
 ADMIN = {"Authorization": "Bearer soak"}
 LOAD = request("/v2/repository/models/engine-health/load", headers=ADMIN)
 LABELS = ("normal", "degrading", "critical")
-ENGINES, END_CYCLE = 200, 150  # number of engines, and of flights after which an engine fails and is replaced
+ENGINES, END_CYCLE = 200, 150  # number of engines; an engine is replaced after END_CYCLE flights
 SIZES = range(1, 65)
-# What is older is forgotten every ten minutes. Kept so short, there is hardly more at any later time than before the
-# first; what fits read, and take for it, would else grow for twenty minutes, leak or not.
+# Expired rows are deleted every 10 min. With a short retention the store hardly grows after the first deletion.
+# Otherwise the memory of fits would grow for 20 min even without a leak.
 RETENTION_DAYS = 1 / 1440
-SAMPLE_SECONDS, PART_SECONDS = 10.0, 300.0  # the first and last five minutes
+SAMPLE_SECONDS, PART_SECONDS = 10.0, 300.0  # the first and the last part are compared
 GROWTH_MB, STEP = 1.0, 10_000  # as in `endurance.soak`
-SELDOM = {  # and interval in seconds
+SELDOM = {  # seconds between requests
     ("GET", "/metrics"): 5.0,
     ("GET", "/v1/calibration"): 10.0,
     ("GET", "/v1/engines"): 5.0,
-    ("POST", "/v1/calibration/fits"): 20.0,  # below the 30 s after which an idle connection is ended
+    ("POST", "/v1/calibration/fits"): 20.0,  # below the idle timeout of 30 s
 }
-FITTED = {200, 201, 409, 422}  # a fit without gain is refused, which is a valid response
-CROWD = 16  # concurrent readers; the service has four connections for them
-BROKEN_OFF = "/v1/evaluate"  # the only call that clients break off, so that all others can be counted
+FITTED = {200, 201, 409, 422}  # a fit without a gain is refused, which is a valid response
+CROWD = 16  # parallel readers; the service has four database connections for them
+BROKEN_OFF = "/v1/evaluate"  # the only call that clients break off, so that the counts of all others are exact
 
 
 @dataclass
@@ -56,16 +57,16 @@ class ClientCounts:
     answers: Counter[tuple[str, str, int]] = field(default_factory=Counter)  # method, route, status
     broken: Counter[str] = field(default_factory=Counter)
     rows: int = 0  # predictions
-    seconds: deque[tuple[float, float]] = field(default_factory=deque)  # of /v1/predict: when, and how long
+    seconds: deque[tuple[float, float]] = field(default_factory=deque)  # of /v1/predict: time and latency
     samples: list[tuple[int, float, int]] = field(default_factory=list)  # requests, MB, descriptors
 
     def requests(self) -> int:
-        """Answered so far."""
+        """Return the number of responses so far."""
         return self.answers.total()
 
 
 class Mixture:
-    """The clients; each keeps a connection and asks until the time is over."""
+    """The clients. Each keeps a connection and sends requests until the time is over."""
 
     def __init__(self, running: Running, minutes: float) -> None:
         self.running, self.counts, self.chance = running, ClientCounts(), random.Random(0)
@@ -75,7 +76,7 @@ class Mixture:
         self.lines, self.flight = load.golden()[0][0].tolist(), 0
 
     async def run(self) -> None:
-        """All of them, until the time is over."""
+        """Run all clients until the time is over."""
         often = [
             self._run_client(turn, 0.01)
             for turn in (self._send_predict_request, self._send_tensors, self._send_flight)
@@ -91,7 +92,7 @@ class Mixture:
         )
 
     async def crowd(self) -> None:
-        """Read concurrently, so that every connection to the database is open."""
+        """Read from many connections in parallel, so that every database connection is open."""
         turn = self._build_turn("GET", "/v1/calibration")
         for _ in range(3):
             await asyncio.gather(*[self._run_once(turn) for _ in range(CROWD)])
@@ -105,7 +106,7 @@ class Mixture:
         connection = await Connection.to(self.running.port)
         while time.monotonic() < self.end:
             try:
-                if not connection.open:  # the service ends connections that were idle for long
+                if not connection.open:  # the service closes idle connections
                     connection = await Connection.to(self.running.port)
                 await turn(connection)
             except (OSError, TimeoutError) as error:
@@ -131,7 +132,7 @@ class Mixture:
         await self._send_request(connection, "POST", "/v2/models/{name}/infer", self.binary[n - 1], n)
 
     async def _send_flight(self, connection: Connection) -> None:
-        """Send a flight, for half of them a label, and the failure of an engine after its last flight."""
+        """Send a flight, a label for half of the flights, and the failure of an engine at the end of its life."""
         turn, k = divmod(self.flight, ENGINES)
         self.flight += 1
         life, cycle = divmod(turn, END_CYCLE)
@@ -155,7 +156,7 @@ class Mixture:
         return turn
 
     async def _break_off_requests(self) -> None:
-        """Send half a request, or a whole one without reading the response, and reset the connection."""
+        """Send half a request or a complete one, and reset the connection without reading, as crashing clients do."""
         whole = _build_post(BROKEN_OFF, {"logits": [[1.0, 2.0, 3.0]] * 500, "labels": [2] * 500})
         while time.monotonic() < self.end:
             with socket.create_connection((HOST, self.running.port)) as connection:
@@ -176,7 +177,7 @@ def _build_post(path: str, body: object) -> bytes:
 
 
 def lines(mixture: Mixture, before: int, after: int, counted: dict[str, float]) -> list[Line]:
-    """Return each promise of the mixture, and whether it was kept."""
+    """Return one line per requirement."""
     counts = mixture.counts
     return [
         _check_answers(counts),
@@ -191,7 +192,7 @@ def _check_answers(counts: ClientCounts) -> Line:
     wrong = {
         key: n for key, n in counts.answers.items() if key[2] not in (FITTED if key[1].endswith("/fits") else {200})
     }
-    seen = f"{counts.requests():,} answers; wrong { ({' '.join(map(str, k)): n for k, n in wrong.items()}) }"
+    seen = f"{counts.requests():,} responses; unexpected { ({' '.join(map(str, k)): n for k, n in wrong.items()}) }"
     return Line("errors", f"{seen}; broken {dict(counts.broken)}", "none", not wrong and not counts.broken)
 
 
@@ -201,18 +202,18 @@ def _check_latency(mixture: Mixture) -> Line:
     last = [s for when, s in mixture.counts.seconds if when >= mixture.end - part]
     p99 = [float(np.percentile(latencies, 99)) * 1e3 for latencies in (first, last)]
     seen = f"{p99[0]:.0f} ms in the first {part / 60:.1f} min, {p99[1]:.0f} ms in the last"
-    return Line("p99 of /v1/predict", seen, "no more than twice as long at the end", p99[1] < 2 * p99[0])
+    return Line("p99 of /v1/predict", seen, "at the end at most twice as long", p99[1] < 2 * p99[0])
 
 
 def _check_memory(counts: ClientCounts) -> Line:
     half = counts.samples[len(counts.samples) // 2 :]
     slope = float(np.polyfit([n for n, _, _ in half], [mb for _, mb, _ in half], 1)[0]) * STEP
-    seen = f"{slope:+.2f} MB for each {STEP:,} requests of the last half, {half[0][1]:.0f} to {half[-1][1]:.0f} MB"
+    seen = f"{slope:+.2f} MB per {STEP:,} requests of the last half, {half[0][1]:.0f} to {half[-1][1]:.0f} MB"
     return Line("memory", seen, f"less than {GROWTH_MB:g} MB", slope < GROWTH_MB)
 
 
 def _check_descriptors(before: int, after: int) -> Line:
-    return Line("descriptors", f"{before} before, {after} after, everybody gone", "as many", before == after)
+    return Line("descriptors", f"{before} before, {after} after, without clients", "equal", before == after)
 
 
 def _check_counters(counts: ClientCounts, counted: dict[str, float]) -> Line:
@@ -225,13 +226,13 @@ def _check_counters(counts: ClientCounts, counted: dict[str, float]) -> Line:
     rows = round(counted["engine_health_confidence_count"])
     if rows != counts.rows:
         wrong["predictions"] = (counts.rows, rows)
-    seen = f"{len(counts.answers)} series and {rows:,} predictions as clients counted them; others {wrong}"
+    seen = f"{len(counts.answers)} series and {rows:,} predictions equal the counts of clients; different {wrong}"
     return Line("counters", seen, "exact", not wrong)
 
 
 def main() -> int:
-    """Mix, print the table, keep the figures."""
-    parser = argparse.ArgumentParser(description="A long mixed load.")
+    """Run the load, print the table and write the figures."""
+    parser = argparse.ArgumentParser(description="Run a long mixed load.")
     parser.add_argument("--minutes", type=float, default=30.0)
     minutes = parser.parse_args().minutes
     BUILD.mkdir(exist_ok=True)
@@ -243,7 +244,8 @@ def main() -> int:
         ) as running,
     ):
         results = asyncio.run(_run_mixture(running, minutes))
-    print(f"{load.machine()}; {minutes:g} minutes\n\n| what | seen | promised | kept |\n| --- | --- | --- | --- |")
+    print(f"{load.machine()}; {minutes:g} minutes\n\n| subject | observation | requirement | met |")
+    print("| --- | --- | --- | --- |")
     for line in results:
         print(f"| {line.done} | {line.seen} | {line.promised} | {'yes' if line.kept else '**no**'} |")
     figures = {"machine": load.machine(), "minutes": minutes, "lines": [vars(line) for line in results]}
@@ -252,7 +254,7 @@ def main() -> int:
 
 
 async def _run_mixture(running: Running, minutes: float) -> list[Line]:
-    warm = Mixture(running, 10 / 60)  # whatever is opened once is open then
+    warm = Mixture(running, 10 / 60)  # opens everything that is opened once
     await warm.run()
     await warm.crowd()
     await asyncio.sleep(1)

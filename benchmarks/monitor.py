@@ -1,9 +1,9 @@
-"""How often the calibration state alarms when it is looked at after every label: falsely, and when it should.
+"""Rates of false and true alarms of the calibration state if it is checked after every label.
 
     python -m benchmarks.monitor [--streams 500] [--labels 5000]        # = make bench-monitor
 
-The state is compared with common alternatives: the z of the loss gap, and ECE against its noise band. Both are
-right at one look and were never meant for thousands. Prints Markdown; a quarter of an hour on one core.
+The state is compared with the z of the loss gap and with ECE against its noise band. Both are valid for one check
+only, not for thousands. Prints Markdown; takes 15 min on one core.
 """
 
 import argparse
@@ -27,13 +27,13 @@ Make = Callable[[Random], Stream]
 
 
 def z_alarms(stream: Stream, seen: Looks) -> bool:
-    """Whether |z| of the loss gap, rows as the unit, ever exceeds 1.96."""
+    """Return whether |z| of the loss gap, computed by rows, ever exceeds 1.96."""
     deviation = np.sqrt(np.cumsum(numerics.loss_variance(stream.z)))
     return bool((abs(seen.gap.total) > 1.96 * deviation)[seen.enough].any())
 
 
 def ece_alarms(stream: Stream, seen: Looks, random: Random) -> bool:
-    """Whether ECE ever exceeds the 95th percentile of a calibrated model's at that n."""
+    """Return whether ECE ever exceeds the 95th percentile of a calibrated model with the same n."""
     top = numerics.softmax(stream.z).max(axis=1)
     bins = np.eye(numerics.RELIABILITY_BINS)[numerics.bin_of(top)]
     gap = np.cumsum(bins * (top - numerics.correct(stream.z, stream.label))[:, None], axis=0)[::ECE_EVERY]
@@ -44,21 +44,21 @@ def ece_alarms(stream: Stream, seen: Looks, random: Random) -> bool:
 
 
 def false_alarms(make: Make, streams: int) -> list[float]:
-    """Shares of calibrated streams that ever alarm: the state, the gap with rows alone, z, ECE."""
+    """Return the shares of calibrated streams that ever alarm: the state, the gap by rows only, z, ECE."""
     alarms = []
     for seed in range(streams):
         random = np.random.default_rng(seed)
         stream = make(random)
         seen = looks(stream)
         if not agrees(stream, seen, int(random.integers(len(stream.label)))):
-            raise SystemExit(f"monitor: stream {seed}: a look differs from what calibration() answers")
+            raise SystemExit(f"monitor: stream {seed}: the state differs from that of calibration()")
         alone = (log_e(seen.gap.total, seen.gap.rows) >= -np.log(ALPHA_GAP))[seen.enough].any()
         alarms.append((seen.alarms().any(), alone, z_alarms(stream, seen), ece_alarms(stream, seen, random)))
     return [float(share) for share in np.mean(np.array(alarms, dtype=np.float64), axis=0)]
 
 
 def find_first_detections(make: Make, sign: int, streams: int) -> tuple[Floats, Floats]:
-    """Labels and engines after which each stream is found over- (sign 1) or underconfident (-1); infinite if never."""
+    """Return labels and engines until each stream is over- (sign 1) or underconfident (-1); infinite if never."""
     labels, engines = np.full(streams, np.inf), np.full(streams, np.inf)
     for seed in range(streams):
         stream = make(np.random.default_rng(seed))
@@ -70,14 +70,14 @@ def find_first_detections(make: Make, sign: int, streams: int) -> tuple[Floats, 
 
 
 def strays(stream: Stream, sharpness: float) -> bool:
-    """Whether the confidence sequence ever leaves out the mean gap; independent rows, true logits z / sharpness."""
-    log_p, truth = numerics.log_softmax(stream.z), numerics.softmax(stream.z, sharpness)
-    expected = np.cumsum(((numerics.softmax(stream.z) - truth) * log_p).sum(axis=1))
+    """Return whether the confidence sequence ever excludes the true mean gap, for logits z / sharpness."""
+    log_p, true_p = numerics.log_softmax(stream.z), numerics.softmax(stream.z, sharpness)
+    expected = np.cumsum(((numerics.softmax(stream.z) - true_p) * log_p).sum(axis=1))
     return bool((looks(stream).gap.log_e(expected) >= -np.log(ALPHA_GAP)).any())
 
 
 def moving(stream: Stream) -> bool:
-    """Whether the state of the newest labels alone, which begins anew at every look, ever alarms."""
+    """Return whether the state of a moving window of the newest labels ever alarms."""
     for end in range(MOVING, len(stream.label) + 1, MOVING_EVERY):
         k = slice(end - MOVING, end)
         report = calibration_report.measure_rows(stream.z[k], stream.label[k], stream.engine[k])
@@ -87,38 +87,38 @@ def moving(stream: Stream) -> bool:
 
 
 def selected(seed: int) -> tuple[bool, bool]:
-    """Outcomes as engines fail: whether the state ever alarms, and once enough of all predictions are labelled."""
+    """Return whether the state ever alarms, and after enough labels, if labels arrive as engines fail."""
     alarms = looks(fleet(np.random.default_rng(seed), FLEET, "failing")).alarms()
     return bool(alarms.any()), bool(alarms[int(REPRESENTATIVE_SHARE * len(alarms)) :].any())
 
 
 def calibrated_table(streams: int, labels: int) -> Iterator[str]:
-    """Lines of Markdown: streams that ever alarm though calibrated."""
+    """Yield a Markdown table of calibrated streams that ever alarm."""
     cases: dict[str, Make] = {
-        "rows independent, an engine each": lambda random: independent(random, labels),
+        "rows independent, one per engine": lambda random: independent(random, labels),
         "rows independent, 50 engines": lambda random: independent(random, labels, engines=50),
-        f"{FLEET} engines to failure, outcome immediately": lambda random: fleet(random, FLEET, "outcome"),
-        f"{FLEET} engines to failure, inspected day by day": lambda random: fleet(random, FLEET, "daily"),
-        "the same, begun on different days": lambda random: fleet(random, FLEET, "staggered"),
-        "50 engines to failure, outcome immediately": lambda random: fleet(random, FLEET // 2, "outcome"),
-        f"{FLEET} engines, one truth for all 50 rows": lambda random: alike(random, FLEET, 50),
+        f"{FLEET} engines to failure, labels at failure": lambda random: fleet(random, FLEET, "outcome"),
+        f"{FLEET} engines to failure, inspected daily": lambda random: fleet(random, FLEET, "daily"),
+        "the same, started on different days": lambda random: fleet(random, FLEET, "staggered"),
+        "50 engines to failure, labels at failure": lambda random: fleet(random, FLEET // 2, "outcome"),
+        f"{FLEET} engines, one label for all 50 rows": lambda random: alike(random, FLEET, 50),
     }
-    yield "| calibrated streams that ever alarm | state | gap, rows alone | \\|z\\| > 1.96 | ECE above its band |"
+    yield "| calibrated streams that ever alarm | state | gap, rows only | \\|z\\| > 1.96 | ECE above its band |"
     yield "| --- | ---: | ---: | ---: | ---: |"
     for name, make in cases.items():
         yield f"| {name} | " + " | ".join(f"{share:.1%}" for share in false_alarms(make, streams)) + " |"
 
 
 def detection_table(streams: int, labels: int) -> Iterator[str]:
-    """Lines of Markdown: streams found when logits are too sharp or too flat."""
+    """Yield a Markdown table of detected streams whose logits are too sharp or too flat."""
     cases: dict[str, Callable[[float, Random], Stream]] = {
         "rows independent": lambda sharpness, random: independent(random, labels, sharpness),
-        "engines to failure, outcome immediately": lambda sharpness, random: fleet(
+        "engines to failure, labels at failure": lambda sharpness, random: fleet(
             random, LARGE_FLEET, "outcome", sharpness
         ),
-        "engines, day by day": lambda sharpness, random: fleet(random, LARGE_FLEET, "daily", sharpness),
+        "engines, inspected daily": lambda sharpness, random: fleet(random, LARGE_FLEET, "daily", sharpness),
     }
-    yield "| true temperature | streams | found | labels: half / 90 % found | engines: half / 90 % |"
+    yield "| true temperature | streams | detected | labels until 50 % / 90 % | engines until 50 % / 90 % |"
     yield "| --- | --- | ---: | ---: | ---: |"
     for name, make in cases.items():
         for sharpness, sign in ((SHARP, 1), (FLAT, -1)):
@@ -135,21 +135,21 @@ def detection_table(streams: int, labels: int) -> Iterator[str]:
 
 
 def others_table(streams: int, labels: int) -> Iterator[str]:
-    """Lines of Markdown: what the promise does not cover, and the confidence sequence."""
-    yield "| what else | share of streams |"
+    """Yield a Markdown table of cases without a guarantee, and of the confidence sequence."""
+    yield "| case | share of streams |"
     yield "| --- | ---: |"
     for sharpness in (1.0, SHARP, FLAT):
         left = [strays(independent(np.random.default_rng(s), labels, sharpness), sharpness) for s in range(streams)]
-        yield f"| the 96 % sequence of the gap ever leaves out the truth, T = {sharpness:.2f} | {np.mean(left):.1%} |"
+        yield f"| the 96 % sequence ever excludes the true gap, T = {sharpness:.2f} | {np.mean(left):.1%} |"
     parts = [moving(independent(np.random.default_rng(s), MOVING_LABELS)) for s in range(max(streams // 5, 1))]
     yield f"| the newest {MOVING:,} of {MOVING_LABELS:,} labels, a moving window, ever alarm | {np.mean(parts):.1%} |"
     ever, late = np.mean([selected(seed) for seed in range(streams)], axis=0)
-    yield f"| engines start together, outcomes come as they fail: ever alarms | {ever:.1%} |"
-    yield f"| the same, once {REPRESENTATIVE_SHARE:.0%} of all predictions are labelled | {late:.1%} |"
+    yield f"| engines start together, labels arrive as they fail, ever alarm | {ever:.1%} |"
+    yield f"| the same, after {REPRESENTATIVE_SHARE:.0%} of all predictions are labelled | {late:.1%} |"
 
 
 def main() -> None:
-    """Simulate and print."""
+    """Simulate the streams and print the tables."""
     parser = argparse.ArgumentParser(description="False and true alarms of the calibration state.")
     parser.add_argument("--streams", type=int, default=500)
     parser.add_argument("--labels", type=int, default=5000)

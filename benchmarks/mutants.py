@@ -1,4 +1,4 @@
-"""Mutation testing with mutmut: changes of nine modules that no test of the module notices, as one table.
+"""Mutation testing with mutmut: changes of nine modules that no test of the module detects, as one table.
 
     python -m benchmarks.mutants [--only NAME,...]      # = make mutants
 
@@ -22,9 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build"
 MUTMUT, PYTHON = BUILD / "mutmut" / "bin" / "mutmut", BUILD / "mutmut" / "bin" / "python"
-# Errors that copies of a method in one class cause, whatever was mutated
+# Errors that mutmut's copies of a method in one class cause for every mutant
 IGNORED = [f"--disable-error-code={code}" for code in ("unused-ignore", "no-redef", "has-type")]
-# Exit codes that mutmut stores: of pytest, of the limit of CPU time, and its own
+# Exit codes that mutmut stores: of pytest, of the CPU time limit, and of mutmut
 OUTCOMES = {1: "killed", 37: "refused by mypy", -24: "timed out", 36: "timed out", 0: "survived", 33: "not tested"}
 COLUMNS = tuple(dict.fromkeys(OUTCOMES.values()))
 
@@ -118,10 +118,10 @@ def table_row(target: Target, outcomes: Mapping[str, str], seconds: float) -> st
 def main() -> None:
     """Run mutmut on the chosen modules and print the table."""
     parser = argparse.ArgumentParser(description="Mutation testing of nine modules.")
-    parser.add_argument("--only", default=",".join(TARGETS), help=f"some of {', '.join(TARGETS)}")
+    parser.add_argument("--only", default=",".join(TARGETS), help=f"comma-separated, of {', '.join(TARGETS)}")
     names = parser.parse_args().only.split(",")
     if unknown := set(names) - set(TARGETS):
-        parser.error(f"no such module: {', '.join(sorted(unknown))}")
+        parser.error(f"unknown module: {', '.join(sorted(unknown))}; choose from {', '.join(TARGETS)}")
     print(f"| module | mutants | {' | '.join(COLUMNS)} | other | minutes |")
     print("| --- |" + " ---: |" * 8, flush=True)
     for name in names:

@@ -1,12 +1,12 @@
-"""The same artefact behind other servers, on the same core, asked the same things: one table.
+"""The same artefact behind other servers, on the same core and with the same requests: one table.
 
     python -m benchmarks.peers [--only NAME,...] [--rounds 5] [--seconds 5]      # = make bench-peers
 
-Each server is installed into a separate virtual environment below build/peers, at the versions named here, and starts
-from a script in benchmarks/servers, written as its documentation shows, its batching on. Everything of a server, helper
-processes included, shares one core; wrk has the other. Before it is measured, a server must answer a golden window with
-the golden logits. Who cannot be installed, started or believed gets a line that says why.
-Medians over rounds, each round with servers started afresh, one after another. Figures also in build/peers.json.
+Each server is installed into a separate virtual environment below build/peers, in the versions given here. It starts
+from a script in benchmarks/servers, which follows its documentation, with batching. All processes of a server share one
+core; wrk has the other. Before the measurement, a server must return the golden logits of a golden window. If it cannot
+be installed or started, or returns other logits, its line states the reason.
+Figures are medians over rounds. Servers are started again for each round. The figures are written to build/peers.json.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from model.windows import Readings
 ROOT = Path(__file__).parent.parent
 SERVERS, BUILD = ROOT / "benchmarks" / "servers", ROOT / "build"
 CONNECTIONS, ROWS = 64, 1000
-TOLERANCE = 1e-3  # of logits; a server that rounds its answers still passes
+TOLERANCE = 1e-3  # of logits; allows rounded responses
 ORT = "onnxruntime==1.32.0"
 DEBIAN_PYTHON = "/usr/bin/python3.11"  # Triton's interpreter is linked against Debian's library
 COLUMNS = {  # figure: heading
@@ -45,12 +45,12 @@ Figures = dict[str, float]
 
 
 class Absent(Exception):
-    """A peer that cannot be measured; the message says why in one line."""
+    """A peer that cannot be measured. The message states the reason in one line."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How windows are sent and where the logits of the first row stand in the answer."""
+    """The encoding of windows, and the parser of the logits of the first row of a response."""
 
     make: Make
     logits: Callable[[bytes], list[float]]
@@ -58,27 +58,27 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Peer:
-    """A server: how it is called in the table, what it needs and how it is asked."""
+    """A server: its title in the table, its requirements and the encodings of its requests."""
 
     title: str
-    script: str = ""  # in benchmarks/servers; given the port
-    requirements: tuple[str, ...] = ()  # none: it runs in this environment
+    script: str = ""  # in benchmarks/servers; its argument is the port
+    requirements: tuple[str, ...] = ()  # empty: run in this environment
     ready: str = "/ready"
     path: str = "/predict"
     json: Encoding | None = None
     binary: Encoding | None = None
-    python: str = sys.executable  # that the environment is made with
+    python: str = sys.executable  # creates the environment
     env: dict[str, str] = field(default_factory=dict)
-    checked: bool = True  # its logits are the network's
+    checked: bool = True  # the logits must equal the golden ones
 
 
 def plain_logits(answer: bytes) -> list[float]:
-    """Of `{"logits": [[...]]}`."""
+    """Return the logits of `{"logits": [[...]]}`."""
     return list(json.loads(answer)["logits"][0])
 
 
 def oip_logits(answer: bytes) -> list[float]:
-    """Of the Open Inference Protocol, in either encoding: the values follow the JSON where that gives their size."""
+    """Return the logits of an Open Inference Protocol response, in JSON or binary after the JSON."""
     head, end = json.JSONDecoder().raw_decode(answer.decode("latin-1"))
     for output in head["outputs"]:
         size, classes = output.get("parameters", {}).get("binary_data_size"), output["shape"][-1]
@@ -86,11 +86,11 @@ def oip_logits(answer: bytes) -> list[float]:
             values = output["data"] if size is None else np.frombuffer(answer[end : end + size], "<f4").tolist()
             return list(values[:classes])
         end += size or 0
-    raise Absent("wrong: no logits in the answer")
+    raise Absent("no logits in the response")
 
 
 def in_json(make: Callable[[Readings], bytes]) -> Make:
-    """With the headers of JSON."""
+    """Add the headers of JSON."""
     return lambda telemetry: (make(telemetry), JSON_HEADERS)
 
 
@@ -141,10 +141,10 @@ TITLES = {ALONE: "ONNX Runtime alone"} | {name: peer.title for name, peer in PEE
 
 
 def installed(name: str, peer: Peer) -> str:
-    """Return the interpreter of a peer. Create its environment unless it exists.
+    """Return the interpreter of a peer, and create its environment if it does not exist.
 
     Raises:
-        Absent: no such Python, or pip failed; the message is its last line.
+        Absent: the Python version is missing, or pip failed; the message is the last line of pip.
     """
     if not peer.requirements:
         return sys.executable
@@ -166,29 +166,30 @@ def installed(name: str, peer: Peer) -> str:
 
 
 def last_line(text: str) -> str:
-    """Return the last non-empty line, formatted for a cell of a table."""
+    """Return the last line that is not blank, escaped for a table cell."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return (lines or ["no reason given"])[-1][:160].replace("|", "/")
 
 
 def ask(url: str, encoding: Encoding, telemetry: Readings, expected: Readings | None) -> float:
-    """Seconds of one request, answered rightly.
+    """Return the duration in seconds of one request, after a check of its response.
 
     Raises:
-        Absent: not answered with 200, or with logits that are not the expected ones.
+        Absent: the status is not 200, or the logits differ from the expected ones.
     """
     started = time.perf_counter()
     status, answer = load.post(url, *encoding.make(telemetry))
     took = time.perf_counter() - started
     if status != 200:
-        raise Absent("not there (404)" if status == 404 else f"answers {status}: {last_line(answer.decode('latin-1'))}")
+        reason = "not found" if status == 404 else last_line(answer.decode("latin-1"))
+        raise Absent(f"status {status}: {reason}")
     if expected is not None and not np.allclose(encoding.logits(answer), expected, atol=TOLERANCE, rtol=0):
-        raise Absent(f"wrong: {encoding.logits(answer)} in place of {np.round(expected, 4).tolist()}")
+        raise Absent(f"logits {encoding.logits(answer)}, expected {np.round(expected, 4).tolist()}")
     return took
 
 
 def measure_large_requests(url: str, encoding: Encoding, seconds: float) -> float:
-    """Rows/s of requests of 1,000 rows, one at a time, for as long as three of them need at least."""
+    """Return rows/s of requests of 1,000 rows in one connection, for at least three requests."""
     telemetry = load.windows(ROWS)
     slowest = max(ask(url, encoding, telemetry, None) for _ in range(2))
     measured = load.wrk(url, *encoding.make(telemetry), 1, max(seconds, 3.5 * slowest + 1), CLIENT_CORE)
@@ -196,17 +197,17 @@ def measure_large_requests(url: str, encoding: Encoding, seconds: float) -> floa
 
 
 def measure_single_windows(url: str, encoding: Encoding, seconds: float) -> load.Load:
-    """Measure 64 connections with one window per request, after a warm-up."""
+    """Measure one window per request at 64 connections, after a warm-up."""
     body, headers = encoding.make(load.windows(1))
     load.wrk(url, body, headers, CONNECTIONS, 1, CLIENT_CORE)
     return unfailing(load.wrk(url, body, headers, CONNECTIONS, seconds, CLIENT_CORE))
 
 
 def unfailing(measured: load.Load) -> load.Load:
-    """Return the measurement if every request got a response.
+    """Return the measurement if every request was answered.
 
     Raises:
-        Absent: some were not.
+        Absent: some requests failed.
     """
     if measured.errors or not measured.p50_ms:
         raise Absent(f"{measured.errors} errors under load")
@@ -214,10 +215,10 @@ def unfailing(measured: load.Load) -> load.Load:
 
 
 def measure(name: str, peer: Peer, seconds: float) -> Figures:
-    """One round of one server.
+    """Run one round of one server.
 
     Raises:
-        Absent: it cannot be measured.
+        Absent: the server cannot be measured.
     """
     python, port = installed(name, peer), load.free_port()
     script = (
@@ -249,7 +250,7 @@ def measure(name: str, peer: Peer, seconds: float) -> Figures:
 
 
 def alone(model: Path = ARTEFACT) -> Figures:
-    """ONNX Runtime with nothing around it, on the server's core."""
+    """Measure ONNX Runtime without a server, on the server's core."""
     command = ["taskset", "-c", str(SERVER_CORE), sys.executable, "-m", "benchmarks.servers.alone"]
     env = {**os.environ, "MODEL": str(model)}
     printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=env).stdout
@@ -258,7 +259,7 @@ def alone(model: Path = ARTEFACT) -> Figures:
 
 
 def cases(names: list[str], seconds: float, notes: dict[str, str]) -> Iterator[tuple[str, Callable[[], Figures]]]:
-    """Measure each peer. A peer that fails is noted once, and skipped in later rounds."""
+    """Yield the measurement of each name. A failure is noted, and the name is skipped in later rounds."""
 
     def guarded(name: str) -> Callable[[], Figures]:
         def case() -> Figures:
@@ -271,7 +272,7 @@ def cases(names: list[str], seconds: float, notes: dict[str, str]) -> Iterator[t
                 notes[name] = str(error)
             except ServerFailed as error:
                 notes[name] = f"did not start: {last_line(str(error))}"
-            except Exception as error:  # a peer may fail in any way, and the others are still measured
+            except Exception as error:  # an unexpected failure of one peer must not stop the others
                 notes[name] = f"{type(error).__name__}: {last_line(str(error))}"
             print(f"  {notes[name]}", file=sys.stderr, flush=True)
             return {}
@@ -283,7 +284,7 @@ def cases(names: list[str], seconds: float, notes: dict[str, str]) -> Iterator[t
 
 
 def table(figures_by_server: Mapping[str, Mapping[str, Figure]], notes: Mapping[str, str]) -> Iterator[str]:
-    """Medians, with the range of the rates in brackets, as lines of Markdown."""
+    """Yield medians, with the range of the rates in brackets, as lines of Markdown."""
     yield "| server | " + " | ".join(COLUMNS.values()) + " |"
     yield "| --- |" + " ---: |" * len(COLUMNS)
     for name, figures in figures_by_server.items():
@@ -304,15 +305,15 @@ def cell(key: str, figure: Figure | None) -> str:
 
 
 def main() -> None:
-    """Measure, print the table and keep the figures."""
-    parser = argparse.ArgumentParser(description="The same artefact behind other servers.")
-    parser.add_argument("--only", default=",".join(TITLES), help=f"some of {', '.join(TITLES)}")
+    """Measure, print the table and write the figures."""
+    parser = argparse.ArgumentParser(description="Measure the same artefact behind other servers.")
+    parser.add_argument("--only", default=",".join(TITLES), help=f"comma-separated, of {', '.join(TITLES)}")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=5, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=5, help="duration of each measurement")
     chosen = parser.parse_args()
     names = chosen.only.split(",")
     if unknown := set(names) - set(TITLES):
-        parser.error(f"no such server: {', '.join(sorted(unknown))}")
+        parser.error(f"unknown server: {', '.join(sorted(unknown))}; choose from {', '.join(TITLES)}")
     notes: dict[str, str] = {}
     figures_by_server = load.median_rounds(dict(cases(names, chosen.seconds, notes)), chosen.rounds)
     print(f"{load.machine()}; {chosen.rounds} rounds of {chosen.seconds:g} s\n")

@@ -1,9 +1,9 @@
-"""What more workers and more processes give: requests a second of one and two, in turn, for docs/operations.md.
+"""Scaling with workers and processes: requests/s of one and of two in alternation, for docs/operations.md.
 
     python -m benchmarks.scaling [--rounds 3] [--seconds 4]
 
-Servers may use every core, as in production; wrk, which shares them, takes some of what a second worker would. Needs
-wrk, and PostgreSQL's programs for the shared database. Medians over rounds.
+Servers may use every core, as in production. wrk shares the cores, which reduces the gain of a second worker. Needs
+wrk, and the programs of PostgreSQL for the shared database. Figures are medians over rounds.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from benchmarks.peers import BUILD, CONNECTIONS, ROOT, unfailing
 from benchmarks.serving import base, command
 from tests.support.postgres import postgres
 
-ROWS = {  # what is asked: of one, of two
+ROWS = {  # title: case with one, case with two
     "`/v1/predict`, stateless": ("1 process, stateless", "2 workers, stateless"),
     "`/v1/cycles`, SQLite": ("1 process, SQLite", "2 workers, SQLite"),
     "`/v1/cycles`, 2 workers on one PostgreSQL": ("1 process, PostgreSQL", "2 workers, PostgreSQL"),
@@ -28,7 +28,7 @@ EVERY_CORE = ",".join(map(str, sorted(os.sched_getaffinity(0))))
 
 
 def measured(rounds: int, seconds: float) -> dict[str, dict[str, Figure]]:
-    """Requests/s of every case; all servers run all the time, and idle while others are asked."""
+    """Return requests/s of every case. All servers run all the time and are idle while others are measured."""
     with ExitStack() as stack:
         cluster = stack.enter_context(postgres())
 
@@ -59,11 +59,11 @@ def measured(rounds: int, seconds: float) -> dict[str, dict[str, Figure]]:
 
 
 def _build_round(name: str, addresses: list[str], seconds: float) -> Callable[[], Mapping[str, float]]:
-    """Load all addresses concurrently for one round, and return the sum of their rates."""
+    """Return a function that loads all addresses in parallel and returns the sum of their rates."""
     path, make = ("/v1/predict", load.predict_json) if "stateless" in name else ("/v1/cycles", load.flights)
 
     def measure_address(address: str) -> float:
-        body = make(load.windows(1))  # new engines for each round
+        body = make(load.windows(1))  # new engines for each address and round
         result = load.wrk(address + path, body, JSON_HEADERS, CONNECTIONS // len(addresses), seconds, EVERY_CORE)
         return unfailing(result).requests_per_second
 
@@ -81,7 +81,7 @@ def _remove_database(path: str) -> None:
 
 
 def table(figures: dict[str, dict[str, Figure]]) -> Iterator[str]:
-    """Lines of Markdown: one, two, and the ratio of both."""
+    """Yield a Markdown table of one, two, and their ratio."""
     yield "| what is asked | of one, requests/s | of two | ratio |"
     yield "| --- | ---: | ---: | ---: |"
     for what, (first, second) in ROWS.items():
@@ -91,9 +91,9 @@ def table(figures: dict[str, dict[str, Figure]]) -> Iterator[str]:
 
 def main() -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(description="One and two workers, one and two processes on one database.")
+    parser = argparse.ArgumentParser(description="Compare one and two workers, and one and two processes.")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=4, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=4, help="duration of each measurement")
     chosen = parser.parse_args()
     BUILD.mkdir(exist_ok=True)
     print(load.machine() + "\n")

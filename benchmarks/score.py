@@ -1,10 +1,11 @@
-"""The README's table of batch scoring: the command against ONNX Runtime alone, and against pandas with ONNX Runtime.
+"""Batch scoring for the README: the command against ONNX Runtime alone, and against pandas with ONNX Runtime.
 
     python -m benchmarks.score [--rows 1000000 10000000]      # = make bench-score
 
-A fleet of synthetic engines is scored Parquet to Parquet, a process each, with the same threads. ONNX Runtime alone
-runs windows that are laid out already, in the better of two ways: one call on all threads, or calls side by side. The
-script of pandas runs in a separate environment, build/venv, if it exists. Figures also in build/score.json.
+A fleet of synthetic engines is scored from Parquet to Parquet, in one process and with the same threads. ONNX Runtime
+alone runs prepared windows with the faster of two methods: one call on all threads, or parallel calls on one thread
+each. The pandas script runs in a separate environment, build/venv, if it exists. The figures are written to
+build/score.json.
 """
 
 import argparse
@@ -30,14 +31,14 @@ from service.scoring.scorer import BATCH_WINDOWS
 from service.settings import BUNDLED
 
 BUILD = Path("build")
-PIECE = 100_000  # rows of the fleet per piece
+PIECE = 100_000  # rows of the fleet per written block
 LONG, SHORT = 300, 100  # cycles of an engine
-ALONE_ROWS = 16_384  # windows that ONNX Runtime alone runs, again and again
+ALONE_ROWS = 16_384  # windows that ONNX Runtime alone runs repeatedly
 ALONE_SECONDS = 15.0
 
 
 class Run(NamedTuple):
-    """A process: seconds from its start to its end, of which on processors, and the most memory that it had, MB."""
+    """A process: duration and processor time in seconds, and peak memory in MB."""
 
     seconds: float
     processor: float
@@ -45,14 +46,14 @@ class Run(NamedTuple):
 
 
 class Alone(NamedTuple):
-    """ONNX Runtime on windows that are laid out already: rows a second, and processor seconds a row."""
+    """ONNX Runtime on prepared windows: rows/s, and processor seconds per row."""
 
     rate: float
     processor: float
 
 
 def fleet(path: Path, rows: int) -> Path:
-    """Write a file of `rows` flights of wearing engines, in order, as float64."""
+    """Write a file of `rows` rows: engines that wear, complete cycles in order, as float64."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -92,7 +93,7 @@ def measured(command: list[str]) -> Run:
     """Run a command to its end.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the command failed.
     """
     begun = time.perf_counter()
     process = subprocess.Popen(command, env=os.environ | {"ENGINE_HEALTH_LOG_LEVEL": "warning"})
@@ -100,19 +101,19 @@ def measured(command: list[str]) -> Run:
     seconds = time.perf_counter() - begun
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise RuntimeError(f"{command} failed with {process.returncode}")
+        raise RuntimeError(f"{' '.join(command)} failed with exit code {process.returncode}")
     return Run(seconds, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e6)
 
 
 def ours(source: Path, *flags: str) -> Run:
-    """Return the command."""
+    """Run the `score` command."""
     target = BUILD / "scored.parquet"
     command = [sys.executable, "-m", "service.cli", "score", str(source), str(target), "--quiet", "--restart", *flags]
     return measured(command)
 
 
 def naive(source: Path) -> Run | None:
-    """Return the script; None without an environment with pandas."""
+    """Run the pandas script, or return None if its environment does not exist."""
     python = BUILD / "venv" / "bin" / "python"
     if not python.exists():
         return None
@@ -122,7 +123,7 @@ def naive(source: Path) -> Run | None:
 
 
 def alone(threads: int) -> Alone:
-    """Rows a second of ONNX Runtime on windows that are laid out already, the better of two ways."""
+    """Measure rows/s of ONNX Runtime on prepared windows, the faster of two methods."""
     generator = np.random.default_rng(1)
     histories = [
         (_read_usual_row() * (1 + 0.0005 * generator.normal(size=(256, 17)))).astype(np.float32)
@@ -147,7 +148,7 @@ def _measure_rate(way: Any) -> Alone:
 
 
 def table(figures_by_rows: dict[int, dict[str, Any]]) -> Iterator[str]:
-    """Lines of Markdown: rows a second and processor time a row, here and there."""
+    """Yield a Markdown table of rows/s and processor time per row, of the command and of the references."""
     yield "| rows | here, rows/s | ONNX Runtime alone | ratio | of processor time | peak MB | pandas script | ratio |"
     yield "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     for rows, figures in figures_by_rows.items():
@@ -164,10 +165,10 @@ def _format_script_cells(rows: int, script: Run, here: Run) -> list[str]:
 
 
 def killed(source: Path, times: int) -> Iterator[str]:
-    """Kill jobs at random moments of their lives and start them again: how often the bytes are the same.
+    """Kill jobs at random times, start them again, and count identical outputs.
 
     Raises:
-        RuntimeError: a job that was started again failed.
+        RuntimeError: a restarted job failed.
     """
     moments, target = random.Random(0), BUILD / "killed.parquet"
     command = [sys.executable, "-m", "service.cli", "score", str(source), str(target), "--quiet", "--part-rows", "8192"]
@@ -184,33 +185,31 @@ def killed(source: Path, times: int) -> Iterator[str]:
         measured(command)
         same += target.read_bytes() == expected
     yield (
-        f"{times} jobs killed and started again: {same} gave the same bytes; {finished_parts} finished parts were kept"
+        f"{times} jobs killed and restarted: {same} with identical output; {finished_parts} finished parts were reused"
     )
 
 
 def on_ray(source: Path, workers: list[int]) -> Iterator[str]:
-    """Jobs on a Ray cluster of this machine, begun with each, against the local one, and whether the bytes agree.
+    """Compare jobs on a local Ray cluster, started for each job, with a local job, and check that outputs are equal.
 
     Raises:
         RuntimeError: a job failed.
     """
     target = BUILD / "scored.parquet"
-    yield f"local: {ours(source).seconds:.1f} s"
+    yield f"local job: {ours(source).seconds:.1f} s"
     expected = target.read_bytes()
     for number in workers:
         seconds = ours(source, "--backend", "ray", "--workers", str(number)).seconds
-        yield f"{number} workers of Ray: {seconds:.1f} s, the same bytes: {target.read_bytes() == expected}"
+        yield f"{number} Ray workers: {seconds:.1f} s, identical output: {target.read_bytes() == expected}"
 
 
 def main() -> None:
-    """Measure, print the table and keep the figures."""
-    parser = argparse.ArgumentParser(description="Batch scoring against ONNX Runtime alone and a script of pandas.")
+    """Measure, print the table and write the figures."""
+    parser = argparse.ArgumentParser(description="Compare batch scoring with ONNX Runtime alone and a pandas script.")
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 10_000_000])
-    parser.add_argument("--rounds", type=int, default=1, help="of each; the quickest counts")
-    parser.add_argument(
-        "--kills", type=int, default=0, help="instead: kill this number of jobs, start them again, compare"
-    )
-    parser.add_argument("--workers", type=int, nargs="+", help="instead: on Ray, with each of these numbers of actors")
+    parser.add_argument("--rounds", type=int, default=1, help="repetitions; the fastest counts")
+    parser.add_argument("--kills", type=int, default=0, help="instead: kill this number of jobs, restart and compare")
+    parser.add_argument("--workers", type=int, nargs="+", help="instead: run on Ray with these numbers of actors")
     chosen, figures_by_rows = parser.parse_args(), dict[int, dict[str, Any]]()
     BUILD.mkdir(exist_ok=True)
     if chosen.kills:
@@ -221,7 +220,7 @@ def main() -> None:
         return
     for rows in chosen.rows:
         source = fleet(BUILD / f"fleet-{rows}.parquet", rows)
-        small = rows <= 1_000_000  # the script holds everything in memory
+        small = rows <= 1_000_000  # the script loads the whole file into memory
         rounds = [
             (ours(source), alone(available_cpus()), naive(source) if small else None) for _ in range(chosen.rounds)
         ]

@@ -1,9 +1,10 @@
-"""The README's performance table: this service against a bare route and against ONNX Runtime alone, as ratios.
+"""Performance of the service for the README, as ratios to a bare route and to ONNX Runtime alone.
 
     python -m benchmarks.serving [--rounds 5] [--seconds 4]      # = make bench
 
-The service and the bare FastAPI route, which reads the same body and answers a constant, run on one core, wrk on the
-other; they take turns, and so does ONNX Runtime alone. Medians over rounds. Figures also in build/serving.json.
+The service and the bare FastAPI route, which reads the same body and returns a constant, run on one core, and wrk on
+the other. They alternate with ONNX Runtime alone. Results are medians over rounds. The figures are written to
+build/serving.json.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from model.contract import CHANNEL_MAJOR_KEY, read_graph
 from model.evaluation.evaluate import ARTEFACT, open_artefact
 from model.windows import Readings
 
-REACH = (  # case, against, figure, reach, whether more is better
+REACH = (  # case, reference, figure, target, whether a higher figure is better
     ("one window a request, JSON, 64 connections", "a bare FastAPI route, requests/s", "rate", 0.60, True),
     ("the same, 1 connection, p50", "the same route", "p50", 3.0, False),
     ("1,000 windows, OIP binary", "ONNX Runtime alone, one thread, best batch, rows/s", "binary", 0.85, True),
@@ -48,10 +49,10 @@ FiguresByCase = dict[str, dict[str, Figure]]
 
 
 def measured(rounds: int, seconds: float) -> FiguresByCase:
-    """Every figure of every round: bare, ours, alone, start."""
+    """Measure every figure of every round: bare route, service, ONNX Runtime alone, start."""
     port, bare, stateless = load.free_port(), load.free_port(), load.free_port()
     with (
-        tempfile.TemporaryDirectory(dir=BUILD) as folder,  # a real disk: a committed row is on it
+        tempfile.TemporaryDirectory(dir=BUILD) as folder,  # on a real disk, as in production
         load.served(
             [sys.executable, "benchmarks/servers/bare.py", str(bare)], {}, SERVER_CORE, base(bare) + "/ready", ROOT
         ),
@@ -67,7 +68,8 @@ def measured(rounds: int, seconds: float) -> FiguresByCase:
         cases: dict[str, Callable[[], Mapping[str, float]]] = {
             "bare": lambda: singles(floor, seconds),
             "ours": lambda: singles(own, seconds),
-            "many": lambda: rows(base(stateless), seconds),  # rows of Arrow with engine ids would be stored
+            # without a store, because Arrow rows name engines and would be stored
+            "many": lambda: rows(base(stateless), seconds),
             "alone": lambda: {"rows": alone()["binary_rows"]},
             "plan": lambda: {"rows": alone(plan)["binary_rows"]},
             "bare-flights": lambda: numbered(floor, load.flights, seconds),
@@ -85,7 +87,7 @@ def measured(rounds: int, seconds: float) -> FiguresByCase:
 
 
 def base(port: int) -> str:
-    """Where a server listens."""
+    """Return the base URL of a server."""
     return f"http://127.0.0.1:{port}"
 
 
@@ -95,7 +97,7 @@ def command(port: int) -> list[str]:
 
 
 def singles(url: str, seconds: float) -> Mapping[str, float]:
-    """One window a request: at 64 connections requests/s, p50 and p99, at one connection p50; ms."""
+    """Measure one window per request: requests/s, p50 and p99 in ms at 64 connections, p50 at one connection."""
     body = load.predict_json(load.windows(1))
     many = unfailing(load.wrk(url, body, JSON_HEADERS, CONNECTIONS, seconds, CLIENT_CORE))
     few = unfailing(load.wrk(url, body, JSON_HEADERS, 1, seconds, CLIENT_CORE))
@@ -103,18 +105,18 @@ def singles(url: str, seconds: float) -> Mapping[str, float]:
 
 
 def numbered(url: str, make: Callable[[Readings], bytes], seconds: float) -> Mapping[str, float]:
-    """Requests/s at 64 connections, each request of another engine and cycle."""
+    """Measure requests/s at 64 connections, where each request has another engine and cycle."""
     result = load.wrk(url, make(load.windows(1)), JSON_HEADERS, CONNECTIONS, seconds, CLIENT_CORE)
     return {"rate": unfailing(result).requests_per_second}
 
 
 def database_settings(folder: str) -> dict[str, str]:
-    """Return the URL of a new database."""
+    """Return the settings of a separate database."""
     return {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{folder}/memory.db"}
 
 
 def rows(url: str, seconds: float) -> Mapping[str, float]:
-    """Rows/s of requests of 1,000 windows, one at a time, in each encoding."""
+    """Return rows/s of requests of 1,000 windows in one connection, in each encoding."""
     telemetry = load.windows(ROWS)
     requests: dict[str, tuple[str, bytes, Mapping[str, str]]] = {
         "json": ("/v1/predict", load.predict_json(telemetry), JSON_HEADERS),
@@ -128,7 +130,7 @@ def rows(url: str, seconds: float) -> Mapping[str, float]:
 
 
 def started() -> Mapping[str, float]:
-    """Seconds from the command to the first ready answer, and megabytes held then."""
+    """Return seconds from the command to the first ready response, and resident MB at this time."""
     port = load.free_port()
     begun = time.perf_counter()
     with (
@@ -141,13 +143,13 @@ def started() -> Mapping[str, float]:
 
 
 def resident(pid: int) -> float:
-    """Megabytes that a process holds in memory."""
+    """Return the resident memory of a process in MB."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("VmRSS"))) * 1024 / 1e6
 
 
 def table(figures: FiguresByCase) -> Iterator[str]:
-    """Lines of Markdown: each case, its ratio, and what was to be reached."""
+    """Yield each case, its ratio and its target as lines of Markdown."""
     bare, ours, many, best = (figures[name] for name in ("bare", "ours", "many", "alone"))
     pairs = {
         "rate": (ours["rate"], bare["rate"]),
@@ -171,15 +173,15 @@ def table(figures: FiguresByCase) -> Iterator[str]:
 
 
 def shown(figure: float) -> str:
-    """Four digits, without an exponent."""
+    """Format a figure with four digits and without an exponent."""
     return f"{float(f'{figure:.4g}'):,.0f}" if figure >= 1000 else f"{figure:.4g}"
 
 
 def main() -> None:
-    """Measure, print the table and keep the figures."""
-    parser = argparse.ArgumentParser(description="This service against a bare route and ONNX Runtime alone.")
+    """Measure, print the table and write the figures."""
+    parser = argparse.ArgumentParser(description="Compare the service with a bare route and ONNX Runtime alone.")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=4, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=4, help="duration of each measurement")
     chosen = parser.parse_args()
     BUILD.mkdir(exist_ok=True)
     figures_by_case = measured(chosen.rounds, chosen.seconds)

@@ -1,7 +1,7 @@
-"""Simulated streams of labelled predictions, calibrated exactly, and every look of the monitor at them.
+"""Simulated streams of exactly calibrated, labelled predictions, and the state of the monitor after every label.
 
-Independent rows, engines that run to failure, and the worst that dependence within an engine can do. A look costs
-constant time here; `agrees` proves that it is what `calibration.statistics` says of the same labels.
+Streams have independent rows, engines that run to failure, or the strongest dependence within an engine. The state
+after one more label takes constant time here. `agrees` checks that it equals `calibration.statistics`.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ THRESHOLDS = (125.0, 50.0)  # cycles of remaining life
 LIVES = np.arange(100.0, 360.0, 4.0)  # cycles that an engine may live
 PRIOR = np.exp(-(((LIVES - 210) / 50) ** 2) / 2)
 PRIOR /= PRIOR.sum()
-ENGINE_BIAS, READING_NOISE = 0.5, 0.3  # of the logarithm of the remaining life, as a belief sees it
+ENGINE_BIAS, READING_NOISE = 0.5, 0.3  # of the clue, the logarithm of the remaining life
 CYCLES = 4  # between two predictions of an engine
 Integers = npt.NDArray[np.int64]
 Random = np.random.Generator
@@ -32,13 +32,13 @@ Random = np.random.Generator
 class Stream(NamedTuple):
     """Labelled predictions in the order in which labels arrive."""
 
-    z: Floats  # (N, 3) logits as claimed
+    z: Floats  # (N, 3) logits of the predictions
     label: Integers  # (N,)
     engine: Integers  # (N,)
 
 
 def independent(random: Random, labels: int, sharpness: float = 1.0, engines: int | None = None) -> Stream:
-    """Return independent rows, by default one engine per row; logits have a standard deviation of 2."""
+    """Draw independent rows, by default one per engine. Logits have a standard deviation of 2."""
     z = random.normal(0, 2, (labels, 3))
     p = numerics.softmax(z)
     engine = np.arange(labels) if engines is None else random.integers(0, engines, labels)
@@ -46,18 +46,24 @@ def independent(random: Random, labels: int, sharpness: float = 1.0, engines: in
 
 
 def alike(random: Random, engines: int, rows: int) -> Stream:
-    """Return the worst case of dependence: 0.90, 0.07, 0.03 for every row, and one label for all rows of an engine."""
+    """Draw the strongest dependence: every row predicts 0.90, 0.07, 0.03, and all rows of an engine have one label."""
     p, engine = np.tile([0.9, 0.07, 0.03], (engines * rows, 1)), np.repeat(np.arange(engines), rows)
     return Stream(np.log(p), _draw_labels(p, random.random(engines)[engine]), engine)
 
 
 def fleet(random: Random, engines: int, arrival: str, sharpness: float = 1.0) -> Stream:
-    """Engines that run to failure under a belief about their remaining life, exact given its one clue and the age.
+    """Simulate engines that run to failure. Predictions are the exact posterior given a clue and the age.
 
-    The clue is the logarithm of the remaining life with a bias for each engine and a noise for each reading; so errors
-    of one engine have one cause, though every row by itself is calibrated. `arrival` of labels: `outcome` (an engine's
-    all together, engine after engine), `daily` (every running engine inspected at every age), `staggered` (the same,
-    engines starting on different days), `failing` (all start together, outcomes arrive as engines fail).
+    The clue is the logarithm of the remaining life with a bias per engine and a noise per reading. Errors of one engine
+    therefore have one cause, although every row is calibrated.
+
+    Args:
+        random: source of random numbers.
+        engines: number of engines.
+        arrival: order of labels. `outcome`: all labels of an engine together, engine after engine. `daily`: every
+            running engine is inspected at every age. `staggered`: the same, with different start days. `failing`: all
+            engines start together, and labels arrive as engines fail.
+        sharpness: factor of the logits; 1 is calibrated.
     """
     life = random.choice(LIVES, engines, p=PRIOR)
     age_of = [np.arange(1.0 + random.integers(CYCLES), cycles, CYCLES) for cycles in life]
@@ -73,7 +79,7 @@ def fleet(random: Random, engines: int, arrival: str, sharpness: float = 1.0) ->
 
 
 def _compute_belief(age: Floats, clue: Floats) -> Floats:
-    """Return the posterior of the class (N, 3), given that the engine is running at this age, and its clue."""
+    """Return the posterior of the class (N, 3), given the clue and that the engine still runs at this age."""
     left = LIVES - age[:, None]
     spread = np.hypot(ENGINE_BIAS, READING_NOISE)
     likelihood = np.exp(-(((clue[:, None] - np.log(np.maximum(left, 1))) / spread) ** 2) / 2)
@@ -88,41 +94,41 @@ def _draw_labels(p: Floats, uniform: Floats) -> Integers:
 
 
 class Running(NamedTuple):
-    """A total after each label and its variance process on either side of zero; every field (N,)."""
+    """A total after each label, and its variance process above and below zero; every field (N,)."""
 
     total: Floats
     above: Floats
     below: Floats
-    rows: Floats  # the part of the process that counts rows alone
+    rows: Floats  # the part of the variance process with rows as the unit
 
     def log_e(self, mean_total: Floats | float = 0.0) -> Floats:
-        """Ln E against a mean whose total is given."""
+        """Return ln E against a mean with the given total."""
         away = self.total - mean_total
         return sequential.log_e(away, np.where(away > 0, self.above, self.below))
 
 
 @dataclass(frozen=True)
 class Looks:
-    """The report of the monitor after each label."""
+    """State of the monitor after each label."""
 
     gap: Running
     log_e: Floats  # of the loss gap
     frequencies: Floats  # ln E of the class frequencies
-    enough: npt.NDArray[np.bool_]  # engines, to say anything
+    enough: npt.NDArray[np.bool_]  # whether there are enough engines for a state
 
     def alarms(self) -> npt.NDArray[np.bool_]:
-        """Where the state is over- or underconfident, or drifting."""
+        """Return where the state is overconfident, underconfident or drifting."""
         return np.asarray(
             self.detects(1) | self.detects(-1) | (self.frequencies >= -np.log(ALPHA_CLASSES)) & self.enough
         )
 
     def detects(self, sign: int) -> npt.NDArray[np.bool_]:
-        """Where the state is overconfident (sign 1) or underconfident (-1)."""
+        """Return where the state is overconfident (sign 1) or underconfident (-1)."""
         return np.asarray((self.log_e >= -np.log(ALPHA_GAP)) & (np.sign(self.gap.total) == sign) & self.enough)
 
 
 def looks(stream: Stream) -> Looks:
-    """Every look at a stream."""
+    """Compute the state of the monitor after every label of a stream."""
     p, q = numerics.softmax(stream.z), np.eye(3)[stream.label]
     loss = numerics.cross_entropy(stream.z, stream.label, reduction="none")
     losses = sequential.of_losses(stream.z, loss, numerics.entropy(stream.z), numerics.loss_variance(stream.z))
@@ -133,7 +139,7 @@ def looks(stream: Stream) -> Looks:
 
 
 def running(deviations: Deviations, engine: Integers) -> Running:
-    """As `sequential.evidence`, after each row."""
+    """Compute `sequential.evidence` after each row."""
     rows = np.cumsum(deviations.x**2 + 2 * deviations.variance) / 3
     squares, together = _sum_powers(engine, deviations.x, 2), _sum_powers(engine, np.sqrt(deviations.variance), 2)
     above, below = (
@@ -144,13 +150,13 @@ def running(deviations: Deviations, engine: Integers) -> Running:
 
 
 def _sum_powers(engine: Integers, values: Floats, power: int) -> Floats:
-    """Σ over engines of (sum over its rows so far)^power, after each row."""
+    """Return Σ over engines of (sum over its rows so far)^power, after each row."""
     now, before = _sum_within_engine(engine, values)
     return np.asarray(np.cumsum(now**power - before**power))
 
 
 def _sum_within_engine(engine: Integers, values: Floats) -> tuple[Floats, Floats]:
-    """Return the sum over the rows of the engine up to each row, including it and excluding it."""
+    """Return the sum of the row's engine up to each row, including and excluding the row."""
     order = np.argsort(engine, kind="stable")
     total = np.cumsum(values[order])
     first = np.flatnonzero(np.diff(engine[order], prepend=-1))
@@ -161,7 +167,7 @@ def _sum_within_engine(engine: Integers, values: Floats) -> tuple[Floats, Floats
 
 
 def rows_of(stream: Stream, begin: int, end: int) -> CalibrationRows:
-    """Labels begin..end of a stream as the service would hand them to its monitor."""
+    """Return labels begin..end of a stream as the service passes them to the monitor."""
     n, part = end - begin, slice(begin, end)
     nothing, zero = np.full(n, np.nan), np.zeros(n)
     label, source = np.eye(3)[stream.label[part]], np.ones(n, dtype=int)
@@ -169,7 +175,7 @@ def rows_of(stream: Stream, begin: int, end: int) -> CalibrationRows:
 
 
 def agrees(stream: Stream, seen: Looks, label: int) -> bool:
-    """Whether the look after a label, the first being 0, is what `calibration` says of the labels up to it."""
+    """Return whether the state after a label (first: 0) equals that of `calibration` for the labels up to it."""
     answer = calibration(rows_of(stream, 0, label + 1), CLASSES, 0.0)
     e = [answer["evidence"][name]["log10_e"] * np.log(10) for name in ("gap", "classes")]
     alarmed = answer["state"] not in ("calibrated", "insufficient_data")

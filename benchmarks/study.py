@@ -1,10 +1,10 @@
-"""What the model card compares the shipped network with: other seeds, and anchors trained on the same engines.
+"""References of the model card for the shipped network: other seeds, and other models trained on the same engines.
 
-    python -m benchmarks.study seeds build/seed-*.pt        # mean and spread of checkpoints made with `--output`
-    python -m benchmarks.study anchor textbook-full         # one of ANCHORS: hours for the textbook network
+    python -m benchmarks.study seeds build/seed-*.pt        # mean and range of checkpoints written with `--output`
+    python -m benchmarks.study anchor textbook-full         # one of ANCHORS; hours for the CNN-BiLSTM
 
-Each writes its lines into docs/study.json and leaves the others. An anchor's temperature comes from a tenth of the
-engines that it did not learn from.
+Each command replaces its lines in docs/study.json. The temperature of an anchor is fitted on 10 % of the engines, which
+are not used for its training.
 """
 
 import argparse
@@ -54,7 +54,7 @@ Line = dict[str, float | str]
 
 
 def lines_of(network: str, run: RunWindows, window: int, temperature: float, subsets: tuple[str, ...]) -> list[Line]:
-    """Every measure on the official test engines: each subset and all of them, every cycle and last cycles."""
+    """Return all metrics on the official test engines: each subset and all, every cycle and last cycles."""
     folder = cmapss.data_folder()
     parts_by_subset = {subset: predict_histories(run, window, cmapss.read_test(folder, subset)) for subset in subsets}
     if len(parts_by_subset) > 1:
@@ -71,7 +71,7 @@ def lines_of(network: str, run: RunWindows, window: int, temperature: float, sub
 
 
 def seeds(paths: list[Path]) -> list[Line]:
-    """Mean, and largest less smallest, of every measure over checkpoints."""
+    """Return mean and range (largest minus smallest) of every metric over checkpoints."""
     each = []
     for path in paths:
         network, checkpoint = load_checkpoint(path)
@@ -103,7 +103,7 @@ def _fit_temperature(run: RunWindows, window: int, engines: list[History]) -> fl
 
 
 def textbook(hidden: int, epochs: int, subsets: tuple[str, ...]) -> list[Line]:
-    """Train the textbook network of a given width on nine tenths of the engines."""
+    """Train the CNN-BiLSTM of a given width on 90 % of the engines and evaluate it."""
     config = TrainingConfig(**vars(TEXTBOOK) | {"hidden": hidden, "epochs": epochs})
     learn, held = _split_train_engines(subsets)
     network = build_network(learn, config)
@@ -114,7 +114,7 @@ def textbook(hidden: int, epochs: int, subsets: tuple[str, ...]) -> list[Line]:
 
 
 def boosting(subsets: tuple[str, ...]) -> list[Line]:
-    """Gradient boosting on the compact network's own features: normalised rolling means and their changes."""
+    """Train and evaluate gradient boosting on the features of the compact network: normalised rolling means."""
     learn, held = _split_train_engines(subsets)
     network = build_network(learn, TrainingConfig(folds=0))
     means, windows = network.backbone, build_windows(learn, network)
@@ -144,7 +144,7 @@ ANCHORS: dict[str, Callable[[], list[Line]]] = {
 
 
 def main() -> None:
-    """Run one part of the study and keep its lines."""
+    """Run one part of the study and store its lines."""
     parser = argparse.ArgumentParser(description=__doc__)
     parts = parser.add_subparsers(dest="part", required=True)
     parts.add_parser("seeds").add_argument("checkpoints", type=Path, nargs="+")

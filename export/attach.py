@@ -1,6 +1,6 @@
 """Convert a foreign ONNX classifier and its class names to an artefact for the service. Does not need torch.
 
-    python -m export.attach in.onnx out.onnx --logits OUTPUT --classes a,b,c      # or --classes @names.txt, one a line
+    python -m export.attach in.onnx out.onnx --logits OUTPUT --classes a,b,c   # or --classes @names.txt, one per line
 
 The graph is reduced to the nodes that compute the logits, tensors get the names of the contract, and the batch size
 becomes dynamic. Outputs must equal those of the original for all batch sizes on synthetic probes. Some probes become
@@ -193,7 +193,7 @@ def _open_session(proto: bytes, level: Any = None, failed: str = "ONNX Runtime c
 def _run_session(session: ort.InferenceSession, batch: Values, failed: str) -> Values:
     try:
         logits: Values = session.run([LOGITS], {INPUT: batch})[0]
-    except Exception as error:  # as in _open_session
+    except Exception as error:  # ONNX Runtime has a separate exception class per kind of failure
         raise AttachError(f"{failed}: {first_line(error)}") from None
     return logits
 
@@ -211,7 +211,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Convert in.onnx to out.onnx. The exit code is 1 on failure, with a one-line message, and 2 for wrong usage."""
+    """Convert in.onnx to out.onnx. The exit code is 1 on failure, with a one-line message, and 2 on wrong usage."""
     flags = _build_parser().parse_args(arguments)
     try:
         fields = {"name": flags.target.stem if flags.name is None else flags.name, "version": flags.version}

@@ -1,1 +1,1 @@
-"""The network, the arithmetic and the artefact. Independent of serving."""
+"""The network, its numerics and the artefact. Does not import the service; import-linter verifies this."""

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 SCHEMA_VERSION = 1
 INPUT, LOGITS, RUL = "telemetry", "logits", "rul"
-# Of the overlap graph: the first row of each window, and whether its outputs have the bits of the network.
+# Input and output of the overlap graph: the first row of each window; whether its outputs equal the network's bits.
 STARTS, EXACT = "starts", "exact"
 CLASSES = ("normal", "degrading", "critical")
 RUL_THRESHOLDS = (125.0, 50.0)  # normal above the first, critical at or below the last
@@ -53,7 +53,7 @@ _SEAL = re.compile(rb"\x0a\x04seal\x12\x40([0-9a-f]{64})")
 
 
 class ContractError(ValueError):
-    """An artefact that breaks the contract; the message is one line and names what is wrong."""
+    """An artefact that violates the contract. The message is one line that states the violation."""
 
 
 class Part(BaseModel):
@@ -88,7 +88,7 @@ class Golden(Part):
 
 
 class Histogram(Part):
-    """Shares of held-out values between edges; the outer bins are open, so there is one share more than edges."""
+    """Shares of held-out values between edges. The outer bins are open, so there is one more share than edges."""
 
     edges: list[float]
     shares: list[float]
@@ -96,7 +96,7 @@ class Histogram(Part):
     @model_validator(mode="after")
     def _one_share_more(self) -> "Histogram":
         if len(self.shares) != len(self.edges) + 1 or sorted(set(self.edges)) != self.edges:
-            raise ValueError("a histogram needs rising edges and one share more than edges")
+            raise ValueError("a histogram needs increasing edges, and one more share than edges")
         return self
 
 
@@ -111,7 +111,7 @@ class Reference(Part):
 class Conditions(Part):
     """Baselines of each operating condition in physical units, used for attribution."""
 
-    setting_scales: tuple[float, ...]  # units of each setting in which the nearest condition is sought
+    setting_scales: tuple[float, ...]  # divisors of the settings when the nearest condition is computed
     usual: tuple[tuple[float, ...], ...]  # a row of all channels for each condition, settings first
     deviations: tuple[tuple[float, ...], ...] = ()  # of the sensors, a row for each condition
 
@@ -142,7 +142,7 @@ class Manifest(Part):
             raise ValueError(f"schema_version {self.schema_version} is not {SCHEMA_VERSION}")
         for kind, names in (("classes", self.classes), ("channels", tuple(c.name for c in self.channels))):
             if len(set(names)) != len(names):
-                raise ValueError(f"{kind} has a name twice")
+                raise ValueError(f"{kind} has a duplicate name")
         if self.conditions and any(len(row) != len(self.channels) for row in self.conditions.usual):
             raise ValueError("conditions need a value for each channel")
         return self
@@ -181,11 +181,11 @@ def check_seal(content: bytes) -> None:
     """Reject a file that changed after it was written. A foreign file with neither a seal nor a claim of one is valid.
 
     Raises:
-        ContractError: the seal does not fit the content.
+        ContractError: the seal does not match the content.
     """
     seals, claimed = _SEAL.findall(content), SEALED in content
     if (seals or claimed) and (len(seals) != 1 or seals[0].decode() != seal_of(content)):
-        raise ContractError("the file changed after it was written (its seal does not fit its content)")
+        raise ContractError("the file was changed after it was written: its seal does not match its content")
 
 
 def read_graph(metadata: Mapping[str, str], key: str) -> bytes | None:

@@ -15,15 +15,15 @@ Floats = npt.NDArray[np.float64]
 Reduction = Literal["mean", "sum", "none"]
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
-MAX_LOGIT = 1e150  # far beyond float32, and nothing done to such logits here overflows
+MAX_LOGIT = 1e150  # far beyond float32; no computation with such logits overflows
 RELIABILITY_BINS = 15
-MAX_WEIGHT = 1e9  # far beyond any use, and no sum of losses overflows
-# How far a distribution given as a label may be from summing to one: four decimals are enough for a person.
+MAX_WEIGHT = 1e9  # far beyond any use; no sum of losses overflows
+# Accepted deviation of the sum of a label distribution from 1, so that probabilities of four decimals are valid.
 SUM_TOLERANCE = 1e-4
 
 
 def scaled(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
-    """Logits in float64, divided by the temperature.
+    """Return logits in float64, divided by the temperature.
 
     Raises:
         ValueError: no class axis, not finite, beyond 1e150, or a temperature outside 0.01..100.
@@ -39,21 +39,21 @@ def scaled(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
 
 
 def scaled_rows(logits: npt.ArrayLike, temperatures: npt.ArrayLike) -> Floats:
-    """Logits (N, C) in float64, each row divided by its own temperature (N,), or all by one.
+    """Return logits (N, C) in float64, each row divided by its temperature (N,), or all rows by one number.
 
     Raises:
-        ValueError: as `scaled`, or lengths that differ.
+        ValueError: as `scaled`, or lengths differ.
     """
     z, t = scaled(logits), np.asarray(temperatures, dtype=np.float64)
     if z.ndim != 2 or t.shape not in ((), z.shape[:1]):
-        raise ValueError(f"logits of shape {z.shape} and temperatures of shape {t.shape} do not fit")
+        raise ValueError(f"logits of shape {z.shape} and temperatures of shape {t.shape} do not match")
     if not ((t >= MIN_TEMPERATURE) & (t <= MAX_TEMPERATURE)).all():
         raise ValueError(f"temperatures must be from {MIN_TEMPERATURE} to {MAX_TEMPERATURE:g}")
     return z / np.broadcast_to(t, z.shape[:1])[:, None]
 
 
 def log_softmax(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
-    """Ln p = z - m - ln Σ exp(z - m), with z = logits / T and m = max z, so that no exponential overflows.
+    """Return ln p = z - m - ln Σ exp(z - m), with z = logits / T and m = max z, so that no exponential overflows.
 
     Example: `[-100, 0, 1]` gives `[-101.3133, -1.3133, -0.3133]`.
     """
@@ -63,17 +63,17 @@ def log_softmax(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
 
 
 def softmax(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
-    """p_k = exp(z_k - max z) / Σ exp(z - max z), the same shape as the logits."""
+    """Return p_k = exp(z_k - max z) / Σ exp(z - max z), with the shape of the logits."""
     z = scaled(logits, temperature)
     exponentials = np.exp(z - z.max(axis=-1, keepdims=True))
     return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
 
 
 def posterior(logits: npt.NDArray[np.floating], temperature: float) -> tuple[Floats, Floats]:
-    """Probabilities (N, C) and their entropies (N,) in nats, for many rows, without input checks.
+    """Return probabilities (N, C) and their entropies (N,) in nats, without input checks.
 
-    The bits of `exp(log_softmax(logits, temperature))`, for logits (N, C) that are known to be finite float32 and a
-    temperature known to be in its bounds.
+    The result has the same bits as `exp(log_softmax(logits, temperature))`. Logits (N, C) must be finite float32, and
+    the temperature must be within its bounds.
     """
     z = logits.astype(np.float64)
     z /= temperature
@@ -85,7 +85,7 @@ def posterior(logits: npt.NDArray[np.floating], temperature: float) -> tuple[Flo
 
 
 def as_distributions(targets: npt.ArrayLike, classes: int) -> Floats:
-    """Targets as rows of probabilities (N, C): one-hot for integers, unchanged for distributions.
+    """Return targets as rows of probabilities (N, C): one-hot for integers, unchanged for distributions.
 
     Raises:
         ValueError: an index outside 0..C-1, a negative probability, or a row that does not sum to 1 within 1e-4.
@@ -97,8 +97,8 @@ def as_distributions(targets: npt.ArrayLike, classes: int) -> Floats:
         return one_hot
     q = t.astype(np.float64)
     if q.ndim != 2 or q.shape[1] != classes:
-        raise ValueError(f"distributions need {classes} probabilities a row, got shape {q.shape}")
-    within = (q >= 0) & (q <= 1 + SUM_TOLERANCE)  # looked at first: numbers of any size have no sum
+        raise ValueError(f"distributions need {classes} probabilities per row, got shape {q.shape}")
+    within = (q >= 0) & (q <= 1 + SUM_TOLERANCE)  # checked first, because a sum of large numbers may overflow
     if not (within.all() and (abs(q.sum(axis=1) - 1) <= SUM_TOLERANCE).all()):
         raise ValueError("a distribution needs probabilities >= 0 that sum to 1")
     return q
@@ -120,7 +120,7 @@ def cross_entropy(
     class_weights: npt.ArrayLike | None = None,
     reduction: Reduction = "mean",
 ) -> Floats:
-    """-Σ w_k q_k ln p_k in nats: `-ln p_y` for a class index y, against the whole of q for a distribution.
+    """Return -Σ w_k q_k ln p_k in nats: `-ln p_y` for a class index y, the whole sum for a distribution q.
 
     The mean divides by the sum of the targets' weights for indices and by N for distributions, as
     `torch.nn.functional.cross_entropy(weight=...)` does. Convention: 0 ln 0 = 0.
@@ -133,7 +133,7 @@ def cross_entropy(
     q = as_distributions(t, z.shape[1])
     if len(q) != len(z):
         raise ValueError(f"{len(z)} rows of logits but {len(q)} targets")
-    losses: Floats = 0.0 - (w * q * log_p).sum(axis=1)  # as in entropy
+    losses: Floats = 0.0 - (w * q * log_p).sum(axis=1)  # 0 - x gives 0.0 instead of -0.0
     if reduction == "none":
         return losses
     if reduction == "sum":
@@ -152,26 +152,26 @@ def _weights(class_weights: npt.ArrayLike | None, classes: int) -> Floats:
 
 
 def entropy(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
-    """H(p) = -Σ p ln p in nats: the cross-entropy that a calibrated model expects of itself."""
+    """Return H(p) = -Σ p ln p in nats, the expected cross-entropy of a calibrated model."""
     log_p = log_softmax(logits, temperature)
-    return np.asarray(0.0 - (np.exp(log_p) * log_p).sum(axis=-1))  # 0 - x, so that certainty is 0.0 and not -0.0
+    return np.asarray(0.0 - (np.exp(log_p) * log_p).sum(axis=-1))  # 0 - x gives 0.0 instead of -0.0
 
 
 def loss_variance(logits: npt.ArrayLike, temperature: float = 1.0) -> Floats:
-    """Σ p (ln p)² - H(p)², nats²: the variance of one calibrated loss, the unit of the z of the loss gap."""
+    """Return Σ p (ln p)² - H(p)², nats²: the variance of the loss of a calibrated row, used for z of the loss gap."""
     log_p = log_softmax(logits, temperature)
     p = np.exp(log_p)
     return np.asarray(np.maximum((p * log_p**2).sum(axis=-1) - (p * log_p).sum(axis=-1) ** 2, 0.0))
 
 
 def brier(logits: npt.ArrayLike, targets: npt.ArrayLike, temperature: float = 1.0) -> Floats:
-    """Σ_k (p_k - q_k)² a row, 0..2 (Brier 1950, summed over classes)."""
+    """Return Σ_k (p_k - q_k)² per row (N,), 0..2 (Brier 1950, summed over classes)."""
     p = np.atleast_2d(softmax(logits, temperature))
     return np.asarray(((p - as_distributions(np.atleast_1d(np.asarray(targets)), p.shape[1])) ** 2).sum(axis=1))
 
 
 def correct(logits: npt.ArrayLike, targets: npt.ArrayLike) -> Floats:
-    """Probability that the target gives to the predicted class, a row: 0 or 1 for a class index."""
+    """Return the target's probability of the predicted class per row (N,): 0 or 1 for a class index."""
     z = np.atleast_2d(scaled(logits))
     q = as_distributions(np.atleast_1d(np.asarray(targets)), z.shape[1])
     return np.asarray(q[np.arange(len(z)), z.argmax(axis=1)])
@@ -179,7 +179,7 @@ def correct(logits: npt.ArrayLike, targets: npt.ArrayLike) -> Floats:
 
 @dataclass(frozen=True)
 class Reliability:
-    """What each bin of the top probability holds; every field has shape (bins,)."""
+    """Sums over the rows of each bin of the top probability. Every field has shape (bins,)."""
 
     count: Floats
     confidence: Floats  # sum of the top probabilities
@@ -191,14 +191,14 @@ class Reliability:
 
 
 def bin_of(confidence: npt.ArrayLike, bins: int = RELIABILITY_BINS) -> npt.NDArray[np.int64]:
-    """Return the bin (k/bins, (k+1)/bins] of each confidence, 0 <= k < bins; zero belongs to the first."""
+    """Return the index k of the bin (k/bins, (k+1)/bins] of each confidence; zero belongs to the first bin."""
     return np.asarray(np.searchsorted(np.arange(1, bins) / bins, np.asarray(confidence)), dtype=np.int64)
 
 
 def reliability(
     logits: npt.ArrayLike, targets: npt.ArrayLike, temperature: float = 1.0, bins: int = RELIABILITY_BINS
 ) -> Reliability:
-    """Return counts, confidences and hits of equal-width bins of the top probability."""
+    """Sum counts, confidences and correct predictions in equal-width bins of the top probability."""
     top = np.atleast_2d(softmax(logits, temperature)).max(axis=1)
     k, hits = bin_of(top, bins), correct(logits, targets)
     return Reliability(*(np.bincount(k, w, bins).astype(np.float64) for w in (np.ones_like(top), top, hits)))
@@ -217,10 +217,10 @@ def ece_noise_band(
     bins: int = RELIABILITY_BINS,
     coins: int = 10**6,
 ) -> tuple[float, float]:
-    """Return the 5th and 95th percentile of ECE if the model were perfectly calibrated at these confidences.
+    """Return the 5th and 95th percentile of ECE of a perfectly calibrated model with these confidences.
 
-    A hit of a calibrated model is a coin that falls with its confidence, so the band needs no labels. Of more rows than
-    `coins` not every coin is tossed: their sum in a bin is normal by then.
+    A calibrated model is correct with a probability equal to its confidence, so no labels are needed. Up to `coins`
+    rows are simulated individually. For more rows, the sum of a bin is drawn from a normal distribution.
     """
     top = np.atleast_2d(softmax(logits, temperature)).max(axis=1)
     k, random = bin_of(top, bins), np.random.default_rng(seed)
@@ -237,24 +237,24 @@ def fit_temperature(
 ) -> float:
     """Return the temperature in 0.01..100 with the lowest mean cross-entropy (Guo et al. 2017).
 
-    Mean cross-entropy is convex in b = 1/T with slope E_p[z] - E_q[z], so the root of a rising slope is bracketed
-    and halved over ln T. A bound is returned where the loss still falls there (separable data), 1.0 where it is flat.
+    Mean cross-entropy is convex in b = 1/T with slope E_p[z] - E_q[z]. The root of the slope is found by bisection
+    over ln T. The result is a bound if the loss still decreases there (separable data), and 1.0 if the loss is flat.
 
     Args:
         logits: (N, C).
         targets: (N,) indices or (N, C) distributions.
-        weights: one a row, >= 0; all alike if absent.
+        weights: (N,), >= 0; equal if absent.
         tolerance: width in ln T at which the search stops.
 
     Raises:
-        ValueError: no rows, or anything that `cross_entropy` refuses.
+        ValueError: no rows, or an argument that `cross_entropy` rejects.
     """
     z = np.atleast_2d(scaled(logits))
     q = as_distributions(np.atleast_1d(np.asarray(targets)), z.shape[1])
     w = np.ones(len(z)) if weights is None else np.asarray(weights, dtype=np.float64)
     if len(z) == 0 or len(q) != len(z) or w.shape != (len(z),) or not (w >= 0).all() or not 0 < w.sum() < np.inf:
         raise ValueError("a temperature needs rows, one target and one weight >= 0 for each, not all of them 0")
-    # The slope is blind to a shift of a row, and small numbers keep their digits; long columns are added the fastest.
+    # A shift of a row does not change the slope, and small numbers lose fewer digits. numpy sums long columns fastest.
     z = np.asfortranarray(z - z.max(axis=1, keepdims=True))
     observed = w @ (q * z).sum(axis=1)
 
@@ -264,7 +264,7 @@ def fit_temperature(
     low, high = np.log(MIN_TEMPERATURE) + 1e-12, np.log(MAX_TEMPERATURE) - 1e-12
     if slope(low) == 0 == slope(high):
         return 1.0
-    if slope(low) <= 0:  # the loss falls up to the largest 1/T: nothing contradicts the model
+    if slope(low) <= 0:  # the loss decreases up to the largest 1/T
         return MIN_TEMPERATURE
     if slope(high) >= 0:
         return MAX_TEMPERATURE

@@ -1,1 +1,1 @@
-"""Watching the service: Prometheus, its rules and alerts, and the dashboard."""
+"""Monitoring of the service: Prometheus, its rules and alerts, and the dashboard."""

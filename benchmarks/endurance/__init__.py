@@ -1,1 +1,1 @@
-"""What the service promises under strain, each promise tried at full size: `python -m benchmarks.endurance`."""
+"""Tests of the service under overload and faults at full size: `python -m benchmarks.endurance`."""

@@ -1,8 +1,8 @@
-"""Every promise of the service under strain, at full size: one table; exit code 1 if one is broken.
+"""Test the service under overload and faults at full size, and print one table. Exit code 1 if a requirement fails.
 
-    python -m benchmarks.endurance [PART ...]      # = make endurance; half an hour
+    python -m benchmarks.endurance [PART ...]      # = make endurance; 30 min
 
-The service runs on one core, its clients on the other. Figures also in build/endurance.json.
+The service runs on one core, its clients on the other. The figures are written to build/endurance.json.
 """
 
 import argparse
@@ -29,12 +29,12 @@ PARTS: dict[str, Callable[[], Iterator[Line]]] = {
 
 
 def main() -> int:
-    """Try the chosen parts, print the table, keep the figures."""
-    parser = argparse.ArgumentParser(description="The promises of the service under strain, at full size.")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all if none is named")
+    """Run the chosen parts, print the table and write the figures."""
+    parser = argparse.ArgumentParser(description="Test the service under overload and faults at full size.")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"one of {', '.join(PARTS)}; default: all")
     chosen = parser.parse_args().parts or list(PARTS)
     if unknown := set(chosen) - set(PARTS):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
+        parser.error(f"unknown part: {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
     os.sched_setaffinity(0, {load.CLIENT_CORE})
     lines_by_part: dict[str, list[Line]] = {}
     for part in chosen:
@@ -43,9 +43,7 @@ def main() -> int:
         for line in PARTS[part]():
             lines_by_part[part].append(line)
             say(row(line))
-    print(
-        f"{load.machine()}\n\n| what was done | what was seen | what was promised | kept |\n| --- | --- | --- | --- |"
-    )
+    print(f"{load.machine()}\n\n| action | observation | requirement | met |\n| --- | --- | --- | --- |")
     lines = [line for part in lines_by_part.values() for line in part]
     print("\n".join(map(row, lines)))
     BUILD.mkdir(exist_ok=True)
@@ -55,7 +53,7 @@ def main() -> int:
 
 
 def row(line: Line) -> str:
-    """Return a line of the table."""
+    """Return a row of the table."""
     return f"| {line.done} | {line.seen} | {line.promised} | {'yes' if line.kept else '**no**'} |"
 
 

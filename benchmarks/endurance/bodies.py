@@ -1,4 +1,4 @@
-"""Bodies that are too large, too many, too finely cut, or more than they seem: each is refused, and no memory stays."""
+"""Bodies that are too large, too many, in tiny chunks or compressed: each is rejected, and its memory is released."""
 
 import asyncio
 import gzip
@@ -12,7 +12,7 @@ from benchmarks.endurance.client import Connection, ask_once, request
 from benchmarks.endurance.stage import MIB, PREDICT, Line, Running, service
 
 MAX_BODY_BYTES = 32 * MIB  # the default of ENGINE_HEALTH_MAX_BODY_BYTES
-BUFFER = 256 * MIB  # and of ENGINE_HEALTH_MAX_BUFFERED_BYTES
+BUFFER = 256 * MIB  # the default of ENGINE_HEALTH_MAX_BUFFERED_BYTES
 TIMES, WARM, AT_ONCE = 100, 10, 4
 GROWTH_MIB = 5.0
 CHUNKS = 1_000_000
@@ -22,16 +22,16 @@ Ask = Callable[[int], Awaitable[int]]
 
 
 def lines() -> Iterator[Line]:
-    """Send each kind of body 100 times, then many large ones concurrently."""
+    """Yield one line per kind of body, each sent 100 times, then one for many large bodies in parallel."""
     with service() as running:
         large = request(PREDICT, b" " * (MAX_BODY_BYTES + 1), load.JSON_HEADERS)
         packed = gzip.compress(b"[" + b" " * (200 * MIB), 1)
         bomb = request(PREDICT, packed, {**load.JSON_HEADERS, "Content-Encoding": "gzip"})
         yield repeated(
-            running, "over the limit by a byte, announced and sent whole", 413, lambda port: _send_whole(port, large)
+            running, "of one byte over the limit, with Content-Length", 413, lambda port: _send_whole(port, large)
         )
         yield repeated(running, "over the limit, in chunks of 64 KiB", 413, _send_large_chunks)
-        yield repeated(running, "of a million chunks of one byte", 400, _send_tiny_chunks)
+        yield repeated(running, "of 1,000,000 chunks of 1 byte", 400, _send_tiny_chunks)
         yield repeated(
             running, f"of 200 MiB gzipped to {len(packed) / MIB:.1f} MiB", 413, lambda port: _send_whole(port, bomb)
         )
@@ -39,7 +39,7 @@ def lines() -> Iterator[Line]:
 
 
 def repeated(running: Running, description: str, status: int, ask: Ask) -> Line:
-    """Send one kind of body several times to warm up, then 100 times."""
+    """Send a kind of body 10 times to warm up and then 100 times."""
     asyncio.run(_send_repeatedly(running.port, ask, WARM))
     before, begun = running.settled_memory(), time.perf_counter()
     statuses = asyncio.run(_send_repeatedly(running.port, ask, TIMES))
@@ -48,14 +48,14 @@ def repeated(running: Running, description: str, status: int, ask: Ask) -> Line:
     return Line(
         f"{TIMES} bodies {description}",
         f"{dict(statuses)}, memory {growth:+.1f} MiB, {seconds / TIMES:.2f} s each",
-        f"every client hears {status}; memory grows by less than {GROWTH_MIB:g} MiB",
+        f"every client receives {status}; memory grows by less than {GROWTH_MIB:g} MiB",
         passed,
         {"statuses": dict(statuses), "growth_mib": growth, "seconds": seconds},
     )
 
 
 def crowd() -> Line:
-    """Send many large bodies concurrently, more than the memory of a machine."""
+    """Send many large bodies in parallel, together larger than the body budget."""
     with service() as running:
         body = b'{"instances": [' + b" " * (30 * MIB) + b"]}"
         request_bytes = request(PREDICT, body, load.JSON_HEADERS)
@@ -67,9 +67,9 @@ def crowd() -> Line:
         peak, alive = running.memory("VmHWM") - before, running.alive()
     bound = 1.5 * BUFFER / MIB
     return Line(
-        f"{CROWD} concurrent bodies of 30 MiB, 1.9 GiB in total",
-        f"{dict(statuses)}; at most {peak:.0f} MiB more than before",
-        f"answered, or 429; never more than {bound:.0f} MiB, half as much again as the 256 MiB that bodies may hold",
+        f"{CROWD} bodies of 30 MiB in parallel, 1.9 GiB in total",
+        f"{dict(statuses)}; peak {peak:.0f} MiB above the start",
+        f"422 or 429; at most {bound:.0f} MiB, 1.5 times the body budget of 256 MiB",
         set(statuses) <= {422, 429} and peak <= bound and alive,
         {"statuses": dict(statuses), "peak_mib": peak},
     )
@@ -104,7 +104,7 @@ async def _send_tiny_chunks(port: int) -> int:
 
 
 async def _send_pieces(port: int, pieces: Iterator[bytes]) -> int:
-    """Send a chunked body; the pieces are encoded as chunks."""
+    """Send a chunked body. The pieces are already framed as chunks."""
     connection = await Connection.to(port)
     connection.send(f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode())
     try:

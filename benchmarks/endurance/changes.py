@@ -1,4 +1,4 @@
-"""Changes of the service under load: reloads, killed workers, and shutdown. No request is lost."""
+"""Changes under load: model reloads, killed workers and shutdown. Requests must not fail because of them."""
 
 import asyncio
 import json
@@ -17,14 +17,14 @@ from benchmarks.endurance.stage import PREDICT, Line, Running, say, service, win
 from tests.support.models import edited
 
 RELOADS, KILLS, RESTARTS, IN_FLIGHT = 500, 20, 100, 200
-RELOAD_MIB = 0.1  # each; what the allocator scatters, and no model of eight
-KILL_SECONDS = 5.0  # between two kills: the one before is replaced by then
+RELOAD_MIB = 0.1  # per reload; fragmentation of the allocator, much less than the 8 MiB of a model
+KILL_SECONDS = 5.0  # between two kills, enough to replace a worker
 SILENCE_SECONDS = 2.0
 STOP_SECONDS = 30.0
 
 
 def reloads() -> Iterator[Line]:
-    """Two artefacts of different temperature in turn, while small and large requests are answered."""
+    """Load two artefacts of different temperature alternately, while small and large requests are sent."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
         contents = [edited(Path(folder, f"{t}"), {"temperature": t}).read_bytes() for t in (1.5, 2.5)]
@@ -66,9 +66,9 @@ async def _measure_reloads(running: Running, path: Path, contents: list[bytes]) 
     half = RELOADS // 2
     growth = (sum(memory[-10:]) - sum(memory[half : half + 10])) / 10
     return Line(
-        f"{RELOADS} reloads, two models in turn, under load",
+        f"{RELOADS} reloads of two alternating models under load",
         f"{answered} answered, {sum(response_counts.values()) - answered} not; {len(temperatures)} digests, each with "
-        f"its temperature; memory of the last {half} reloads {growth:+.1f} MiB; slowest reload {slowest:.1f} s",
+        f"its temperature; memory over the last {half} reloads {growth:+.1f} MiB; slowest reload {slowest:.1f} s",
         f"no failure; one digest per response, with its temperature; less than {RELOAD_MIB:g} MiB per reload",
         fitting and len(temperatures) == 2 and growth < RELOAD_MIB * half,
         {
@@ -88,7 +88,7 @@ def _identify_response(answer: Answer) -> tuple[object, ...]:
 
 
 def kills() -> Iterator[Line]:
-    """Workers killed under load, then killed as soon as they are there."""
+    """Kill workers under load, then kill each new worker immediately."""
     with service(workers=2) as running:
         folder = _find_shared_folder(running)
         yield asyncio.run(_measure_kills(running))
@@ -124,10 +124,10 @@ async def _measure_kills(running: Running) -> Line:
     rows = round(counted["engine_health_confidence_count"])
     return Line(
         f"{KILLS} x kill -9 of one of two workers, 8 clients on new connections",
-        f"{answered} answered, {cut} cut, {format_other_statuses(statuses)}; {total} counted as answered, "
-        f"{rows} predictions; longest time without an answer {silence:.1f} s",
-        "answered ≤ counted ≤ answered + cut, for requests and predictions; others answer meanwhile: nothing but cut "
-        f"connections, never {SILENCE_SECONDS:g} s of silence",
+        f"{answered} answered, {cut} reset, {format_other_statuses(statuses)}; {total} counted as answered, "
+        f"{rows} predictions; longest time without a response {silence:.1f} s",
+        "answered ≤ counted ≤ answered + reset, for requests and predictions; no other failure; "
+        f"less than {SILENCE_SECONDS:g} s without a response",
         answered <= total <= rows <= answered + cut
         and set(statuses) <= {200, "ConnectionResetError"}
         and silence < SILENCE_SECONDS,
@@ -136,9 +136,9 @@ async def _measure_kills(running: Running) -> Line:
 
 
 def format_other_statuses(statuses: Counter[object]) -> str:
-    """Return the failures other than the expected ones."""
+    """Format the responses other than 200 and reset connections."""
     other = {str(key): n for key, n in statuses.items() if key not in (200, "ConnectionResetError")}
-    return f"others {other}" if other else "no other answer"
+    return f"others {other}" if other else "no other response"
 
 
 def _measure_restarts(running: Running, folder: Path) -> Line:
@@ -155,27 +155,27 @@ def _measure_restarts(running: Running, folder: Path) -> Line:
     slots = {name.rpartition("_")[2] for name in after}
     alive = asyncio.run(ask_once(running.port, windows_json(1))).status == 200
     return Line(
-        f"{RESTARTS} more, each as soon as the one before is replaced",
-        f"{len(after)} files of counters, {len(before)} before: {len(kinds)} kinds, {len(slots)} workers; a worker is "
+        f"{RESTARTS} more kills, each as soon as the previous worker is replaced",
+        f"{len(after)} counter files, {len(before)} before: {len(kinds)} kinds, {len(slots)} workers; a worker is "
         f"replaced in {seconds:.1f} s",
-        "no more files than workers, of each kind",
+        "at most one file per worker and kind",
         len(slots) <= 2 and alive,
         {"files": after, "seconds_each": seconds},
     )
 
 
 def _find_shared_folder(running: Running) -> Path:
-    """Return the folder that the workers share."""
+    """Return the folder with the files that the workers share."""
     for worker in running.workers():
         for link in Path(f"/proc/{worker}/fd").iterdir():
             with suppress(OSError):
                 if "slot-" in (target := os.readlink(link)):
                     return Path(target).parent
-    raise FileNotFoundError("no worker holds a slot")
+    raise FileNotFoundError("no worker has an open slot file")
 
 
 def stop() -> Iterator[Line]:
-    """Send SIGTERM with 200 requests in flight, more than the drain time suffices for."""
+    """Send SIGTERM while 200 requests are in flight, which take longer than the drain time."""
     limits: dict[str, object] = {"max_queue_rows": 200_000, "max_queue_seconds": 600, "max_buffered_bytes": 2**30}
     with service(None, **limits) as running:
         yield asyncio.run(_measure_stop(running))

@@ -1,7 +1,7 @@
-"""HTTP/1.1 from one thread, cheaply enough to offer ten times what a server can take. Knows no service, no promise.
+"""A fast HTTP/1.1 client in one thread, which can send ten times the capacity of the server.
 
-One connection carries one request at a time. `offer` keeps to its timetable whatever the server does (an open loop):
-latency counts from when a request was due, so that a server that stalls is not spared the requests it kept away.
+A connection sends one request at a time. `offer` is an open loop: it sends each request when it is due, whatever the
+server does, so that requests delayed by a stalled server are included.
 """
 
 import asyncio
@@ -14,12 +14,12 @@ from typing import NamedTuple, cast
 import numpy as np
 
 HOST = "127.0.0.1"
-MOST_CONNECTIONS = 8000  # of one offer; beyond it a request counts as not sent
-PATIENCE = 120.0  # seconds that any answer may take before it is called missing
+MOST_CONNECTIONS = 8000  # per offer; a request beyond counts as not sent
+PATIENCE = 120.0  # s; timeout of a response
 
 
 class Answer(NamedTuple):
-    """What came back; `seconds` from when the request was due."""
+    """A response. `seconds`: from the due time that was passed to `ask`, or from the call of `ask`."""
 
     status: int
     headers: dict[bytes, bytes]
@@ -28,7 +28,7 @@ class Answer(NamedTuple):
 
 
 class Connection(asyncio.Protocol):
-    """A connection that stays open between requests if the server lets it."""
+    """A connection that is reused for further requests if the server keeps it open."""
 
     def __init__(self) -> None:
         self._received, self._size = bytearray(), 0
@@ -41,22 +41,22 @@ class Connection(asyncio.Protocol):
         """Open a connection.
 
         Raises:
-            OSError: no process listens, or the connection timed out.
+            OSError: the connection was refused, or was not accepted in time.
         """
         connecting = asyncio.get_running_loop().create_connection(cls, HOST, port)
         return (await asyncio.wait_for(connecting, PATIENCE))[1]
 
     async def ask(self, request: bytes, due: float | None = None) -> Answer:
-        """Send and hear.
+        """Send a request and return its response.
 
         Raises:
-            ConnectionError: it broke before the answer was whole.
-            TimeoutError: nothing came for two minutes.
+            ConnectionError: the connection broke before the response was complete.
+            TimeoutError: no response arrived within 2 min.
         """
         since = time.perf_counter() if due is None else due
         self._answer = asyncio.get_running_loop().create_future()
         if not self.open:
-            raise ConnectionResetError("closed before it was asked")
+            raise ConnectionResetError("the connection was closed before the request")
         self._transport.write(request)
         timer = asyncio.get_running_loop().call_later(PATIENCE, self._time_out, self._answer)
         try:
@@ -66,25 +66,25 @@ class Connection(asyncio.Protocol):
         return Answer(*response, time.perf_counter() - since)
 
     def send(self, data: bytes) -> None:
-        """Write without waiting for an answer."""
+        """Write without waiting for a response."""
         self._transport.write(data)
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._transport.close()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """As asyncio calls it."""
+        """Store the transport; called by asyncio."""
         self._transport = cast("asyncio.Transport", transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """As asyncio calls it."""
+        """Fail the pending request; called by asyncio."""
         self.open = False
         if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(ConnectionResetError(f"broken: {exc or 'closed'}"))
+            self._answer.set_exception(ConnectionResetError(f"the connection broke: {exc or 'closed'}"))
 
     def data_received(self, data: bytes) -> None:
-        """As asyncio calls it."""
+        """Parse received bytes and complete the pending request; called by asyncio."""
         self._received += data
         if self._head is None:
             end = self._received.find(b"\r\n\r\n")
@@ -103,15 +103,15 @@ class Connection(asyncio.Protocol):
 
     def _time_out(self, answer: "asyncio.Future[tuple[int, dict[bytes, bytes], bytes]]") -> None:
         if not answer.done():
-            answer.set_exception(TimeoutError(f"no answer in {PATIENCE:g} s"))
+            answer.set_exception(TimeoutError(f"no response within {PATIENCE:g} s"))
 
 
 @dataclass
 class RequestOutcomes:
-    """What became of requests: how many were due, each answer's status and seconds, and what broke.
+    """Outcomes of requests: the number due, status and seconds of each response, and failures.
 
-    Seconds run from when a request was begun, its connection included; `late` says by how much this client, which has
-    a core and no more, was behind its own times by then.
+    Seconds are measured from the start of a request and include the connection. `late` contains the delay of this
+    client, which has only one core, against the due times.
     """
 
     due: int = 0
@@ -121,23 +121,23 @@ class RequestOutcomes:
     unhinted: int = 0  # 429 without Retry-After
 
     def add(self, answer: Answer) -> None:
-        """One answer."""
+        """Record one response."""
         self.seconds.setdefault(answer.status, []).append(answer.seconds)
         if answer.status == 429 and int(answer.headers.get(b"retry-after", 0)) < 1:
             self.unhinted += 1
 
     def count(self, status: int) -> int:
-        """Answers of a status."""
+        """Return the number of responses with a status."""
         return len(self.seconds.get(status, ()))
 
     def percentile(self, status: int, q: float) -> float:
-        """Seconds within which that share (0..100) of a status was answered; NaN without any."""
+        """Return the percentile q (0..100) of the seconds of responses with a status; NaN without any."""
         seconds = self.seconds.get(status)
         return float(np.percentile(seconds, q)) if seconds else float("nan")
 
 
 def request(path: str, body: bytes = b"", headers: Mapping[str, str] | None = None, method: str = "POST") -> bytes:
-    """Return a request as bytes, with Content-Length."""
+    """Return a request with Content-Length as bytes."""
     lines = [f"{method} {path} HTTP/1.1", f"Host: {HOST}", f"Content-Length: {len(body)}"]
     lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
     return "\r\n".join((*lines, "", "")).encode() + body
@@ -153,7 +153,7 @@ async def ask_once(port: int, request_bytes: bytes) -> Answer:
 
 
 async def offer(port: int, request_bytes: bytes, rate: float, seconds: float) -> RequestOutcomes:
-    """Send a request `rate` times a second, each when it is due, on an idle connection or a new one."""
+    """Send a request `rate` times per second, each when it is due, on an idle or a new connection (open loop)."""
     outcomes, idle, tasks = RequestOutcomes(), list[Connection](), set[asyncio.Task[None]]()
     opened = 0
 
@@ -180,7 +180,7 @@ async def offer(port: int, request_bytes: bytes, rate: float, seconds: float) ->
         if (early := due - time.perf_counter()) > 0:
             await asyncio.sleep(early)
         elif k % 32 == 0:
-            await asyncio.sleep(0)  # late: hear what came meanwhile
+            await asyncio.sleep(0)  # late: process received responses
         outcomes.due += 1
         if len(tasks) >= MOST_CONNECTIONS:
             outcomes.broken["not sent"] += 1
@@ -196,7 +196,7 @@ async def offer(port: int, request_bytes: bytes, rate: float, seconds: float) ->
 
 
 async def in_turn(port: int, requests: Iterable[bytes], connections: int) -> RequestOutcomes:
-    """Send all of them, each connection its next when it is answered (a closed loop)."""
+    """Send all requests; each connection sends its next request after a response (closed loop)."""
     outcomes, remaining = RequestOutcomes(), iter(requests)
 
     async def send_remaining() -> None:

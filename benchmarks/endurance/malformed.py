@@ -1,4 +1,4 @@
-"""Requests that are wrong in every way that the tests know, and on the wire: a client's fault each, and none stays."""
+"""Malformed requests and invalid HTTP: each gets a 4xx and has no effect on later requests."""
 
 import asyncio
 import gzip
@@ -22,28 +22,28 @@ Case = tuple[str, bytes, dict[str, str]]
 
 
 def lines() -> Iterator[Line]:
-    """Every wrong request, and after each of them a right one."""
+    """Yield lines for malformed requests, each of which is followed by a valid one."""
     with service() as running:
         yield requests(running)
         yield wires(running)
 
 
 def requests(running: Running) -> Line:
-    """Well-formed HTTP around anything: each on a fresh connection, a golden window after each."""
+    """Send malformed bodies as well-formed HTTP, each on a new connection, and a golden window after each."""
     cases = corpus()
     statuses, changed = asyncio.run(_send_cases(running.port, cases))
     faults = sum(n for status, n in statuses.items() if not isinstance(status, int) or status >= 500)
     return Line(
         f"{len(cases)} malformed requests on {len({path for path, *_ in cases})} routes, a golden window after each",
-        f"{format_statuses(statuses)}; {changed} golden answers changed",
-        "no 5xx, no restart, every golden answer bit-equal",
+        f"{format_statuses(statuses)}; {changed} golden responses changed",
+        "no 5xx, no restart, every golden response bit-equal",
         faults == 0 and changed == 0 and running.alive(),
         {"statuses": {str(k): v for k, v in statuses.items()}, "changed": changed},
     )
 
 
 def corpus() -> list[Case]:
-    """Send the malformed bodies of the tests, and the worst cases for a parser, to every route that reads a body."""
+    """Return the invalid bodies of the tests on every route with a body, and worst cases for a parser."""
     windows = load.golden()[0].astype(np.float32)
     bodies = [as_json(body) for body, *_ in CASES] + [body for body, _ in BODIES] + [as_json(b) for b, _ in EVALUATIONS]
     bodies += [b"[" * DEEP, b"[" * DEEP + b"]" * DEEP, b'{"a":' * DEEP, b'{"instances":' + b"[" * DEEP, b"\xff" * 1000]
@@ -87,7 +87,7 @@ async def _send_cases(port: int, cases: list[Case]) -> tuple[Counter[int | str],
 
 
 def wires(running: Running) -> Line:
-    """Bytes that are no HTTP, and lengths that lie: a 4xx or a closed connection, a golden window after each."""
+    """Send bytes that are not HTTP and wrong lengths: 4xx or a closed connection, then a golden window."""
     head = f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n".encode()
     messages = (
         b"\x00" * 4096,
@@ -116,16 +116,16 @@ def wires(running: Running) -> Line:
         changed += _exchange_bytes(running.port, golden).partition(b"\r\n\r\n")[2] != expected.partition(b"\r\n\r\n")[2]
     faults = sum(n for status, n in statuses.items() if isinstance(status, int) and status >= 500)
     return Line(
-        f"{len(messages)} times no HTTP, or lengths that lie",
-        f"{format_statuses(statuses)}; {changed} golden answers changed",
-        "4xx or closed, no restart, every golden answer bit-equal",
+        f"{len(messages)} messages that are not HTTP or have wrong lengths",
+        f"{format_statuses(statuses)}; {changed} golden responses changed",
+        "4xx or closed, no restart, every golden response bit-equal",
         faults == 0 and 200 not in statuses and changed == 0 and running.alive(),
         {"statuses": {str(k): v for k, v in statuses.items()}, "changed": changed},
     )
 
 
 def _exchange_bytes(port: int, data: bytes) -> bytes:
-    """Return the bytes that are received until 2 s pass without any."""
+    """Send bytes and return the response; stop after 2 s without data."""
     received = b""
     with socket.create_connection((HOST, port), timeout=2) as connection:
         try:
@@ -146,5 +146,5 @@ def _is_complete(received: bytes) -> bool:
 
 
 def format_statuses(statuses: Counter[int | str]) -> str:
-    """How often each status came."""
+    """Format the count of each status."""
     return ", ".join(f"{n} x {status}" for status, n in sorted(statuses.items(), key=str))

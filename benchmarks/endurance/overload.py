@@ -1,4 +1,4 @@
-"""Overload: every request is answered or rejected quickly, and accepted requests do not wait too long."""
+"""Overload: every request is answered or immediately rejected, and answered requests have a bounded latency."""
 
 import asyncio
 import itertools
@@ -16,9 +16,9 @@ from benchmarks.peers import INFER
 SECONDS = 20.0  # of each offer
 CAPACITY_SECONDS, CAPACITY_CONNECTIONS = 6.0, 8
 QUEUE_SECONDS = 2.0  # the default of ENGINE_HEALTH_MAX_QUEUE_SECONDS
-TURN_SECONDS = 0.5  # in the event loop: one turn to read the request and one to respond, an eighth of this each
+TURN_SECONDS = 0.5  # in the event loop: one iteration to read the request and one to write the response, 62 ms each
 EXPLAINED = json.dumps(json.loads(load.predict_json(load.windows(8))) | {"explain": True}).encode()
-CASES = (  # what is refused has to be read all the same: no client on the other core offers ten times the last two
+CASES = (  # rejected bodies are read too, so a client on one core cannot send ten times the capacity of large bodies
     ("64 engines, one flight each, JSON", PREDICT, windows_json(64, 1), (2, 5, 10)),
     ("8 windows, explained, JSON", PREDICT, request(PREDICT, EXPLAINED, load.JSON_HEADERS), (2,)),
     ("64 windows, binary (0.4 MiB)", INFER, windows_binary(64), (2,)),
@@ -28,7 +28,7 @@ CONNECTIONS = 3000  # beyond the 2,048 that a listening socket holds
 
 
 def lines() -> Iterator[Line]:
-    """Send each kind of request at multiples of the capacity, then connect while the service is stopped."""
+    """Yield lines for each kind of request at multiples of the capacity, then for connections that are not accepted."""
     for description, path, request_bytes, times in CASES:
         with service() as running:
             rate, unloaded_p99 = asyncio.run(capacity(running, request_bytes))
@@ -39,7 +39,7 @@ def lines() -> Iterator[Line]:
 
 
 async def capacity(running: Running, request_bytes: bytes) -> tuple[float, float]:
-    """Return the rate in requests/s at few connections, and the p99 in seconds."""
+    """Return requests/s of a few connections in a closed loop, and their p99 in s."""
     begun = time.perf_counter()
     until = itertools.takewhile(
         lambda _: time.perf_counter() < begun + CAPACITY_SECONDS, itertools.repeat(request_bytes)
@@ -51,7 +51,7 @@ async def capacity(running: Running, request_bytes: bytes) -> tuple[float, float
 def overloaded(
     running: Running, description: str, path: str, request_bytes: bytes, rate: float, multiple: int, unloaded_p99: float
 ) -> Line:
-    """Send requests at a multiple of the capacity for some time, independent of the responses."""
+    """Send a multiple of the capacity for `SECONDS`, regardless of the responses."""
     route = path.replace("engine-health", "{name}")
     before = running.counted()
     outcomes = asyncio.run(offer(running.port, request_bytes, rate * multiple, SECONDS))
@@ -71,9 +71,9 @@ def overloaded(
     agreed = counted == {200: outcomes.count(200), 429: outcomes.count(429)} and refused == outcomes.count(429)
     return Line(
         f"{multiple} x capacity ({rate:.0f}/s) for {SECONDS:g} s: {description}",
-        f"{format_outcomes(outcomes)}; p50 {outcomes.percentile(200, 50):.2f} s, p99 {p99:.2f} s; refusals p50 "
-        f"{outcomes.percentile(429, 50):.3f} s; the client itself up to {max(outcomes.late):.1f} s late",
-        f"answered + refused = sent, in its own metrics too; Retry-After; p99 ≤ 2 s in the queue + {TURN_SECONDS:g} s "
+        f"{format_outcomes(outcomes)}; p50 {outcomes.percentile(200, 50):.2f} s, p99 {p99:.2f} s; rejections p50 "
+        f"{outcomes.percentile(429, 50):.3f} s; client up to {max(outcomes.late):.1f} s late",
+        f"answered + rejected = sent, also in the metrics; Retry-After; p99 ≤ 2 s in the queue + {TURN_SECONDS:g} s "
         f"in the event loop + {unloaded_p99:.2f} s of service",
         whole and agreed and not outcomes.unhinted and p99 <= bound,
         {
@@ -95,23 +95,23 @@ def overloaded(
 
 
 def format_outcomes(outcomes: RequestOutcomes) -> str:
-    """Sent, answered, refused, and whatever else there was."""
+    """Format the counts of sent, answered and rejected requests, and of any others."""
     other = {status: len(s) for status, s in outcomes.seconds.items() if status not in (200, 429)} | dict(
         outcomes.broken
     )
-    text = f"{outcomes.due} sent, {outcomes.count(200)} answered, {outcomes.count(429)} refused"
+    text = f"{outcomes.due} sent, {outcomes.count(200)} answered, {outcomes.count(429)} rejected"
     return text + (f", {other}" if other else "")
 
 
 def backlog() -> Line:
-    """More connections than the listening socket holds, while the process does not accept any."""
+    """Open more connections than the listening socket holds, while the process accepts none."""
     with service() as running:
         outcomes, held = asyncio.run(_connect_crowd(running))
     return Line(
-        f"{CONNECTIONS} concurrent connections to a process stopped for 3 s",
-        f"{held} were held by the kernel, the others tried again; {format_outcomes(outcomes)}; "
+        f"{CONNECTIONS} simultaneous connections to a process stopped for 3 s",
+        f"{held} were queued by the kernel, the others retried; {format_outcomes(outcomes)}; "
         f"slowest {outcomes.percentile(200, 100):.1f} s",
-        "every one is answered",
+        "all are answered",
         outcomes.count(200) == CONNECTIONS,
         {"held": held, "answered": outcomes.count(200), "broken": dict(outcomes.broken)},
     )

@@ -1,4 +1,4 @@
-"""Bodies of 30 MB, each way of writing numbers: while one is parsed, a probe of the service is answered."""
+"""Bodies of 30 MB in every number format: a probe of the service is answered while one is parsed."""
 
 import asyncio
 import json
@@ -19,14 +19,14 @@ PAUSE = 0.002  # between two probes
 
 
 def lines() -> Iterator[Line]:
-    """Each kind of body, three times."""
+    """Yield one line per kind of body, each sent three times."""
     with service() as running:
         for description, request_bytes in bodies():
             yield probed(running, description, request_bytes)
 
 
 def bodies() -> Iterator[tuple[str, bytes]]:
-    """Return the name of each kind of body, and its requests."""
+    """Yield descriptions and requests."""
     rows = load.windows(1)[0].tolist()
     long = rows * (BYTES // len(json.dumps(rows)))
     holes = [list(row) for row in long]
@@ -43,7 +43,7 @@ def bodies() -> Iterator[tuple[str, bytes]]:
     for description, path, body in (
         ("one history, rows", PREDICT, {"instances": [{"telemetry": long}]}),
         ("1,700 windows", PREDICT, {"instances": [{"telemetry": rows}] * (len(long) // len(rows))}),
-        ("one history with a missing value a row", PREDICT, {"instances": [{"telemetry": holes}], "missing": "hold"}),
+        ("one history with a missing value per row", PREDICT, {"instances": [{"telemetry": holes}], "missing": "hold"}),
         ("one history, columns by name", PREDICT, {"instances": [{"telemetry": columns}]}),
         ("logits to evaluate", EVALUATE, {"logits": logits, "labels": [0] * len(logits)}),
         ("a tensor, flat", INFER, flat),
@@ -53,7 +53,7 @@ def bodies() -> Iterator[tuple[str, bytes]]:
 
 
 def probed(running: Running, description: str, request_bytes: bytes) -> Line:
-    """One kind of body: how long probes took while it was worked on."""
+    """Send one kind of body and measure the latency of a probe meanwhile."""
     results = [asyncio.run(_probe_during(running.port, request_bytes)) for _ in range(3)]
     waits = np.concatenate([waits for _, waits in results])
     p99, slowest = float(np.quantile(waits, 0.99)), float(waits.max())
@@ -69,7 +69,7 @@ def probed(running: Running, description: str, request_bytes: bytes) -> Line:
 
 
 async def _probe_during(port: int, request_bytes: bytes) -> tuple[Answer, list[float]]:
-    """Return the response, and the duration in seconds of each probe since the body was sent."""
+    """Return the response, and the latency of each probe in s from the moment the body was sent."""
     live, probe = request("/livez", method="GET"), await Connection.to(port)
     await probe.ask(live)
     task, waits = asyncio.create_task(ask_once(port, request_bytes)), []

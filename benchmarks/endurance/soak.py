@@ -1,4 +1,4 @@
-"""Very many requests of random size: memory and descriptors stay what they were."""
+"""200,000 requests of random size: memory and descriptors do not grow."""
 
 import asyncio
 import random
@@ -11,11 +11,11 @@ from benchmarks.endurance.stage import Line, Running, say, service, windows_bina
 
 REQUESTS, STEP, CONNECTIONS = 200_000, 10_000, 8
 JSON_SHARE = 0.1
-GROWTH_MB = 1.0  # for each step of requests
+GROWTH_MB = 1.0  # per step of requests
 
 
 def lines() -> Iterator[Line]:
-    """Binary for the most part, so that they are many; some JSON."""
+    """Yield the line of the soak. Most requests are binary, to send many; some are JSON."""
     with service() as running:
         yield asyncio.run(_run_soak(running))
 
@@ -39,11 +39,11 @@ async def _run_soak(running: Running) -> Line:
     last = memory[len(memory) // 2 :]
     slope = float(np.polyfit(range(len(last)), last, 1)[0])
     return Line(
-        f"{outcomes.due:,} requests of 1 to 64 windows, nine in ten binary",
-        f"{outcomes.count(200):,} answered, {outcomes.due - outcomes.count(200)} not; memory of the last half "
-        f"{slope:+.2f} MB for each {STEP:,}, {last[0]:.0f} to {last[-1]:.0f} MB; "
+        f"{outcomes.due:,} requests of 1 to 64 windows, 90 % binary",
+        f"{outcomes.count(200):,} answered, {outcomes.due - outcomes.count(200)} not; memory over the last half "
+        f"{slope:+.2f} MB per {STEP:,}, {last[0]:.0f} to {last[-1]:.0f} MB; "
         f"{min(descriptors)} to {max(descriptors)} descriptors",
-        f"all answered; less than {GROWTH_MB:g} MB for each {STEP:,}; as many descriptors at the end",
+        f"all answered; less than {GROWTH_MB:g} MB per {STEP:,}; constant number of descriptors",
         outcomes.count(200) == outcomes.due and slope < GROWTH_MB and len(descriptors) == 1,
         {"memory_mb": memory, "slope_mb": slope, "descriptors": sorted(descriptors)},
     )

@@ -1,4 +1,4 @@
-"""The real service for one part, what its processes hold, what it counted, and the line that a part gives."""
+"""The service for one part of the tests: memory, metrics and processes; and the result line of a part."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Line:
-    """One promise: what was done, what was seen of it, and whether it was kept."""
+    """One requirement: the action, the observation, the required result, and whether it was met."""
 
     done: str
     seen: str
@@ -31,53 +31,54 @@ class Line:
 
 @dataclass(frozen=True)
 class Running:
-    """A service that runs: its port and the process that was started."""
+    """A running service: its port and the id of the started process."""
 
     port: int
     pid: int
 
     def counted(self) -> dict[str, float]:
-        """Every sample of /metrics by its name and labels."""
+        """Return every sample of /metrics by name and labels."""
         lines = load.get(base(self.port) + "/metrics")[1].decode().splitlines()
         return {name: float(value) for name, _, value in (x.rpartition(" ") for x in lines if not x.startswith("#"))}
 
     def alive(self) -> bool:
-        """Whether the process that was started runs still."""
+        """Return whether the started process still runs."""
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None
 
     def memory(self, entry: str = "VmRSS") -> float:
-        """MiB that the process holds in memory; "VmHWM" for the most since `forget_peak`."""
+        """Return the resident memory of the process in MiB, or its peak since `forget_peak` for "VmHWM"."""
         lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
         return int(next(line.split()[1] for line in lines if line.startswith(entry))) / 1024
 
     def settled_memory(self) -> float:
-        """MiB that it holds a moment after the last answer, which goes out before its request is forgotten."""
+        """Return the resident memory in MiB after 1 s, because a request is released after its response is sent."""
         time.sleep(1)
         return self.memory()
 
     def forget_peak(self) -> None:
-        """Begin the peak anew."""
+        """Reset the peak of resident memory."""
         Path(f"/proc/{self.pid}/clear_refs").write_text("5")
 
     def descriptors(self) -> int:
-        """Files and sockets that it has open."""
+        """Return the number of open files and sockets."""
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
     def workers(self) -> list[int]:
-        """Return the worker processes of the service."""
+        """Return the ids of the worker processes."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         return [int(pid) for pid in children if b"spawn_main" in _read_command_line(int(pid))]
 
     def stopped(self, seconds: float) -> int:
-        """Send SIGTERM and wait; the exit code.
+        """Send SIGTERM, wait, and return the exit code.
 
         Raises:
-            TimeoutError: it runs still after that time.
+            TimeoutError: the process still runs after `seconds`.
         """
         os.kill(self.pid, signal.SIGTERM)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            exit_info = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)  # its parent reaps it later
+            # WNOWAIT leaves the process to its parent, which reaps it later
+            exit_info = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
             if exit_info is not None:
                 return exit_info.si_status if exit_info.si_code == os.CLD_EXITED else -exit_info.si_status
             time.sleep(0.05)
@@ -86,7 +87,7 @@ class Running:
 
 @contextmanager
 def service(environment: Mapping[str, str] | None = None, **settings: object) -> Iterator[Running]:
-    """Start the service on its core with one inference thread and default logging; settings in lower case."""
+    """Start the service on its core with one inference thread and default logging. Settings are in lower case."""
     port = load.free_port()
     variables = {f"ENGINE_HEALTH_{key.upper()}": str(value) for key, value in ({"threads": 1} | settings).items()}
     arguments = [word for word in command(port) if word not in ("--drain-seconds", "0")]
@@ -97,22 +98,22 @@ def service(environment: Mapping[str, str] | None = None, **settings: object) ->
 
 
 def windows_json(rows: int, flights: int = 0) -> bytes:
-    """Return a request of `/v1/predict`; `flights` is the number of newest rows of the window, 0 for all."""
+    """Return a request to `/v1/predict`. `flights`: number of newest rows per window that are sent, 0 for all."""
     return request(PREDICT, load.predict_json(load.windows(rows)[:, -flights:]), load.JSON_HEADERS)
 
 
 def windows_binary(rows: int) -> bytes:
-    """Return a request of the Open Inference Protocol with binary input and output."""
+    """Return an Open Inference Protocol request with binary input and output."""
     return request(INFER, *load.oip_binary(load.windows(rows)))
 
 
 def say(text: str) -> None:
-    """Print progress to standard error, separate from the table."""
+    """Print progress to standard error."""
     print(f"  {text}", file=sys.stderr, flush=True)
 
 
 def _read_command_line(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:  # gone
+    except OSError:  # the process ended
         return b""

@@ -1,1 +1,1 @@
-"""What goes wrong around the service, one fault a line: what clients saw, what was lost, how long until well."""
+"""Injection of faults around the service: responses, lost flights and time to recovery."""

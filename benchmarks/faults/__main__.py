@@ -1,9 +1,9 @@
-"""Faults as a table; exit code 1 if a flight is lost, the service is not well by itself, or a fault was none.
+"""Inject faults and print a table. The exit code is 1 if a flight is lost, or the service does not recover by itself.
 
-    python -m benchmarks.faults [FAULT ...]      # = make faults; five minutes
+    python -m benchmarks.faults [FAULT ...]      # = make faults; 5 min
 
-Needs root for separate disks and memory limits, and PostgreSQL's programs; a fault that cannot be injected here has a
-line that says why. Figures also in build/faults.json.
+The exit code is also 1 if a fault had no effect. Requires root, to mount disks and set memory limits, and the programs
+of PostgreSQL. If a fault cannot be injected, its line states the reason. The figures are written to build/faults.json.
 """
 
 import argparse
@@ -34,12 +34,12 @@ FAULTS: dict[str, Callable[[], Outcome]] = {
 
 
 def main() -> int:
-    """Make the chosen faults, print the table, keep the figures."""
-    parser = argparse.ArgumentParser(description="What goes wrong around the service, and what becomes of it.")
-    parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"of {', '.join(FAULTS)}; all if none is named")
+    """Inject the chosen faults, print the table and write the figures."""
+    parser = argparse.ArgumentParser(description="Inject faults around the service and measure the recovery.")
+    parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"one of {', '.join(FAULTS)}; default: all")
     chosen = parser.parse_args().faults or list(FAULTS)
     if unknown := set(chosen) - set(FAULTS):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; faults are {', '.join(FAULTS)}")
+        parser.error(f"unknown fault: {', '.join(sorted(unknown))}; choose from {', '.join(FAULTS)}")
     os.sched_setaffinity(0, {load.CLIENT_CORE})
     print(f"{load.machine()}\n\n| fault | what clients saw | flights acknowledged | lost | well after, s |")
     print("| --- | --- | ---: | ---: | ---: |", flush=True)
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def row(name: str, outcome: Outcome | str) -> str:
-    """Return a line of the table."""
+    """Return a row of the table."""
     if isinstance(outcome, str):
         return f"| {name} | not tried: {outcome} | | | |"
     well = "**never**" if outcome.well is None else f"{outcome.well:.1f}"

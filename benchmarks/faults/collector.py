@@ -1,6 +1,6 @@
-"""Clients that ask all the time: collectors, whose every acknowledged flight must be there later, and dashboards.
+"""Clients that send requests continuously: collectors, whose acknowledged flights must be stored, and dashboards.
 
-A flight that was not acknowledged is sent again, unchanged, as a data collector does.
+A collector sends a flight again until it is acknowledged, as a data collector does. Independent of the faults.
 """
 
 import asyncio
@@ -18,14 +18,14 @@ from benchmarks.load import JSON_HEADERS, get, golden
 from benchmarks.serving import base
 
 COLLECTORS, DASHBOARDS = 4, 2
-WELL_SECONDS = 60.0  # that a service may take to become well
-PAUSE_SECONDS = 0.05  # of a client after a failure
-SETTLED_SECONDS = 2.0  # without any failure, until which nothing is called well
+WELL_SECONDS = 60.0  # maximum time to recovery
+PAUSE_SECONDS = 0.05  # pause of a client after a failure
+SETTLED_SECONDS = 2.0  # time without a failure that is required for recovery
 REFUSED = "503"
 
 
 class Event(NamedTuple):
-    """An answer, or its failure: when, which call, which of the clients that make it, and the status or what broke."""
+    """A response or failure: time, call, client index, and the status or the exception name."""
 
     when: float
     call: str
@@ -34,18 +34,18 @@ class Event(NamedTuple):
 
 
 class Untried(Exception):
-    """A fault that cannot be made on this machine; the message says why."""
+    """A fault that cannot be injected on this machine. The message states the reason."""
 
 
 class FaultReport(NamedTuple):
-    """What a fault says of itself, and whether it was there and met what is promised: else its line proves nothing."""
+    """Description of an injected fault, and whether it took effect and met its requirement."""
 
     description: str
     proven: bool
 
 
 class Outcome(NamedTuple):
-    """What became of a fault. `well`: seconds from its end until everybody is answered again; None if never."""
+    """The effect of a fault. `well`: seconds from its end until every client gets responses again; None if never."""
 
     saw: str
     acknowledged: int
@@ -54,25 +54,25 @@ class Outcome(NamedTuple):
     proven: bool = True
 
     def passed(self) -> bool:
-        """Whether the fault was one, nothing acknowledged was lost, and all became well without help."""
+        """Return whether the fault took effect, no acknowledged flight was lost, and the service recovered."""
         return self.proven and self.lost == 0 and self.well is not None and self.acknowledged > 0
 
 
 class Clients:
-    """They ask from a thread of their own until the block of `asking` ends."""
+    """Clients that send requests from a separate thread until `stop`."""
 
     def __init__(self, port: int) -> None:
         self.port, self.events = port, list[Event]()
-        self.acknowledged = [0] * COLLECTORS  # the cycles below it are acknowledged
+        self.acknowledged = [0] * COLLECTORS  # all lower cycles are acknowledged
         self._stop = threading.Event()
         self._readings = golden()[0][0].tolist()
 
     def run(self) -> None:
-        """Send requests until stopped."""
+        """Send requests until `stop` is called."""
         asyncio.run(self._run_clients())
 
     def stop(self) -> None:
-        """Ask no more."""
+        """Stop sending requests."""
         self._stop.set()
 
     async def _run_clients(self) -> None:
@@ -105,9 +105,12 @@ class Clients:
 
 
 def observed(port: int, fault: Callable[[], FaultReport | None], refused: bool = False) -> Outcome:
-    """Return what clients see during a fault, which ends when `fault` returns. `fault` may return a remark.
+    """Run clients during a fault, which ends when `fault` returns, and return the outcome.
 
-    `refused`: flights must have been refused meanwhile, or there was no fault.
+    Args:
+        port: of the service.
+        fault: injects and ends the fault; its report is added to the summary.
+        refused: whether flights must be rejected with 503 meanwhile; otherwise the fault had no effect.
     """
     clients = Clients(port)
     thread = threading.Thread(target=clients.run)
@@ -143,7 +146,7 @@ def _wait_until_well(clients: Clients, ended: float) -> float | None:
 
 
 def well(events: Sequence[Event], ended: float, now: float) -> float | None:
-    """Seconds from the end of the fault until each client was answered; None while one is not, or something fails."""
+    """Return seconds from the end of the fault until every client got a response; None while one has not."""
     since = max((event.when for event in events if event.status != "200"), default=ended)
     since = max(since, ended)
     first = {(event.call, event.client): event.when for event in reversed(events) if event.when > since}
@@ -152,7 +155,7 @@ def well(events: Sequence[Event], ended: float, now: float) -> float | None:
 
 
 def _summarise_events(events: list[Event], begun: float) -> str:
-    """Each kind of failure with its number, and the longest time without an answer, by call."""
+    """Format the counts of failures and the longest time without a response, by call."""
     parts = []
     for call in ("predict", "cycles"):
         failures = Counter(event.status for event in events if event.call == call and event.status != "200")
@@ -164,7 +167,7 @@ def _summarise_events(events: list[Event], begun: float) -> str:
 
 
 def _count_lost(port: int, acknowledged: list[int]) -> int:
-    """How many acknowledged flights are not there, once each."""
+    """Return the number of acknowledged flights that are not stored exactly once."""
     lost = 0
     for k, cycles in enumerate(acknowledged):
         status, answer = get(f"{base(port)}/v1/engines/collector%20{k}")

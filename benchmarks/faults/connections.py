@@ -1,4 +1,4 @@
-"""Faults of clients: unused connections, one byte per second, half-closed sockets."""
+"""Faults of clients: idle connections, one byte per second, half-closed sockets."""
 
 import socket
 import time
@@ -9,7 +9,7 @@ from benchmarks.faults.collector import FaultReport, Outcome, observed
 from benchmarks.faults.processes import remembering
 
 LEFT, SLOW, HALF = 1000, 200, 500
-REQUEST_SECONDS = 5.0  # the limit, shorter than shipped so that its end is seen
+REQUEST_SECONDS = 5.0  # shorter than the default, so that the timeout is observed
 HEARD_SECONDS = 30.0
 
 
@@ -19,7 +19,7 @@ def left() -> Outcome:
 
 
 def slow() -> Outcome:
-    """Send one byte per second of a request whose headers do not end."""
+    """Send request headers at 1 byte per second, without an end."""
     return _hold_connections(SLOW, b"POST /v1/predict HTTP/1.1\r\nX-Slow: ", b"x")
 
 
@@ -38,7 +38,7 @@ def _hold_connections(number: int, first: bytes, then: bytes) -> Outcome:
                 for connection in held:
                     try:
                         connection.sendall(then)
-                    except OSError:  # hung up, as it should be
+                    except OSError:  # closed by the service, as required
                         continue
             remaining, seconds = max(0, running.descriptors() - before), time.monotonic() - begun
             for connection in held:
@@ -50,7 +50,7 @@ def _hold_connections(number: int, first: bytes, then: bytes) -> Outcome:
 
 
 def half_closed() -> Outcome:
-    """Half of them ask whole requests and then close what they send through; the others do so amid a request."""
+    """Half-close sockets after a complete request (half of them) or within a request (the others)."""
     with remembering() as running:
 
         def fault() -> FaultReport:
@@ -62,9 +62,8 @@ def half_closed() -> Outcome:
             refused = sum(not _receive_all(connection).startswith(b"HTTP/1.1 200 ") for connection in torn)
             time.sleep(1)
             remaining = max(0, running.descriptors() - before)
-            answered_text = (
-                f"{answered} of {len(whole)} whole requests answered, {len(torn) - refused} of {len(torn)} torn ones"
-            )
+            truncated = f"{len(torn) - refused} of {len(torn)} truncated ones"
+            answered_text = f"{answered} of {len(whole)} whole requests answered, {truncated}"
             return FaultReport(f"{answered_text}; {remaining} left open", refused == len(torn) and remaining == 0)
 
         return observed(running.port, fault)
@@ -78,12 +77,12 @@ def _send_and_half_close(running: Running, data: bytes) -> socket.socket:
 
 
 def _receive_all(connection: socket.socket) -> bytes:
-    """All that comes until the other side closes."""
+    """Return all bytes until the other side closes."""
     received = b""
     with connection:
         try:
             while chunk := connection.recv(65536):
                 received += chunk
-        except OSError:  # reset, or nothing in time
+        except OSError:  # reset or timeout
             pass
     return received

@@ -1,4 +1,4 @@
-"""Faults of the service's own processes: killed, killed for their memory, stopped, out of file descriptors."""
+"""Faults of the service's processes: SIGKILL, out of memory, SIGSTOP, out of file descriptors."""
 
 import os
 import resource
@@ -16,14 +16,14 @@ from benchmarks.peers import BUILD
 
 CGROUPS = Path("/sys/fs/cgroup")
 STOPPED_SECONDS = 10
-HEADROOM = 64 * MIB  # of memory, that a worker may take more than it has
-BALLAST = 96 * MIB  # what it is then given to hold: a body
+HEADROOM = 64 * MIB  # memory limit of the group above its usage
+BALLAST = 96 * MIB  # size of the body that is then sent to a worker
 DESCRIPTORS, CONNECTIONS, HELD_SECONDS = 64, 200, 5
 
 
 @contextmanager
 def remembering(environment: Mapping[str, str] | None = None, **settings: object) -> Iterator[Running]:
-    """Start the service with a new database file on a real disk."""
+    """Start the service with a separate database file on a real disk."""
     BUILD.mkdir(exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix="faults-", dir=BUILD) as folder,
@@ -33,7 +33,7 @@ def remembering(environment: Mapping[str, str] | None = None, **settings: object
 
 
 def killed() -> Outcome:
-    """SIGKILL to one of two workers."""
+    """Send SIGKILL to one of two workers."""
     with remembering(workers=2) as running:
 
         def fault() -> None:
@@ -43,7 +43,7 @@ def killed() -> Outcome:
 
 
 def stopped() -> Outcome:
-    """SIGSTOP to the only process, SIGCONT ten seconds later."""
+    """Send SIGSTOP to the only process, and SIGCONT after 10 s."""
     with remembering() as running:
 
         def fault() -> None:
@@ -55,7 +55,7 @@ def stopped() -> Outcome:
 
 
 def out_of_memory() -> Outcome:
-    """Let the kernel kill a worker that exceeds the memory of its control group."""
+    """Let the kernel kill a worker that exceeds the memory limit of its control group."""
     with (
         remembering(workers=2, max_body_bytes=2 * BALLAST, request_seconds=5) as running,
         _create_control_group() as group,
@@ -67,7 +67,7 @@ def out_of_memory() -> Outcome:
         def fault() -> FaultReport:
             _set_limit(group, _read_usage(group) + HEADROOM)
             hog = socket.create_connection(("127.0.0.1", running.port))
-            with hog, suppress(OSError):  # cut when the worker is killed
+            with hog, suppress(OSError):  # the connection is reset when the worker is killed
                 hog.sendall(f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: {BALLAST}\r\n\r\n".encode())
                 hog.sendall(bytes(BALLAST - 1))
             deadline = time.monotonic() + 20
@@ -84,7 +84,7 @@ def out_of_memory() -> Outcome:
 
 @contextmanager
 def _create_control_group() -> Iterator[Path]:
-    """Create a control group, version 1 or 2."""
+    """Create a control group for this benchmark, version 1 or 2."""
     above = CGROUPS / "memory" if (CGROUPS / "memory").is_dir() else CGROUPS
     group = above / f"engine-health-faults-{os.getpid()}"
     try:
@@ -104,7 +104,7 @@ def _create_control_group() -> Iterator[Path]:
 
 
 def _find_memory_files(group: Path) -> tuple[Path, Path]:
-    """Where a group's limit and its use stand."""
+    """Return the files with the memory limit and the memory usage of a group."""
     if (CGROUPS / "memory").is_dir():
         return group / "memory.limit_in_bytes", group / "memory.usage_in_bytes"
     return group / "memory.max", group / "memory.current"
@@ -119,7 +119,7 @@ def _read_usage(group: Path) -> int:
 
 
 def descriptors() -> Outcome:
-    """Limit the service to 64 open files, and open 200 connections."""
+    """Limit the process to 64 open files and open 200 connections."""
     with remembering() as running:
 
         def fault() -> FaultReport:

@@ -1,4 +1,4 @@
-"""Faults below the memory: a full disk, one that takes no writes, a database that is gone, a clock that jumps."""
+"""Faults of the store's environment: a full disk, a read-only disk, a stopped database, a clock that jumps."""
 
 import json
 import os
@@ -24,18 +24,18 @@ import os, time
 now, now_ns = time.time, time.time_ns
 time.time = lambda: now() - {seconds} * os.path.exists({jumped!r})
 time.time_ns = lambda: now_ns() - {seconds} * 10**9 * os.path.exists({jumped!r})
-"""  # libfaketime, tried first, left the service hardly able to answer before any jump
+"""  # libfaketime made the service too slow to answer, even without a jump
 
 
 @contextmanager
 def _mount_small_disk() -> Iterator[Path]:
-    """Mount a small file system."""
+    """Mount a separate small file system."""
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         mount = subprocess.run(
             ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", folder], capture_output=True, text=True
         )
         if mount.returncode:
-            raise Untried(f"no file system may be mounted ({mount.stderr.strip()})")
+            raise Untried(f"cannot mount a file system ({mount.stderr.strip()})")
         try:
             yield Path(folder)
         finally:
@@ -43,7 +43,7 @@ def _mount_small_disk() -> Iterator[Path]:
 
 
 def full() -> Outcome:
-    """Fill the disk of the database, and free it again."""
+    """Fill the file system of the database, then free it again."""
     with _mount_small_disk() as disk, service(database_url=f"sqlite:///{disk}/memory.db") as running:
 
         def fault() -> None:
@@ -58,7 +58,7 @@ def full() -> Outcome:
 
 
 def read_only() -> Outcome:
-    """No writes when the service starts, and then there are: the kernel forbids the other way to files in use."""
+    """Start on a read-only file system and remount it writable. The kernel forbids the reverse for files in use."""
     with _mount_small_disk() as disk:
         _remount(disk, "ro")
         with service(database_url=f"sqlite:///{disk}/memory.db") as running:
@@ -75,9 +75,9 @@ def _remount(disk: Path, mode: str) -> None:
 
 
 def gone() -> Outcome:
-    """PostgreSQL crashes, and is started again."""
+    """Stop PostgreSQL immediately and start it again."""
     if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
-        raise Untried("no PostgreSQL server programs (Debian: postgresql)")
+        raise Untried("the PostgreSQL server programs are not installed (Debian: apt-get install postgresql)")
     with postgres() as cluster, service(database_url=cluster.url("faults")) as running:
 
         def fault() -> None:
@@ -89,7 +89,7 @@ def gone() -> Outcome:
 
 
 def clock() -> Outcome:
-    """Set the wall clock of the running service back by one hour, permanently."""
+    """Set the wall clock of the service's Python back by 1 h while it runs."""
     with tempfile.TemporaryDirectory(prefix="faults-clock-") as folder:
         jumped = Path(folder, "jumped")
         Path(folder, "sitecustomize.py").write_text(CLOCK.format(jumped=str(jumped), seconds=JUMP_SECONDS))
@@ -100,12 +100,12 @@ def clock() -> Outcome:
                 jumped.touch()
                 time.sleep(1)
                 age = time.time() - _read_newest_time(running)
-                return FaultReport(f"what is kept now is dated {age / 3600:.1f} h ago", age > JUMP_SECONDS / 2)
+                return FaultReport(f"new rows are dated {age / 3600:.1f} h ago", age > JUMP_SECONDS / 2)
 
             return observed(running.port, fault)
 
 
 def _read_newest_time(running: Running) -> float:
-    """When the service says that it kept the last flight of each engine, and of them the last."""
+    """Return the newest `updated_at` of all engines."""
     engines = json.loads(get(f"{base(running.port)}/v1/engines")[1])["engines"]
     return max(datetime.fromisoformat(engine["updated_at"]).timestamp() for engine in engines)

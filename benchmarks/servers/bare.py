@@ -1,4 +1,4 @@
-"""The floor of FastAPI: a route that reads the body and answers a constant."""
+"""The lower bound of FastAPI: a route that reads the body and returns a constant."""
 
 import sys
 
@@ -10,7 +10,7 @@ app = FastAPI()
 
 @app.get("/ready")
 async def ready() -> dict[str, bool]:
-    """Return 200 for readiness probes."""
+    """Report that the server accepts requests."""
     return {"ready": True}
 
 

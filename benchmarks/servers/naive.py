@@ -1,4 +1,4 @@
-"""What one writes first: FastAPI, orjson and ONNX Runtime in the handler, no batching."""
+"""A simple implementation: FastAPI, orjson and ONNX Runtime in the handler, without batching."""
 
 import os
 import sys
@@ -17,13 +17,13 @@ app = FastAPI()
 
 @app.get("/ready")
 async def ready() -> dict[str, bool]:
-    """Return 200 for readiness probes."""
+    """Report that the server accepts requests."""
     return {"ready": True}
 
 
 @app.post("/predict")
 async def predict(request: Request) -> Response:
-    """Logits and RUL of every instance."""
+    """Return logits and RUL of every instance."""
     instances = orjson.loads(await request.body())["instances"]
     telemetry = np.array([instance["telemetry"] for instance in instances], np.float32)
     logits, rul = session.run(["logits", "rul"], {"telemetry": telemetry})

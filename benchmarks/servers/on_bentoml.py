@@ -1,4 +1,4 @@
-"""BentoML: one worker, adaptive batching on; logits and RUL share an array, as a batchable API answers with one."""
+"""BentoML: one worker with adaptive batching. Logits and RUL share one array, because a batchable API returns one."""
 
 import os
 import sys
@@ -24,7 +24,7 @@ class Health:
 
     @bentoml.api(batchable=True, max_batch_size=1024, max_latency_ms=10_000)
     def predict(self, telemetry: Windows) -> np.ndarray:
-        """Rows of logits and RUL (k, 4)."""
+        """Return rows of logits and RUL (k, 4)."""
         logits, rul = self.session.run(["logits", "rul"], {"telemetry": telemetry})
         return np.column_stack([logits, rul])
 

@@ -1,4 +1,4 @@
-"""LitServe: one worker, its batching on; a request may carry many windows, so a batch is joined and split by rows."""
+"""LitServe: one worker with batching. A request may have many windows, so a batch is joined and split by rows."""
 
 import os
 import sys
@@ -12,31 +12,31 @@ class Health(ls.LitAPI):
     """The artefact behind LitServe's hooks."""
 
     def setup(self, device):  # noqa: ARG002  # LitServe passes it
-        """Open the model once in the worker."""
+        """Open the model once per worker."""
         options = ort.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         self.session = ort.InferenceSession(os.environ["MODEL"], options, providers=["CPUExecutionProvider"])
 
     def decode_request(self, request):
-        """JSON to windows (k, 100, 17)."""
+        """Convert JSON to windows (k, 100, 17)."""
         return np.array([instance["telemetry"] for instance in request["instances"]], np.float32)
 
     def batch(self, inputs):
-        """Keep requests as a list, because they differ in rows."""
+        """Return the requests as a list, because they have different numbers of rows."""
         return inputs
 
     def predict(self, inputs):
-        """One run over the rows of all requests."""
+        """Run the rows of all requests together."""
         logits, rul = self.session.run(["logits", "rul"], {"telemetry": np.concatenate(inputs)})
         ends = np.cumsum([len(windows) for windows in inputs])[:-1]
         return list(zip(np.split(logits, ends), np.split(rul, ends), strict=True))
 
     def unbatch(self, output):
-        """Return one response per request."""
+        """Return one output per request."""
         return output
 
     def encode_response(self, output):
-        """Windows' answers as JSON."""
+        """Convert the outputs of a request to JSON."""
         logits, rul = output
         return {"logits": logits.tolist(), "rul": rul.tolist()}
 

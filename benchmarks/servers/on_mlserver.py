@@ -1,4 +1,4 @@
-"""MLServer with a custom runtime (no built-in one reads ONNX), batching on, no extra process."""
+"""MLServer: a custom runtime, because none of its runtimes reads ONNX; with batching, without an extra process."""
 
 import os
 import socket
@@ -23,7 +23,7 @@ class Health(MLModel):
         return True
 
     async def predict(self, payload: InferenceRequest) -> InferenceResponse:
-        """Logits and RUL of every row; MLServer has joined the requests."""
+        """Return logits and RUL of every row. MLServer has joined the requests."""
         telemetry = NumpyCodec.decode_input(payload.inputs[0])
         logits, rul = self._session.run(["logits", "rul"], {"telemetry": telemetry})
         outputs = [NumpyCodec.encode_output("logits", logits), NumpyCodec.encode_output("rul", rul[:, np.newaxis])]
@@ -31,7 +31,7 @@ class Health(MLModel):
 
 
 def free_port() -> str:
-    """Return a port for gRPC and metrics, which are not used here."""
+    """Return a port for gRPC or metrics, which are not used here."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""Ray Serve: one replica, its batching on; a request may carry many windows, so a batch is joined and split by rows."""
+"""Ray Serve: one replica with batching. A request may have many windows, so a batch is joined and split by rows."""
 
 import os
 import sys
@@ -24,13 +24,13 @@ class Health:
 
     @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.005)
     async def infer(self, inputs):
-        """One run over the rows of all requests."""
+        """Run the rows of all requests together."""
         logits, rul = self.session.run(["logits", "rul"], {"telemetry": np.concatenate(inputs)})
         ends = np.cumsum([len(windows) for windows in inputs])[:-1]
         return list(zip(np.split(logits, ends), np.split(rul, ends), strict=True))
 
     async def __call__(self, request: Request):
-        """JSON in, JSON out."""
+        """Parse JSON, predict and return JSON."""
         instances = (await request.json())["instances"]
         logits, rul = await self.infer(np.array([instance["telemetry"] for instance in instances], np.float32))
         return {"logits": logits.tolist(), "rul": rul.tolist()}

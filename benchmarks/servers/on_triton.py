@@ -1,4 +1,4 @@
-"""Triton: NVIDIA's tritonserver from PyPI (in nvidia-pytriton), with the model repository next to this file."""
+"""Triton: NVIDIA's tritonserver from PyPI (nvidia-pytriton), with the model repository in the folder of this file."""
 
 import importlib.util
 import os

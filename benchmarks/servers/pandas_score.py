@@ -1,4 +1,4 @@
-"""What one writes in ten minutes: pandas groups by engine, windows are stacked, ONNX Runtime runs them."""
+"""A simple implementation: pandas groups by engine, windows are stacked, ONNX Runtime runs them."""
 
 import json
 import sys

@@ -177,7 +177,7 @@ def split_engines(engines: Sequence[History], shares: Sequence[float], seed: int
     order = np.random.default_rng(seed).permutation(len(engines))
     sizes = [round(share * len(engines)) for share in shares[1:]]
     if sum(sizes) > len(engines):
-        raise DataError(f"{len(engines)} engines are too few for {len(shares)} parts")
+        raise DataError(f"{len(engines)} engines are too few for a split into {len(shares)} parts")
     cuts = np.cumsum([len(engines) - sum(sizes), *sizes])[:-1]
     return [[engines[i] for i in np.sort(part)] for part in np.split(order, cuts)]
 

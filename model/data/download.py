@@ -49,7 +49,7 @@ def download(url: str, folder: Path) -> None:
     except (OSError, ValueError) as error:
         raise DownloadError(f"{url}: {error}") from None
     if len(content) > MAX_BYTES:
-        raise DownloadError(f"{url}: more than {MAX_BYTES} bytes")
+        raise DownloadError(f"{url}: the download exceeds the limit of {MAX_BYTES} bytes")
     try:
         files = dict(unpack_archive(content))
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
@@ -73,7 +73,7 @@ def unpack_archive(content: bytes, depth: int = 3) -> Iterator[tuple[str, bytes]
         for entry in archive.infolist():
             name = Path(entry.filename).name
             if entry.file_size > MAX_BYTES:
-                raise DownloadError(f"{entry.filename} claims {entry.file_size} bytes")
+                raise DownloadError(f"{entry.filename}: {entry.file_size} bytes exceed the limit of {MAX_BYTES}")
             if name in CHECKSUMS:
                 yield name, archive.read(entry)
             elif name.lower().endswith(".zip") and depth:
@@ -90,7 +90,7 @@ def main() -> None:
         download(flags.url, flags.folder)
     except DownloadError as error:
         raise SystemExit(f"data: {error}") from None
-    print(f"wrote {len(CHECKSUMS)} files to {flags.folder}, every sha256 as published")
+    print(f"wrote {len(CHECKSUMS)} files to {flags.folder}; every sha256 matches")
 
 
 if __name__ == "__main__":

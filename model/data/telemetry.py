@@ -63,7 +63,7 @@ def read_histories(name: str, channels: Sequence[str], gaps: bool = False) -> li
     lines = _read_text(name, source).replace("\r\n", "\n").split("\n")
     first = next((line for line in lines if line.strip()), None)
     if first is None:
-        raise DataError(f"{source}: is empty")
+        raise DataError(f"{source}: is empty; expected C-MAPSS text or CSV")
     subset = _SUBSET.search(Path(name).name)
     numbers_only = _NUMBERS_ONLY.fullmatch(first) is not None
     if numbers_only:
@@ -85,7 +85,7 @@ def _read_text(name: str, source: str) -> str:
         content = sys.stdin.buffer.read() if name == STDIN else Path(name).read_bytes()
         return (gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content).decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise DataError(f"{source}: is not UTF-8 text") from None
+        raise DataError(f"{source}: is not UTF-8 text; expected C-MAPSS text or CSV, plain or gzipped") from None
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{source}: {getattr(error, 'strerror', None) or error}") from None
 
@@ -159,7 +159,7 @@ def _parse_float(text: str, location: str, column: str) -> float:
     if text.lower() in MISSING_VALUES:
         return math.nan
     try:
-        value = float("_" if "_" in text else text)  # Python accepts 1_000, these files do not
+        value = float("_" if "_" in text else text)  # Python accepts 1_000, which is invalid in these files
     except ValueError:
         raise DataError(f"{location}: {column}: expected a number, got {text[:MAX_SHOWN_CHARACTERS]!r}") from None
     if not abs(value) <= MAX_FLOAT32:
@@ -178,7 +178,7 @@ def _parse_whole_number(text: str, location: str, column: str) -> int:
 
 def _build_histories(flights: list[FlightRow], source: str) -> list[History]:
     if not flights:
-        raise DataError(f"{source}: no rows")
+        raise DataError(f"{source}: no rows after the header")
     locations: dict[tuple[str, int], str] = {}
     for flight in flights:
         first = locations.setdefault((flight.engine_id, flight.cycle), flight.location)

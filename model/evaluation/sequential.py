@@ -1,19 +1,20 @@
-"""Evidence that is valid at any number of looks: e-values of sums that are near zero for a calibrated model.
+"""Anytime-valid evidence: e-values of sums whose mean is zero for a calibrated model.
 
 Each row has a number x whose mean is zero if the probabilities are right, and whose variance they determine:
 loss - entropy, or q_k - p_k. From their total T and a variance process V, Robbins' normal mixture gives
 
     E = mean over r of √(r / (V + r)) exp(T² / (2 (V + r))),
 
-which reaches 1/α at any look, ever, with probability α at most (Ville's inequality). V is the largest of
+which ever reaches 1/α with probability α at most, at any number of looks (Ville's inequality). V is the largest of
 
 * Σ (x² + 2 var x) / 3 over rows: exact, at every n, if each label follows its row's probabilities, given all before
   (Delyon 2009; Bercu and Touati 2019);
-* Σ S² over engines, S an engine's sum: windows of one engine overlap and err together (self-normalised sums: Howard et
-  al. 2021; asymptotic: Waudby-Smith et al. 2024), **plus a surprise not yet seen**. Where errors are rare, engines
-  without one look alike and Σ S² is blind to what the first one will bring; so where T points away from a tail, the
-  size that a whole engine's surprise in that tail would have is added: Σ m4 / Σ m2, m4 the fourth moment of that tail
-  and m2 the variance of an engine's sum if all its rows fell together (Minkowski's bounds, from probabilities alone).
+* Σ S² over engines, S an engine's sum: windows of one engine overlap, and their errors are correlated
+  (self-normalised sums: Howard et al. 2021; asymptotic: Waudby-Smith et al. 2024), **plus an error not yet observed**.
+  Where errors are rare, engines without an error are similar, and Σ S² does not include the size of the first error.
+  Where T points away from a tail, the size of an error of a whole engine in that tail is therefore added: Σ m4 / Σ m2.
+  Here m4 is the fourth moment of the tail, and m2 the variance of an engine's sum if all its rows had the same error.
+  Both are Minkowski's bounds and need probabilities only.
 
 The result does not depend on the order of rows. Not covered: errors that engines have in common (one bad fuel delivery
 for the whole fleet), and labels that are missing because of their value. numpy only.
@@ -28,7 +29,7 @@ from model import numerics
 from model.evaluation.cluster_bootstrap import EngineGroups
 from model.numerics import Floats
 
-SCALES = (3.0, 100.0, 3e3, 1e5)  # of V, nats²: from a few dozen rows to a fleet's year, each a factor of 30 apart
+SCALES = (3.0, 100.0, 3e3, 1e5)  # of V, nats²: from about 30 rows to one year of a fleet, a factor of 30 apart
 
 
 @dataclass(frozen=True)
@@ -42,23 +43,23 @@ class Deviations:
 
 
 def of_losses(logits: npt.ArrayLike, loss: Floats, expected: Floats, variance: Floats) -> Deviations:
-    """Loss - entropy, nats: the derivative of the log-likelihood by 1/T, the most sensitive test of T.
+    """Return the deviations loss - entropy, in nats: the derivative of the log-likelihood by 1/T, most sensitive to T.
 
     Args:
         logits: (N, C), already divided by their temperatures.
         loss: (N,) cross-entropy of each row.
-        expected: (N,) its entropy.
-        variance: (N,) its `numerics.loss_variance`.
+        expected: (N,) entropy of each row.
+        variance: (N,) `numerics.loss_variance` of each row.
     """
     log_p = numerics.log_softmax(logits)
-    root = np.exp(log_p / 4)  # p^¼ first: where p is 0 the logarithm may be huge, and its fourth power no number
+    root = np.exp(log_p / 4)  # p^¼ first: at p = 0, the fourth power of the logarithm may overflow
     gap = -log_p - expected[:, None]
     above, below = (((root * np.maximum(side, 0)) ** 4).sum(axis=1) for side in (gap, -gap))
     return Deviations(loss - expected, variance, above, below)
 
 
 def of_class(p: Floats, q: Floats) -> Deviations:
-    """q_k - p_k of one class: observed minus predicted frequency. p, q: (N,)."""
+    """Return the deviations q_k - p_k of one class: observed minus predicted frequency. p, q: (N,)."""
     return Deviations(q - p, p * (1 - p), p * (1 - p) ** 4, (1 - p) * p**4)
 
 
@@ -77,9 +78,9 @@ class Evidence:
         return float(log_e(self.total, self.variance_above if self.total > 0 else self.variance_below))
 
     def mean_within(self, alpha: float) -> tuple[float, float]:
-        """Confidence sequence: at any look, ever, it contains the mean with probability 1 - alpha.
+        """Return a confidence sequence, which contains the mean at all looks with probability 1 - alpha.
 
-        It leaves zero out exactly when the e-value reaches 1/alpha. Infinite without rows.
+        It excludes zero exactly when the e-value reaches 1/alpha. It is infinite without rows.
         """
         if self.n == 0:
             return -np.inf, np.inf
@@ -100,21 +101,21 @@ def evidence(deviations: Deviations, engines: EngineGroups) -> Evidence:
 
 
 def log_e(total: npt.ArrayLike, variance: npt.ArrayLike) -> Floats:
-    """Ln E of totals and variances of the same shape."""
+    """Return ln E of totals and variances of the same shape."""
     t, v = np.asarray(total, dtype=np.float64)[..., None], np.asarray(variance, dtype=np.float64)[..., None]
     r = np.array(SCALES)
     return mean_of_e(t * t / (2 * (v + r)) - np.log1p(v / r) / 2)
 
 
 def mean_of_e(logs: Floats) -> Floats:
-    """Ln of the mean of e-values over the last axis, which is an e-value whatever binds them."""
+    """Return ln of the mean of e-values over the last axis, which is an e-value even if they are dependent."""
     return np.asarray(np.logaddexp.reduce(logs, axis=-1) - np.log(logs.shape[-1]))
 
 
 def reach_of(variance: float, alpha: float) -> float:
     """Return the total whose e-value is 1/alpha."""
     r, cost = variance + np.array(SCALES), np.log1p(variance / np.array(SCALES)) / 2
-    # The mean of e-values is no larger than the largest, and no smaller than that one's share of it.
+    # The mean of k e-values is at most the largest one and at least the largest one divided by k.
     low, high = (float(np.sqrt(2 * r * (np.log(k / alpha) + cost)).min()) for k in (1, len(SCALES)))
     for _ in range(60):
         middle = (low + high) / 2

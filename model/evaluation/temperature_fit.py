@@ -1,6 +1,6 @@
 """Fit a temperature on labelled predictions, with cross-validation by engine. numpy only.
 
-The fit is not applied here. The result contains the expected changes of metrics; a refusal contains the reason.
+The fit is not applied here. The result contains the expected changes of metrics. `FitRefused` contains the reason.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ Reason = Literal["too_few_engines", "too_few_rows", "one_class", "no_finite_temp
 
 
 class FitRefused(ValueError):
-    """The labels do not support another temperature. The message is a sentence, `reason` is the case."""
+    """These labels do not support another temperature. The message is a sentence, `reason` is the case."""
 
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)
@@ -56,7 +56,7 @@ class TemperatureFit:
 
     @property
     def significant(self) -> bool:
-        """Return whether the whole interval of cross-entropy is below zero. If not, the gain may be noise."""
+        """Whether the whole interval of cross-entropy is below zero; otherwise the gain may be noise."""
         return self.cross_entropy.interval[1] < 0
 
 
@@ -82,7 +82,9 @@ def cross_validate_temperature(
     q = numerics.as_distributions(labels, z.shape[1])
     before = numerics.scaled_rows(z, temperature)
     if not len(z) == len(q) == len(engines.index):
-        raise ValueError(f"{len(z)} rows of logits, {len(q)} labels and {len(engines.index)} engines do not fit")
+        raise ValueError(
+            f"the lengths must be equal: {len(z)} rows of logits, {len(q)} labels and {len(engines.index)} engine ids"
+        )
     _check_enough(engines, q)
     held_out, fold_temperatures = z.copy(), []
     for fold in range(folds):
@@ -101,24 +103,25 @@ def cross_validate_temperature(
 
 def _check_enough(engines: EngineGroups, q: Floats) -> None:
     if engines.count < MIN_ENGINES:
-        raise FitRefused("too_few_engines", f"labels of {engines.count} engines are too few: a fit needs {MIN_ENGINES}")
+        raise FitRefused("too_few_engines", f"labels of {engines.count} engines are too few; a fit needs {MIN_ENGINES}")
     if len(q) < MIN_ROWS:
-        raise FitRefused("too_few_rows", f"{len(q)} labelled predictions are too few: a fit needs {MIN_ROWS}")
+        raise FitRefused("too_few_rows", f"{len(q)} labelled predictions are too few; a fit needs {MIN_ROWS}")
     if np.count_nonzero(q.sum(axis=0)) < 2:
-        raise FitRefused("one_class", "all labels are of one class: a temperature from them would be certain of it")
+        raise FitRefused("one_class", "all labels are of one class; a fit needs labels of at least two classes")
 
 
 def _fit_finite_temperature(z: Floats, q: Floats) -> float:
     t = numerics.fit_temperature(z, q)
     if t in (numerics.MIN_TEMPERATURE, numerics.MAX_TEMPERATURE):
-        raise FitRefused("no_finite_temperature", f"the loss still falls at the bound of temperatures, {t:g}")
+        message = f"the loss has no minimum at a permitted temperature; it still decreases at the bound {t:g}"
+        raise FitRefused("no_finite_temperature", message)
     return t
 
 
 def _no_gain_message(losses: MetricChange, fitted: float) -> str:
     low, high = losses.interval
     return (
-        f"on engines left out a temperature fitted to the others (about {fitted:.3g}) raises cross-entropy by "
+        f"on held-out engines, a temperature fitted to the other engines (about {fitted:.3g}) raises cross-entropy by "
         f"{losses.difference:.2g} nats (90 % from {low:+.2g} to {high:+.2g})"
     )
 

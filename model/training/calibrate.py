@@ -86,10 +86,10 @@ def fit_vector_scaling(logits: Floats, targets: Integers, weights: Floats) -> tu
     def loss() -> torch.Tensor:
         optimiser.zero_grad()
         value = (torch.nn.functional.cross_entropy(z * scale + bias, y, reduction="none") * w).sum() / w.sum()
-        value.backward()  # type: ignore[no-untyped-call]  # torch ships it so
+        value.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         return value
 
-    optimiser.step(loss)  # type: ignore[no-untyped-call]  # torch ships it so
+    optimiser.step(loss)  # type: ignore[no-untyped-call]  # torch does not annotate it
     return scale.detach().numpy(), bias.detach().numpy()
 
 

@@ -208,7 +208,7 @@ def train_network(network: EngineHealth, windows: TrainingWindows, config: Train
             output = network.predict_rows(drop_rows(add_noise(rows, config, generator), config, generator))
             loss = loss_of(output, indices)
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]  # torch ships it so
+            loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimiser.step()
             schedule.step()

@@ -22,22 +22,22 @@ from service.inference.model_loader import open_model
 
 @pytest.fixture(scope="module")
 def network() -> EngineHealth:
-    """An untrained recurrent network with plausible statistics: recurrence is where exporters go wrong."""
+    """An untrained recurrent network with plausible statistics; exporters make most errors with recurrence."""
     torch.manual_seed(0)
-    made = EngineHealth(NetworkConfig(window=12, backbone="conv-gru", hidden=8)).eval()
-    made.normalise.centres.copy_(torch.arange(18).reshape(6, 3) * 10.0)
-    return made
+    untrained = EngineHealth(NetworkConfig(window=12, backbone="conv-gru", hidden=8)).eval()
+    untrained.normalise.centres.copy_(torch.arange(18).reshape(6, 3) * 10.0)
+    return untrained
 
 
 @pytest.fixture(scope="module")
 def exported(network: EngineHealth) -> bytes:
-    """That network as ONNX."""
+    """The network as ONNX."""
     return export_network(network, network.config.window)
 
 
 @pytest.fixture(scope="module")
 def inputs(network: EngineHealth) -> Readings:
-    """Sixty-four windows for it."""
+    """64 windows for the network."""
     return synthetic_windows(network, 64)
 
 
@@ -47,13 +47,13 @@ def session(proto: onnx.ModelProto) -> ort.InferenceSession:
     return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def test_the_export_answers_as_torch_at_every_batch(network: EngineHealth, exported: bytes, inputs: Readings) -> None:
-    """At batches of 1, 2, 7 and 64, whole and singly, ONNX Runtime's answers are torch's."""
+def test_export_equals_torch_at_every_batch_size(network: EngineHealth, exported: bytes, inputs: Readings) -> None:
+    """In batches of 1, 2, 7 and 64, and row by row, ONNX Runtime has the outputs of torch."""
     assert measure_difference(network, session(onnx.load_model_from_string(exported)), inputs) < 1e-5
 
 
-def test_the_textbook_backbone_exports_like_the_compact_one() -> None:
-    """Bidirectional LSTM and attention answer in ONNX Runtime as in torch, at every batch."""
+def test_cnn_bilstm_export_equals_torch() -> None:
+    """Bidirectional LSTM and attention have the outputs of torch in ONNX Runtime, at every batch size."""
     torch.manual_seed(1)
     textbook = EngineHealth(NetworkConfig(window=9, backbone="cnn-bilstm-attention", hidden=8)).eval()
     proto = onnx.load_model_from_string(export_network(textbook, 9))
@@ -61,8 +61,8 @@ def test_the_textbook_backbone_exports_like_the_compact_one() -> None:
     assert 2 == sum(node.op_type == "LSTM" for node in proto.graph.node)
 
 
-def test_the_rolling_means_export_like_the_recurrent_network(network: EngineHealth) -> None:
-    """Padding, unknown conditions and means answer in ONNX Runtime as in torch, and no step is looped or unrolled."""
+def test_rolling_means_export_equals_torch(network: EngineHealth) -> None:
+    """Padding, unknown conditions and means have the outputs of torch, and no step is looped or unrolled."""
     torch.manual_seed(2)
     rolling = EngineHealth(NetworkConfig(window=12, hidden=8)).eval()
     rolling.normalise.load_state_dict(network.normalise.state_dict())
@@ -75,8 +75,8 @@ def test_the_rolling_means_export_like_the_recurrent_network(network: EngineHeal
     assert len(proto.graph.node) == len(onnx.load_model_from_string(export_network(longer, 19)).graph.node)
 
 
-def test_the_graph_is_one_file_with_a_free_batch_and_no_unrolled_loop(exported: bytes) -> None:
-    """The batch is free, the window fixed, the recurrence one GRU node, and every weight is inside."""
+def test_export_has_dynamic_batch_and_no_unrolled_loop(exported: bytes) -> None:
+    """The batch is dynamic, the window fixed, the recurrence one GRU node, and all weights are in the file."""
     proto = onnx.load_model_from_string(exported)
     batch, window, channels = proto.graph.input[0].type.tensor_type.shape.dim
     assert batch.dim_param
@@ -86,10 +86,8 @@ def test_the_graph_is_one_file_with_a_free_batch_and_no_unrolled_loop(exported: 
     assert all(weight.data_location == TensorProto.DEFAULT for weight in proto.graph.initializer)
 
 
-def test_a_recurrent_state_frozen_at_batch_1_is_caught(
-    network: EngineHealth, exported: bytes, inputs: Readings
-) -> None:
-    """An initial state of batch 1, as exporters have frozen it, does not pass."""
+def test_recurrent_state_fixed_at_batch_1_is_detected(network: EngineHealth, exported: bytes, inputs: Readings) -> None:
+    """An initial state of batch size 1 fails verification."""
     proto = onnx.load_model_from_string(exported)
     gru = next(node for node in proto.graph.node if node.op_type == "GRU")
     proto.graph.initializer.append(numpy_helper.from_array(np.zeros((1, 1, 8), np.float32), "frozen_state"))
@@ -98,10 +96,8 @@ def test_a_recurrent_state_frozen_at_batch_1_is_caught(
         measure_difference(network, session(proto), inputs)
 
 
-def test_a_reset_gate_applied_at_the_wrong_side_is_caught(
-    network: EngineHealth, exported: bytes, inputs: Readings
-) -> None:
-    """ONNX has two kinds of GRU and torch's is one of them: the other, once exported silently, does not pass."""
+def test_wrong_gru_variant_is_detected(network: EngineHealth, exported: bytes, inputs: Readings) -> None:
+    """The other of the two GRU variants of ONNX fails verification."""
     proto = onnx.load_model_from_string(exported)
     gru = next(node for node in proto.graph.node if node.op_type == "GRU")
     next(attribute for attribute in gru.attribute if attribute.name == "linear_before_reset").i = 0
@@ -109,8 +105,8 @@ def test_a_reset_gate_applied_at_the_wrong_side_is_caught(
         measure_difference(network, session(proto), inputs)
 
 
-def test_rows_that_answer_for_each_other_are_caught(network: EngineHealth, exported: bytes, inputs: Readings) -> None:
-    """A graph whose rows depend on the rest of their batch does not pass."""
+def test_rows_that_depend_on_the_batch_are_detected(network: EngineHealth, exported: bytes, inputs: Readings) -> None:
+    """A graph whose rows depend on other rows of the batch fails verification."""
     proto = onnx.load_model_from_string(exported)
     for node in proto.graph.node:
         node.output[:] = ["own" if name == "logits" else name for name in node.output]
@@ -125,8 +121,8 @@ def test_rows_that_answer_for_each_other_are_caught(network: EngineHealth, expor
         measure_difference(network, session(proto), inputs)
 
 
-def test_answers_that_are_not_finite_are_caught(network: EngineHealth, exported: bytes, inputs: Readings) -> None:
-    """A weight that is NaN does not pass."""
+def test_outputs_that_are_not_finite_are_detected(network: EngineHealth, exported: bytes, inputs: Readings) -> None:
+    """A weight that is NaN fails verification."""
     proto = onnx.load_model_from_string(exported)
     bias = next(weight for weight in proto.graph.initializer if weight.name == "head.bins.bias")
     bias.CopyFrom(numpy_helper.from_array(np.full(26, np.nan, np.float32), bias.name))
@@ -134,8 +130,8 @@ def test_answers_that_are_not_finite_are_caught(network: EngineHealth, exported:
         measure_difference(network, session(proto), inputs)
 
 
-def test_the_committed_artefact_is_the_committed_network(cmapss_dir: Path) -> None:
-    """On real windows of all subsets the bundled ONNX file answers as the bundled torch weights."""
+def test_artefact_equals_committed_weights(cmapss_dir: Path) -> None:
+    """On real windows of all subsets, the bundled ONNX file has the outputs of the bundled torch weights."""
     network, _ = load_checkpoint(ARTEFACT.with_suffix(".pt"))
     onnx_session, manifest = open_artefact(ARTEFACT)
     assert manifest.window is not None
@@ -143,9 +139,9 @@ def test_the_committed_artefact_is_the_committed_network(cmapss_dir: Path) -> No
         history = cmapss.read_test(cmapss_dir, subset)[1]
         real = np.ascontiguousarray(every_window(history.telemetry, manifest.window))
         logits, rul = run_torch(network, real)
-        found = onnx_session.run(["logits", "rul"], {"telemetry": real})
-        np.testing.assert_allclose(logits, found[0], rtol=0, atol=1e-5)
-        np.testing.assert_allclose(rul, found[1], rtol=1e-5, atol=1e-5)
+        outputs = onnx_session.run(["logits", "rul"], {"telemetry": real})
+        np.testing.assert_allclose(logits, outputs[0], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(rul, outputs[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -162,29 +158,31 @@ def test_the_committed_artefact_is_the_committed_network(cmapss_dir: Path) -> No
         ("model.evaluation.evaluate", "NOTHING"),
     ],
 )
-def test_every_command_refuses_in_one_line(cmapss_dir: Path, tmp_path: Path, module: str, flags: str) -> None:
-    """A knob that no run can follow, a missing or foreign file: exit code 1 and one line, no traceback."""
+def test_command_with_invalid_input_fails_in_one_line(
+    cmapss_dir: Path, tmp_path: Path, module: str, flags: str
+) -> None:
+    """An invalid flag, a missing or a foreign file: exit code 1 and one line, no traceback."""
     (tmp_path / "TEXT").write_text("no model")
     arguments = [str(tmp_path / word) if word.isupper() else word for word in flags.split()]
     command = [sys.executable, "-m", module, *arguments]
-    found = subprocess.run(
+    completed = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"CMAPSS_DIR": str(cmapss_dir)}, check=False
     )
-    assert (1, 1) == (found.returncode, len(found.stderr.splitlines())), found.stderr
+    assert (1, 1) == (completed.returncode, len(completed.stderr.splitlines())), completed.stderr
 
 
-def test_the_artefact_answers_a_window_alike_in_any_company(cmapss_dir: Path) -> None:
-    """Windows of real engines, short histories too, have the bits that they have alone, at any place of any batch."""
+def test_artefact_outputs_do_not_depend_on_the_batch(cmapss_dir: Path) -> None:
+    """Windows of official engines, short ones included, have the same bits alone and in any batch."""
     model, random = open_model(ARTEFACT, threads=1), np.random.default_rng(0)
     histories = cmapss.read_test(cmapss_dir, "FD004")[:40]
     ends = [int(random.integers(1, len(history.telemetry) + 1)) for history in histories]
     windows = np.stack([pad_left(h.telemetry[:end], 100) for h, end in zip(histories, ends, strict=True)])
     alone = [model.run(window[None]) for window in windows]
-    logits = np.concatenate([answer.logits for answer in alone])
-    rul = np.concatenate([answer.rul for answer in alone if answer.rul is not None])
+    logits = np.concatenate([prediction.logits for prediction in alone])
+    rul = np.concatenate([prediction.rul for prediction in alone if prediction.rul is not None])
     for size in (2, 3, 5, 8, 15, 16, 33, 64, 100):
-        some = random.integers(0, len(windows), size)
-        together = model.run(windows[some])
-        assert np.array_equal(logits[some], together.logits)
-        assert together.rul is not None
-        assert np.array_equal(rul[some], together.rul)
+        indices = random.integers(0, len(windows), size)
+        batch = model.run(windows[indices])
+        assert np.array_equal(logits[indices], batch.logits)
+        assert batch.rul is not None
+        assert np.array_equal(rul[indices], batch.rul)

@@ -19,16 +19,16 @@ def line(unit: float, cycle: float, value: float) -> str:
     return " ".join(str(x) for x in (unit, cycle, *[value] * 24)) + "  \n"
 
 
-def small(folder: Path, text: str, truth: str = "7\n") -> Path:
+def write_small_subset(folder: Path, text: str, rul: str = "7\n") -> Path:
     (folder / "train_FD001.txt").write_text(text)
     (folder / "test_FD001.txt").write_text(text)
-    (folder / "RUL_FD001.txt").write_text(truth)
+    (folder / "RUL_FD001.txt").write_text(rul)
     return folder
 
 
 @pytest.mark.parametrize("subset", cmapss.SUBSETS)
-def test_every_engine_of_nasa_is_read(cmapss_dir: Path, subset: str) -> None:
-    """All training and test engines are there, in physical units, with RUL falling by one a cycle."""
+def test_every_official_engine_is_read(cmapss_dir: Path, subset: str) -> None:
+    """All training and test engines are read, in physical units; RUL decreases by 1 per cycle."""
     train, test = cmapss.read_train(cmapss_dir, subset), cmapss.read_test(cmapss_dir, subset)
     assert TRAIN_ENGINES[subset] == len(train)
     assert TEST_ENGINES[subset] == len(test)
@@ -39,8 +39,8 @@ def test_every_engine_of_nasa_is_read(cmapss_dir: Path, subset: str) -> None:
     assert all(history.require_rul()[-1] > 0 for history in test)
 
 
-def test_the_first_reading_of_fd001_is_in_its_place(cmapss_dir: Path) -> None:
-    """The 17 channels of the first row are those that NASA's file shows, in the contract's order."""
+def test_first_row_of_fd001_is_in_contract_order(cmapss_dir: Path) -> None:
+    """The 17 channels of the first row equal those in NASA's file, in the order of the contract."""
     first = cmapss.read_train(cmapss_dir, "FD001")[0]
     expected = [
         -0.0007,
@@ -61,23 +61,23 @@ def test_the_first_reading_of_fd001_is_in_its_place(cmapss_dir: Path) -> None:
     np.testing.assert_allclose([*expected, 8.4195, 392, 39.06, 23.419], first.telemetry[0], rtol=1e-6)
 
 
-def test_plain_and_gzipped_files_read_alike(tmp_path: Path) -> None:
-    """A file may lie there as NASA ships it or gzipped."""
+def test_plain_and_gzipped_files_are_equal(tmp_path: Path) -> None:
+    """A file may be plain, as NASA ships it, or gzipped."""
     text = line(1, 1, 2.5) + line(1, 2, 3.5)
-    plain = cmapss.read_train(small(tmp_path, text), "FD001")[0]
+    plain = cmapss.read_train(write_small_subset(tmp_path, text), "FD001")[0]
     (tmp_path / "train_FD001.txt").unlink()
     (tmp_path / "train_FD001.txt.gz").write_bytes(gzip.compress(text.encode()))
     np.testing.assert_array_equal(plain.telemetry, cmapss.read_train(tmp_path, "FD001")[0].telemetry)
 
 
-def test_test_engines_count_down_to_their_truth(tmp_path: Path) -> None:
-    """RUL of a cut-off engine ends at the value of the truth file."""
-    history = cmapss.read_test(small(tmp_path, line(1, 1, 0) + line(1, 2, 0)), "FD001")[0]
+def test_test_engines_end_at_the_value_of_the_rul_file(tmp_path: Path) -> None:
+    """RUL of a test engine ends at the value of the RUL file."""
+    history = cmapss.read_test(write_small_subset(tmp_path, line(1, 1, 0) + line(1, 2, 0)), "FD001")[0]
     assert [8, 7] == history.require_rul().tolist()
 
 
 @pytest.mark.parametrize(
-    ("text", "truth", "said"),
+    ("text", "rul", "message"),
     [
         ("1 1 2.0\n", "7\n", "26 numbers"),
         ("1 1 x\n", "7\n", "train_FD001"),
@@ -88,15 +88,15 @@ def test_test_engines_count_down_to_their_truth(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:loadtxt")
-def test_broken_files_are_named(tmp_path: Path, text: str, truth: str, said: str) -> None:
-    """A file with too few columns, words, no rows, a cycle twice or another number of truths is refused by name."""
-    small(tmp_path, text, truth)
-    with pytest.raises(DataError, match=said):
-        (cmapss.read_test if "values" in said else cmapss.read_train)(tmp_path, "FD001")
+def test_malformed_file_error_names_the_file(tmp_path: Path, text: str, rul: str, message: str) -> None:
+    """Too few columns, words, no rows, a duplicate cycle or another number of RUL values is an error."""
+    write_small_subset(tmp_path, text, rul)
+    with pytest.raises(DataError, match=message):
+        (cmapss.read_test if "values" in message else cmapss.read_train)(tmp_path, "FD001")
 
 
-def test_a_missing_file_and_a_cut_archive_are_named(tmp_path: Path) -> None:
-    """No data, or half of a gzip file, is one line that names the file."""
+def test_missing_or_truncated_file_error_names_the_file(tmp_path: Path) -> None:
+    """A missing file and a truncated gzip file are errors of one line that names the file."""
     with pytest.raises(DataError, match="train_FD002"):
         cmapss.read_train(tmp_path, "FD002")
     (tmp_path / "train_FD002.txt.gz").write_bytes(gzip.compress(b"1 2 3" * 1000)[:20])
@@ -105,59 +105,61 @@ def test_a_missing_file_and_a_cut_archive_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".csv"])
-def test_long_tables_are_grouped_and_sorted(tmp_path: Path, suffix: str) -> None:
-    """Rows of a table may come in any order; each engine gets its own, sorted by cycle."""
+def test_table_rows_are_grouped_and_sorted(tmp_path: Path, suffix: str) -> None:
+    """Rows of a table may be in any order; they are grouped by engine and sorted by cycle."""
     columns = {"engine_id": ["b", "a", "b", "a"], "cycle": [2, 1, 1, 2], "rul": [0, 1, 1, 0]}
     table = pa.table(columns | {name: [2.0, 1.0, 1.0, 2.0] for name in CHANNELS})
     path = tmp_path / f"fleet{suffix}"
     (pyarrow.parquet.write_table if suffix == ".parquet" else pyarrow.csv.write_csv)(table, path)
-    found = cmapss.read_table(path)
-    assert ["b", "a"] == [history.engine_id for history in found]
-    for history in found:
+    histories = cmapss.read_table(path)
+    assert ["b", "a"] == [history.engine_id for history in histories]
+    for history in histories:
         assert [1, 2] == history.cycle.tolist()
         assert [1, 2] == history.telemetry[:, 0].tolist()
         assert [1, 0] == history.require_rul().tolist()
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"sensor_2": None}, "no column sensor_2"),
         ({"sensor_2": ["x"]}, "sensor_2 is not numeric"),
         ({"cycle": [None]}, "whole number"),
     ],
 )
-def test_broken_tables_are_named(tmp_path: Path, change: dict[str, list[object] | None], said: str) -> None:
-    """A missing column, a word among numbers or a missing cycle is refused by name."""
+def test_malformed_table_error_names_the_column(
+    tmp_path: Path, change: dict[str, list[object] | None], message: str
+) -> None:
+    """A missing column, a word among numbers and a missing cycle are errors that name the column."""
     columns: dict[str, list[object] | None] = {"engine_id": ["a"], "cycle": [1], **{name: [1.0] for name in CHANNELS}}
-    kept = {name: values for name, values in (columns | change).items() if values is not None}
-    pyarrow.parquet.write_table(pa.table(kept), tmp_path / "t.parquet")
-    with pytest.raises(DataError, match=said):
+    table = {name: values for name, values in (columns | change).items() if values is not None}
+    pyarrow.parquet.write_table(pa.table(table), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=message):
         cmapss.read_table(tmp_path / "t.parquet")
 
 
-def test_a_table_that_is_none_is_named(tmp_path: Path) -> None:
-    """A file that is no Parquet, and one that is not there, are refused by name."""
+def test_unreadable_table_error_names_the_file(tmp_path: Path) -> None:
+    """An invalid Parquet file and a missing file are errors that name the file."""
     (tmp_path / "t.parquet").write_text("hello")
     for name in ("t.parquet", "none.csv"):
         with pytest.raises(DataError, match=name):
             cmapss.read_table(tmp_path / name)
 
 
-def test_health_follows_the_true_rul() -> None:
-    """Classes begin exactly at the thresholds, and `normal` exists only because RUL is not capped."""
+def test_health_classes_begin_at_the_thresholds() -> None:
+    """Classes begin exactly at the thresholds, and `normal` exists because RUL is not capped."""
     assert [0, 0, 1, 1, 2, 2] == cmapss.health_classes([300, 125.5, 125, 51, 50, 0]).tolist()
     assert [0, 1, 2] == cmapss.health_classes([81, 80, 30], (80, 30)).tolist()
 
 
-def test_a_history_without_truth_says_so() -> None:
-    """Asking for a RUL that nobody knows is an error that names the engine."""
+def test_history_without_rul_raises() -> None:
+    """Requesting the RUL of a history without RUL is an error that names the engine."""
     with pytest.raises(DataError, match="E7"):
         History("E7", np.array([1]), np.zeros((1, 17), np.float32)).require_rul()
 
 
-def test_splits_are_by_engine_and_repeat() -> None:
-    """No engine is in two parts, none is lost, the same seed deals the same, another seed otherwise."""
+def test_split_is_by_engine_and_repeatable() -> None:
+    """No engine is in two parts, none is lost, and equal seeds give equal splits."""
     fleet = [History(str(i), np.array([1]), np.zeros((1, 17), np.float32)) for i in range(50)]
     names = [[history.engine_id for history in part] for part in cmapss.split_engines(fleet, (0.8, 0.1, 0.1), 0)]
     assert [40, 5, 5] == [len(part) for part in names]
@@ -170,8 +172,8 @@ def test_splits_are_by_engine_and_repeat() -> None:
     ]
 
 
-def test_cutoff_weights_are_how_often_a_cut_leaves_a_row() -> None:
-    """A row's weight is the share of random cut-offs at or after it, as counting finds."""
+def test_cutoff_weights_equal_simulated_frequencies() -> None:
+    """The weight of a row equals the frequency with which random cut-offs keep it."""
     history = History("a", np.arange(1, 101), np.zeros((100, 17), np.float32))
     cuts = np.arange(cmapss.MIN_CUTOFF, 101)
     expected = [(cuts >= cycle).mean() for cycle in history.cycle]

@@ -23,8 +23,8 @@ def calibrated(n: int, seed: int) -> tuple[numerics.Floats, np.ndarray]:
 
 
 @pytest.mark.parametrize("method", ["lac", "aps"])
-def test_sets_cover_as_often_as_they_say(method: Method) -> None:
-    """A threshold from one half covers nine in ten of the other; never leaving a set empty may cover a little more."""
+def test_sets_have_the_configured_coverage(method: Method) -> None:
+    """A threshold fitted to one half covers 90 % of the other half, or slightly more because sets are never empty."""
     logits, labels = calibrated(40_000, 0)
     limit = conformal.fit_threshold(logits[::2], labels[::2], np.ones(20_000), 1.0, 0.9, method)
     sets = conformal.prediction_sets(logits[1::2], 1.0, limit, method)
@@ -32,15 +32,15 @@ def test_sets_cover_as_often_as_they_say(method: Method) -> None:
     assert sets[np.arange(20_000), logits[1::2].argmax(axis=1)].all()
 
 
-def test_scores_by_hand() -> None:
-    """For p = 0.5, 0.3, 0.2: LAC scores 1 - p, APS the mass down to the class."""
+def test_class_scores_of_an_example() -> None:
+    """For p = 0.5, 0.3, 0.2, LAC scores 1 - p, and APS the mass down to the class."""
     logits = np.log([[0.5, 0.3, 0.2]])
     np.testing.assert_allclose([[0.5, 0.7, 0.8]], conformal.class_scores(logits, 1.0, "lac"))
     np.testing.assert_allclose([[0.5, 0.8, 1.0]], conformal.class_scores(logits, 1.0, "aps"))
 
 
-def test_lac_sets_are_the_smaller_ones() -> None:
-    """At the same coverage LAC's sets are smaller on average; that is what it is chosen for."""
+def test_lac_sets_are_smaller_than_aps_sets() -> None:
+    """At the same coverage, LAC sets are smaller on average."""
     logits, labels = calibrated(20_000, 1)
     size = {}
     for method in ("lac", "aps"):
@@ -49,8 +49,8 @@ def test_lac_sets_are_the_smaller_ones() -> None:
     assert size["lac"] < size["aps"]
 
 
-def test_the_safe_threshold_is_above_the_plain_one_and_nears_it_with_more_engines() -> None:
-    """Few engines leave the threshold of sets unsure, and what is unsure is covered; rows do not help, engines do."""
+def test_safe_threshold_approaches_fitted_one_with_engines() -> None:
+    """The safe threshold exceeds the fitted one, and the difference decreases with more engines, not with more rows."""
     logits, labels = calibrated(20_000, 3)
     plain = conformal.fit_threshold(logits, labels, np.ones(20_000), 1.0, 0.9)
     few, many = (
@@ -65,8 +65,8 @@ def test_the_safe_threshold_is_above_the_plain_one_and_nears_it_with_more_engine
     assert plain <= few
 
 
-def test_weights_count_as_repeated_rows() -> None:
-    """A row of weight three moves the threshold as three rows do."""
+def test_weighted_rows_equal_repeated_rows() -> None:
+    """A row of weight 3 changes the threshold like three rows."""
     logits, labels = calibrated(500, 2)
     weights = np.random.default_rng(0).integers(1, 4, 500)
     repeated = conformal.fit_threshold(
@@ -75,15 +75,15 @@ def test_weights_count_as_repeated_rows() -> None:
     assert repeated == conformal.fit_threshold(logits, labels, weights.astype(float), 1.0, 0.9)
 
 
-def test_measures_by_hand() -> None:
-    """Four rows: one two-step error, one critical of two found, late RUL costs more than early."""
+def test_evaluation_metrics_of_an_example() -> None:
+    """Four rows have one two-step error and half of the critical recall; a RUL that is too high costs more."""
     logits = np.log([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.8, 0.1, 0.1], [0.1, 0.1, 0.8]])
-    found = EvaluatedRows(logits, np.array([0, 1, 2, 2]), np.array([125.0, 90, 60, 10]), np.array([200.0, 100, 40, 10]))
-    line = class_metrics(found, 1.0) | rul_metrics(found)
+    rows = EvaluatedRows(logits, np.array([0, 1, 2, 2]), np.array([125.0, 90, 60, 10]), np.array([200.0, 100, 40, 10]))
+    line = class_metrics(rows, 1.0) | rul_metrics(rows)
     assert (0.75, 0.25, 0.5) == (line["accuracy"], line["two-step errors"], line["critical recall"])
     assert -np.mean(np.log([0.8, 0.8, 0.1, 0.8])) == pytest.approx(line["cross-entropy"])
     assert np.sqrt((0 + 100 + 400 + 0) / 4) == pytest.approx(line["RUL RMSE"])
     assert np.sqrt((75**2 + 100 + 400) / 4) == pytest.approx(line["raw RMSE"])
     assert np.exp(10 / 13) - 1 + np.exp(20 / 10) - 1 == pytest.approx(line["NASA score"])
     assert nasa_score(np.array([20.0]), np.array([10.0])) > nasa_score(np.array([0.0]), np.array([10.0]))
-    assert np.mean([2 / 3, 1, 2 / 3]) == pytest.approx(macro_f1(logits.argmax(1), found.labels, 3))
+    assert np.mean([2 / 3, 1, 2 / 3]) == pytest.approx(macro_f1(logits.argmax(1), rows.labels, 3))

@@ -13,42 +13,42 @@ from model.numerics import softmax
 SMALL = {"name": "m", "version": "1", "classes": ["a", "b"]}
 
 
-def test_a_manifest_survives_writing_and_reading(manifest: Manifest) -> None:
-    """What is written into a file is what is read from it, unknown fields included."""
+def test_manifest_is_read_as_written(manifest: Manifest) -> None:
+    """A manifest is read from a file as it was written, unknown fields included."""
     with_more = contract.parse_manifest(json.dumps({**manifest.model_dump(mode="json"), "from_the_future": {"x": 1}}))
     assert with_more == contract.parse_manifest(with_more.model_dump_json())
     assert {"x": 1} == with_more.model_dump()["from_the_future"]
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"classes": []}, "classes"),
-        ({"classes": ["a", "a"]}, "classes has a name twice"),
+        ({"classes": ["a", "a"]}, "classes has a duplicate name"),
         ({"name": "../x"}, "name"),
         ({"temperature": 0}, "temperature"),
         ({"schema_version": 2}, "schema_version 2"),
         ({"window": 0}, "window"),
         ({"conformal": {"level": 1.5, "threshold": 0.1}}, "conformal.level"),
-        ({"reference": {"confidence": {"edges": [0.5, 0.5], "shares": [1, 1, 1]}}}, "rising edges"),
+        ({"reference": {"confidence": {"edges": [0.5, 0.5], "shares": [1, 1, 1]}}}, "increasing edges"),
     ],
 )
-def test_a_broken_manifest_is_refused_by_field(change: dict[str, object], said: str) -> None:
-    """A field out of its range is named."""
-    with pytest.raises(ContractError, match=said):
+def test_invalid_manifest_error_names_the_field(change: dict[str, object], message: str) -> None:
+    """A field out of its range is an error that names the field."""
+    with pytest.raises(ContractError, match=message):
         contract.parse_manifest(json.dumps(SMALL | change))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"name": "m"}'])
-def test_what_is_no_manifest_is_refused(text: str) -> None:
-    """Anything but a JSON object with its required fields is an error of one line."""
-    with pytest.raises(ContractError) as found:
+def test_text_that_is_not_a_manifest_raises(text: str) -> None:
+    """Text other than a JSON object with the required fields is an error of one line."""
+    with pytest.raises(ContractError) as error:
         contract.parse_manifest(text)
-    assert "\n" not in str(found.value)
+    assert "\n" not in str(error.value)
 
 
-def test_one_changed_byte_anywhere_breaks_the_seal() -> None:
-    """Flipping one bit at a hundred places of the artefact is found each time."""
+def test_changed_byte_breaks_the_seal() -> None:
+    """A flipped bit at each of 100 places of the artefact is detected."""
     content = ARTEFACT.read_bytes()
     contract.check_seal(content)
     for place in np.random.default_rng(0).integers(0, len(content), 100):
@@ -58,8 +58,8 @@ def test_one_changed_byte_anywhere_breaks_the_seal() -> None:
             contract.check_seal(bytes(changed))
 
 
-def test_a_damaged_seal_is_not_taken_for_none() -> None:
-    """A flip in any byte of the seal itself, or of the word that there is one, is found too."""
+def test_damaged_seal_is_not_a_missing_seal() -> None:
+    """A flipped bit in the seal, or in the field that declares it, is detected."""
     content = ARTEFACT.read_bytes()
     seal, word = contract._SEAL.search(content), content.index(contract.SEALED)
     assert seal is not None
@@ -70,8 +70,8 @@ def test_a_damaged_seal_is_not_taken_for_none() -> None:
             contract.check_seal(bytes(changed))
 
 
-def test_writing_seals_anew_and_keeps_the_network(tmp_path: Path) -> None:
-    """Another manifest in the same file passes its seal and leaves every weight as it was."""
+def test_write_seals_the_file_and_preserves_weights(tmp_path: Path) -> None:
+    """A file with another manifest has a valid seal and the same weights."""
     before = onnx.load(ARTEFACT)
     digest = contract.write(ARTEFACT.read_bytes(), Manifest.model_validate(SMALL), tmp_path / "m.onnx")
     content = (tmp_path / "m.onnx").read_bytes()
@@ -80,8 +80,8 @@ def test_writing_seals_anew_and_keeps_the_network(tmp_path: Path) -> None:
     assert before.graph == onnx.load_model_from_string(content).graph
 
 
-def test_the_artefact_says_all_that_the_design_names(manifest: Manifest) -> None:
-    """Classes, channels with units and ranges, golden windows, references, training and metrics are all there."""
+def test_artefact_has_all_documented_fields(manifest: Manifest) -> None:
+    """Classes, channels with units and ranges, golden windows, references, training and metrics exist."""
     assert contract.CLASSES == manifest.classes
     assert contract.CHANNELS == manifest.channel_names
     assert all(channel.description and channel.training_range for channel in manifest.channels)
@@ -96,6 +96,6 @@ def test_the_artefact_says_all_that_the_design_names(manifest: Manifest) -> None
     assert ARTEFACT.stat().st_size < 2 * 2**20
 
 
-def test_golden_windows_show_more_than_one_health(manifest: Manifest) -> None:
-    """The golden windows are not all the same engine: they differ in what they answer."""
+def test_golden_windows_have_different_classes(manifest: Manifest) -> None:
+    """The golden windows have different outputs."""
     assert len({int(softmax(golden.logits).argmax()) for golden in manifest.golden}) > 1

@@ -21,7 +21,7 @@ def zipped(files: dict[str, bytes]) -> bytes:
 
 
 def nasa_zip(files: dict[str, bytes]) -> bytes:
-    """Nested as NASA's: a folder with spaces, holding the zip that holds the files."""
+    """Nest archives like NASA: a folder with spaces contains the zip with the files."""
     return zipped({"6. Turbofan/readme.pdf": b"x", "6. Turbofan/CMAPSSData.zip": zipped(files)})
 
 
@@ -43,14 +43,16 @@ def served(content: bytes, status: int = 200) -> Iterator[str]:
 
 @pytest.fixture
 def files(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
-    """Twelve small files under NASA's names, and their sums in place of NASA's."""
-    found = {name: f"content of {name}".encode() for name in download.CHECKSUMS}
-    monkeypatch.setattr(download, "CHECKSUMS", {name: hashlib.sha256(data).hexdigest() for name, data in found.items()})
-    return found
+    """Replace the published files and checksums by twelve small files and theirs."""
+    contents = {name: f"content of {name}".encode() for name in download.CHECKSUMS}
+    monkeypatch.setattr(
+        download, "CHECKSUMS", {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    )
+    return contents
 
 
-def test_nasas_own_files_pass_their_sums(cmapss_dir: Path, tmp_path: Path) -> None:
-    """A zip made of the real files is unpacked to the very same bytes, every sum as published."""
+def test_official_files_match_their_checksums(cmapss_dir: Path, tmp_path: Path) -> None:
+    """A zip of the official files is unpacked to the same bytes, and every checksum matches."""
     import gzip
 
     real = {
@@ -65,8 +67,8 @@ def test_nasas_own_files_pass_their_sums(cmapss_dir: Path, tmp_path: Path) -> No
     assert real == {path.name: path.read_bytes() for path in (tmp_path / "cmapss").iterdir()}
 
 
-def test_a_file_with_another_sum_leaves_nothing(files: dict[str, bytes], tmp_path: Path) -> None:
-    """One changed byte in one file, and nothing is written."""
+def test_wrong_checksum_writes_nothing(files: dict[str, bytes], tmp_path: Path) -> None:
+    """If one byte of one file is changed, nothing is written."""
     with (
         served(nasa_zip(files | {"train_FD003.txt": b"changed"})) as url,
         pytest.raises(download.DownloadError, match=r"train_FD003\.txt has sha256"),
@@ -76,20 +78,20 @@ def test_a_file_with_another_sum_leaves_nothing(files: dict[str, bytes], tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("content", "status", "said"),
+    ("content", "status", "message"),
     [(b"<html>", 200, "zip"), (b"", 404, "404"), (zipped({}), 200, "missing in the archive")],
 )
-def test_what_is_no_data_is_refused(
-    files: dict[str, bytes], tmp_path: Path, content: bytes, status: int, said: str
+def test_invalid_download_error_names_the_url(
+    files: dict[str, bytes], tmp_path: Path, content: bytes, status: int, message: str
 ) -> None:
-    """A web page, an error or an empty archive is one line with the address."""
+    """A web page, an HTTP error and an empty archive are errors of one line with the URL."""
     assert files
-    with served(content, status) as url, pytest.raises(download.DownloadError, match=said):
+    with served(content, status) as url, pytest.raises(download.DownloadError, match=message):
         download.download(url, tmp_path)
 
 
-def test_an_address_without_a_server_is_named(tmp_path: Path) -> None:
-    """No answer is one line with the address."""
+def test_unreachable_server_error_names_the_url(tmp_path: Path) -> None:
+    """A refused connection is an error of one line with the URL."""
     with served(b"") as url:
         pass
     with pytest.raises(download.DownloadError, match=r"127\.0\.0\.1"):

@@ -30,12 +30,12 @@ QUICK = TrainingConfig(window=20, hidden=8, epochs=1, windows_per_epoch=600, bat
 
 @pytest.fixture(scope="module")
 def fleet(cmapss_dir: Path) -> list[list[History]]:
-    """Twelve real engines of two subsets: one with a single operating condition, one with six."""
+    """Twelve official engines of two subsets: one with a single operating condition, one with six."""
     return [cmapss.read_train(cmapss_dir, "FD001")[:12], cmapss.read_train(cmapss_dir, "FD002")[:12]]
 
 
-def test_the_six_conditions_of_cmapss_are_found(fleet: list[list[History]]) -> None:
-    """Six operating conditions are found without being told how many, and one where there is one."""
+def test_operating_conditions_are_found(fleet: list[list[History]]) -> None:
+    """Six operating conditions are found without a configured number, and one condition where there is one."""
     single, six = (np.concatenate([h.telemetry[:, :3] for h in subset]) for subset in fleet)
     assert 1 == len(find_conditions(single)[0])
     centres, condition = find_conditions(six)
@@ -43,14 +43,14 @@ def test_the_six_conditions_of_cmapss_are_found(fleet: list[list[History]]) -> N
     assert {0, 1, 2, 3, 4, 5} == set(condition.tolist())
 
 
-def test_normalised_sensors_have_mean_0_and_deviation_1_in_every_condition(fleet: list[list[History]]) -> None:
-    """The module's own normalisation leaves no trace of the operating condition in the training rows."""
+def test_normalised_sensors_have_mean_0_and_deviation_1(fleet: list[list[History]]) -> None:
+    """Normalised training rows have mean 0 and deviation 1 in every operating condition."""
     engines = [history for subset in fleet for history in subset]
     rows = np.concatenate([history.telemetry for history in engines])
     with torch.inference_mode():
-        seen = build_network(engines, QUICK).normalise(torch.from_numpy(rows[None]))
-    sensors = seen.normalised[0].numpy()
-    assert float(seen.valid.mean()) > 0.99
+        normalised_rows = build_network(engines, QUICK).normalise(torch.from_numpy(rows[None]))
+    sensors = normalised_rows.normalised[0].numpy()
+    assert float(normalised_rows.valid.mean()) > 0.99
     _, condition = find_conditions(rows[:, :3])
     for k in range(6):
         np.testing.assert_allclose(0, sensors[condition == k].mean(axis=0), atol=0.02)
@@ -58,18 +58,21 @@ def test_normalised_sensors_have_mean_0_and_deviation_1_in_every_condition(fleet
         assert ((np.abs(spread - 1) < 0.05) | (spread < 1e-3)).all()
 
 
-def test_a_broken_sensor_is_silent(fleet: list[list[History]]) -> None:
-    """A sensor further off than wear can bring it says nothing: the network sees what is usual in its place."""
+def test_sensor_out_of_range_is_invalid(fleet: list[list[History]]) -> None:
+    """A reading beyond the range of wear is replaced by the baseline and marked as invalid."""
     network, row = build_network(fleet[1], QUICK), torch.from_numpy(fleet[1][0].telemetry[None, :20].copy())
     row[:, :, 5] = 1e30
-    seen = network.normalise(row)
-    assert (0.0, 0.0) == (float(seen.normalised[..., 2].abs().max()), float(seen.valid[..., 2].max()))
-    assert 0.0 < float(seen.normalised[..., 3].abs().max())
-    assert 1.0 == float(seen.valid[..., 3:].mean())
+    normalised_rows = network.normalise(row)
+    assert (0.0, 0.0) == (
+        float(normalised_rows.normalised[..., 2].abs().max()),
+        float(normalised_rows.valid[..., 2].max()),
+    )
+    assert 0.0 < float(normalised_rows.normalised[..., 3].abs().max())
+    assert 1.0 == float(normalised_rows.valid[..., 3:].mean())
 
 
-def test_a_sensor_that_stands_still_says_nothing(fleet: list[list[History]]) -> None:
-    """Of five or more equal readings in a row the first was measured; the others were held and do not count."""
+def test_frozen_sensor_is_invalid(fleet: list[list[History]]) -> None:
+    """Of five or more equal readings in a row, the first is valid and the others are frozen."""
     network, row = build_network(fleet[0], QUICK), torch.from_numpy(fleet[0][0].telemetry[None, :20].copy())
     row[:, 10:, 5] = row[:, 9, None, 5]
     row[:, 5:9, 6] = row[:, 5, None, 6]
@@ -78,8 +81,8 @@ def test_a_sensor_that_stands_still_says_nothing(fleet: list[list[History]]) -> 
     torch.testing.assert_close(torch.ones(20), valid[:, 3])
 
 
-def test_an_unknown_operating_condition_says_nothing(fleet: list[list[History]]) -> None:
-    """Rows flown in a condition that training never saw do not count; if none counts, no engine is like another."""
+def test_rows_of_unknown_condition_are_invalid(fleet: list[list[History]]) -> None:
+    """Rows of a condition outside the training data are invalid; without valid rows, outputs are equal."""
     network = build_network(fleet[1], QUICK).eval()
     first, second = (torch.from_numpy(history.telemetry[None, -20:].copy()) for history in fleet[1][:2])
     with torch.inference_mode():
@@ -91,17 +94,17 @@ def test_an_unknown_operating_condition_says_nothing(fleet: list[list[History]])
         assert 0.5 == float(network.normalise(first).valid.mean())
 
 
-def test_settings_beyond_any_flight_do_not_overflow(fleet: list[list[History]]) -> None:
-    """The largest floats as settings are an unknown condition like any other."""
+def test_extreme_settings_do_not_overflow(fleet: list[list[History]]) -> None:
+    """The largest floats as settings are an unknown condition."""
     network = build_network(fleet[1], QUICK)
     window = torch.full((1, 20, 17), 3e38)
     window[:, ::2] *= -1
-    seen = network.normalise(window)
-    assert (0.0, 0.0) == (float(seen.normalised.abs().max()), float(seen.valid.max()))
+    normalised_rows = network.normalise(window)
+    assert (0.0, 0.0) == (float(normalised_rows.normalised.abs().max()), float(normalised_rows.valid.max()))
 
 
 def test_padding_is_recognised() -> None:
-    """Copies of the oldest row before it do not count, the oldest itself does; equal rows later on do."""
+    """Copies of the oldest row in front of it are padding; the oldest row and later equal rows are not."""
     rows = torch.randn(1, 6, 17)
     rows[0, :3] = rows[0, 3]
     torch.testing.assert_close(torch.tensor([[0.0, 0.0, 0.0, 1.0, 1.0, 1.0]]), observed_rows(rows))
@@ -112,8 +115,8 @@ def test_padding_is_recognised() -> None:
     )
 
 
-def test_rolling_means_are_means_of_what_counts() -> None:
-    """Each span gives the mean of its newest readings that count, else that of the next longer span, else zero."""
+def test_rolling_means_ignore_invalid_readings() -> None:
+    """Each span has the mean of its newest valid readings, else that of the next longer span, else zero."""
     backbone, x, ones = RollingMlp(6, 2, 8, 0.0), torch.arange(12.0).reshape(1, 6, 2), torch.ones(1, 6)
     valid = torch.ones(1, 6, 2)
     whole = backbone.features(WindowRows(x, valid, ones))[0]
@@ -126,12 +129,12 @@ def test_rolling_means_are_means_of_what_counts() -> None:
     assert 1.0 == float(short[-1])
     valid[0, 1:, 0] = 0
     held = backbone.features(WindowRows(x, valid, ones))[0]
-    torch.testing.assert_close(x[0, 0, 0].expand(4), held[[0, 2, 4, 6]])  # no span but the longest has any
+    torch.testing.assert_close(x[0, 0, 0].expand(4), held[[0, 2, 4, 6]])  # only the longest span has valid readings
     assert 0.0 == float(backbone.features(WindowRows(x, valid * 0, ones))[0, :8].abs().max())
 
 
-def test_training_sees_windows_as_serving_does(fleet: list[list[History]]) -> None:
-    """Rows normalised once and gathered answer as the raw windows do, padding included."""
+def test_training_windows_equal_serving_windows(fleet: list[list[History]]) -> None:
+    """Windows gathered from normalised rows have the outputs of the raw windows, padding included."""
     engines = fleet[1][:2]
     network = build_network(engines, QUICK).eval()
     raw = np.concatenate([every_window(history.telemetry, 20) for history in engines])
@@ -142,7 +145,7 @@ def test_training_sees_windows_as_serving_does(fleet: list[list[History]]) -> No
     torch.testing.assert_close(rul, answer.rul, rtol=0, atol=1e-3)
 
 
-def test_the_network_answers_logits_and_cycles() -> None:
+def test_network_returns_logits_and_rul() -> None:
     """Logits are (B, 3) of any sign, RUL is (B,) from 0 to 125."""
     network = EngineHealth(NetworkConfig()).eval()
     with torch.inference_mode():
@@ -152,8 +155,8 @@ def test_the_network_answers_logits_and_cycles() -> None:
     assert 0 <= float(rul.min()) <= float(rul.max()) <= 125
 
 
-def test_cross_entropy_and_focal_loss_are_what_they_say() -> None:
-    """Without knobs the loss is torch's; focus and class weights multiply it as their papers have it."""
+def test_health_loss_equals_published_formulas() -> None:
+    """The default loss equals torch's; the focal factor and class weights multiply it as published."""
     logits, labels = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 3
     plain = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     torch.testing.assert_close(plain, health_loss(logits, labels))
@@ -163,23 +166,23 @@ def test_cross_entropy_and_focal_loss_are_what_they_say() -> None:
     torch.testing.assert_close(weights[labels] * plain, health_loss(logits, labels, weights))
 
 
-def test_balanced_weights_make_classes_equal() -> None:
-    """Each class weighs the same in all, and the weights of a balanced data set are one."""
+def test_balanced_weights_give_classes_equal_weight() -> None:
+    """Each class has the same total weight, and the weights of a balanced data set are 1."""
     counts = torch.tensor([10.0, 30.0, 60.0])
     torch.testing.assert_close(torch.full((3,), 100 / 3), balanced_weights(counts) * counts)
     torch.testing.assert_close(torch.ones(2), balanced_weights(torch.tensor([5.0, 5.0])))
 
 
-def test_the_rul_loss_caps_the_truth() -> None:
-    """An engine with 300 cycles left costs nothing when told 125, and errors count in units of 125."""
+def test_rul_loss_caps_the_true_rul() -> None:
+    """A prediction of 125 for an engine with 300 cycles left has no loss; errors are in units of 125."""
     torch.testing.assert_close(
         torch.tensor([0.0, 1.0]), rul_loss(torch.tensor([125.0, 125.0]), torch.tensor([300.0, 0.0]))
     )
     assert 2.5 == float(weighted_mean(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 3.0])))
 
 
-def test_an_epoch_draws_rows_as_a_live_fleet_shows_them(fleet: list[list[History]]) -> None:
-    """Rows near failure are drawn as rarely as a random cut-off leaves them visible."""
+def test_epoch_samples_rows_like_a_live_fleet(fleet: list[list[History]]) -> None:
+    """Rows near failure are sampled as rarely as random cut-offs keep them."""
     windows = build_windows(fleet[0], build_network(fleet[0], QUICK))
     config = replace(QUICK, windows_per_epoch=len(windows.first), batch=500)
     drawn = torch.cat(
@@ -190,8 +193,8 @@ def test_an_epoch_draws_rows_as_a_live_fleet_shows_them(fleet: list[list[History
     assert float(expected) == pytest.approx(float(share), rel=0.1)
 
 
-def test_disturbing_adds_noise_and_bias_and_silences_sensors() -> None:
-    """A bias stays the same through a window, noise does not; of silent sensors half are so throughout."""
+def test_add_noise_adds_noise_bias_and_missing_sensors() -> None:
+    """Bias is constant within a window, noise is not; half of the missing sensors are missing throughout."""
     generator, still = torch.Generator().manual_seed(0), replace(QUICK, noise=0.0, bias=0.0, channel_dropout=0.0)
     rows = WindowRows(torch.zeros(2000, 5, 3), torch.ones(2000, 5, 3), torch.ones(2000, 5))
     bias = add_noise(rows, replace(still, bias=0.5), generator).normalised
@@ -205,17 +208,17 @@ def test_disturbing_adds_noise_and_bias_and_silences_sensors() -> None:
     assert 0.24 == pytest.approx(float(silent[:, 0].float().mean()), abs=0.03)
 
 
-def test_disturbing_leaves_settings_as_they_are() -> None:
-    """For a backbone that reads settings before the sensors, only the sensors get noise."""
+def test_add_noise_leaves_settings_unchanged() -> None:
+    """Only sensors get noise if the backbone also reads settings."""
     rows = WindowRows(torch.zeros(3, 9, 17), torch.ones(3, 9, 14), torch.ones(3, 9))
-    found = add_noise(rows, QUICK, torch.Generator().manual_seed(0)).normalised
-    assert not found[..., :3].any()
-    assert found[..., 3:].any()
+    values = add_noise(rows, QUICK, torch.Generator().manual_seed(0)).normalised
+    assert not values[..., :3].any()
+    assert values[..., 3:].any()
 
 
 @pytest.mark.parametrize("thresholds", [(125.0, 50.0), (80.0, 30.0), (100.0,)])
-def test_classes_are_the_mass_of_the_rul_distribution(thresholds: tuple[float, ...]) -> None:
-    """Class probabilities are sums of bin probabilities between thresholds, RUL is their mean: they cannot disagree."""
+def test_classes_are_masses_of_the_rul_distribution(thresholds: tuple[float, ...]) -> None:
+    """Class probabilities are sums of bin probabilities between thresholds, and RUL is their mean."""
     network = EngineHealth(NetworkConfig(window=20, thresholds=thresholds)).eval()
     with torch.inference_mode():
         answer = network.predict_rows(WindowRows(torch.randn(9, 20, 14), torch.ones(9, 20, 14), torch.ones(9, 20)))
@@ -227,23 +230,23 @@ def test_classes_are_the_mass_of_the_rul_distribution(thresholds: tuple[float, .
     torch.testing.assert_close(p @ torch.cat([torch.arange(2.5, 125, 5), torch.tensor([125.0])]), answer.rul)
 
 
-def test_thresholds_must_end_bins() -> None:
-    """A threshold inside a bin of the distribution, or beyond its last, is refused."""
+def test_threshold_inside_a_bin_raises() -> None:
+    """A threshold inside a bin of the distribution or beyond its last bin is an error."""
     for thresholds in ((125.0, 52.0), (130.0, 50.0), (125.0, 0.0)):
         with pytest.raises(ValueError, match="multiples of 5"):
             EngineHealth(NetworkConfig(thresholds=thresholds))
 
 
-def test_the_bin_loss_is_the_likelihood_of_the_true_bin() -> None:
-    """A RUL on the edge of two bins belongs to the lower, one beyond the cap to the open bin."""
+def test_bin_loss_is_likelihood_of_true_bin() -> None:
+    """A RUL on the edge of two bins belongs to the lower bin; one beyond the cap to the open bin."""
     log_p = torch.log_softmax(torch.randn(4, 26, generator=torch.Generator().manual_seed(0)), dim=1)
     edges = bin_edges(NetworkConfig())
-    found = bin_loss(log_p, torch.tensor([0.0, 5.0, 5.5, 300.0]), edges)
-    torch.testing.assert_close(-log_p[[0, 1, 2, 3], [0, 0, 1, 25]], found)
+    values = bin_loss(log_p, torch.tensor([0.0, 5.0, 5.5, 300.0]), edges)
+    torch.testing.assert_close(-log_p[[0, 1, 2, 3], [0, 0, 1, 25]], values)
 
 
-def test_the_textbook_backbone_has_exactly_its_parameters() -> None:
-    """With 17 inputs and width 256 it is 3,497,476 parameters, more than thirty times the compact network's."""
+def test_cnn_bilstm_has_3497476_parameters() -> None:
+    """With 17 inputs and width 256, the CNN-BiLSTM has over 30 times the parameters of the compact network."""
 
     def parameters(config: NetworkConfig) -> int:
         return sum(weight.numel() for weight in EngineHealth(config).parameters())
@@ -252,8 +255,8 @@ def test_the_textbook_backbone_has_exactly_its_parameters() -> None:
     assert 3_497_476 == parameters(textbook) > 30 * parameters(NetworkConfig())
 
 
-def test_the_textbook_backbone_sees_settings_and_sensors() -> None:
-    """Its 17 inputs are scaled settings and normalised sensors; it answers logits and cycles like the compact one."""
+def test_cnn_bilstm_reads_settings_and_sensors() -> None:
+    """Its 17 inputs are scaled settings and normalised sensors; it returns logits and RUL."""
     network = EngineHealth(NetworkConfig(window=30, backbone="cnn-bilstm-attention", hidden=16)).eval()
     flight = torch.tensor([42.0, 0.84, 100.0, *[0.0] * 14]).expand(2, 30, 17)
     with torch.inference_mode():
@@ -263,11 +266,11 @@ def test_the_textbook_backbone_sees_settings_and_sensors() -> None:
     assert ((2, 3), (2,)) == (tuple(logits.shape), tuple(rul.shape))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in the processes that it forks
-def test_training_repeats_learns_and_holds_out(
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, in processes that it forks
+def test_training_is_repeatable_and_holds_out_engines(
     fleet: list[list[History]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The same seed gives the same network; every engine is answered for by a network that never saw it."""
+    """Equal seeds give equal networks, and each engine is predicted by a network not trained on it."""
     first, second = train_checkpoint(fleet, QUICK), train_checkpoint(fleet, QUICK)
     for name, weight in first["weights"].items():
         torch.testing.assert_close(weight, second["weights"][name], rtol=0, atol=0)
@@ -280,10 +283,10 @@ def test_training_repeats_learns_and_holds_out(
     assert {"shipped": [24, 0], "fold 1": [12, 12], "fold 2": [12, 12]} == checkpoint["split"]
 
 
-def test_training_teaches_engines_that_it_never_saw(
+def test_training_lowers_loss_on_held_out_engines(
     fleet: list[list[History]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A few epochs on nine engines lower the loss on three others, and a line an epoch says how far it is."""
+    """A few epochs on nine engines lower the loss of three others; one line per epoch shows the progress."""
     config = replace(QUICK, epochs=6, average=0.9, windows_per_epoch=2000)
     network = build_network(fleet[0][:9], config)
     learn, check = build_windows(fleet[0][:9], network), build_windows(fleet[0][9:], network)
@@ -298,8 +301,8 @@ def test_training_teaches_engines_that_it_never_saw(
     assert 6 == len(capsys.readouterr().out.splitlines())
 
 
-def test_late_starts_and_forgotten_rows_stop_counting() -> None:
-    """A window cut short is padded with its new oldest row; a forgotten row says nothing but keeps its place."""
+def test_late_start_and_dropped_rows_are_invalid() -> None:
+    """A shortened window is padded with its oldest remaining row; a dropped row is invalid but keeps its place."""
     generator, normal = torch.Generator().manual_seed(0), torch.randn(400, 20, 14)
     rows = WindowRows(normal, torch.ones(400, 20, 14), torch.ones(400, 20))
     cut = late_start(rows, replace(QUICK, late_start=1.0), generator)
@@ -311,22 +314,22 @@ def test_late_starts_and_forgotten_rows_stop_counting() -> None:
             cut.normalised[k, begins[k]].expand(int(begins[k]), 14), cut.normalised[k, : begins[k]]
         )
     torch.testing.assert_close(cut.observed.unsqueeze(-1).expand_as(cut.valid), cut.valid)
-    kept = drop_rows(rows, replace(QUICK, unknown_rows=0.5), generator)
-    share = kept.valid.mean((1, 2))
+    dropped = drop_rows(rows, replace(QUICK, unknown_rows=0.5), generator)
+    share = dropped.valid.mean((1, 2))
     assert 0.73 == pytest.approx(float(share.mean()), abs=0.05)
     assert float((share == 0).float().mean()) > 0.01
-    assert bool((kept.observed == 1).all())
+    assert bool((dropped.observed == 1).all())
 
 
-def test_knobs_that_no_run_can_follow_are_refused() -> None:
-    """One fold holds nothing out, thresholds must fall, and nothing trains for no epochs."""
-    for wrong in ({"folds": 1}, {"near_threshold": 130.0}, {"epochs": 0}):
+def test_invalid_training_config_raises() -> None:
+    """One fold, thresholds that do not decrease, and zero epochs are errors."""
+    for invalid in ({"folds": 1}, {"near_threshold": 130.0}, {"epochs": 0}):
         with pytest.raises(ValueError, match=r"folds|thresholds|at least 1"):
-            TrainingConfig(**wrong)
+            TrainingConfig(**invalid)
 
 
-def test_without_folds_there_is_nothing_to_calibrate_by(fleet: list[list[History]]) -> None:
-    """Training without folds makes a network and holds no engine out; calibrating it is refused."""
+def test_calibration_without_folds_raises(fleet: list[list[History]]) -> None:
+    """Training without folds returns a network without held-out outputs, which cannot be calibrated."""
     checkpoint = train_checkpoint([fleet[0][:3]], replace(QUICK, folds=0))
     assert {"shipped": [3, 0]} == checkpoint["split"]
     with pytest.raises(cmapss.DataError, match="folds"):

@@ -17,107 +17,108 @@ def losses_of(z: np.ndarray, labels: np.ndarray) -> Deviations:
     return of_losses(z, loss, numerics.entropy(z), numerics.loss_variance(z))
 
 
-def some(rows: int, seed: int = 0) -> tuple[Deviations, np.ndarray]:
+def random_deviations(rows: int, seed: int = 0) -> tuple[Deviations, np.ndarray]:
     random = np.random.default_rng(seed)
     z = random.normal(0, 2, (rows, 3))
     return losses_of(z, random.integers(0, 3, rows)), random.integers(0, rows // 5, rows)
 
 
-def test_e_is_the_mean_of_robbins_mixtures() -> None:
-    """Ln E is what the formula gives when it is written out, term by term."""
+def test_log_e_equals_the_formula() -> None:
+    """Ln E equals the formula when written out term by term."""
     for total, variance in ((0.0, 0.0), (3.0, 2.0), (-40.0, 120.0), (1e4, 1e6)):
         terms = [np.sqrt(r / (variance + r)) * np.exp(total**2 / (2 * (variance + r))) for r in SCALES]
         assert np.log(np.mean(terms)) == pytest.approx(float(log_e(total, variance)), abs=1e-12)
 
 
-def test_variances_by_hand() -> None:
-    """Two engines, one of two rows: the larger of rows and engines, with the unseen surprise on its side."""
-    found = Deviations(np.array([1.0, 2.0, -1.0]), np.ones(3), np.array([16.0, 16, 16]), np.array([1.0, 1, 1]))
-    seen = evidence(found, group_by_engine([7, 7, 9]))
+def test_variances_of_an_example() -> None:
+    """Two engines, one with two rows: V is the larger of rows and engines, plus the unobserved error on its side."""
+    deviations = Deviations(np.array([1.0, 2.0, -1.0]), np.ones(3), np.array([16.0, 16, 16]), np.array([1.0, 1, 1]))
+    result = evidence(deviations, group_by_engine([7, 7, 9]))
     rows, squares, together = (1 + 4 + 1 + 2 * 3) / 3, (1 + 2) ** 2 + 1, (1 + 1) ** 2 + 1
-    assert (3, 2.0) == (seen.n, seen.total)
-    assert max(rows, squares + ((1 + 1) ** 4 + 1) / together) == pytest.approx(seen.variance_above)
-    assert max(rows, squares + ((2 + 2) ** 4 + 2**4) / together) == pytest.approx(seen.variance_below)
+    assert (3, 2.0) == (result.n, result.total)
+    assert max(rows, squares + ((1 + 1) ** 4 + 1) / together) == pytest.approx(result.variance_above)
+    assert max(rows, squares + ((2 + 2) ** 4 + 2**4) / together) == pytest.approx(result.variance_below)
 
 
 @given(logits)
-def test_moments_are_those_of_the_truth_as_the_model_says(z: np.ndarray) -> None:
-    """Over all truths, weighed as the probabilities say, the mean is zero and variance and tails are as stated."""
+def test_moments_are_those_of_predicted_labels(z: np.ndarray) -> None:
+    """Over labels drawn from the probabilities, the mean is 0, and variance and tails are as stated."""
     p = numerics.softmax(z)
     for k in range(z.shape[1]):
-        brought = [
+        by_label = [
             (losses_of(z, np.full(len(z), y)), of_class(p[:, k], np.full(len(z), float(y == k))))
             for y in range(z.shape[1])
         ]
         for kind in (0, 1):
-            x = np.stack([pair[kind].x for pair in brought], axis=1)
-            said = brought[0][kind]
+            x = np.stack([pair[kind].x for pair in by_label], axis=1)
+            expected = by_label[0][kind]
             np.testing.assert_allclose(0.0, (p * x).sum(axis=1), atol=1e-9)
-            np.testing.assert_allclose((p * x**2).sum(axis=1), said.variance, atol=1e-7, rtol=1e-6)
-            np.testing.assert_allclose((p * np.maximum(x, 0) ** 4).sum(axis=1), said.above, atol=1e-7, rtol=1e-6)
-            np.testing.assert_allclose((p * np.maximum(-x, 0) ** 4).sum(axis=1), said.below, atol=1e-7, rtol=1e-6)
+            np.testing.assert_allclose((p * x**2).sum(axis=1), expected.variance, atol=1e-7, rtol=1e-6)
+            np.testing.assert_allclose((p * np.maximum(x, 0) ** 4).sum(axis=1), expected.above, atol=1e-7, rtol=1e-6)
+            np.testing.assert_allclose((p * np.maximum(-x, 0) ** 4).sum(axis=1), expected.below, atol=1e-7, rtol=1e-6)
 
 
-def test_the_order_of_rows_does_not_matter() -> None:
-    """The evidence at the end is the same however the labels came in, and whatever the engines are called."""
-    found, engine = some(300)
+def test_evidence_ignores_the_order_of_rows() -> None:
+    """The evidence does not depend on the order of rows or on engine ids."""
+    deviations, engine = random_deviations(300)
     order = np.random.default_rng(1).permutation(300)
-    moved = Deviations(*(column[order] for column in vars(found).values()))
-    one, other = evidence(found, group_by_engine(engine)), evidence(moved, group_by_engine(1000 - engine[order]))
-    assert vars(one) == pytest.approx(vars(other), rel=1e-12)
+    permuted = Deviations(*(column[order] for column in vars(deviations).values()))
+    result, shuffled = (
+        evidence(deviations, group_by_engine(engine)),
+        evidence(permuted, group_by_engine(1000 - engine[order])),
+    )
+    assert vars(result) == pytest.approx(vars(shuffled), rel=1e-12)
 
 
-def test_a_fleet_twice_is_twice_the_total_and_the_same_surprise() -> None:
-    """As many engines again with the same rows double totals and squares, but not what one unseen engine may bring."""
-    found, engine = some(300)
-    twice = Deviations(*(np.tile(column, 2) for column in vars(found).values()))
+def test_repeated_fleet_doubles_total_and_squares() -> None:
+    """Repeating a fleet doubles total and squares, but not the size of an unobserved error."""
+    deviations, engine = random_deviations(300)
+    twice = Deviations(*(np.tile(column, 2) for column in vars(deviations).values()))
     engines, both = group_by_engine(engine), group_by_engine(np.concatenate([engine, engine + 1000]))
-    one, two = evidence(found, engines), evidence(twice, both)
-    squares = float((engines.sum_rows(found.x) ** 2).sum())
-    assert 2 * one.total == pytest.approx(two.total)
-    assert squares == pytest.approx(two.variance_below - one.variance_below)
+    result, doubled = evidence(deviations, engines), evidence(twice, both)
+    squares = float((engines.sum_rows(deviations.x) ** 2).sum())
+    assert 2 * result.total == pytest.approx(doubled.total)
+    assert squares == pytest.approx(doubled.variance_below - result.variance_below)
 
 
-def test_rows_of_one_engine_are_weaker_than_rows_of_many() -> None:
-    """The same rows say less when they are of few engines."""
-    found, _ = some(300)
-    alone = Deviations(abs(found.x), found.variance, found.above, found.below)
+def test_rows_of_fewer_engines_are_weaker_evidence() -> None:
+    """The same rows are weaker evidence if they belong to fewer engines."""
+    deviations, _ = random_deviations(300)
+    alone = Deviations(abs(deviations.x), deviations.variance, deviations.above, deviations.below)
     each = [evidence(alone, group_by_engine(np.arange(300) % count)).log_e for count in (300, 60, 12)]
     assert each == sorted(each, reverse=True)
     assert each[0] > np.log(20) > each[-1]
 
 
-def test_engines_without_a_surprise_prove_little() -> None:
-    """Forty engines that were said to be fine with 0.99, and are, alarm nobody, though each is seen a hundred times."""
+def test_engines_without_errors_are_weak_evidence() -> None:
+    """Forty correct engines with P(normal) = 0.99 and 100 rows each raise no alarm."""
     z = np.tile(np.log([0.99, 0.007, 0.003]), (4000, 1))
-    found = losses_of(z, np.zeros(4000, dtype=int))
-    assert evidence(found, group_by_engine(np.arange(4000))).log_e > np.log(1e6)
-    assert evidence(found, group_by_engine(np.arange(4000) // 100)).log_e < np.log(20)
+    deviations = losses_of(z, np.zeros(4000, dtype=int))
+    assert evidence(deviations, group_by_engine(np.arange(4000))).log_e > np.log(1e6)
+    assert evidence(deviations, group_by_engine(np.arange(4000) // 100)).log_e < np.log(20)
 
 
 @given(st.floats(-1e3, 1e3), st.floats(0, 1e5), st.floats(0, 1e5), st.sampled_from([0.04, 0.01, 0.3]))
-def test_the_sequence_leaves_zero_out_exactly_when_it_alarms(
-    t: float, above: float, below: float, alpha: float
-) -> None:
-    """Interval and e-value are one test: the mean lies off zero if and only if E reaches 1/alpha."""
-    found = sequential.Evidence(10, t, above, below)
-    low, high = found.mean_within(alpha)
-    assert low <= found.total / 10 <= high
-    if abs(found.log_e + np.log(alpha)) > 1e-9:
-        assert (found.log_e >= -np.log(alpha)) == (not low <= 0 <= high)
+def test_confidence_sequence_agrees_with_the_e_value(t: float, above: float, below: float, alpha: float) -> None:
+    """The sequence excludes zero exactly when E reaches 1/alpha."""
+    result = sequential.Evidence(10, t, above, below)
+    low, high = result.mean_within(alpha)
+    assert low <= result.total / 10 <= high
+    if abs(result.log_e + np.log(alpha)) > 1e-9:
+        assert (result.log_e >= -np.log(alpha)) == (not low <= 0 <= high)
 
 
-def test_without_rows_there_is_no_evidence() -> None:
-    """Nothing seen is an e-value of 1 and a mean that may be anything."""
+def test_evidence_without_rows_is_neutral() -> None:
+    """Without rows, the e-value is 1 and the sequence is infinite."""
     none = Deviations(*(np.array([]) for _ in range(4)))
-    found = evidence(none, group_by_engine(np.array([], dtype=int)))
-    assert (0.0, (-np.inf, np.inf)) == (found.log_e, found.mean_within(0.05))
+    result = evidence(none, group_by_engine(np.array([], dtype=int)))
+    assert (0.0, (-np.inf, np.inf)) == (result.log_e, result.mean_within(0.05))
 
 
 @pytest.mark.parametrize("z", [[[1e4, 0.0, -1e4]], [[3e38, -3e38, 0.0]], [[5.0]]])
-def test_probabilities_of_zero_and_one_stay_finite(z: list[list[float]]) -> None:
-    """Certainty, its confident mistake, and one class alone give finite evidence."""
+def test_evidence_at_certainty_is_finite(z: list[list[float]]) -> None:
+    """Certainty, a confident error and a single class have finite evidence."""
     for label in range(len(z[0])):
-        found = losses_of(np.array(z), np.array([label]))
-        assert all(np.isfinite(column).all() for column in vars(found).values())
-        assert np.isfinite(evidence(found, group_by_engine([0])).log_e)
+        deviations = losses_of(np.array(z), np.array([label]))
+        assert all(np.isfinite(column).all() for column in vars(deviations).values())
+        assert np.isfinite(evidence(deviations, group_by_engine([0])).log_e)

@@ -39,50 +39,46 @@ def real(subsets: dict[str, list[cmapss.History]]) -> list[cmapss.History]:
 
 
 @pytest.mark.slow
-def test_the_committed_model_finds_simulated_engines_plausible(
-    simulated: list[cmapss.History], manifest: Manifest
-) -> None:
-    """On every cycle of two hundred simulated lives, macro-F1 is at least 0.80; on real training lives it is 0.87."""
+def test_macro_f1_on_simulated_engines(simulated: list[cmapss.History], manifest: Manifest) -> None:
+    """On every cycle of 200 simulated lives, macro-F1 is at least 0.80; on official training lives it is 0.87."""
     run = onnx_runner(open_artefact(ARTEFACT)[0])
-    found = concatenate_rows(predict_histories(run, manifest.window or 1, simulated), last_only=False)
-    assert macro_f1(found.logits.argmax(axis=1), found.labels, 3) >= 0.80
+    result = concatenate_rows(predict_histories(run, manifest.window or 1, simulated), last_only=False)
+    assert macro_f1(result.logits.argmax(axis=1), result.labels, 3) >= 0.80
 
 
-def test_channels_have_the_means_and_deviations_of_real_ones(
-    real: list[cmapss.History], simulated: list[cmapss.History]
-) -> None:
-    """Of all flights, each channel's mean is within a tenth of its real deviation, and its deviation within 10 %.
+def test_channels_have_real_means_and_deviations(real: list[cmapss.History], simulated: list[cmapss.History]) -> None:
+    """Each channel's mean is within a tenth of its real deviation, and its deviation within 10 %.
 
-    A tenth of the deviation is the stricter reading of "within 10 %": most channels' means are hundreds of deviations.
+    A tenth of the deviation is stricter than 10 % of the mean: most means are hundreds of deviations.
     """
-    expected, found = rows_of_all(real), rows_of_all(simulated)
+    expected, result = rows_of_all(real), rows_of_all(simulated)
     deviation = expected.std(axis=0)
-    np.testing.assert_array_less(abs(found.mean(axis=0) - expected.mean(axis=0)), WITHIN * deviation)
-    np.testing.assert_allclose(deviation, found.std(axis=0), rtol=WITHIN)
+    np.testing.assert_array_less(abs(result.mean(axis=0) - expected.mean(axis=0)), WITHIN * deviation)
+    np.testing.assert_allclose(deviation, result.std(axis=0), rtol=WITHIN)
 
 
-def test_so_they_have_in_each_operating_condition(real: list[cmapss.History], simulated: list[cmapss.History]) -> None:
-    """The same holds within each condition, where channels are near-constant and conditions hide nothing.
+def test_conditions_have_real_means_and_deviations(real: list[cmapss.History], simulated: list[cmapss.History]) -> None:
+    """The same is true within each operating condition.
 
-    A channel that a condition holds constant (the throttle) must be that constant; others may be off by a tenth of
-    their deviation, but by less than the last decimal that they are written with nobody could tell.
+    A channel that is constant in a condition (the throttle) must be that constant. Others may differ by a tenth of
+    their deviation, or by half of their last decimal.
     """
     statistics = fleet.read_statistics()
-    expected, found = rows_of_all(real), rows_of_all(simulated)
+    expected, result = rows_of_all(real), rows_of_all(simulated)
     step = 10.0**-statistics.decimals
-    conditions = [statistics.nearest_conditions(rows[:, :SETTING_COUNT]) for rows in (expected, found)]
+    conditions = [statistics.nearest_conditions(rows[:, :SETTING_COUNT]) for rows in (expected, result)]
     for k in range(len(statistics.shares)):
-        of, like = expected[conditions[0] == k], found[conditions[1] == k]
-        slack = np.where(of.std(axis=0) > 0, np.maximum(WITHIN * of.std(axis=0), step / 2), 1e-9)
-        assert (abs(like.mean(axis=0) - of.mean(axis=0)) <= slack).all()
-        assert (abs(like.std(axis=0) - of.std(axis=0)) <= slack).all()
-        assert len(like) / len(found) == pytest.approx(statistics.shares[k], abs=0.01)
+        real_rows, simulated_rows = expected[conditions[0] == k], result[conditions[1] == k]
+        slack = np.where(real_rows.std(axis=0) > 0, np.maximum(WITHIN * real_rows.std(axis=0), step / 2), 1e-9)
+        assert (abs(simulated_rows.mean(axis=0) - real_rows.mean(axis=0)) <= slack).all()
+        assert (abs(simulated_rows.std(axis=0) - real_rows.std(axis=0)) <= slack).all()
+        assert len(simulated_rows) / len(result) == pytest.approx(statistics.shares[k], abs=0.01)
 
 
-def test_the_table_is_what_its_code_estimates(subsets: dict[str, list[cmapss.History]], tmp_path: Path) -> None:
-    """The committed statistics come out of the training data again, to the digits that are kept."""
+def test_committed_statistics_are_reproducible(subsets: dict[str, list[cmapss.History]], tmp_path: Path) -> None:
+    """The training data give the committed statistics again, to their digits."""
     fleet.write_statistics(estimate_statistics(subsets), "here", tmp_path / "fleet.json")
-    again, kept = fleet.read_statistics(tmp_path / "fleet.json"), fleet.read_statistics()
+    again, committed = fleet.read_statistics(tmp_path / "fleet.json"), fleet.read_statistics()
     for name in (
         "baseline",
         "response",
@@ -94,14 +90,14 @@ def test_the_table_is_what_its_code_estimates(subsets: dict[str, list[cmapss.His
         "grounded",
         "grounded_high",
     ):
-        np.testing.assert_allclose(getattr(kept, name), getattr(again, name), rtol=1e-4, atol=1e-6)
-    for mode, other in zip(kept.modes, again.modes, strict=True):
+        np.testing.assert_allclose(getattr(committed, name), getattr(again, name), rtol=1e-4, atol=1e-6)
+    for mode, other in zip(committed.modes, again.modes, strict=True):
         np.testing.assert_allclose(mode.mean, other.mean, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(abs(mode.factors), abs(other.factors), rtol=1e-3, atol=1e-5)  # of either sign
 
 
-def test_a_seed_is_a_fleet() -> None:
-    """Same seed and number: the same engine, bit for bit, one flight at a time or all at once; others differ."""
+def test_seed_and_number_determine_an_engine() -> None:
+    """Equal seeds and numbers give the same bits, in one call or one flight per call; other seeds differ."""
     whole, single = SimulatedEngine(3, seed=7).fly(400), SimulatedEngine(3, seed=7)
     rows = []
     while not single.failed:
@@ -111,8 +107,8 @@ def test_a_seed_is_a_fleet() -> None:
     assert not np.array_equal(whole[:100], SimulatedEngine(3, seed=8).fly(100))
 
 
-def test_lives_end_where_rul_does(simulated: list[cmapss.History]) -> None:
-    """RUL falls by one a cycle to 0 at the last; both modes and all lengths of life that training has are there."""
+def test_simulated_lives_end_at_rul_zero(simulated: list[cmapss.History]) -> None:
+    """RUL falls by 1 per cycle to 0; both wear modes and all lengths of life of the training data exist."""
     lengths = [len(engine.cycle) for engine in simulated]
     assert min(lengths) >= fleet.read_statistics().shortest
     assert max(lengths) <= fleet.read_statistics().longest
@@ -122,18 +118,20 @@ def test_lives_end_where_rul_does(simulated: list[cmapss.History]) -> None:
     assert {"HPC", "fan"} == {SimulatedEngine(number, seed=1).mode.name for number in range(20)}
 
 
-def test_a_mixed_fleet_reads_as_the_reference_of_drift_does(manifest: Manifest) -> None:
-    """Live histories of a mixed fleet are near the manifest's reference: no channel's PSI is above 0.15."""
+def test_mixed_fleet_matches_the_drift_reference(manifest: Manifest) -> None:
+    """Live histories of a mixed fleet have a PSI of at most 0.15 in every channel."""
     assert manifest.reference is not None
-    seen = np.concatenate([engine.telemetry[:-60] for engine in simulate.simulate_histories(ENGINES, 1, mixed=True)])
+    telemetry = np.concatenate(
+        [engine.telemetry[:-60] for engine in simulate.simulate_histories(ENGINES, 1, mixed=True)]
+    )
     for k, name in enumerate(manifest.channel_names):
         bins = manifest.reference.channels[name]
-        counts = count_bins(seen[:, k].astype(np.float64), bins)
+        counts = count_bins(telemetry[:, k].astype(np.float64), bins)
         assert psi(np.array(bins.shares), counts.astype(np.float64)) < 0.15, name
 
 
-def test_faster_wear_ends_lives_sooner() -> None:
-    """An engine that wears twice as fast flies half as long and ends as worn."""
+def test_faster_wear_shortens_lives() -> None:
+    """An engine with double wear makes half of the flights and reaches the same wear."""
     usual, fast = SimulatedEngine(0), SimulatedEngine(0)
     life, half = usual.fly(1000), fast.fly(1000, wear_rate=2.0)
     assert -(-len(life) // 2) == len(half)
@@ -141,43 +139,43 @@ def test_faster_wear_ends_lives_sooner() -> None:
     assert fast.failed
 
 
-def test_planted_drift_does_what_it_says(simulated: list[cmapss.History]) -> None:
-    """A bias moves one sensor by its deviations, noise widens it, a new condition moves settings; nothing before."""
+def test_injected_drift_changes_its_channels(simulated: list[cmapss.History]) -> None:
+    """A bias shifts one sensor, noise widens it, a new condition changes settings; earlier flights are unchanged."""
     rows, k = np.concatenate([engine.telemetry for engine in simulated[:8]]), SENSORS.index("sensor_11")
     statistics, column = fleet.read_statistics(), SETTING_COUNT + SENSORS.index("sensor_11")
 
-    def moved(text: str) -> Floats:
-        planted = DriftInjector([parse_drift(text)])
-        found = [planted.inject(row, i, (0, i)) - row.astype(np.float64) for i, row in enumerate(rows)]
-        return np.array(found)
+    def injected_change(text: str) -> Floats:
+        injector = DriftInjector([parse_drift(text)])
+        result = [injector.inject(row, i, (0, i)) - row.astype(np.float64) for i, row in enumerate(rows)]
+        return np.array(result)
 
     condition = statistics.nearest_conditions(rows[:, :SETTING_COUNT])
-    bias = moved("sensor_11:+2sd@600")
+    bias = injected_change("sensor_11:+2sd@600")
     assert not bias[:600].any()
     np.testing.assert_allclose(2 * statistics.deviation[condition, k][600:], bias[600:, column], atol=0.006)
     assert not np.delete(bias, column, axis=1).any()
-    np.testing.assert_allclose(-0.5, moved("sensor_11:-0.5")[:, column], atol=0.006)
-    noise = moved("sensor_11:x3noise")[:, column] / statistics.noise[condition, k]
+    np.testing.assert_allclose(-0.5, injected_change("sensor_11:-0.5")[:, column], atol=0.006)
+    noise = injected_change("sensor_11:x3noise")[:, column] / statistics.noise[condition, k]
     assert np.sqrt(8) == pytest.approx(noise.std(), rel=0.1)
-    assert 0.2 == pytest.approx((moved("condition:20%")[:, 0] != 0).mean(), abs=0.03)
+    assert 0.2 == pytest.approx((injected_change("condition:20%")[:, 0] != 0).mean(), abs=0.03)
     assert [1.0, 2.0] == [DriftInjector([parse_drift("wear:x2@600")]).wear_rate(flight) for flight in (599, 600)]
 
 
 @pytest.mark.parametrize(
-    ("text", "why"),
+    ("text", "message"),
     [
-        ("sensor_11", "is no drift"),
-        ("sensor_11:2sd", "is no drift"),
-        ("sensor_11:+2sd@x", "is no drift"),
-        ("sensor_1:+2sd", "does not read sensor_1"),
+        ("sensor_11", "invalid drift"),
+        ("sensor_11:2sd", "invalid drift"),
+        ("sensor_11:+2sd@x", "invalid drift"),
+        ("sensor_1:+2sd", "sensor_1 is not an input"),
         ("sensors:x0.5noise", "from 1"),
         ("condition:120%", "to 100"),
         ("wear:x0", "from 0.01"),
-        ("sensor_11:+1e9", "is no drift"),
+        ("sensor_11:+1e9", "invalid drift"),
     ],
 )
-def test_what_is_no_drift_is_said_so(text: str, why: str) -> None:
-    """A drift that cannot be is refused in one line."""
-    with pytest.raises(DriftError, match=why) as refused:
+def test_invalid_drift_raises(text: str, message: str) -> None:
+    """An invalid drift is an error of one line."""
+    with pytest.raises(DriftError, match=message) as error:
         parse_drift(text)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)

@@ -11,8 +11,8 @@ def history(cycles: int) -> Readings:
 
 
 @given(st.integers(1, 30), st.integers(1, 30))
-def test_a_window_is_the_newest_rows_after_copies_of_the_oldest(cycles: int, window: int) -> None:
-    """A long history gives its newest rows, a short one is preceded by its oldest."""
+def test_window_pads_short_history_with_oldest_row(cycles: int, window: int) -> None:
+    """A long history gives its newest rows; copies of the oldest row precede a short one."""
     rows = history(cycles)
     padded = pad_left(rows, window)
     assert (window, 2) == padded.shape
@@ -21,28 +21,28 @@ def test_a_window_is_the_newest_rows_after_copies_of_the_oldest(cycles: int, win
 
 
 @given(st.integers(1, 30), st.integers(1, 12))
-def test_every_window_is_what_padding_gives_at_that_cycle(cycles: int, window: int) -> None:
-    """Training's windows of a history are serving's windows of its beginnings."""
+def test_every_window_equals_padding_at_its_cycle(cycles: int, window: int) -> None:
+    """Training windows of a history equal the serving windows of the history up to each cycle."""
     rows = history(cycles)
     expected = np.stack([pad_left(rows[: t + 1], window) for t in range(cycles)])
     np.testing.assert_array_equal(expected, every_window(rows, window))
 
 
-def test_every_window_copies_nothing_per_window() -> None:
-    """Ten thousand windows of fifty rows take the memory of one padded history."""
+def test_every_window_shares_memory() -> None:
+    """10,000 windows of 50 rows take the memory of one padded history."""
     view = every_window(history(10_000), 50)
     assert view.base is not None
     assert not view.flags.writeable
 
 
-def test_an_empty_history_has_no_window() -> None:
+def test_window_of_empty_history_raises() -> None:
     """A history without rows is an error."""
     with pytest.raises(ValueError, match="at least one row"):
         pad_left(history(0), 5)
 
 
-def test_hold_repeats_the_last_seen_value() -> None:
-    """A missing value becomes the last seen of its own channel; one never seen stays missing and is not counted."""
+def test_hold_last_repeats_the_last_value() -> None:
+    """A missing value becomes the last value of its channel; without one it stays missing and is not counted."""
     nan = np.nan
     rows = np.array([[nan, 1], [2, nan], [nan, nan], [3, 4]], dtype=np.float32)
     held, counts = hold_last(rows)

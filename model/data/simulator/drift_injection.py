@@ -69,12 +69,12 @@ def parse_drift(text: str) -> Drift:
     kind, match = next(((kind, match) for kind, match in forms if match), (None, None))
     if kind is None or match is None or (separator and not re.fullmatch(r"\d{1,12}", since)):
         examples = "sensor_11:+2sd@600, sensor_11:+0.5, sensor_11:x3noise, sensors:x2noise, condition:20% or wear:x2"
-        raise DriftError(f"{text[:60]!r} is no drift; write {examples}")
+        raise DriftError(f"invalid drift {text[:60]!r}; examples: {examples}")
     if target.startswith("sensor_") and target not in SENSORS:
-        raise DriftError(f"{text[:60]!r}: the model does not read {target}; it reads {', '.join(SENSORS)}")
+        raise DriftError(f"drift {text[:60]!r}: {target} is not an input of the model; inputs are {', '.join(SENSORS)}")
     amount, (low, high) = float(match[1]), RANGES[kind]
     if not low <= amount <= high:
-        raise DriftError(f"{text[:60]!r}: {amount:g} is not from {low:g} to {high:g}")
+        raise DriftError(f"drift {text[:60]!r}: the amount must be from {low:g} to {high:g}, got {amount:g}")
     sensors = (SENSORS.index(target),) if target in SENSORS else tuple(range(len(SENSORS)))
     return Drift(text, kind, sensors, amount, int(since or 0))
 

@@ -3,7 +3,7 @@
 import os
 import sys
 
-sys.path.insert(0, os.environ["PACKAGES"])  # the backend's interpreter knows no environment but Debian's
+sys.path.insert(0, os.environ["PACKAGES"])  # the backend's interpreter uses Debian's packages only
 
 import numpy as np
 import onnxruntime as ort
@@ -20,7 +20,7 @@ class TritonPythonModel:
         self.session = ort.InferenceSession(os.environ["MODEL"], options, providers=["CPUExecutionProvider"])
 
     def execute(self, requests):
-        """One run over the rows of all requests."""
+        """Run the rows of all requests together."""
         inputs = [pb_utils.get_input_tensor_by_name(request, "telemetry").as_numpy() for request in requests]
         logits, rul = self.session.run(["logits", "rul"], {"telemetry": np.concatenate(inputs)})
         ends = np.cumsum([len(windows) for windows in inputs])[:-1]
