@@ -28,7 +28,7 @@ WRONG_USAGE = 2
 INTERRUPTED = 130  # the convention of shells: 128 + SIGINT
 COMPLETION_VARIABLE = "_ARGCOMPLETE"  # set by the shell when it asks for completions
 MODEL_HELP = f"path of the artefact (default: {PREFIX}MODEL, else the bundled artefact)"
-SETTING_KINDS = {bool: "0 or 1", int: "a whole number", float: "a number"}
+SETTING_KINDS: dict[Any, str] = {bool: "0 or 1", int: "a whole number", float: "a number"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,9 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command is None:
         parser.print_help(sys.stderr)
         return WRONG_USAGE
-    run = {"serve": serve, "calibrate": calibrate, "predict": predict, "replay": replay, "score": score}[command]
     try:
-        return run(**flags)
+        return COMMANDS[command](**flags)
     except ServiceError as error:
         return _failed(error.detail)
     except BrokenPipeError:  # the reader of standard output has closed it, as `head` does
@@ -130,6 +129,9 @@ def serve(**flags: Any) -> int:
     return _failed(reason) if reason else 0
 
 
+COMMANDS: dict[str, Callable[..., int]] = {f.__name__: f for f in (serve, calibrate, predict, replay, score)}
+
+
 def build_parser() -> ArgumentParser:
     """Return the parser of all commands and flags."""
     parser = ArgumentParser("engine-health", description="Calibrated health of turbofan engines.")
@@ -171,16 +173,17 @@ def _add_setting(command: argparse.ArgumentParser, name: str, field: FieldInfo) 
     shown = "empty" if default == "" else f"{default:g}" if isinstance(default, float) else str(default)
     text = f"{field.description} (default: {shown}) [{PREFIX}{name.upper()}]".replace("%", "%%")
     choices = get_args(field.annotation)  # of a Literal
-    value = {"choices": choices} if choices else {"type": _setting_parser(field), "metavar": "VALUE"}
-    command.add_argument("--" + name.replace("_", "-"), help=text, **value)  # type: ignore[arg-type]  # one of both
+    value: dict[str, Any] = {"choices": choices} if choices else {"type": _setting_parser(field), "metavar": "VALUE"}
+    command.add_argument("--" + name.replace("_", "-"), help=text, **value)
 
 
 def _setting_parser(field: FieldInfo) -> Callable[[str], Any]:
     """Return a parser of the values of a setting, so that an error names the flag and not the variable."""
 
     def parse(text: str) -> Any:
+        value_type: Any = Annotated[field.annotation, field]
         try:
-            return TypeAdapter(Annotated[field.annotation, field]).validate_python(text)
+            return TypeAdapter(value_type).validate_python(text)
         except ValidationError:
             raise argparse.ArgumentTypeError(f"expected {_describe_expected(field)}, got {text!r}") from None
 
@@ -193,7 +196,7 @@ def _describe_expected(field: FieldInfo) -> str:
     rules = {name: getattr(item, name) for item in field.metadata for name in names if hasattr(item, name)}
     if "pattern" in rules:
         return f"a text that matches {rules['pattern']}"
-    kind = SETTING_KINDS.get(field.annotation or str, "a text")
+    kind = SETTING_KINDS.get(field.annotation, "a text")
     if "le" in rules:
         return f"{kind} from {rules['ge']} to {rules['le']}"
     if "gt" in rules:
