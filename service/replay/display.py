@@ -91,7 +91,7 @@ class LogDisplay:
             self.refresh()
 
     def show_outage(self, reason: str | None) -> None:
-        """Print that a call is retried for `reason`, or with None that the service answers again."""
+        """Print that a call is retried for `reason`, or with None that the service responds again."""
         self.state.outage = reason
         url = self.state.url
         self.print_line(f"connected to {url} again" if reason is None else f"waiting for {url}: {reason}")

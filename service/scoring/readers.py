@@ -162,6 +162,6 @@ def read_whole_lines(stream: Any, size: int = CHUNK_BYTES) -> Iterator[bytes]:
             yield pending[:end]
             pending = pending[end:]
         elif len(pending) > MAX_LINE_BYTES:
-            raise ValueError(f"a line of more than {MAX_LINE_BYTES} bytes")
+            raise ValueError(f"a line of more than {MAX_LINE_BYTES} bytes; expected text with line breaks")
     if pending:
         yield pending

@@ -177,7 +177,7 @@ class WindowAssembler:
         if cycle == last_scored:
             return self._duplicate_reason(cycle, last_scored)
         horizon = f"by more than the horizon of {self.horizon} rows"
-        return f"cycle {cycle} comes after cycle {last_scored} of its engine, {horizon}"
+        return f"cycle {cycle} comes after cycle {last_scored} of its engine, {horizon}; increase --horizon"
 
     def _duplicate_reason(self, cycle: int, _: int) -> str:
         return f"cycle {cycle} of its engine is a duplicate of an earlier row"
