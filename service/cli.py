@@ -135,7 +135,8 @@ COMMANDS: dict[str, Callable[..., int]] = {f.__name__: f for f in (serve, calibr
 def build_parser() -> ArgumentParser:
     """Return the parser of all commands and flags."""
     parser = ArgumentParser("engine-health", description="Calibrated health of turbofan engines.")
-    parser.add_argument("--version", action=_PrintVersion, nargs=0, help="print the version and exit")
+    text = "print the version and exit"
+    parser.add_argument("--version", action=_PrintVersion, nargs=0, dest=argparse.SUPPRESS, help=text)
     commands = parser.add_commands()
     command = commands.add_parser("serve", help="serve the model over HTTP", description="Serve the model over HTTP.")
     for name, field in Settings.model_fields.items():

@@ -162,7 +162,7 @@ def test_official_files_equal_those_of_training(cmapss_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "why"),
+    ("content", "message"),
     [
         (b"", ": is empty"),
         (b"\n\n", ": is empty"),
