@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Return the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     parser = build_parser()
     if COMPLETION_VARIABLE in os.environ:
-        import argcomplete  # not needed to run a command
+        import argcomplete  # running a command does not need it
 
         argcomplete.autocomplete(parser)  # prints the completions and exits
     flags = vars(parser.parse_arguments(arguments))
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def calibrate(file: Path, model: Path | None, temperature: float | None, as_json: bool) -> int:
     """Fit a temperature to a file and print it."""
     from service.calibration import fit_file
-    from service.inference import model_loader  # not needed for serving, which starts in 0.5 s
+    from service.inference import model_loader  # serving, which must start fast, does not need it
 
     manifest = model_loader.open_model(read_settings(model=model).model).manifest
     compared = manifest.temperature if temperature is None else temperature
@@ -71,7 +71,7 @@ def calibrate(file: Path, model: Path | None, temperature: float | None, as_json
 
 def predict(file: str, model: Path | None, temperature: float | None, missing: str, as_json: bool) -> int:
     """Print the newest health of each engine of a file."""
-    from service.scoring.latest import predict_file  # not needed for serving
+    from service.scoring.latest import predict_file  # serving does not need it
 
     return predict_file(file, read_settings(model=model), temperature, missing, as_json)
 
@@ -82,22 +82,22 @@ def replay(parser: ArgumentParser, **flags: Any) -> int:
     conflict = replay_options.find_flag_conflict(options)
     if conflict:
         parser.error(conflict)
-    from service.replay.run import replay_fleet  # not needed for serving
+    from service.replay.run import replay_fleet  # serving does not need it
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM has the effect of Ctrl-C
     return replay_fleet(options)
 
 
 def score(model: Path | None, threads: int | None, **flags: Any) -> int:
     """Score files to a file."""
-    from service import logs  # not needed for --help, --version and completion
+    from service import logs  # --help, --version and completion do not need it
 
     settings = read_settings(model=model, threads=threads)
     options = score_command.build_options(flags)
     logs.configure(settings)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM has the effect of Ctrl-C
     try:
-        from service.scoring import job  # not needed for serving
+        from service.scoring import job  # serving does not need it, and its packages may be absent
 
         return job.score_files(options, settings)
     except ModuleNotFoundError as error:
@@ -109,15 +109,15 @@ def score(model: Path | None, threads: int | None, **flags: Any) -> int:
 def serve(**flags: Any) -> int:
     """Serve until a signal stops the service. Return 1 if the artefact or the address cannot be used."""
     settings = read_settings(**flags)
-    malloc.configure()  # before large allocations
-    gc.disable()  # imported objects stay; opening the first model enables it
+    malloc.configure()  # must precede large allocations
+    gc.disable()  # imported objects are never freed; opening the first model enables collection
     from service import logs
     from service.serve import serve_many, serve_one  # imports take a second, and no other command needs them
 
     logs.configure(settings)
     # uvicorn raises the signal again after it has stopped, which is no failure
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until its handler is installed, no model is open for reloading
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # there is no model to reload until its handler is installed
     try:
         if settings.workers > 1:
             return serve_many(settings)
@@ -173,7 +173,7 @@ def _add_setting(command: argparse.ArgumentParser, name: str, field: FieldInfo) 
     default = int(field.default) if isinstance(field.default, bool) else field.default
     shown = "empty" if default == "" else f"{default:g}" if isinstance(default, float) else str(default)
     text = f"{field.description} (default: {shown}) [{PREFIX}{name.upper()}]".replace("%", "%%")
-    choices = get_args(field.annotation)  # of a Literal
+    choices = get_args(field.annotation)  # the values of a Literal, else empty
     value: dict[str, Any] = {"choices": choices} if choices else {"type": _setting_parser(field), "metavar": "VALUE"}
     command.add_argument("--" + name.replace("_", "-"), help=text, **value)
 

@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object per line for programs, or one readable line for people. Independent of HTTP."""
+"""Structured logs: one JSON object per line for programs, or one readable line for people."""
 
 import asyncio
 import logging

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from service import cli
 from service.arguments import suggest
 from service.settings import PREFIX, Settings
 from tests.support.processes import start
+from tests.support.terminal import COLOUR, read_terminal
 
-COLOUR = re.compile(rb"\x1b\[(?:\d+;)*(?:3\d|4\d|9\d|10\d)(?:;\d+)*m")
 COMMANDS = ("serve", "calibrate", "predict", "replay", "score")
 NOT_NEEDED = (
     "onnxruntime",
@@ -223,7 +222,7 @@ def test_command_is_marked_for_global_completion() -> None:
 
 
 def terminal_output(*arguments: str, **environment: str) -> bytes:
-    """Return what a command writes to a terminal. A service is stopped when it has logged that it is ready."""
+    """Return what a command writes to a terminal. A service is interrupted when it runs."""
     own_side, terminal = pty.openpty()
     variables = {key: value for key, value in os.environ.items() if not key.startswith(PREFIX)} | {"TERM": "xterm"}
     process = subprocess.Popen(
@@ -234,22 +233,14 @@ def terminal_output(*arguments: str, **environment: str) -> bytes:
         env=variables | environment,
     )
     os.close(terminal)
-    output = b"".join(read_terminal(own_side, process))
+    output = b""
+    for chunk in read_terminal(own_side):
+        output += chunk
+        if b"Uvicorn running" in chunk:
+            process.send_signal(signal.SIGINT)
     os.close(own_side)
     assert 0 == process.wait(timeout=30), output
     return output
-
-
-def read_terminal(own_side: int, process: "subprocess.Popen[bytes]") -> Iterator[bytes]:
-    """Yield what a process writes to a terminal, until it exits. Interrupt it when it serves."""
-    while True:
-        try:
-            chunk = os.read(own_side, 4096)
-        except OSError:  # Linux reports this when no process has the terminal open
-            return
-        yield chunk
-        if b"Uvicorn running" in chunk:
-            process.send_signal(signal.SIGINT)
 
 
 SERVE = ("serve", "--port", "0", "--drain-seconds", "0", "--database-url", "")

@@ -14,12 +14,12 @@ from urllib.parse import SplitResult, urlsplit
 
 from service.errors import ServiceError
 
-RETRY_STATUSES = (408, 429, 502, 503, 504)  # of responses after which the call is retried
+RETRY_STATUSES = (408, 429, 502, 503, 504)  # statuses of responses after which a call is retried
 ATTEMPT_SECONDS = 30.0  # timeout of one attempt
 MIN_WAIT_SECONDS, MAX_WAIT_SECONDS = 0.1, 5.0  # pause between two attempts, doubled each time
-MAX_RESPONSE_BYTES = 64 * 2**20  # bytes
-PRINTABLE_PATH = re.compile("[!-~]*")  # of a request line
-MAX_DETAIL_CHARACTERS = 300  # of an error message of the service
+MAX_RESPONSE_BYTES = 64 * 2**20
+PRINTABLE_PATH = re.compile("[!-~]*")  # characters that a request line may have
+MAX_DETAIL_CHARACTERS = 300  # maximum length of an error message of the service
 KEY_HINT = {401: "; set one with --key KEY", 403: "; set another one with --key KEY"}
 
 

@@ -24,6 +24,7 @@ from service.settings import PREFIX, Settings, read_settings
 
 STORE_PATH = Path("build/demo.db")
 FLEET_FLAGS = ("--endless", "--engines", "40", "--past", "30")
+DEMO_FLAGS = f"The demo begins with the flags {' '.join(FLEET_FLAGS)}; later flags replace them."
 START_SECONDS = 60.0
 
 
@@ -32,7 +33,7 @@ def main(flags: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a closed terminal stops both, except under nohup
         signal.signal(signal.SIGHUP, signal.default_int_handler)
-    parser = ArgumentParser("demo", description="Start a service and replay a simulated fleet to it.")
+    parser = ArgumentParser("demo", description=f"Start a service and replay a fleet to it. {DEMO_FLAGS}")
     add_replay_flags(parser)
     try:
         settings = read_settings()
@@ -78,7 +79,9 @@ def _start_service() -> "subprocess.Popen[bytes]":
 def _wait_until_ready(service: "subprocess.Popen[bytes]", url: str) -> None:
     """Return when the service is ready. Raise ServiceError if it exits or is not ready in time."""
     deadline = monotonic() + START_SECONDS
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # without a proxy
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({})
+    )  # the service is local, so a proxy must not be used
     while service.poll() is None and monotonic() < deadline:
         try:
             opener.open(f"{url}/readyz", timeout=5).close()

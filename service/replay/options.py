@@ -14,7 +14,7 @@ from service.settings import PREFIX, Settings
 SIMULATED = "simulated"
 MAX_COUNT = 10**15 - 1
 SECONDS_PER_UNIT = {"": 1, "/s": 1, "/min": 60, "/h": 3600}
-LOOPBACK_OF_WILDCARD = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where to call a service that listens on all addresses
+LOOPBACK_OF_WILDCARD = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # URL host of a service on all addresses
 
 
 @dataclass(frozen=True)

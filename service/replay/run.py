@@ -19,7 +19,7 @@ from service.replay.options import SIMULATED, ReplayOptions
 
 MAX_FLIGHTS_PER_CALL = 500
 RESUME_HINT = "run the same command to continue: flights that are stored are not changed"
-EARLY_SECONDS = 10.0  # how far flights may be sent ahead of time in one call with flights that the service has stored
+EARLY_SECONDS = 10.0  # a call with stored flights may send others this early
 
 
 def replay_fleet(options: ReplayOptions, hint: str = RESUME_HINT) -> int:

@@ -129,15 +129,15 @@ class Checkpoint:
         if self.output.suffix:
             ready = self.folder / f"ready{self.output.suffix.lower()}"
             outputs.assemble_output(parts, ready, metadata)
-            if self.output.suffix.lower() == ".csv":  # it describes an earlier output
+            if self.output.suffix.lower() == ".csv":  # the metadata describe an earlier output
                 outputs.metadata_path(self.output).unlink(missing_ok=True)
             ready.replace(self.output)
             if self.output.suffix.lower() == ".csv":
-                outputs.write_metadata(self.output, metadata)  # after the output that it describes
+                outputs.write_metadata(self.output, metadata)  # must follow the output that they describe
         else:
             outputs.write_metadata(self.output, metadata, self.folder / "whole" / "_job.json")
             if self.output.exists():  # an earlier result; _check_output rejects a folder with other files
-                shutil.rmtree(self.folder / "before", ignore_errors=True)  # of a run that was killed at this point
+                shutil.rmtree(self.folder / "before", ignore_errors=True)  # left by a run that was killed at this point
                 self.output.replace(self.folder / "before")
             (self.folder / "whole").replace(self.output)
         outputs.sync_folder(self.output.parent)

@@ -85,7 +85,7 @@ def add_score_command(commands: Any, temperature: Callable[[str], float]) -> Non
     backends = ("local", "ray")
     text = "run on this machine or on a Ray cluster (default: %(default)s)"
     add("--backend", choices=backends, default="local", help=text)
-    add("--engine", choices=backends, default=argparse.SUPPRESS, dest="backend", help=argparse.SUPPRESS)  # former name
+    add("--engine", choices=backends, default=argparse.SUPPRESS, dest="backend", help=argparse.SUPPRESS)  # old name
     text = "address of the Ray cluster (default: RAY_ADDRESS, else a new cluster on this machine)"
     add("--address", help=text)
     add(

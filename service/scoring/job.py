@@ -1,4 +1,4 @@
-"""Run a scoring job: read, infer and write concurrently, and resume an interrupted job. Imports all other modules."""
+"""Run a scoring job: read, infer and write concurrently, and resume an interrupted job."""
 
 import os
 import shutil
@@ -209,7 +209,7 @@ class _ScoringJob:
         self.rejected.add_rows(rejects)
 
     def _report_rows(self, scored: Scored) -> Any:
-        from service.scoring import report  # only a report needs its imports
+        from service.scoring import report  # only a report needs its packages
 
         return report.report_rows(scored, self.model.manifest.window, self._bins)
 
@@ -313,9 +313,7 @@ def _finished_exit_code(options: Options, identity: dict[str, Any]) -> int | Non
     if options.report and not (options.report.exists() and fingerprint in options.report.read_text(errors="replace")):
         return None
     rejected = outputs.rejected_rows_path(options.output)
-    if (
-        metadata.get("rejected") == "0"
-    ):  # a file of rejected rows is then of a job killed before it published its output
+    if metadata.get("rejected") == "0":  # another job that was killed may have left a file of rejected rows
         return None if rejected.exists() else EXIT_DONE
     if options.strict or not _are_rejected_rows_of(rejected, metadata, fingerprint):
         return None

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROW_GROUP_ROWS = 2**16  # of the rejected rows
+ROW_GROUP_ROWS = 2**16  # rows of a row group in the file of rejected rows
 PART_NAME = re.compile(r"part-\d{5,}\.parquet")
-SET_SEPARATOR = "|"  # between the classes of a prediction set in CSV
+SET_SEPARATOR = "|"  # separates the classes of a prediction set in CSV
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from service.scoring.outputs import write_atomically
 from service.scoring.scorer import Scored
 from service.store.records import CountedPredictions
 
-CURVE_POINTS = 200  # of the risk-coverage curve
+CURVE_POINTS = 200  # number of points of the risk-coverage curve
 
 
 def build_context(model: Model, temperature: float, bins: DriftBins) -> CalibrationContext:

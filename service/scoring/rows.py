@@ -1,4 +1,4 @@
-"""Turn chunks of columns into rows to score and rejected rows with their reasons. Independent of file formats."""
+"""Turn chunks of columns into rows to score and rejected rows with their reasons."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from service.scoring.readers import Chunk, read_chunks
 from service.scoring.sources import Source
 
 Integers = npt.NDArray[np.int64]
-MAX_SHOWN_CHARACTERS = 40  # of an invalid value in a reason
+MAX_SHOWN_CHARACTERS = 40  # maximum length of an invalid value in a reason
 
 
 class Reject(NamedTuple):

@@ -1,4 +1,4 @@
-"""Score units of rows with the arithmetic of the service. Independent of files.
+"""Score units of rows with the arithmetic of the service.
 
 Each batch runs on one thread, and several batches run concurrently. So results do not depend on the number of cores.
 """
@@ -87,7 +87,7 @@ class Scorer:
 
     def _answer_overlapping(self, flat: Batch, starts: Integers) -> Predictions:
         """Predict overlapping windows, sorted by start, with the overlap graph."""
-        assert self.overlap_graph is not None  # _uses_overlap_graph
+        assert self.overlap_graph is not None  # `_uses_overlap_graph` has checked this
         begin, end = starts[0], starts[-1] + self.overlap_graph.window
         outputs = self.overlap_graph.answers(flat[begin:end], starts - begin, BATCH_WINDOWS)
         return calibrate_outputs(self.model, outputs, self.temperature)

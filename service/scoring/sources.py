@@ -24,7 +24,7 @@ FORMATS = {
 }
 COMPRESSION_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 COMPRESSION_SUFFIXES = (".gz", ".zst")
-DETECTION_BYTES = 2**16  # read to detect the format of a file without a known suffix
+DETECTION_BYTES = 2**16  # bytes that are read to detect the format of a file without a known suffix
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 _SUBSET_FILE = re.compile(r"(train|test)_(FD\d{3})\.txt")
 

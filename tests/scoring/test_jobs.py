@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from service.scoring import outputs
 from service.scoring.progress import Progress
 from tests.support.processes import absent, start
 from tests.support.scoring import flights, read, rejected, score, write
+from tests.support.terminal import COLOUR, read_terminal
 
 pytestmark = pytest.mark.slow  # whole scoring jobs in this process
 
@@ -534,23 +536,20 @@ def test_progress_is_logged_without_a_terminal(fleet: Path, windows: Readings, t
     assert (0, "") == run_score(few, tmp_path / "quiet.csv", *flags, "--quiet", ENGINE_HEALTH_LOG_LEVEL="info")
 
 
-def test_progress_is_a_bar_on_a_terminal(windows: Readings, tmp_path: Path) -> None:
-    """On a terminal the progress is a bar with rows, rows/s, engines and rejected rows."""
-    path, (ours, theirs) = write(flights(windows), tmp_path / "a.parquet"), pty.openpty()
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_progress_is_a_bar_on_a_terminal(no_color: str, windows: Readings, tmp_path: Path) -> None:
+    """On a terminal the progress is a bar with rows, rows/s, engines and rejected rows. NO_COLOR removes colours."""
+    path, (own_side, terminal) = write(flights(windows), tmp_path / "a.parquet"), pty.openpty()
     command = [sys.executable, "-m", "service.cli", "score", str(path), str(tmp_path / "out.parquet")]
-    wide = os.environ | {"COLUMNS": "160", "TERM": "xterm"}
-    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=wide) as process:
-        os.close(theirs)
-        output = b""
-        while True:
-            try:
-                output += os.read(ours, 4096)
-            except OSError:  # Linux reports this when no process has the terminal open
-                break
-    os.close(ours)
+    environment = os.environ | {"COLUMNS": "160", "TERM": "xterm", "NO_COLOR": no_color}
+    with subprocess.Popen(command, stdout=terminal, stderr=terminal, env=environment) as process:
+        os.close(terminal)
+        output = b"".join(read_terminal(own_side))
+    os.close(own_side)
     assert 0 == process.returncode
+    assert bool(no_color) != bool(COLOUR.search(output))
     for word in (b"100%", b"400 rows", b"rows/s", b"4 engines", b"0 rejected"):
-        assert word in output
+        assert word in (re.sub(rb"\x1b\[[0-9;]*m", b"", output))
 
 
 def test_missing_package_gives_install_command(windows: Readings, tmp_path: Path) -> None:
