@@ -32,7 +32,7 @@ SETTING_KINDS: dict[Any, str] = {bool: "0 or 1", int: "a whole number", float: "
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Return the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Run one command. Return the exit code: 0 done, 1 failed, 2 wrong usage, 3 rejected rows, 130 interrupted."""
     parser = build_parser()
     if COMPLETION_VARIABLE in os.environ:
         import argcomplete  # running a command does not need it

@@ -24,7 +24,9 @@ from service.settings import PREFIX, Settings, read_settings
 
 STORE_PATH = Path("build/demo.db")
 FLEET_FLAGS = ("--endless", "--engines", "40", "--past", "30")
-DEMO_FLAGS = f"The demo begins with the flags {' '.join(FLEET_FLAGS)}; later flags replace them."
+DEMO_FLAGS = (
+    f"The demo begins with the flags {' '.join(FLEET_FLAGS)}; other values of --engines and --past replace these."
+)
 START_SECONDS = 60.0
 
 
