@@ -1,11 +1,12 @@
-"""Structured logs: one JSON object per line for machines, one readable line for people. Independent of HTTP."""
+"""Structured logs: one JSON object per line for programs, or one readable line for people."""
 
 import asyncio
 import logging
+import os
 import sys
 import time
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TextIO
 
 import orjson
 import structlog
@@ -14,11 +15,14 @@ from service.settings import Settings
 
 
 def configure(settings: Settings) -> None:
-    """Write every log line, also of libraries, to standard error in one form."""
+    """Write all log lines, also those of libraries, to standard error in the format of the settings."""
     level = getattr(logging, settings.log_level.upper())
     for_people = settings.log_format == "text" or (settings.log_format == "auto" and sys.stderr.isatty())
     shared_processors: list[Any] = [structlog.stdlib.add_log_level, structlog.processors.TimeStamper("iso")]
-    renderer: Any = structlog.dev.ConsoleRenderer() if for_people else structlog.processors.JSONRenderer(_json_bytes)
+    renderer: Any = structlog.processors.JSONRenderer(_json_bytes)
+    if for_people:  # plain tracebacks, because `format_exc_info` has formatted the exception already
+        plain = structlog.dev.plain_traceback
+        renderer = structlog.dev.ConsoleRenderer(colors=has_colours(sys.stderr), exception_formatter=plain)
     stderr = sys.stderr
     factory: Any = structlog.PrintLoggerFactory(stderr) if for_people else structlog.BytesLoggerFactory(stderr.buffer)
     structlog.configure(
@@ -41,17 +45,22 @@ def configure(settings: Settings) -> None:
         )
     )
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    logging.captureWarnings(True)  # of libraries: otherwise they have another format
+    logging.captureWarnings(True)  # otherwise the warnings of libraries have another format
+
+
+def has_colours(stream: TextIO) -> bool:
+    """Return whether colours may be written to a stream: a terminal, and `NO_COLOR` is not set (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
 class RequestLog:
-    """The access log: one line per request. The lines of one turn of the event loop are written together.
+    """The access log: one line per request. The lines of one event-loop iteration are written together.
 
     JSON lines are formatted here, equal to those of structlog at a sixth of the cost.
     """
 
     def __init__(self) -> None:
-        self._log = structlog.get_logger().bind()  # bound once, after `configure`
+        self._log = structlog.get_logger().bind()  # bound once, because binding costs time; requires `configure`
         processors = structlog.get_config()["processors"]
         self._plain = isinstance(processors[-1], structlog.processors.JSONRenderer) and self._log.is_enabled_for(
             logging.INFO
@@ -60,7 +69,7 @@ class RequestLog:
         self._second, self._stamp = 0, ""
 
     def add(self, fields: dict[str, Any]) -> None:
-        """Add the line of one request; called in the event loop."""
+        """Add the line of one request. Must be called in the event loop."""
         if not self._plain:
             self._log.info("request", **fields)
             return

@@ -1,6 +1,7 @@
-"""HTTP client that retries a call, with the same bytes, until the service answers. It survives restarts of the service.
+"""HTTP client that retries a call, with the same bytes, until the service responds.
 
-Every call of a replay is idempotent: a flight or failure that is stored already changes nothing.
+The service may be restarted meanwhile. Every call of a replay is idempotent: a flight or failure that is stored already
+changes nothing.
 """
 
 import http.client
@@ -13,17 +14,17 @@ from urllib.parse import SplitResult, urlsplit
 
 from service.errors import ServiceError
 
-RETRY_STATUSES = (408, 429, 502, 503, 504)  # of responses after which the call is retried
+RETRY_STATUSES = (408, 429, 502, 503, 504)  # statuses of responses after which a call is retried
 ATTEMPT_SECONDS = 30.0  # timeout of one attempt
 MIN_WAIT_SECONDS, MAX_WAIT_SECONDS = 0.1, 5.0  # pause between two attempts, doubled each time
-MAX_RESPONSE_BYTES = 64 * 2**20  # bytes
-PRINTABLE_PATH = re.compile("[!-~]*")  # of a request line
-MAX_DETAIL_CHARACTERS = 300  # of an error message of the service
+MAX_RESPONSE_BYTES = 64 * 2**20
+PRINTABLE_PATH = re.compile("[!-~]*")  # characters that a request line may have
+MAX_DETAIL_CHARACTERS = 300  # maximum length of an error message of the service
 KEY_HINT = {401: "; set one with --key KEY", 403: "; set another one with --key KEY"}
 
 
 class CallFailed(ServiceError):
-    """The service rejected a call, or did not answer within the allowed outage. The message is one line."""
+    """The service rejected a call, or did not respond within the allowed outage. The message is one line."""
 
 
 class ServiceResponse(NamedTuple):
@@ -41,7 +42,7 @@ class RetryingClient:
         key: API key sent with every call, if not empty.
         max_outage_seconds: time without a response after which a call fails.
         wait: sleeps for a number of seconds.
-        show_outage: receives the reason once per outage, and None when the service answers again.
+        show_outage: receives the reason once per outage, and None when the service responds again.
 
     Raises:
         CallFailed: the URL or the key is malformed.
@@ -57,7 +58,7 @@ class RetryingClient:
     ) -> None:
         self.url, self._address = url, parse_service_url(url)
         if not (key.isascii() and (key.isprintable() or not key)):
-            raise CallFailed("--key: expected printable ASCII")
+            raise CallFailed("--key: expected printable ASCII characters, got others")
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._max_outage_seconds, self._wait, self._show_outage = max_outage_seconds, wait, show_outage
         self._connection: http.client.HTTPConnection | None = None
@@ -67,7 +68,7 @@ class RetryingClient:
         """Return the response to a call, retried until there is one.
 
         Raises:
-            CallFailed: the service rejected the call, or did not answer within the allowed outage.
+            CallFailed: the service rejected the call, or did not respond within the allowed outage.
         """
         deadline, pause, outage = time.monotonic() + self._max_outage_seconds, MIN_WAIT_SECONDS, False
         while True:
@@ -112,7 +113,7 @@ class RetryingClient:
     def _parse_response(self, status: int, path: str, content: bytes) -> ServiceResponse:
         if status not in (200, 409):
             detail = _problem_detail(content) + KEY_HINT.get(status, "")
-            raise CallFailed(f"{self.url}{path} answered {status}: {detail}")
+            raise CallFailed(f"{self.url}{path} returned {status}: {detail}")
         try:
             return ServiceResponse(status, json.loads(content))
         except ValueError:

@@ -7,7 +7,6 @@ The fleet has 40 engines of any age, a new one for each that fails, and 30 engin
 has data from the start.
 """
 
-import argparse
 import os
 import signal
 import socket
@@ -17,6 +16,7 @@ import urllib.request
 from pathlib import Path
 from time import monotonic, sleep
 
+from service.codecs.arguments import ArgumentParser
 from service.errors import ServiceError
 from service.replay.options import add_replay_flags, build_options, find_flag_conflict, service_url
 from service.replay.run import replay_fleet
@@ -24,6 +24,9 @@ from service.settings import PREFIX, Settings, read_settings
 
 STORE_PATH = Path("build/demo.db")
 FLEET_FLAGS = ("--endless", "--engines", "40", "--past", "30")
+DEMO_FLAGS = (
+    f"The demo begins with the flags {' '.join(FLEET_FLAGS)}; other values of --engines and --past replace these."
+)
 START_SECONDS = 60.0
 
 
@@ -32,13 +35,12 @@ def main(flags: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a closed terminal stops both, except under nohup
         signal.signal(signal.SIGHUP, signal.default_int_handler)
-    parser = argparse.ArgumentParser("demo", description="Start a service and replay a simulated fleet to it.")
+    parser = ArgumentParser("demo", description=f"Start a service and replay a fleet to it. {DEMO_FLAGS}")
     add_replay_flags(parser)
     try:
         settings = read_settings()
-        options = build_options(
-            vars(parser.parse_args([*FLEET_FLAGS, *flags, "--url", service_url(settings)])), settings
-        )
+        arguments = [*FLEET_FLAGS, *flags, "--url", service_url(settings)]
+        options = build_options(vars(parser.parse_arguments(arguments)), settings)
         if conflict := find_flag_conflict(options):
             parser.error(conflict)
         _check_port_is_free(settings)
@@ -46,7 +48,7 @@ def main(flags: list[str]) -> int:
         try:
             _wait_until_ready(service, options.url)
             print(f"The console is at {options.url}/ (Ctrl-C stops the demo)", flush=True)
-            return replay_fleet(options)
+            return replay_fleet(options, hint="the next demo starts with an empty store")
         finally:
             service.terminate()
             service.wait()
@@ -79,14 +81,16 @@ def _start_service() -> "subprocess.Popen[bytes]":
 def _wait_until_ready(service: "subprocess.Popen[bytes]", url: str) -> None:
     """Return when the service is ready. Raise ServiceError if it exits or is not ready in time."""
     deadline = monotonic() + START_SECONDS
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # without a proxy
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({})
+    )  # the service is local, so a proxy must not be used
     while service.poll() is None and monotonic() < deadline:
         try:
             opener.open(f"{url}/readyz", timeout=5).close()
             return
         except OSError:
             sleep(0.1)
-    raise ServiceError("the service did not start")
+    raise ServiceError(f"the service did not start within {START_SECONDS:g} s; its log is above")
 
 
 if __name__ == "__main__":

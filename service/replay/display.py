@@ -1,4 +1,4 @@
-"""Output of a replay: its state, and a log of it. Independent of HTTP."""
+"""Output of a replay: its state, and a log of it."""
 
 import sys
 import time
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 PredictionJson = dict[str, Any]  # one prediction of the service's response
-LOG_SECONDS = 10.0  # between two summaries in a log
+LOG_SECONDS = 10.0  # time between two summaries in a log
 
 
 @dataclass
@@ -19,13 +19,13 @@ class ReplayState:
     drifts: tuple[tuple[int, str], ...] = ()  # first flight and description of each injected drift
     flights: int = 0  # all flights sent, past ones included
     live_flights: int = 0  # flights sent that are not past
-    stored_flights: int = 0  # leading live flights that the service had stored before: the replay was restarted
+    stored_flights: int = 0  # first live flights that the service had stored already, in a restarted replay
     failures: int = 0
     conflicts: int = 0
     first_conflict: str = ""
     retries: int = 0
     outage: str | None = None  # reason of the current outage
-    latest: dict[str, PredictionJson] = field(default_factory=dict)  # by engine id
+    latest: dict[str, PredictionJson] = field(default_factory=dict)  # newest prediction by engine id
     started_at: float | None = None  # monotonic time of the first live flight
 
     @property
@@ -91,7 +91,7 @@ class LogDisplay:
             self.refresh()
 
     def show_outage(self, reason: str | None) -> None:
-        """Print that a call is retried for `reason`, or with None that the service answers again."""
+        """Print that a call is retried for `reason`, or with None that the service responds again."""
         self.state.outage = reason
         url = self.state.url
         self.print_line(f"connected to {url} again" if reason is None else f"waiting for {url}: {reason}")

@@ -1,7 +1,4 @@
-"""Flights of a simulated or recorded fleet, in the order in which they are sent: one flight of each engine in turn.
-
-Independent of HTTP and of time.
-"""
+"""Flights of a simulated or recorded fleet, in the order in which they are sent: round robin over the engines."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -92,7 +89,7 @@ def _past_flights(simulated: _SimulatedEngine, seed: int, flights: int | None) -
 
 
 def recorded_flights(engines: Sequence[History], seed: int, injector: DriftInjector) -> Iterator[ReplayFlight]:
-    """Yield one flight of each history in turn. The failure cycle is known where the RUL of the last flight is."""
+    """Yield the flights of histories, round robin. The last flight has the failure cycle if its RUL is known."""
     flight = 0
     for index in range(max(len(engine.cycle) for engine in engines)):
         for number, engine in enumerate(engines):

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from model.data.simulator.drift_injection import Drift, DriftError, parse_drift
-from service.settings import Settings
+from service.codecs.arguments import integer_parser, number_parser
+from service.settings import PREFIX, Settings
 
 SIMULATED = "simulated"
+MAX_COUNT = 10**15 - 1
 SECONDS_PER_UNIT = {"": 1, "/s": 1, "/min": 60, "/h": 3600}
-LOOPBACK_OF_WILDCARD = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where to call a service that listens on all addresses
+LOOPBACK_OF_WILDCARD = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # URL host of a service on all addresses
 
 
 @dataclass(frozen=True)
@@ -35,44 +37,31 @@ class ReplayOptions:
 def add_replay_flags(command: argparse.ArgumentParser) -> None:
     """Add the flags to a parser."""
     flag = command.add_argument
-    flag("--fleet", default=SIMULATED, help="simulated, or a file: C-MAPSS text or CSV; - is standard input")
-    flag(
-        "--engines",
-        type=_parse_positive,
-        help="engines that fly at the same time; default: 20, or all engines of the file",
-    )
-    flag(
-        "--speed",
-        type=_parse_speed,
-        default=5.0,
-        help="flights per second (5, 5/s), per minute (300/min), or max; default: 5/s",
-    )
+    text = "simulated, or a file: C-MAPSS text or CSV; - is standard input (default: %(default)s)"
+    flag("--fleet", default=SIMULATED, help=text)
+    text = "engines that fly at the same time (default: 20, or all engines of the file)"
+    flag("--engines", type=integer_parser("engines", 1, MAX_COUNT), metavar="N", help=text)
+    text = "flights per second (5, 5/s), per minute (300/min), or max (default: 5/s)"
+    flag("--speed", type=_parse_speed, default=5.0, help=text)
     drifts = "sensor_11:+2sd@600, sensor_11:+0.5, sensor_11:x3noise, sensors:x2noise, condition:20%%, wear:x2"
-    flag(
-        "--drift",
-        type=_parse_drift,
-        action="append",
-        dest="drifts",
-        help=f"drift injected from a flight on: {drifts}; repeatable",
+    text = f"drift injected from a flight on: {drifts}; repeatable (default: none)"
+    flag("--drift", type=_parse_drift, action="append", dest="drifts", help=text)
+    text = "seed of the simulated engines and of the drift (default: %(default)s)"
+    flag("--seed", type=integer_parser("a whole number", 0, MAX_COUNT), default=0, metavar="N", help=text)
+    text = "stop after this number of flights (default: none)"
+    flag("--count", type=integer_parser("flights", 1, MAX_COUNT), metavar="N", help=text)
+    text = "replace each failed engine by a new one; only with --fleet simulated (default: off)"
+    flag("--endless", action="store_true", help=text)
+    text = (
+        "start with engines of any age, and first send this number of engines that failed before; "
+        "only with --fleet simulated (default: start with new engines)"
     )
-    flag(
-        "--seed", type=_parse_whole_number, default=0, help="seed of the simulated engines and of the drift; default: 0"
-    )
-    flag("--count", type=_parse_positive, help="stop after this number of flights")
-    flag("--endless", action="store_true", help="replace each failed engine by a new one; simulated fleet only")
-    flag(
-        "--past",
-        type=_parse_whole_number,
-        help="start with engines of any age, and first send this number of engines that failed before; simulated only",
-    )
-    flag("--url", help="URL of the service; default: where `serve` listens with the same environment")
-    flag("--key", help="API key; default: the first of ENGINE_HEALTH_API_KEYS")
-    flag(
-        "--patience",
-        type=_parse_seconds,
-        default=60.0,
-        help="seconds without a response after which the replay fails; default: 60",
-    )
+    flag("--past", type=integer_parser("engines", 0, MAX_COUNT), metavar="N", help=text)
+    text = "URL of the service (default: the address of `serve` in the same environment)"
+    flag("--url", help=text)
+    flag("--key", help=f"API key (default: the first of {PREFIX}API_KEYS)")
+    text = "seconds without a response after which the replay fails (default: %(default)g)"
+    flag("--patience", type=number_parser("seconds", 0, 86400), default=60.0, metavar="SECONDS", help=text)
 
 
 def build_options(flags: dict[str, Any], settings: Settings) -> ReplayOptions:
@@ -93,7 +82,7 @@ def find_flag_conflict(options: ReplayOptions) -> str | None:
     if options.fleet == SIMULATED:
         return None
     if options.endless or options.past is not None:
-        return "--endless and --past need --fleet simulated"
+        return "--endless and --past need --fleet simulated; a file has a fixed fleet"
     return None if options.fleet == "-" or Path(options.fleet).exists() else f"--fleet {options.fleet}: no such file"
 
 
@@ -111,20 +100,3 @@ def _parse_drift(text: str) -> Drift:
         return parse_drift(text)
     except DriftError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _parse_whole_number(text: str, minimum: int = 0) -> int:
-    if not re.fullmatch(r"\d{1,15}", text) or int(text) < minimum:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text!r}")
-    return int(text)
-
-
-def _parse_positive(text: str) -> int:
-    return _parse_whole_number(text, 1)
-
-
-def _parse_seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 86400:
-        raise argparse.ArgumentTypeError(f"expected seconds from 0 to 86400, got {text!r}")
-    return value

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from service.replay.display import LogDisplay, PredictionJson, ReplayState
 
-BAR_WIDTH = 12  # characters of the bar of probability 1
+BAR_WIDTH = 12  # length of the bar for probability 1
 NON_ENGINE_LINES = 6  # lines of the screen that show no engine
 REDRAW_SECONDS = 0.2
 SEVERITY_COLOURS = ("green", "yellow", "red")  # first class, classes in between, last class
@@ -47,7 +47,7 @@ class TableDisplay(LogDisplay):
         state = self.state
         table = Table(box=None, pad_edge=False, header_style="bold")
         for name, justify in (("engine", "left"), ("cycle", "right"), ("health", "left")):
-            table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]  # two of its literals
+            table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]  # both are literals of rich
         if state.classes:
             table.add_column(f"P({state.classes[-1]})", no_wrap=True)
         table.add_column("RUL", justify="right", no_wrap=True)

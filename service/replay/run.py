@@ -18,11 +18,16 @@ from service.replay.flights import ReplayFlight, recorded_flights, simulated_fli
 from service.replay.options import SIMULATED, ReplayOptions
 
 MAX_FLIGHTS_PER_CALL = 500
-EARLY_SECONDS = 10.0  # how far flights may be sent ahead of time in one call with flights that the service has stored
+RESUME_HINT = "run the same command to continue: flights that are stored are not changed"
+EARLY_SECONDS = 10.0  # a call with stored flights may send others this early
 
 
-def replay_fleet(options: ReplayOptions) -> int:
+def replay_fleet(options: ReplayOptions, hint: str = RESUME_HINT) -> int:
     """Send a fleet to a service. Return 0 when all flights were sent or the user interrupted the replay.
+
+    Args:
+        options: fleet, service and speed.
+        hint: printed on an interruption, after "stopped".
 
     Raises:
         CallFailed: the service rejected a call, was unavailable for too long, or has other flights for the same cycles.
@@ -39,7 +44,7 @@ def replay_fleet(options: ReplayOptions) -> int:
         for group in group_due_flights(flights, options.speed, max_instances, display, state):
             send_flights(client, group, state, display)
     except KeyboardInterrupt:
-        display.print_line("stopped; run the same command to continue: flights that are stored are not changed")
+        display.print_line(f"stopped; {hint}")
     finally:
         display.stop()
         client.close()

@@ -1,1 +1,4 @@
-"""Batch scoring of files to files (`engine-health score`). Independent of HTTP and of the store."""
+"""Batch scoring of files to files (`engine-health score`).
+
+Does not import the API or SQL; import-linter verifies this.
+"""

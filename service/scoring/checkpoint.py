@@ -18,7 +18,7 @@ from service.errors import InvalidInput
 from service.scoring import outputs
 from service.scoring.rows import Reject
 
-RESTART_HINT = "--restart starts over"
+RESTART_HINT = "use --restart to discard its parts, or choose another OUTPUT"
 
 
 @dataclass
@@ -46,7 +46,9 @@ class Checkpoint:
             self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InvalidInput(f"{self.output}: another job is writing this output") from None
+            raise InvalidInput(
+                f"{self.output}: another job is writing this output; wait for it, or choose another OUTPUT"
+            ) from None
         except OSError as error:
             raise InvalidInput(f"{self.folder}: {error.strerror}") from None
         return self
@@ -119,7 +121,7 @@ class Checkpoint:
     def publish(self, metadata: dict[str, str], rejected: Path | None) -> None:
         """Move the output and the rejected rows to their final names, then remove the folder."""
         parts = [self.part_path(k) for k in range(len(self.parts))]
-        rejected_path = rejected_rows_path(self.output)
+        rejected_path = outputs.rejected_rows_path(self.output)
         if rejected is None:
             rejected_path.unlink(missing_ok=True)
         else:
@@ -127,15 +129,15 @@ class Checkpoint:
         if self.output.suffix:
             ready = self.folder / f"ready{self.output.suffix.lower()}"
             outputs.assemble_output(parts, ready, metadata)
-            if self.output.suffix.lower() == ".csv":  # it describes an earlier output
+            if self.output.suffix.lower() == ".csv":  # the metadata describe an earlier output
                 outputs.metadata_path(self.output).unlink(missing_ok=True)
             ready.replace(self.output)
             if self.output.suffix.lower() == ".csv":
-                outputs.write_metadata(self.output, metadata)  # after the output that it describes
+                outputs.write_metadata(self.output, metadata)  # must follow the output that they describe
         else:
             outputs.write_metadata(self.output, metadata, self.folder / "whole" / "_job.json")
             if self.output.exists():  # an earlier result; _check_output rejects a folder with other files
-                shutil.rmtree(self.folder / "before", ignore_errors=True)  # of a run that was killed at this point
+                shutil.rmtree(self.folder / "before", ignore_errors=True)  # left by a run that was killed at this point
                 self.output.replace(self.folder / "before")
             (self.folder / "whole").replace(self.output)
         outputs.sync_folder(self.output.parent)
@@ -164,11 +166,6 @@ class Checkpoint:
 def compute_fingerprint(identity: dict[str, Any]) -> str:
     """Return a digest of everything that the result depends on."""
     return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def rejected_rows_path(output: Path) -> Path:
-    """Return the path of the rejected rows of an output."""
-    return output.with_name(output.name + ".errors.parquet")
 
 
 def _describe_difference(stored: dict[str, Any], current: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from service.codecs.requests import CONTROL_CHARACTER, MAX_CYCLE, MAX_NAME_LENGT
 Mask = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
-NO_VALUE = ("", "na", "n/a", "null", "none", "nan")  # texts that mean a missing number, in any case
+NO_VALUE = ("", "na", "n/a", "null", "none", "nan")  # texts that mean a missing number, in upper or lower case
 NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$|^[+-]?([iI][nN][fF]([iI][nN][iI][tT][yY])?)$"
 Values = Any  # a pyarrow.Array
 
@@ -95,7 +95,7 @@ def parse_engine_ids(values: Values) -> tuple[Values, Mask]:
         values = pc.if_else(integral, digits, pc.cast(values, pa.string()))
     try:
         texts = pc.cast(values, pa.string())
-    except pa.ArrowException:  # for example lists
+    except pa.ArrowException:  # lists, for example, have no text
         return pa.nulls(len(values), pa.string()), np.ones(len(values), dtype=np.bool_)
     length = pc.fill_null(pc.utf8_length(texts), 0).to_numpy(zero_copy_only=False)
     wrong_length = (length < 1) | (length > MAX_NAME_LENGTH)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from service.inference.onnx_model import Model
 
 Integers = npt.NDArray[np.int64]
-MAX_BYTES = 2**25  # of states in RAM
+MAX_BYTES = 2**25  # maximum size of the states in RAM
 EVICTION_DIVISOR = 4  # one in this number of slots is evicted at a time
 
 
@@ -25,10 +25,10 @@ class EngineStates:
         self.dtype = np.dtype(
             [
                 ("cycle", "i8"),  # last scored cycle, -1 before the first
-                ("label", "i8"),  # of the newest row, like its file and row number
+                ("label", "i8"),  # label of the newest row; the next two fields are its file and row number
                 ("file", "i8"),
                 ("row", "i8"),
-                ("last_values", "f4", (channels,)),  # of each channel, NaN before the first
+                ("last_values", "f4", (channels,)),  # last value of each channel, NaN before the first
                 ("window", "f4", (window, channels)),  # newest window, padded on the left with the oldest row
             ]
         )

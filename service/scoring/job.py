@@ -1,4 +1,4 @@
-"""Run a scoring job: read, infer and write concurrently, and resume an interrupted job. Imports all other modules."""
+"""Run a scoring job: read, infer and write concurrently, and resume an interrupted job."""
 
 import os
 import shutil
@@ -20,10 +20,10 @@ from service.inference.onnx_model import Model
 from service.inference.overlap_graph import open_overlap_graph
 from service.inference.predictions import Predictions
 from service.scoring import outputs, scorer
-from service.scoring.checkpoint import Checkpoint, PartRecord, compute_fingerprint, rejected_rows_path
+from service.scoring.checkpoint import Checkpoint, PartRecord, compute_fingerprint
 from service.scoring.engine_states import EngineStates
 from service.scoring.options import STDIN, Options
-from service.scoring.progress import Progress
+from service.scoring.progress import Progress, log_already_finished
 from service.scoring.readers import engine_ids_are_integers
 from service.scoring.rows import Layout, Reject
 from service.scoring.scorer import Scored, Scorer
@@ -32,7 +32,7 @@ from service.scoring.window_assembly import WorkUnit, assemble_units
 from service.settings import Settings
 
 EXIT_DONE, EXIT_REJECTED = 0, 3
-UNITS_AHEAD = 2  # queued for the model, so that it is never idle
+UNITS_AHEAD = 2  # units queued for the model, so that it is never idle
 
 
 def score_files(options: Options, settings: Settings) -> int:
@@ -53,6 +53,8 @@ def score_files(options: Options, settings: Settings) -> int:
             exit_code = _finished_exit_code(options, identity)
             if exit_code is not None:
                 checkpoint.discard_finished(identity)
+                if not options.quiet:
+                    log_already_finished(str(options.output), _rejected_file(options, exit_code == EXIT_REJECTED))
             else:
                 checkpoint.resume_or_start(identity, options.restart)
                 job = _ScoringJob(options, checkpoint, model, layout, sources, temperature, settings)
@@ -86,7 +88,7 @@ class _ScoringJob:
         self.settings = settings
         self.integer_ids = engine_ids_are_integers(sources, options.engine_column)
         self.labelled = options.truth_column is not None
-        rejected_path = checkpoint.folder / "rejected.parquet"
+        rejected_path = checkpoint.folder / f"rejected{outputs.rejected_rows_path(options.output).suffix}"
         self.rejected = outputs.RejectedRowsFile(rejected_path, compute_fingerprint(checkpoint.identity))
         self.progress = Progress(options.quiet, options.interval)
         self._tables: dict[str, list[Any]] = {}
@@ -103,18 +105,18 @@ class _ScoringJob:
                 self._submit_part()
             self._wait_for_part()
         self.rejected.close()
-        metadata = self._metadata | {
-            "fingerprint": compute_fingerprint(self.checkpoint.identity),
-            "rejected": str(self.rejected.count),
-        }
+        fingerprint, count = compute_fingerprint(self.checkpoint.identity), self.rejected.count
+        metadata = self._metadata | {"fingerprint": fingerprint, "rejected": str(count)}
+        if count and self.options.output_format == ".csv":  # a CSV of rejected rows cannot contain the fingerprint
+            metadata["rejected_digest"] = outputs.file_digest(self.rejected.path)
         if self.options.report:
             self._write_report(self.options.report)
-        self.checkpoint.publish(metadata, self.rejected.path if self.rejected.count else None)
-        self.progress.log_finished(str(self.options.output))
-        return EXIT_REJECTED if self.rejected.count else EXIT_DONE
+        self.checkpoint.publish(metadata, self.rejected.path if count else None)
+        self.progress.log_finished(str(self.options.output), _rejected_file(self.options, count > 0))
+        return EXIT_REJECTED if count else EXIT_DONE
 
     def _score_units(self) -> Iterator[Scored]:
-        """Yield every unit that is in no finished part, with its answers."""
+        """Yield every unit that is in no finished part, with its predictions."""
         finished_units, unanswered = self.checkpoint.finished_units, self.checkpoint.unanswered_rows()
         with closing(self._answer_units(finished_units)) as answered:
             for number, (unit, answers) in enumerate(answered):
@@ -132,7 +134,7 @@ class _ScoringJob:
         return self._answer_locally(finished_units)
 
     def _answer_locally(self, finished_units: int) -> Generator[tuple[WorkUnit, Predictions | None]]:
-        """Read units in one thread and answer them in a pool. The caller writes them."""
+        """Read units in one thread and predict them in a pool. The caller writes them."""
         queue = deque[tuple[WorkUnit, list[Future[Predictions]] | None]]()
         reader, pool = ThreadPoolExecutor(1), ThreadPoolExecutor(self.settings.threads or available_cpus())
         with closing(EngineStates.for_model(self.model, self.checkpoint.folder)) as states:
@@ -207,7 +209,7 @@ class _ScoringJob:
         self.rejected.add_rows(rejects)
 
     def _report_rows(self, scored: Scored) -> Any:
-        from service.scoring import report  # only a report needs its imports
+        from service.scoring import report  # only a report needs its packages
 
         return report.report_rows(scored, self.model.manifest.window, self._bins)
 
@@ -247,25 +249,34 @@ def _check_output(options: Options) -> None:
     """Reject an output that cannot be written, or that the next run would read as input."""
     output = options.output
     if not output.suffix and output.exists() and not outputs.is_job_output(output):
-        raise InvalidInput(f"{output}: the folder has files that no job wrote; it is not replaced")
-    used_paths = (outputs.metadata_path(output), rejected_rows_path(output))
+        raise InvalidInput(
+            f"{output}: the folder has files that no job wrote, so it is not replaced; choose another OUTPUT"
+        )
+    used_paths = (outputs.metadata_path(output), outputs.rejected_rows_path(output))
     if options.report in used_paths or _is_inside(options.report, output):
         raise InvalidInput(f"{options.report}: the output uses this name; choose another name for the report")
     for path in _output_files(options):
         if path.is_dir() and (path != output or output.suffix):
-            raise InvalidInput(f"{path}: is a folder")
+            raise InvalidInput(f"{path}: is a folder; expected the name of a file")
         if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
             raise InvalidInput(f"{path}: its folder does not exist or is not writable")
         for name in options.inputs:
             if name != STDIN and input_contains(name, path):
-                raise InvalidInput(f"{path}: is part of the input {name}, so the next run would read it")
+                raise InvalidInput(
+                    f"{path}: is part of the input {name}, so the next run would read it; choose another name"
+                )
 
 
 def _output_files(options: Options) -> list[Path]:
     """Return the files that a job writes."""
     report = [] if options.report is None else [options.report]
     metadata = [outputs.metadata_path(options.output)] if options.output_format == ".csv" else []
-    return [options.output, rejected_rows_path(options.output), *metadata, *report]
+    return [options.output, outputs.rejected_rows_path(options.output), *metadata, *report]
+
+
+def _rejected_file(options: Options, has_rejected: bool) -> str | None:
+    """Return the name of the file of rejected rows, or None if no row was rejected."""
+    return str(outputs.rejected_rows_path(options.output)) if has_rejected else None
 
 
 def _is_inside(report: Path | None, folder: Path) -> bool:
@@ -301,9 +312,16 @@ def _finished_exit_code(options: Options, identity: dict[str, Any]) -> int | Non
         return None
     if options.report and not (options.report.exists() and fingerprint in options.report.read_text(errors="replace")):
         return None
-    rejected = rejected_rows_path(options.output)
-    if metadata.get("rejected") == "0":  # rejected rows are then those of a job killed before it published its output
+    rejected = outputs.rejected_rows_path(options.output)
+    if metadata.get("rejected") == "0":  # another job that was killed may have left a file of rejected rows
         return None if rejected.exists() else EXIT_DONE
-    if options.strict or outputs.read_metadata(rejected).get("fingerprint") != fingerprint:
+    if options.strict or not _are_rejected_rows_of(rejected, metadata, fingerprint):
         return None
     return EXIT_REJECTED
+
+
+def _are_rejected_rows_of(rejected: Path, metadata: dict[str, str], fingerprint: str) -> bool:
+    """Return whether a file has the rejected rows of the job with this metadata and fingerprint."""
+    if rejected.suffix == ".csv":
+        return rejected.exists() and outputs.file_digest(rejected) == metadata.get("rejected_digest")
+    return outputs.read_metadata(rejected).get("fingerprint") == fingerprint

@@ -57,7 +57,9 @@ def predict_newest(
 ) -> tuple[list[NewestCycle], Predictions]:
     """Return the engines of a file, in its order, and the prediction for the newest window of each."""
     if model.manifest.window is None:
-        raise InvalidInput(f"{model.manifest.name} takes no windows of readings: there is nothing to read from a table")
+        raise InvalidInput(
+            f"{model.manifest.name} the model takes no windows of readings, so it cannot predict from a table"
+        )
     try:
         engines = telemetry.read_histories(name, model.channels, hold)
     except DataError as error:
@@ -68,7 +70,7 @@ def predict_newest(
     newest = [NewestCycle(engine.engine_id, int(engine.cycle[-1])) for engine in engines]
     if not predictions.finite.all():
         engine_id = newest[int(predictions.finite.argmin())].engine_id
-        raise InvalidInput(f"{name}: engine {engine_id!r}: the model has no finite answer for its readings")
+        raise InvalidInput(f"{name}: engine {engine_id!r}: the prediction for its readings is not finite")
     return newest, predictions
 
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 STDIN = "-"
 HORIZON_ROWS = 2**18  # rows by which a row may come after a later cycle of its engine; 32 MB of pending rows
-PART_ROWS = 2**17  # of a part and of a Parquet row group; a killed job loses at most one part
-LOG_INTERVAL_SECONDS = 10.0  # between two log lines without a terminal
+PART_ROWS = 2**17  # rows of a part and of a Parquet row group; a killed job loses at most one part
+LOG_INTERVAL_SECONDS = 10.0  # time between two log lines without a terminal
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Write parts while a job runs, and the output at its end. A file with its final name is complete and on disk."""
 
+import hashlib
 import json
 import os
 import re
@@ -8,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROW_GROUP_ROWS = 2**16  # of the rejected rows
+ROW_GROUP_ROWS = 2**16  # rows of a row group in the file of rejected rows
 PART_NAME = re.compile(r"part-\d{5,}\.parquet")
-SET_SEPARATOR = "|"  # between the classes of a prediction set in CSV
+SET_SEPARATOR = "|"  # separates the classes of a prediction set in CSV
 
 
 @contextmanager
@@ -113,6 +114,17 @@ def metadata_path(output: Path) -> Path:
     return output / "_job.json" if not output.suffix else output.with_name(output.name + "-metadata.json")
 
 
+def rejected_rows_path(output: Path) -> Path:
+    """Return the path of the rejected rows of an output: CSV next to a CSV, else Parquet."""
+    return output.with_name(output.name + ".errors" + (".csv" if output.suffix.lower() == ".csv" else ".parquet"))
+
+
+def file_digest(path: Path) -> str:
+    """Return the digest of the bytes of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
 def is_job_output(folder: Path) -> bool:
     """Return whether a folder is empty or has only files of a job."""
     if not folder.is_dir():
@@ -131,7 +143,7 @@ def write_metadata(output: Path, metadata: dict[str, str], path: Path | None = N
 
 
 class RejectedRowsFile:
-    """File of rejected rows, with the fingerprint of their job."""
+    """File of rejected rows: CSV, or Parquet with the fingerprint of the job."""
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         import pyarrow as pa
@@ -158,12 +170,21 @@ class RejectedRowsFile:
 
     def _write_rows(self) -> None:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self.path, self._schema, compression="zstd")
+            self._writer = self._open_writer()
         columns = zip(*self._rows, strict=True)
         self._writer.write_table(
             pa.table([pa.array(c, t) for c, t in zip(columns, self._schema.types, strict=True)], schema=self._schema)
         )
         self._rows = []
+
+    def _open_writer(self) -> Any:
+        import pyarrow.csv as pacsv
+        import pyarrow.parquet as pq
+
+        if self.path.suffix == ".csv":
+            return pacsv.CSVWriter(
+                str(self.path), self._schema, write_options=pacsv.WriteOptions(quoting_style="needed")
+            )
+        return pq.ParquetWriter(self.path, self._schema, compression="zstd")

@@ -51,10 +51,11 @@ class Progress:
             self._logged_at = time.monotonic()
             log.info("scoring", **self.counts, seconds_left=self.seconds_left)
 
-    def log_finished(self, output: str) -> None:
-        """Log the totals."""
+    def log_finished(self, output: str, rejected_file: str | None) -> None:
+        """Log the totals, the output, and the file of rejected rows if there is one."""
         if not self._quiet:
-            log.info("scored", output=output, **self.counts, seconds=round(time.monotonic() - self._started_at, 1))
+            seconds = round(time.monotonic() - self._started_at, 1)
+            log.info("scored", output=output, **_file_field(rejected_file), **self.counts, seconds=seconds)
 
     @property
     def rows_per_second(self) -> float:
@@ -74,6 +75,16 @@ class Progress:
         if scored_fraction <= 0:
             return None
         return round((time.monotonic() - self._started_at) * (1 - self._fraction) / scored_fraction)
+
+
+def log_already_finished(output: str, rejected_file: str | None) -> None:
+    """Log that a job has finished before, so that nothing is scored."""
+    hint = "the output is complete, nothing was scored; use --restart to score again"
+    log.info("already scored", output=output, **_file_field(rejected_file), hint=hint)
+
+
+def _file_field(rejected_file: str | None) -> dict[str, str]:
+    return {} if rejected_file is None else {"rejected_file": rejected_file}
 
 
 def _create_bar() -> Any:

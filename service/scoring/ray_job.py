@@ -43,14 +43,14 @@ class ScoringActor:
             self.scorer = Scorer(model, temperature, open_overlap_graph(path, model))
 
     def __call__(self, rows: Any) -> Any:
-        """Answer a table of pickled units."""
+        """Return a table of pickled units with their predictions."""
         import pyarrow as pa
 
         answered = [pickle.dumps(self.answer_unit(*pickle.loads(unit.as_py()))) for unit in rows["unit"]]
         return pa.table({"unit": pa.array(answered, pa.large_binary())})
 
     def answer_unit(self, unit: WorkUnit, needed: bool) -> tuple[WorkUnit, Predictions | None]:
-        """Return a unit and its answers; None if an earlier run scored it."""
+        """Return a unit and its predictions; None if an earlier run scored it."""
         if not needed:
             return unit, None
         return unit, self.scorer.join_answers(unit, [call() for call in self.scorer.inference_calls(unit)])
@@ -59,7 +59,7 @@ class ScoringActor:
 def stream_answers(
     options: Options, sources: list[Source], path: Path, deterministic: bool, temperature: float, finished_units: int
 ) -> Generator[tuple[WorkUnit, Predictions | None]]:
-    """Yield every unit in order, with its answers; None for the first `finished_units` units.
+    """Yield every unit in order, with its predictions; None for the first `finished_units` units.
 
     Raises:
         InvalidInput: the cluster is not reachable or too small, or a task failed after all its retries.
@@ -128,7 +128,7 @@ def _actor_count(options: Options, ray: Any) -> int:
     cores = int(ray.cluster_resources().get("CPU", 1))
     workers = options.workers or max(cores - 1, 1)
     if workers > cores:
-        raise InvalidInput(f"--workers {workers}: the cluster has {cores} cores")
+        raise InvalidInput(f"--workers {workers}: the cluster has {cores} cores; use at most as many workers")
     return workers
 
 

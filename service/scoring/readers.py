@@ -15,7 +15,7 @@ from service.scoring.sources import Source
 
 CHUNK_ROWS = 2**16  # maximum rows of a chunk of Parquet
 COLUMN_BUFFER_BYTES = 2**18  # read ahead for each Parquet column, so that RAM is independent of row groups
-CHUNK_BYTES = 2**23  # of text
+CHUNK_BYTES = 2**23  # size of a chunk of text
 MAX_LINE_BYTES = 2**26  # longer lines mean that the file is not text
 
 
@@ -26,7 +26,9 @@ class Chunk:
     columns: dict[str, Any]
     rows: int
     first: int
-    reasons: dict[int, str] = field(default_factory=dict)  # by row within this chunk
+    reasons: dict[int, str] = field(
+        default_factory=dict
+    )  # reason of each malformed row, by its number within the chunk
     fraction: float = 1.0  # share of the file that is read after this chunk
 
 
@@ -108,7 +110,7 @@ def _read_text(source: Source, required: list[str]) -> Iterator[Chunk]:
         parse: Any = None
         for text_chunk in text_chunks:
             if parse is None:
-                parse, text_chunk = _choose_parser(source, text_chunk, required)  # without the header
+                parse, text_chunk = _choose_parser(source, text_chunk, required)  # the new chunk has no header
             columns, rows, reasons = parse(text_chunk)
             partition = {k: pa.array([v] * rows, pa.string()) for k, v in source.partition.items() if k in required}
             yield Chunk(columns | partition, rows, first, reasons, file.tell() / max(source.size, 1))
@@ -162,6 +164,6 @@ def read_whole_lines(stream: Any, size: int = CHUNK_BYTES) -> Iterator[bytes]:
             yield pending[:end]
             pending = pending[end:]
         elif len(pending) > MAX_LINE_BYTES:
-            raise ValueError(f"a line of more than {MAX_LINE_BYTES} bytes")
+            raise ValueError(f"a line of more than {MAX_LINE_BYTES} bytes; expected text with line breaks")
     if pending:
         yield pending

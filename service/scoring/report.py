@@ -20,7 +20,7 @@ from service.scoring.outputs import write_atomically
 from service.scoring.scorer import Scored
 from service.store.records import CountedPredictions
 
-CURVE_POINTS = 200  # of the risk-coverage curve
+CURVE_POINTS = 200  # number of points of the risk-coverage curve
 
 
 def build_context(model: Model, temperature: float, bins: DriftBins) -> CalibrationContext:
@@ -116,10 +116,10 @@ def summary_figures(body: Json) -> list[tuple[str, Any]]:
         ("accuracy", body["accuracy"]),
         ("cross-entropy, nats", loss["realised"]),
         ("cross-entropy expected by the model", loss["expected"]),
-        ("z of the difference, engines as the unit", loss["z_engines"]),
+        ("z of the difference, with engines as units", loss["z_engines"]),
         ("Brier", body["brier"]),
         ("ECE", ece["value"]),
-        ("ECE that chance gives", ece["noise_band"]),
+        ("ECE expected by chance", ece["noise_band"]),
         ("coverage of the prediction sets", sets.get("coverage")),
         ("mean size of the prediction sets", sets.get("mean_size")),
     ]
@@ -141,7 +141,7 @@ def draw_charts(body: Json, classes: tuple[str, ...]) -> Any:
     filled_bins = [item for item in body["reliability"] if item["n"]]
     diagram = {"x": [item["confidence"] for item in filled_bins], "y": [item["accuracy"] for item in filled_bins]}
     hover = [f"{item['n']} rows" for item in filled_bins]
-    figure.add_trace(go.Scatter(**diagram, text=hover, mode="lines+markers", name="seen"), 1, 1)
+    figure.add_trace(go.Scatter(**diagram, text=hover, mode="lines+markers", name="observed"), 1, 1)
     figure.add_trace(go.Scatter(x=[0, 1], y=[0, 1], mode="lines", line={"dash": "dot"}, name="calibrated"), 1, 1)
     names, counts = list(classes), body["confusion"]
     figure.add_trace(go.Heatmap(z=counts, x=names, y=names, text=counts, texttemplate="%{text}", showscale=False), 1, 2)

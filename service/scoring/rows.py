@@ -1,4 +1,4 @@
-"""Turn chunks of columns into rows to score and rejected rows with their reasons. Independent of file formats."""
+"""Turn chunks of columns into rows to score and rejected rows with their reasons."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from service.scoring.readers import Chunk, read_chunks
 from service.scoring.sources import Source
 
 Integers = npt.NDArray[np.int64]
-MAX_SHOWN_CHARACTERS = 40  # of an invalid value in a reason
+MAX_SHOWN_CHARACTERS = 40  # maximum length of an invalid value in a reason
 
 
 class Reject(NamedTuple):
@@ -49,22 +49,24 @@ class Layout:
         self.channels = model.channels
         if model.input_shape not in ((len(self.channels),), (model.manifest.window, len(self.channels))):
             raise InvalidInput(
-                f"{model.manifest.name}: its input {list(model.input_shape)} is no window of named channels"
+                f"{model.manifest.name}: its input {list(model.input_shape)} is not a window of named channels"
             )
         probabilities = (f"p_{name}" for name in self.classes)
         output_columns = {"health", "rul", "prediction_set", "expected_loss", "loss", *probabilities}
         for flag, name in (("--engine-column", options.engine_column), ("--cycle-column", options.cycle_column)):
             if name in output_columns:
                 raise InvalidInput(
-                    f"{flag} {name}: the output has another column with this name; rename the input column"
+                    f"{flag} {name}: the output already has a column of this name; rename the column of the input"
                 )
         unknown = sorted(set(options.columns) - set(self.channels))
         if unknown:
-            raise InvalidInput(f"--map {unknown[0]}: this model has no such channel; it has {', '.join(self.channels)}")
+            raise InvalidInput(
+                f"--map {unknown[0]}: the model has no such channel; expected one of {', '.join(self.channels)}"
+            )
         thresholds = model.manifest.rul_thresholds
         if options.rul and thresholds is None:
-            raise InvalidInput("--rul: this model knows no RUL, so that no class follows from it")
-        self.label_kind = "true RUL" if options.rul else f"class among {', '.join(self.classes[:20])}"
+            raise InvalidInput("--rul: the model has no RUL thresholds, so a RUL determines no class; use --labels")
+        self.label_kind = "a RUL of at least 0" if options.rul else f"a class of {', '.join(self.classes[:20])}"
         self.parse_labels: Callable[[Any], tuple[Integers, columns.Mask]] = (
             (lambda column: columns.parse_rul_classes(column, lambda rul: health_classes(rul, thresholds or ())))
             if options.rul
@@ -82,7 +84,7 @@ class Layout:
         cycle = COLUMNS[1] if text else self.options.cycle_column
         readings = [name if text else self.options.columns.get(name, name) for name in self.channels]
         if text and not set(readings) <= set(COLUMNS):
-            raise InvalidInput(f"{source.name}: C-MAPSS text does not hold this model's channels")
+            raise InvalidInput(f"{source.name}: C-MAPSS text does not have all channels of the model")
         labels = [] if self.options.truth_column is None else [self.options.truth_column]
         if text and labels:
             raise InvalidInput(f"{source.name}: C-MAPSS text has no column {labels[0]!r}")
@@ -144,13 +146,13 @@ class _RejectReasons:
         return f"{name}: {faults.wrong_length(MAX_NAME_LENGTH, self._format_value(name, i))}"
 
     def describe_cycle(self, name: str, i: int) -> str:
-        return f"{name}: {self._format_value(name, i)} is not a whole number from 0 to {MAX_CYCLE}"
+        return f"{name}: expected a whole number from 0 to {MAX_CYCLE}, got {self._format_value(name, i)}"
 
     def describe_number(self, name: str, i: int) -> str:
         return f"{name}: expected a number, got {self._format_value(name, i)}"
 
     def describe_label(self, name: str, label_kind: str, i: int) -> str:
-        return f"{name}: {self._format_value(name, i)} is no {label_kind}"
+        return f"{name}: expected {label_kind}, got {self._format_value(name, i)}"
 
     def _format_value(self, name: str, i: int) -> str:
         """Return an invalid value, shortened."""

@@ -1,4 +1,4 @@
-"""Score units of rows with the arithmetic of the service. Independent of files.
+"""Score units of rows with the arithmetic of the service.
 
 Each batch runs on one thread, and several batches run concurrently. So results do not depend on the number of cores.
 """
@@ -28,19 +28,19 @@ from service.inference.predictor import FLOAT32_MAX
 from service.scoring.rows import Reject
 from service.scoring.window_assembly import Integers, WorkUnit
 
-BATCH_WINDOWS = 64  # of one inference, as in the service; the fastest size for the bundled model
+BATCH_WINDOWS = 64  # windows of one inference, as in the service; the fastest size for the bundled model
 MAX_ROWS_PER_WINDOW = 16  # with more rows per window, separate windows are faster
-NO_ANSWER = "the model has no finite output for these readings"
+NO_ANSWER = "the prediction for these readings is not finite"
 
 
 @dataclass
 class Scored:
-    """A unit with its answers. Rows without finite answers are excluded and listed."""
+    """A unit with its predictions. Rows without a finite prediction are excluded and listed."""
 
     unit: WorkUnit
     answers: Predictions
     loss: Floats | None  # (N,) NaN without a label; None if the job has no labels
-    finite_rows: Integers  # rows of the unit that have answers
+    finite_rows: Integers  # rows of the unit that have predictions
     unanswered: list[Reject]
 
 
@@ -51,7 +51,10 @@ class Scorer:
         self.model, self.temperature, self.overlap_graph = model, temperature, overlap_graph
 
     def inference_calls(self, unit: WorkUnit) -> "list[Callable[[], Predictions]]":
-        """Return calls that together answer a unit, each on any thread. `join_answers` takes their results in order."""
+        """Return calls that together predict a unit. Each may run on any thread.
+
+        `join_answers` takes their results in order.
+        """
         if self._uses_overlap_graph(unit):
             return [
                 partial(self._answer_overlapping, unit.flat, starts) for starts in _group_starts(np.sort(unit.starts))
@@ -63,7 +66,7 @@ class Scorer:
         ]
 
     def join_answers(self, unit: WorkUnit, parts: list[Predictions]) -> Predictions:
-        """Return the answers of a unit in the order of its rows."""
+        """Return the predictions of a unit in the order of its rows."""
         answers = concatenate_predictions(parts or [self._empty_answers()])
         if not self._uses_overlap_graph(unit):
             return answers
@@ -78,19 +81,19 @@ class Scorer:
         return self.overlap_graph is not None and len(unit.flat) <= MAX_ROWS_PER_WINDOW * len(unit.starts)
 
     def _answer_windows(self, windows: Batch, starts: Integers) -> Predictions:
-        """Copy separate windows into one batch and answer it."""
+        """Copy separate windows into one batch and predict it."""
         shape = (len(starts), *self.model.input_shape)
         return predict_windows(self.model, np.ascontiguousarray(windows[starts]).reshape(shape), self.temperature)
 
     def _answer_overlapping(self, flat: Batch, starts: Integers) -> Predictions:
-        """Answer overlapping windows, sorted by start, with the overlap graph."""
-        assert self.overlap_graph is not None  # _uses_overlap_graph
+        """Predict overlapping windows, sorted by start, with the overlap graph."""
+        assert self.overlap_graph is not None  # `_uses_overlap_graph` has checked this
         begin, end = starts[0], starts[-1] + self.overlap_graph.window
         outputs = self.overlap_graph.answers(flat[begin:end], starts - begin, BATCH_WINDOWS)
         return calibrate_outputs(self.model, outputs, self.temperature)
 
     def finish_unit(self, unit: WorkUnit, answers: Predictions, files: list[str], labelled: bool) -> Scored:
-        """Return a unit with its finite answers and the losses of labelled rows."""
+        """Return a unit with its finite predictions and the losses of labelled rows."""
         finite_rows = np.flatnonzero(answers.finite)
         not_finite = np.flatnonzero(~answers.finite).tolist()
         unanswered = [Reject(int(unit.row[i]), files[unit.file[i]], NO_ANSWER) for i in not_finite]

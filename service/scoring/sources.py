@@ -1,7 +1,6 @@
 """Input files of a job in reading order, with the format of each, found by name or first bytes."""
 
 import glob
-import hashlib
 import os
 import re
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from urllib.parse import unquote
 
 from service.errors import InvalidInput
 from service.scoring.options import STDIN
+from service.scoring.outputs import file_digest
 
 FORMATS = {
     ".parquet": "parquet",
@@ -24,7 +24,7 @@ FORMATS = {
 }
 COMPRESSION_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 COMPRESSION_SUFFIXES = (".gz", ".zst")
-DETECTION_BYTES = 2**16  # read to detect the format of a file without a known suffix
+DETECTION_BYTES = 2**16  # bytes that are read to detect the format of a file without a known suffix
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 _SUBSET_FILE = re.compile(r"(train|test)_(FD\d{3})\.txt")
 
@@ -54,8 +54,7 @@ class Source:
 
     def digest(self) -> str:
         """Return the digest of the stored bytes."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return file_digest(self.path)
 
 
 def find_sources(inputs: tuple[str, ...], spooled: Path) -> list[Source]:
@@ -66,7 +65,9 @@ def find_sources(inputs: tuple[str, ...], spooled: Path) -> list[Source]:
     """
     sources = [source for name in inputs for source in _expand_input(name, spooled)]
     if not sources:
-        raise InvalidInput(f"{', '.join(inputs)}: no file that can be scored")
+        raise InvalidInput(
+            f"{', '.join(inputs)}: no file to score; expected Parquet, CSV, TSV, JSON lines or C-MAPSS text"
+        )
     subsets: dict[str, str] = {}
     for source in sources:
         other = subsets.setdefault(source.subset or source.name, source.name)

@@ -69,7 +69,7 @@ def _parse_csv_lines(chunk: bytes, names: list[str], wanted: list[str], delimite
         try:
             fields = split_fields(line, delimiter)
             if len(fields) != len(names):
-                raise ValueError(f"expected {len(names)} fields, found {len(fields)}")
+                raise ValueError(f"expected {len(names)} fields, got {len(fields)}")
             rows.append([fields[position] or None for position in positions])
         except ValueError as error:
             reasons[len(rows)] = str(error)
@@ -103,7 +103,7 @@ def read_first_keys(chunk: bytes) -> list[str]:
         except ValueError:
             continue
     if not keys and chunk.strip():
-        raise ValueError("no JSON object a line")
+        raise ValueError("expected one JSON object per line")
     return list(keys)
 
 

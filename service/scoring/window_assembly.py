@@ -20,8 +20,8 @@ from service.scoring.sources import Source
 Integers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 RELEASE_ROWS = 2**16  # pending rows beyond the horizon that are released together
-MAX_UNIT_ROWS = 2**14  # scored rows of a work unit
-MAX_LAID_OUT_ROWS = 2**18  # rows of a work unit, earlier rows of its engines included
+MAX_UNIT_ROWS = 2**14  # maximum number of scored rows of a work unit
+MAX_LAID_OUT_ROWS = 2**18  # maximum rows of a work unit, with the earlier rows of its engines
 NO_EARLIER_VALUE = "a value is missing, and its channel has no earlier value to hold"
 
 
@@ -40,8 +40,8 @@ class WorkUnit:
     label: Integers  # class index, -1 without a label
     file: Integers
     row: Integers
-    rejects: list[Reject] = field(default_factory=list)  # rejected since the previous unit
-    engine_count: int = 0  # engines read so far
+    rejects: list[Reject] = field(default_factory=list)  # rows rejected since the previous unit
+    engine_count: int = 0  # number of engines read so far
     input_fraction: float = 0.0  # share of the input that is read and released
 
 
@@ -55,7 +55,7 @@ class PendingRows:
     label: Integers
     file: Integers
     row: Integers
-    position: Integers  # among all rows of the job
+    position: Integers  # number among all rows of the job
 
     def __len__(self) -> int:
         return len(self.engine)
@@ -97,7 +97,7 @@ class WindowAssembler:
         self._row_count += n
         while added < n:
             next_rows = slice(added, added + max_pending - len(self._pending))
-            self._pending = self._pending.concatenate(new.select(next_rows))  # type: ignore[arg-type]  # a slice works too
+            self._pending = self._pending.concatenate(new.select(next_rows))  # type: ignore[arg-type]  # a slice is a valid index too
             added = min(next_rows.stop, n)
             if len(self._pending) == max_pending:
                 yield from self._release_first(RELEASE_ROWS)
@@ -177,7 +177,7 @@ class WindowAssembler:
         if cycle == last_scored:
             return self._duplicate_reason(cycle, last_scored)
         horizon = f"by more than the horizon of {self.horizon} rows"
-        return f"cycle {cycle} comes after cycle {last_scored} of its engine, {horizon}"
+        return f"cycle {cycle} comes after cycle {last_scored} of its engine, {horizon}; increase --horizon"
 
     def _duplicate_reason(self, cycle: int, _: int) -> str:
         return f"cycle {cycle} of its engine is a duplicate of an earlier row"

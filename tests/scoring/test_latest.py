@@ -23,23 +23,24 @@ ROW = "a,1," + ",".join(["1"] * len(CHANNELS))
 
 @pytest.fixture(scope="module")
 def fleet() -> list[History]:
-    """Simulated engines of several ages, some younger than a window."""
-    found = []
+    """Simulated engines of several ages. Some have fewer cycles than a window."""
+    result = []
     for number, age in enumerate((1, 30, 99, 100, 101, 160, 170)):
         rows = simulate.SimulatedEngine(number).fly(age)
-        found.append(History(f"e{number}", np.arange(1, age + 1), rows))
-    return found
+        result.append(History(f"e{number}", np.arange(1, age + 1), rows))
+    return result
 
 
-def predicted(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
+def predict_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
+    """Run `predict --json`. Return the printed objects."""
     assert 0 == cli.main(["predict", *arguments, "--json"])
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_a_file_is_answered_as_the_service_answers(
+def test_predict_equals_the_service(
     service: Service, fleet: list[History], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every number of every engine is that of `/v1/predict`, bit for bit, at the artefact's temperature or another."""
+    """All numbers of all engines have the bits of `/v1/predict`, at two temperatures."""
     path = tmp_path / "fleet.csv"
     path.write_text(as_csv(fleet))
     instances = [
@@ -47,22 +48,22 @@ def test_a_file_is_answered_as_the_service_answers(
     ]
     for flags, rest in (((), {}), (("--temperature", "2"), {"temperature": 2})):
         expected = service.predict(instances, **rest)["predictions"]
-        found = predicted(capsys, str(path), *flags)
-        assert [row | {"prediction_id": None} for row in expected] == found
+        result = predict_json(capsys, str(path), *flags)
+        assert [row | {"prediction_id": None} for row in expected] == result
 
 
-def test_a_missing_value_is_held_as_the_service_holds_it(
+def test_missing_hold_equals_the_service(
     service: Service, fleet: list[History], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`--missing hold` answers gaps as the service answers null; without it, or with nothing to hold, refused."""
+    """`--missing hold` gives the predictions of the service for null. Without an earlier value the file is rejected."""
     rows = fleet[4].telemetry.copy()
     rows[50:60, 5] = np.nan
     holed = [[None if math.isnan(value) else value for value in row] for row in rows.tolist()]
     expected = service.predict([{"telemetry": holed}], missing="hold")["predictions"][0]
     path = tmp_path / "holed.csv"
     path.write_text(as_csv([History("e", fleet[4].cycle, rows)]))
-    found = predicted(capsys, str(path), "--missing", "hold")[0]
-    assert (expected["logits"], expected["rul"]) == (found["logits"], found["rul"])
+    result = predict_json(capsys, str(path), "--missing", "hold")[0]
+    assert (expected["logits"], expected["rul"]) == (result["logits"], result["rul"])
     assert 1 == cli.main(["predict", str(path)])
     assert f"engine-health: {path}, line 52: sensor_4: missing\n" == capsys.readouterr().err
     rows[:60, 5] = np.nan
@@ -71,10 +72,10 @@ def test_a_missing_value_is_held_as_the_service_holds_it(
     assert "engine 'e', cycle 1: sensor_4: missing, and no earlier value" in capsys.readouterr().err
 
 
-def test_all_forms_of_a_file_say_the_same(
+def test_all_formats_give_the_same_predictions(
     fleet: list[History], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CSV, tabs, C-MAPSS text, gzipped or through standard input, rows in any order: one fleet, one answer."""
+    """CSV, TSV, C-MAPSS text, gzip and standard input give equal predictions, whatever the order of the rows."""
     csv = as_csv(fleet)
     head, *lines = csv.splitlines()
     shuffled = [head, *(line for start in range(7) for line in lines[start::7])]
@@ -85,27 +86,29 @@ def test_all_forms_of_a_file_say_the_same(
         "d.txt": as_text(fleet).encode(),
         "e.csv": ("\ufeff" + "\r\n".join(shuffled)).encode(),
     }
-    found = []
+    result = []
     for name, content in forms.items():
         (tmp_path / name).write_bytes(content)
-        found.append(sorted(row["logits"] for row in predicted(capsys, str(tmp_path / name))))
+        result.append(sorted(row["logits"] for row in predict_json(capsys, str(tmp_path / name))))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(csv.encode())))
-    found.append(sorted(row["logits"] for row in predicted(capsys, "-")))
-    assert [found[0]] * len(found) == found
+    result.append(sorted(row["logits"] for row in predict_json(capsys, "-")))
+    assert [result[0]] * len(result) == result
 
 
-def test_one_engine_needs_neither_name_nor_cycle(
+def test_table_of_channels_only_is_one_engine(
     fleet: list[History], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A table of nothing but channels is one engine, called as its file is, its flights counted from 1."""
+    """A table with only channels is one engine. It has the name of the file, and its cycles start at 1."""
     path = tmp_path / "left-engine.csv"
     path.write_text(as_csv(fleet[5:6], named=False))
-    found = predicted(capsys, str(path))
-    assert [("left-engine", 160)] == [(row["engine_id"], row["cycle"]) for row in found]
+    result = predict_json(capsys, str(path))
+    assert [("left-engine", 160)] == [(row["engine_id"], row["cycle"]) for row in result]
 
 
-def test_the_table_can_be_read(fleet: list[History], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A line for each engine, that most likely critical first, then which model said so at which temperature."""
+def test_table_lists_the_worst_engine_first(
+    fleet: list[History], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table has one line per engine, the most critical first, then the model and the temperature."""
     path = tmp_path / "fleet.csv"
     path.write_text(as_csv(fleet))
     assert 0 == cli.main(["predict", str(path)])
@@ -119,23 +122,23 @@ def test_the_table_can_be_read(fleet: list[History], tmp_path: Path, capsys: pyt
     assert model.startswith("engine-health ")
 
 
-def test_columns_stand_below_each_other_in_any_script(
+def test_table_aligns_wide_and_combining_letters(
     fleet: list[History], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A Japanese letter takes two places of a terminal, an accent none: what follows is not moved."""
+    """A Japanese letter counts as two terminal cells and an accent as none, so that columns are aligned."""
     path = tmp_path / "fleet.csv"
     names = ("日本エンジン", "e\u0301ngine", "plain")
     path.write_text(as_csv([History(n, e.cycle, e.telemetry) for n, e in zip(names, fleet[:3], strict=True)]))
     assert 0 == cli.main(["predict", str(path)])
     head, *lines = capsys.readouterr().out.splitlines()[:4]
-    found = {line.split()[0]: line.index("normal" if "normal" in line else "d") for line in lines}
-    assert head.index("health") - 6 == found["日本エンジン"]
-    assert head.index("health") + 1 == found["e\u0301ngine"]
-    assert head.index("health") == found["plain"]
+    result = {line.split()[0]: line.index("normal" if "normal" in line else "d") for line in lines}
+    assert head.index("health") - 6 == result["日本エンジン"]
+    assert head.index("health") + 1 == result["e\u0301ngine"]
+    assert head.index("health") == result["plain"]
 
 
-def test_a_reader_may_leave(tmp_path: Path, fleet: list[History]) -> None:
-    """What is piped into `head` ends without a traceback."""
+def test_closed_pipe_is_no_failure(tmp_path: Path, fleet: list[History]) -> None:
+    """Output piped into a program that closes the pipe, such as `head`, ends without a traceback."""
     path = tmp_path / "fleet.csv"
     path.write_text(as_csv(fleet))
     command = start("predict", str(path))
@@ -146,20 +149,20 @@ def test_a_reader_may_leave(tmp_path: Path, fleet: list[History]) -> None:
     command.stderr.close()
 
 
-def test_official_files_are_read_as_training_read_them(cmapss_dir: Path) -> None:
-    """NASA's files give the histories, ids and RUL that `model.data.cmapss` gives, gzipped or not."""
+def test_official_files_equal_those_of_training(cmapss_dir: Path) -> None:
+    """C-MAPSS files give the histories, ids and RUL of `model.data.cmapss`, compressed or not."""
     for name, read in (("train_FD001.txt", cmapss.read_train), ("test_FD003.txt", cmapss.read_test)):
         path = next(cmapss_dir.glob(f"{name}*"))
-        found, expected = telemetry.read_histories(str(path), CHANNELS), read(cmapss_dir, name[-9:-4])
-        assert [engine.engine_id for engine in expected] == [engine.engine_id for engine in found]
-        for one, other in zip(expected, found, strict=True):
-            np.testing.assert_array_equal(one.telemetry, other.telemetry)
-            np.testing.assert_array_equal(one.cycle, other.cycle)
-            np.testing.assert_array_equal(one.require_rul(), other.require_rul())
+        result, expected = telemetry.read_histories(str(path), CHANNELS), read(cmapss_dir, name[-9:-4])
+        assert [engine.engine_id for engine in expected] == [engine.engine_id for engine in result]
+        for item, other in zip(expected, result, strict=True):
+            np.testing.assert_array_equal(item.telemetry, other.telemetry)
+            np.testing.assert_array_equal(item.cycle, other.cycle)
+            np.testing.assert_array_equal(item.require_rul(), other.require_rul())
 
 
 @pytest.mark.parametrize(
-    ("content", "why"),
+    ("content", "message"),
     [
         (b"", ": is empty"),
         (b"\n\n", ": is empty"),
@@ -183,20 +186,20 @@ def test_official_files_are_read_as_training_read_them(cmapss_dir: Path) -> None
         (b"1 1 " + b"1 " * 24 + b"\n1 2 " + b"1 " * 23 + b"y", ", line 2: sensor_21: expected a number, got 'y'"),
     ],
 )
-def test_a_wrong_file_is_refused_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, why: str
+def test_invalid_file_is_one_error_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
 ) -> None:
-    """What is wrong in a file is named with its line and column: exit code 1, nothing on standard output."""
+    """An invalid file fails with one line that names line and column, exit code 1, and no standard output."""
     path = tmp_path / "wrong.csv"
     path.write_bytes(content)
     assert 1 == cli.main(["predict", str(path)])
-    said = capsys.readouterr()
-    assert ("", 1) == (said.out, len(said.err.splitlines()))
-    assert said.err.startswith(f"engine-health: {path}{why}")
+    output = capsys.readouterr()
+    assert ("", 1) == (output.out, len(output.err.splitlines()))
+    assert output.err.startswith(f"engine-health: {path}{message}")
 
 
-def test_what_is_no_file_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A file that is not there, or a folder, is one line and exit code 1."""
-    for path, why in ((tmp_path / "none.csv", "No such file"), (tmp_path, "Is a directory")):
+def test_absent_file_or_folder_is_one_error_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An absent file or a folder gives one line and exit code 1."""
+    for path, message in ((tmp_path / "none.csv", "No such file"), (tmp_path, "Is a directory")):
         assert 1 == cli.main(["predict", str(path)])
-        assert why in capsys.readouterr().err
+        assert message in capsys.readouterr().err
