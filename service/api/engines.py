@@ -31,7 +31,7 @@ def build_router(lifecycle: Lifecycle, offloader: Offloader) -> APIRouter:
 
     @router.get("/v1/engines/{engine_id:path}", openapi_extra=document_query("HistoryResponse", HistoryQuery))
     async def history(engine_id: str, request: Request) -> Response:
-        """All predictions of an engine, oldest first; with `superseded=true` also replaced ones."""
+        """Return all predictions of an engine, oldest first; with `superseded=true` also replaced ones."""
         parameters = parse_query(request.query_params.multi_items(), HistoryQuery)
         store = lifecycle.require_store()
         predictions = await store.history(engine_id, parameters.superseded)

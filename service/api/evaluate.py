@@ -26,7 +26,7 @@ def build_router(lifecycle: Lifecycle, offloader: Offloader) -> APIRouter:
 
     @router.post("/v1/evaluate", openapi_extra=document_route("EvaluateRequest", "EvaluateResponse"))
     async def evaluate(request: Request) -> Response:
-        """Cross-entropy and calibration of any logits; needs no telemetry and feeds no calibration."""
+        """Return cross-entropy and calibration of any logits; nothing is stored or counted."""
         media_type(request, (JSON,))
         body = await read_body(request, limits.max_body_bytes, limits.request_seconds)
         classes = lifecycle.ready_predictor().model.manifest.classes

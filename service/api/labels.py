@@ -22,7 +22,7 @@ def build_router(lifecycle: Lifecycle, offloader: Offloader) -> APIRouter:
 
     @router.post("/v1/labels", openapi_extra=document_route("LabelsRequest", "LabelsResponse", "409", "501"))
     async def labels(request: Request) -> Response:
-        """Labels that arrive later, by prediction or by engine and cycle, before or after the prediction."""
+        """Store labels, by prediction or by engine and cycle, before or after the prediction."""
         media_type(request, (JSON,))
         body = await read_body(request, limits.max_body_bytes, limits.request_seconds)
         store, classes = lifecycle.require_store(), lifecycle.ready_predictor().model.manifest.classes

@@ -40,7 +40,7 @@ def build_endpoint(lifecycle: Lifecycle, offloader: Offloader) -> Endpoint:
     limits = lifecycle.settings
 
     async def infer(request: Request) -> Response:
-        """Inference as tensors, JSON or binary: the predictions of `/v1/predict`."""
+        """Return the predictions of `/v1/predict` as tensors, JSON or binary."""
         media_type(request, (JSON, BINARY))
         context = context_of(request.scope)
         ticket = lifecycle.ready_predictor().admit(context.content_length)
@@ -74,7 +74,7 @@ def build_router(lifecycle: Lifecycle, infer: Endpoint) -> APIRouter:
 
     @router.get("/v2")
     async def server() -> dict[str, Any]:
-        """Name, version and extensions of this server."""
+        """Return name, version and extensions of this server."""
         extensions = ["binary_tensor_data", "model_repository"]
         return {"name": "engine-health", "version": version("engine-health"), "extensions": extensions}
 
@@ -98,7 +98,7 @@ def build_router(lifecycle: Lifecycle, infer: Endpoint) -> APIRouter:
     @router.get("/v2/models/{name}/versions/{version}/ready", openapi_extra=documentation)
     @router.get("/v2/models/{name}/ready", openapi_extra=documentation)
     async def model_ready(name: str, version: str | None = None) -> dict[str, Any]:
-        """Whether the model serves."""
+        """Return 200 if the model serves, otherwise 503."""
         return {"name": check_name(lifecycle.accepting_predictor().model, name, version).manifest.name, "ready": True}
 
     inference = document_route("InferRequest", None, "404", problem=problem)

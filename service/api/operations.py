@@ -31,7 +31,7 @@ def build_router(lifecycle: Lifecycle) -> APIRouter:
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """Prometheus metrics, text format, of all workers."""
+        """Return the Prometheus metrics of all workers in text format."""
         text = await asyncio.to_thread(lifecycle.metrics.text)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 

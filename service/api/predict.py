@@ -34,7 +34,7 @@ def build_endpoint(lifecycle: Lifecycle, offloader: Offloader) -> Endpoint:
     limits = lifecycle.settings
 
     async def predict(request: Request) -> Response:
-        """Calibrated health of engines, and the loss where a label is given."""
+        """Predict the calibrated health of engines, and return the loss where a label is given."""
         context = context_of(request.scope)
         is_json = context.headers.get(b"content-type") == JSON_HEADER or media_type(request, (JSON, ARROW)) == JSON
         predictor = lifecycle.predictor or lifecycle.ready_predictor()

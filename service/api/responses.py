@@ -92,7 +92,7 @@ class EngineBody(Struct):
 
 
 class EnginesResponse(Struct):
-    """A page of engines, the worst first; `next` is the cursor of the next page, null on the last page."""
+    """A page of engines, worst first; `next` is the cursor of the next page, null on the last page."""
 
     engines: list[EngineBody]
     total: int
@@ -122,7 +122,7 @@ class StoredPredictionBody(Struct):
 
 
 class SensorBody(Struct):
-    """One sensor less what is usual in the operating condition of each flight, in physical units.
+    """The deviation of one sensor from its baseline at the operating condition of each flight, in physical units.
 
     `shift` is the mean of the last flights, in standard deviations from flight to flight.
     """
@@ -175,7 +175,7 @@ class PredictResponse(Struct):
 
 
 class WarningBody(Struct):
-    """Rows that were evaluated, but look like a mistake."""
+    """Rows that were evaluated, but are probably a mistake."""
 
     rows: list[int]
     msg: str
@@ -196,7 +196,7 @@ class EvaluateResponse(Struct):
 
 
 class FaultBody(Struct):
-    """A place in the request and what is wrong there."""
+    """A location in the request, and what is wrong there."""
 
     loc: list[str | int]
     msg: str
@@ -214,6 +214,6 @@ class Problem(Struct):
 
 
 class InferError(Struct):
-    """The Open Inference Protocol's shape of an error."""
+    """An error of the Open Inference Protocol."""
 
     error: str

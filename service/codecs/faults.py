@@ -68,5 +68,5 @@ def check_row_count(field: str, rows: int, max_rows: int) -> None:
 
 
 def describe(loc: Loc) -> str:
-    """Return a place as a person writes it: `instances[0].telemetry[3].sensor_4`."""
+    """Return a location in readable form: `instances[0].telemetry[3].sensor_4`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".") or "body"

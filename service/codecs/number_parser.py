@@ -78,13 +78,13 @@ class SimdjsonParser:
         self._thread = ThreadParser()
 
     def rows(self, text: bytes, width: int) -> tuple[Floats, int]:
-        """As `NumberParser`."""
+        """Implement `NumberParser`."""
         rows: Any = self._thread.parse(text)
         length = self._length(rows, width)
         return np.frombuffer(rows.as_buffer(of_type="d"), np.float64), length
 
     def tables(self, text: bytes, width: int) -> tuple[Floats, list[int]]:
-        """As `NumberParser`."""
+        """Implement `NumberParser`."""
         values: Any = self._thread.parse(text)
         elements = iter(values)
         lengths = [self._length(rows, width) for rows, zero in zip(elements, elements, strict=True) if zero == 0]
@@ -93,14 +93,14 @@ class SimdjsonParser:
         return np.frombuffer(values.as_buffer(of_type="d"), np.float64), lengths
 
     def flat(self, text: bytes, kind: Literal["d", "i"]) -> NumberArray:
-        """As `NumberParser`."""
+        """Implement `NumberParser`."""
         values: Any = self._thread.parse(text)
         if not isinstance(values, self._array):
             raise UnusualJson
         return np.frombuffer(values.as_buffer(of_type=kind), DTYPES[kind])
 
     def instances(self, text: bytes, width: int) -> ParsedInstances:
-        """As `NumberParser`."""
+        """Implement `NumberParser`."""
         parsed = ParsedInstances([], [], [])
         instances: Any = self._thread.parse(text)
         for instance in instances:
@@ -141,12 +141,12 @@ class PortableParser:
     _instances = msgspec.json.Decoder(list[_Instance])
 
     def rows(self, text: bytes, width: int) -> tuple[Floats, int]:
-        """As `NumberParser`."""
+        """Implement `NumberParser`."""
         rows = self._rows.decode(text)
         return _check_integers(text, _row_numbers(rows, width)), len(rows)
 
     def tables(self, text: bytes, width: int) -> tuple[Floats, list[int]]:
-        """As `NumberParser`."""
+        """Implement `NumberParser`."""
         values: Any = self._tables.decode(text)
         tables, zeros = values[::2], values[1::2]
         if set(map(type, tables)) != {list} or zeros != [0.0] * len(tables):
@@ -155,7 +155,7 @@ class PortableParser:
         return _check_integers(text, np.concatenate(parts)), list(map(len, tables))
 
     def flat(self, text: bytes, kind: Literal["d", "i"]) -> NumberArray:
-        """As `NumberParser`."""
+        """Implement `NumberParser`."""
         elements: Any = orjson.loads(text)
         if not isinstance(elements, list):
             raise UnusualJson
@@ -165,7 +165,7 @@ class PortableParser:
         return _check_integers(text, np.array(values, DTYPES[kind]))
 
     def instances(self, text: bytes, width: int) -> ParsedInstances:
-        """As `NumberParser`."""
+        """Implement `NumberParser`."""
         instances = self._instances.decode(text)
         numbers = [_row_numbers(instance.telemetry, width) for instance in instances]
         for values in numbers:

@@ -35,8 +35,8 @@ EXAMPLE_ROW = [
 Telemetry = Annotated[
     Raw,
     Meta(
-        description="Rows, oldest first, with one value per channel in the order of the manifest; or an object of channel "
-        "name and values. Fewer rows than the window are padded with the oldest; of more rows the newest are used.",
+        description="Rows, oldest first, with one value per channel in the order of the manifest; or an object with a list "
+        "of values per channel. Fewer rows than the window are padded with the oldest; of more, the newest are used.",
         extra_json_schema={
             "anyOf": [
                 {"type": "array", "minItems": 1, "items": {"type": "array", "items": {"type": ["number", "null"]}}},
@@ -78,13 +78,13 @@ class PredictOptions(Struct, forbid_unknown_fields=True):
 
 
 class PredictRequest(PredictOptions, kw_only=True, forbid_unknown_fields=True):
-    """Telemetry in, calibrated health out; with labels also the loss."""
+    """Telemetry to predict from; with labels the response has the loss."""
 
     instances: Annotated[list[Instance], Meta(min_length=1)]
 
 
 class EvaluateRequest(Struct, forbid_unknown_fields=True):
-    """Logits and labels in, losses out; needs no telemetry and feeds no calibration.
+    """Logits and labels to evaluate; nothing is stored or counted.
 
     Labels by name are those of the model that answers, if it has as many classes as a row has logits.
     """
@@ -112,7 +112,7 @@ class Flight(Struct, forbid_unknown_fields=True):
 
 
 class CyclesRequest(Struct, forbid_unknown_fields=True):
-    """Flights as a data collector has them, one row each."""
+    """Flights of a data collector, one row each."""
 
     cycles: Annotated[list[Flight], Meta(min_length=1)]
 

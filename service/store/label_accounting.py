@@ -17,7 +17,7 @@ from service.store.records import JoinedLabel
 
 
 class LabelAccounting:
-    """The only place that counts labels in the metrics of one process."""
+    """The counter of labels in the metrics of one process."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics

@@ -1,4 +1,4 @@
-"""Predictions as the store takes them: ids, and plain values per row."""
+"""Predictions in the form in which the store accepts them: ids, and plain values per row."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -17,7 +17,7 @@ class NamedRow(Protocol):
 
     @property
     def engine_id(self) -> str | None:
-        """The name that its users chose."""
+        """Id of the engine, chosen by the client."""
 
     @property
     def cycle(self) -> int | None:

@@ -1,4 +1,4 @@
-"""What Alembic runs: the steps in `versions`, on the connection and in the transaction that it is given."""
+"""Run the revisions in `versions` on the given connection, in its transaction."""
 
 from alembic import context
 
