@@ -35,8 +35,9 @@ EXAMPLE_ROW = [
 Telemetry = Annotated[
     Raw,
     Meta(
-        description="Rows, oldest first, with one value per channel in the order of the manifest; or an object with a list "
-        "of values per channel. Fewer rows than the window are padded with the oldest; of more, the newest are used.",
+        description="Rows, oldest first, with one value per channel in the order of the manifest; or an object with a "
+        "list of values per channel. Fewer rows than the window are padded with the oldest. Of more rows, the newest "
+        "are used.",
         extra_json_schema={
             "anyOf": [
                 {"type": "array", "minItems": 1, "items": {"type": "array", "items": {"type": ["number", "null"]}}},
