@@ -1,1 +1,1 @@
-"""Promises of every room, each test opened by the sentence that it keeps."""
+"""Tests, one folder per package. Each test begins with the sentence that it promises."""

@@ -1,4 +1,4 @@
-"""What is imported against what pyproject.toml declares: nothing is missing, and nothing is there for nobody."""
+"""Imports compared with the dependencies of pyproject.toml: none is missing, and none is unused."""
 
 import ast
 import re
@@ -32,7 +32,7 @@ INDIRECT = {
 
 
 def named(requirement: str) -> str:
-    """The name of a requirement, as indices write it."""
+    """Return the normalised name of a requirement."""
     return re.sub(r"[-_.]+", "-", re.split(r"[\s\[<>=;~!]", requirement, maxsplit=1)[0]).lower()
 
 
@@ -55,46 +55,46 @@ def imports(*rooms: str) -> dict[str, str]:
 
 
 def declared(*groups: str) -> set[str]:
-    """The distributions of groups: `serving`, an extra, or `dev`."""
+    """Return the distributions of groups: `serving`, an extra, or `dev`."""
     extras, project = PROJECT["project"]["optional-dependencies"], PROJECT["project"]["dependencies"]
     lists = {"serving": project, **extras, **PROJECT["dependency-groups"]}
     return {named(requirement) for group in groups for requirement in lists[group]} - {"engine-health"}
 
 
 def providers(package: str) -> set[str]:
-    """The distributions that a package may come from; of its own name if it is not installed."""
+    """Return the distributions that provide a package; its name if it is not installed."""
     return {named(one) for one in PROVIDERS.get(package, (package,))}
 
 
 @pytest.mark.parametrize(
-    ("rooms", "groups"),
+    ("packages", "groups"),
     [
         (("service",), ("serving", "score", "ray", "tables", "tracing")),
         (("model", "export"), ("serving", "train")),
         (("tests", "benchmarks", "ops", "docs"), ("serving", "score", "ray", "tables", "tracing", "train", "dev")),
     ],
 )
-def test_whatever_is_imported_is_declared(rooms: tuple[str, ...], groups: tuple[str, ...]) -> None:
-    """Each package that a room imports comes from a distribution that its groups declare by name."""
-    found = imports(*rooms)
+def test_imported_packages_are_declared(packages: tuple[str, ...], groups: tuple[str, ...]) -> None:
+    """Each package that is imported comes from a distribution that its groups declare by name."""
+    found = imports(*packages)
     assert found
     assert {} == {name: where for name, where in found.items() if not providers(name) & declared(*groups)}
 
 
 @pytest.mark.parametrize(
-    ("groups", "rooms"),
+    ("groups", "packages"),
     [
         (("serving",), ("service", "model")),
         (("score", "ray", "tables", "tracing", "train"), ("service", "model", "export")),
         (("dev",), ("tests", "benchmarks", "ops", "docs")),
     ],
 )
-def test_whatever_is_declared_is_used(groups: tuple[str, ...], rooms: tuple[str, ...]) -> None:
-    """Each distribution that a group declares is imported in the rooms it is for, or stands here with its reason."""
-    used = {one for package in imports(*rooms) for one in providers(package)}
+def test_declared_packages_are_used(groups: tuple[str, ...], packages: tuple[str, ...]) -> None:
+    """Each distribution that a group declares is imported in its packages, or listed here with a reason."""
+    used = {name for package in imports(*packages) for name in providers(package)}
     assert set() == declared(*groups) - used - set(INDIRECT)
 
 
-def test_every_exception_is_one() -> None:
+def test_every_listed_exception_is_declared() -> None:
     """What is excused here is declared."""
     assert set() == set(INDIRECT) - declared("serving", "score", "ray", "tables", "tracing", "train", "dev")

@@ -22,7 +22,7 @@ def fresh() -> Iterator[Service]:
         yield found
 
 
-def test_counters_are_what_the_answers_say(fresh: Service, manifest: Manifest, windows: Readings) -> None:
+def test_counters_equal_the_responses(fresh: Service, manifest: Manifest, windows: Readings) -> None:
     """After labelled and unlabelled predictions every counter equals the sum over the answers given.
 
     A temperature asked for one call is a what-if: it changes the answer and no counter.
@@ -90,7 +90,7 @@ def test_a_model_without_windows_counts_its_inputs_too(tmp_path: Path) -> None:
     assert (0, 2) == tuple(m[f'engine_health_input_values_total{{bin="{b}",channel="b"}}'] for b in (0, 1))
 
 
-def test_whatever_is_asked_with_get_may_be_asked_with_head(fresh: Service, manifest: Manifest) -> None:
+def test_head_equals_get_without_body(fresh: Service, manifest: Manifest) -> None:
     """HEAD answers as GET does, without the body, on every route, found or not, and is counted as HEAD."""
     found = fresh.client.get("/openapi.json").json()["paths"]
     routes = [route for route, methods in found.items() if "get" in methods]
@@ -120,8 +120,8 @@ def test_newest_readings_are_counted_in_reference_bins(fresh: Service, manifest:
         assert expected.tolist() == series
 
 
-def test_a_reference_of_many_bins_is_counted_as_one_of_few(windows: Readings, tmp_path: Path) -> None:
-    """Beyond 255 edges, more than a byte can tell, each newest value falls in its own bin, alone and in company."""
+def test_reference_with_many_bins_is_counted(windows: Readings, tmp_path: Path) -> None:
+    """Beyond 255 edges each newest value falls into its bin, alone and with other rows of the batch."""
     k = CHANNELS.index("sensor_4")
     edges = np.linspace(windows[..., k].min() - 900, windows[..., k].max() + 1, 400).tolist()  # most of them below
     reference = {"channels": {"sensor_4": {"edges": edges, "shares": [1 / 401] * 401}}}

@@ -21,8 +21,8 @@ from tests.support.models import edited, slow_classifier
 from tests.support.processes import ADMIN, LOAD, Service, asked, children, one, running, shared_folder, start, until
 
 
-def test_concurrent_callers_are_told_of_their_own_windows(service: Service, windows: Readings) -> None:
-    """Two hundred callers at once, each with a window of its own, get the answers that they get alone."""
+def test_concurrent_callers_get_their_predictions(service: Service, windows: Readings) -> None:
+    """200 concurrent callers with different windows get the same responses as alone."""
     scaled = [windows[k % 4] * np.float32(1 + k / 1e4) for k in range(200)]
     alone = [service.predict([{"telemetry": w.tolist()}])["predictions"][0]["logits"] for w in scaled]
     with ThreadPoolExecutor(32) as pool:
@@ -31,7 +31,7 @@ def test_concurrent_callers_are_told_of_their_own_windows(service: Service, wind
     assert len({tuple(row) for row in alone}) > 190
 
 
-def test_keys_open_what_they_are_for(windows: Readings) -> None:
+def test_keys_permit_their_calls_only(windows: Readings) -> None:
     """No key 401, a wrong one 401, a reader's key on an admin call 403; probes are open; no log has one."""
     with running(
         ENGINE_HEALTH_API_KEYS="read, other", ENGINE_HEALTH_ADMIN_KEYS="wheel", ENGINE_HEALTH_LOG_LEVEL="info"
@@ -39,7 +39,7 @@ def test_keys_open_what_they_are_for(windows: Readings) -> None:
         post = guarded.client.post
         cases: tuple[tuple[dict[str, Any], int], ...] = (
             ({}, 401),
-            ({"Authorization": "Bearer nobody"}, 401),
+            ({"Authorization": "Bearer unknown"}, 401),
             ({"Authorization": "Basic read"}, 401),
             ({"X-API-Key": b"\xe9"}, 401),
             ({"Authorization": "Bearer read"}, 200),
@@ -68,7 +68,7 @@ def test_keys_open_what_they_are_for(windows: Readings) -> None:
 
 
 @pytest.mark.parametrize("tail", ["%0A", "%0D", "%00", "%0a%0a", "%7F", "/", "%2F", ";a", "%20"])
-def test_no_spelling_of_a_path_goes_round_the_admin_keys(tail: str) -> None:
+def test_path_variants_do_not_bypass_admin_keys(tail: str) -> None:
     """Whatever is put behind an admin path, without the key nothing is changed, and nothing fails."""
     with running(ENGINE_HEALTH_API_KEYS="read", ENGINE_HEALTH_ADMIN_KEYS="wheel") as service:
         before = service.client.get("/v1/model", headers={"X-API-Key": "read"}).json()["temperature"]
@@ -84,7 +84,7 @@ def test_no_spelling_of_a_path_goes_round_the_admin_keys(tail: str) -> None:
         assert infer.status_code < 500
 
 
-def test_every_request_leaves_one_line_with_its_id_and_trace(windows: Readings) -> None:
+def test_every_request_logs_one_line_with_its_ids(windows: Readings) -> None:
     """Logs are one JSON object a request, with the id that the answer carries and the caller's trace."""
     trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
     with running(ENGINE_HEALTH_LOG_LEVEL="info") as service:
@@ -106,7 +106,7 @@ def test_every_request_leaves_one_line_with_its_id_and_trace(windows: Readings) 
     assert "trace_id" not in requests[wrong.headers["x-request-id"]]
 
 
-def test_origins_that_may_call_are_told_so(windows: Readings) -> None:
+def test_configured_origins_get_cors_headers(windows: Readings) -> None:
     """A browser's page from a listed origin may read answers, refusals and what their headers say, another may not.
 
     The browser's own question before is answered without a key, and is counted and named as any request.
@@ -136,7 +136,7 @@ def test_origins_that_may_call_are_told_so(windows: Readings) -> None:
         assert 2 == service.metrics()[counted]
 
 
-def test_a_reload_swaps_only_for_a_model_that_proves_itself(tmp_path: Path, windows: Readings) -> None:
+def test_reload_replaces_the_model_only_if_verified(tmp_path: Path, windows: Readings) -> None:
     """A new file answers from then on; a broken one is a 409 and changes nothing; so with SIGHUP."""
     path = tmp_path / "model.onnx"
     shutil.copy(ARTEFACT, path)
@@ -170,7 +170,7 @@ def _hangs_up_in_vain(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_sighup_that_comes_too_early_ends_nobody(workers: int) -> None:
+def test_early_sighup_ends_no_worker(workers: int) -> None:
     """A reload asked for while processes start, again and again, ends none of them: the same ones become ready."""
     process = start(
         "serve", "--port", "0", "--workers", str(workers), ENGINE_HEALTH_LOG_LEVEL="info", ENGINE_HEALTH_DATABASE_URL=""
@@ -195,7 +195,7 @@ def test_a_sighup_that_comes_too_early_ends_nobody(workers: int) -> None:
     assert len(seen) == (workers if workers > 1 else 0)
 
 
-def test_reloads_under_load_fail_nobody(tmp_path: Path, windows: Readings) -> None:
+def test_reloads_under_load_fail_no_request(tmp_path: Path, windows: Readings) -> None:
     """While models and their class names are swapped, every request is answered, by the digest that it names."""
     path = tmp_path / "model.onnx"
     temperatures: dict[str, float] = {}
@@ -226,8 +226,8 @@ def test_reloads_under_load_fail_nobody(tmp_path: Path, windows: Readings) -> No
     assert len({digest for digest, _ in seen}) > 1
 
 
-def test_told_to_stop_it_is_unready_first_and_answers_on(windows: Readings) -> None:
-    """After SIGTERM: unready at once, whoever comes in the drain time is answered, then exit 0."""
+def test_sigterm_makes_unready_and_drains(windows: Readings) -> None:
+    """After SIGTERM /readyz is 503 immediately, requests of the drain time are answered, and the exit code is 0."""
     with running(ENGINE_HEALTH_DRAIN_SECONDS="3") as service:
         service.process.terminate()
         until(lambda: service.client.get("/readyz").status_code == 503)
@@ -236,7 +236,7 @@ def test_told_to_stop_it_is_unready_first_and_answers_on(windows: Readings) -> N
         assert 0 == service.process.wait(timeout=20)
 
 
-def test_a_slow_client_is_sent_away(windows: Readings) -> None:
+def test_slow_client_gets_408(windows: Readings) -> None:
     """Headers or a body that do not arrive in time end with 408 or a closed connection; others are answered."""
     with running(ENGINE_HEALTH_REQUEST_SECONDS="1") as service:
         address = (service.client.base_url.host, service.client.base_url.port or 80)
@@ -300,8 +300,8 @@ def test_full_queue_refuses_and_loses_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("deterministic", ["1", "0"])
-def test_the_same_window_has_the_same_bits_in_any_company(windows: Readings, deterministic: str) -> None:
-    """A window answers bit for bit alike alone, beside others, at any place of any batch: the bundled model always."""
+def test_window_has_equal_bits_in_any_batch(windows: Readings, deterministic: str) -> None:
+    """A window has the same bits alone and at any position of any batch; with the bundled model always."""
     with running(ENGINE_HEALTH_DETERMINISTIC=deterministic) as service:
         model = service.client.get("/v1/model").json()
         assert (bool(int(deterministic)), 0.0) == (model["deterministic"], model["batch_max_difference"])
@@ -315,10 +315,10 @@ def test_the_same_window_has_the_same_bits_in_any_company(windows: Readings, det
                     assert (expected["logits"], expected["rul"]) == (row["logits"], row["rul"])
 
 
-def test_workers_count_together_and_outlive_being_killed(windows: Readings) -> None:
+def test_counters_of_workers_survive_kill(windows: Readings) -> None:
     """With workers killed in turn every answer is counted once, by as few files as workers.
 
-    Who is killed at work may have counted an answer that nobody heard, and no other; who is killed idle, none.
+    A worker killed at work may have counted one response that no client received; an idle one none.
     """
     with running(ENGINE_HEALTH_WORKERS="2") as service:
         until(lambda: len(children(service.process)) == 2)
@@ -385,7 +385,7 @@ def test_workers_follow_a_new_model_and_stop_together(tmp_path: Path, windows: R
 
 
 def temperatures(service: Service, window: Readings) -> set[float]:
-    """The temperatures of several answers over new connections; empty while some fail."""
+    """Return the temperatures of several responses over new connections; empty while some fail."""
     found = set()
     for _ in range(8):
         try:
@@ -396,7 +396,7 @@ def temperatures(service: Service, window: Readings) -> set[float]:
     return found
 
 
-def test_workers_that_cannot_open_the_model_stop_with_one_line(tmp_path: Path) -> None:
+def test_workers_with_a_bad_model_stop_with_one_line(tmp_path: Path) -> None:
     """A broken artefact ends the whole service with its reason, whatever the number of workers."""
     path = tmp_path / "model.onnx"
     path.write_bytes(b"broken")

@@ -39,13 +39,13 @@ class Collector:
         return found
 
     def environment(self, delay: str = SOON, **more: str) -> dict[str, str]:
-        """What sends a service's spans here."""
+        """Return the environment that sends spans of a service here."""
         return {"OTEL_EXPORTER_OTLP_ENDPOINT": self.address, "OTEL_BSP_SCHEDULE_DELAY": delay, "NO_PROXY": "*"} | more
 
 
 @contextmanager
 def collecting() -> Iterator[Collector]:
-    """A collector on a free port of this machine."""
+    """Run a collector on a free port during the block."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:  # http.server's name
@@ -82,7 +82,7 @@ def attributes(of: Any) -> dict[str, Any]:
     return {pair.key: pair.value.string_value or pair.value.int_value for pair in of.attributes}
 
 
-def test_a_prediction_is_a_span_of_the_callers_trace(collector: Collector, windows: Readings) -> None:
+def test_prediction_is_a_span_of_the_caller(collector: Collector, windows: Readings) -> None:
     """A request is one span with route and status, child of the caller's; its log line names it; a probe is none."""
     with running(**collector.environment(ENGINE_HEALTH_LOG_LEVEL="info")) as service:
         assert 200 == service.client.post("/v1/predict", json=one(windows[0]), headers=CALLER).status_code
@@ -109,8 +109,8 @@ def test_a_prediction_is_a_span_of_the_callers_trace(collector: Collector, windo
     assert told == [(span.trace_id.hex(), span.span_id.hex()) for span, _ in spans]
 
 
-def test_no_key_ends_in_a_span(collector: Collector, windows: Readings) -> None:
-    """Neither headers nor queries are sent, though OpenTelemetry was told to capture every header."""
+def test_spans_contain_no_key(collector: Collector, windows: Readings) -> None:
+    """Neither headers nor queries are sent, although OpenTelemetry is configured to capture every header."""
     everything = {"OTEL_INSTRUMENTATION_HTTP_CAPTURE_HEADERS_SERVER_REQUEST": ".*", "ENGINE_HEALTH_API_KEYS": "s3cret"}
     with running(**collector.environment(**everything)) as service:
         for headers in ({"Authorization": "Bearer s3cret"}, {"X-API-Key": "s3cret"}, {"Cookie": "key=s3cret"}):
@@ -120,7 +120,7 @@ def test_no_key_ends_in_a_span(collector: Collector, windows: Readings) -> None:
     assert b"s3cret" not in b"".join(collector.bodies)
 
 
-def test_what_is_not_sent_yet_is_sent_at_the_end(collector: Collector, windows: Readings) -> None:
+def test_pending_spans_are_sent_at_shutdown(collector: Collector, windows: Readings) -> None:
     """On SIGTERM the spans of all workers, not due for minutes, arrive before they end with exit code 0."""
     environment = collector.environment(NEVER, ENGINE_HEALTH_WORKERS="2", OTEL_SERVICE_NAME="fleet")
     with running(**environment) as service:
@@ -136,7 +136,7 @@ def test_what_is_not_sent_yet_is_sent_at_the_end(collector: Collector, windows: 
     assert {"fleet"} == {of["service.name"] for _, of in collector.spans}
 
 
-def test_odd_requests_are_answered_as_without_spans(collector: Collector) -> None:
+def test_unusual_requests_are_unchanged_by_tracing(collector: Collector) -> None:
     """Bytes that are no text in headers and query are answered, or refused as a bad request, traced or not."""
     odd = b"\xff\\x"  # neither UTF-8 nor an escape that Python knows
     head = b"GET /v1/model%s HTTP/1.1\r\nHost: %s\r\nUser-Agent: %s\r\ntraceparent: %s\r\nConnection: close\r\n\r\n"
@@ -157,8 +157,8 @@ def test_odd_requests_are_answered_as_without_spans(collector: Collector) -> Non
 
 
 @pytest.mark.parametrize("listening", [False, True])
-def test_without_a_collector_everything_else_goes_on(windows: Readings, listening: bool) -> None:
-    """Nobody listens where spans are sent to, or nobody answers: requests are answered, and the service ends with 0."""
+def test_missing_collector_does_not_affect_requests(windows: Readings, listening: bool) -> None:
+    """Without a reachable or responding collector, requests are answered, and the service exits with 0."""
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         if listening:
@@ -180,10 +180,10 @@ def test_without_a_collector_everything_else_goes_on(windows: Readings, listenin
         ({"OTEL_TRACES_EXPORTER": "none"}, None),
     ],
 )
-def test_spans_that_cannot_be_had_are_one_line(
+def test_impossible_tracing_logs_one_line(
     tmp_path: Path, windows: Readings, setting: dict[str, str], why: str | None
 ) -> None:
-    """Asked for and impossible: one warning says why; not asked for: nothing is said; either way all is served."""
+    """Tracing that cannot start logs one warning with the reason, and unconfigured tracing logs nothing; both serve."""
     lacking = {} if setting else absent(tmp_path, "opentelemetry.instrumentation.asgi")
     with running(OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1", **setting, **lacking) as service:
         service.predict(one(windows[0])["instances"])
@@ -193,7 +193,7 @@ def test_spans_that_cannot_be_had_are_one_line(
     assert warned == [json.loads(line)["event"] for line in said.splitlines()]
 
 
-def test_nothing_is_imported_that_is_not_asked_for() -> None:
+def test_sdk_is_not_imported_without_endpoint() -> None:
     """Without an endpoint, nothing of OpenTelemetry's SDK, exporter or middleware is in a serving process."""
     code = (
         "import sys; from service.app import create_app; from service.settings import read_settings; "

@@ -28,7 +28,7 @@ def instance(window: Readings, **rest: Any) -> dict[str, Any]:
     return {"telemetry": window.tolist(), **rest}
 
 
-def test_predict_answers_as_the_golden_windows(service: Service, manifest: Manifest, windows: Readings) -> None:
+def test_predict_matches_the_golden_windows(service: Service, manifest: Manifest, windows: Readings) -> None:
     """Logits and RUL over the wire are those of the network; health, set and losses follow from them."""
     found = service.predict([instance(window) for window in windows])
     assert {"name", "version", "digest"} == set(found["model"])
@@ -55,7 +55,7 @@ def test_predict_answers_as_the_golden_windows(service: Service, manifest: Manif
         assert expected == row["prediction_set"]
 
 
-def test_a_thousand_real_windows_answer_as_torch(service: Service, cmapss_dir: Path) -> None:
+def test_predictions_of_real_windows_equal_torch(service: Service, cmapss_dir: Path) -> None:
     """1,000 windows of real test engines: logits and probabilities are torch's to 1e-5, RUL to 1e-5 of its size."""
     network, _ = load_checkpoint(ARTEFACT.with_suffix(".pt"))
     engines = [history for subset in cmapss.SUBSETS for history in cmapss.read_test(cmapss_dir, subset)[:2]]
@@ -75,7 +75,7 @@ def test_a_thousand_real_windows_answer_as_torch(service: Service, cmapss_dir: P
     )
 
 
-def test_a_short_history_is_padded_and_a_long_one_cut(service: Service, windows: Readings) -> None:
+def test_short_history_is_padded_and_long_history_is_cut(service: Service, windows: Readings) -> None:
     """Three rows answer as the window that begins with copies of the first; ten rows too many as their newest."""
     window = windows[0]
     padded = np.concatenate([np.repeat(window[:1], WINDOW - 3, axis=0), window[:3]])
@@ -85,7 +85,7 @@ def test_a_short_history_is_padded_and_a_long_one_cut(service: Service, windows:
     assert found[2]["logits"] == found[3]["logits"]
 
 
-def test_channels_by_name_answer_as_rows(service: Service, windows: Readings) -> None:
+def test_channels_by_name_equal_rows(service: Service, windows: Readings) -> None:
     """Columns by channel name, in any order, are the same window."""
     by_name = {name: windows[0][:, k].tolist() for k, name in enumerate(contract.CHANNELS)}
     shuffled = dict(sorted(by_name.items(), reverse=True))
@@ -93,7 +93,7 @@ def test_channels_by_name_answer_as_rows(service: Service, windows: Readings) ->
     assert found[0]["logits"] == found[1]["logits"]
 
 
-def test_null_is_held_when_asked(service: Service, windows: Readings) -> None:
+def test_missing_value_with_hold_takes_the_last_value(service: Service, windows: Readings) -> None:
     """A missing value counts as the last seen of its channel, and the metrics say how many of the window were held."""
     holed, filled = windows[0].tolist(), windows[0].copy()
     holed[-1][5] = holed[-2][5] = None
@@ -105,7 +105,7 @@ def test_null_is_held_when_asked(service: Service, windows: Readings) -> None:
     assert before + 2 == service.metrics()[name]
 
 
-def test_what_lies_before_the_window_may_be_missing(service: Service, windows: Readings) -> None:
+def test_missing_values_before_the_window_are_ignored(service: Service, windows: Readings) -> None:
     """Rows older than the window are not seen: a hole there is neither refused nor counted, and may still be held."""
     name = 'engine_health_imputed_values_total{channel="sensor_4"}'
     before = service.metrics()[name]
@@ -116,8 +116,8 @@ def test_what_lies_before_the_window_may_be_missing(service: Service, windows: R
     assert before == service.metrics()[name]
 
 
-def test_an_explanation_says_what_each_channel_did(service: Service, manifest: Manifest, windows: Readings) -> None:
-    """Each channel's shift is how far the answer lies from the one with that channel as usual; nothing else changes."""
+def test_explanation_is_the_effect_of_each_channel(service: Service, manifest: Manifest, windows: Readings) -> None:
+    """The shift of a channel is the distance from the prediction with the channel at its baseline."""
     assert manifest.conditions is not None
     usual = ConditionBaselines.from_lists(manifest.conditions.setting_scales, manifest.conditions.usual)
     asked = [instance(window) for window in windows]
@@ -139,7 +139,7 @@ def test_an_explanation_says_what_each_channel_did(service: Service, manifest: M
         assert row["rul"] - other["rul"] == pytest.approx(strongest["rul"], abs=1e-3)
 
 
-def test_what_cannot_be_explained_says_so(service: Service, windows: Readings, tmp_path: Path) -> None:
+def test_explanation_without_baselines_is_rejected(service: Service, windows: Readings, tmp_path: Path) -> None:
     """A model that does not say what is usual is refused by its place, and so are too many instances."""
     described: dict[str, object] = {"name": "t", "version": "1", "classes": ["n", "e", "s", "w"]}
     with running(ENGINE_HEALTH_MODEL=str(identity_classifier(tmp_path / "t.onnx", described))) as other:
@@ -166,7 +166,7 @@ def test_a_label_by_name_index_or_distribution_costs_the_same(
     assert float(row["health"] == "degrading") == found["evaluation"]["accuracy"]
 
 
-def test_ids_come_back_and_every_prediction_has_its_own(service: Service, windows: Readings) -> None:
+def test_ids_are_echoed_and_prediction_ids_are_unique(service: Service, windows: Readings) -> None:
     """engine_id and cycle are echoed; prediction ids are strings that never repeat."""
     asked = [instance(windows[0], engine_id="FD001-24", cycle=143), instance(windows[0])]
     rows = [row for _ in range(5) for row in service.predict(asked)["predictions"]]
@@ -191,7 +191,7 @@ def test_a_requested_temperature_changes_probabilities_and_nothing_else(service:
     )
 
 
-def test_a_batch_answers_as_its_instances_alone(service: Service, windows: Readings) -> None:
+def test_batch_equals_its_instances_alone(service: Service, windows: Readings) -> None:
     """The other instances of a request change nothing that a user could see."""
     together = service.predict([instance(window) for window in windows])["predictions"]
     for window, row in zip(windows, together, strict=True):
@@ -226,7 +226,7 @@ def test_evaluate_weighs_classes_as_torch(service: Service, labels: list[Any]) -
     assert float(expected) == pytest.approx(found["cross_entropy"])
 
 
-def test_evaluate_warns_of_probabilities_and_answers_as_asked(service: Service) -> None:
+def test_evaluate_warns_of_probabilities_and_keeps_them(service: Service) -> None:
     """Rows that look like probabilities are named and not changed; the answer shows how far off it is."""
     body = {"logits": [[1.0, 0.0, 0.0], [4.0, 1.0, 0.0], [0.7, 0.2, 0.1]], "labels": [0, 0, 0]}
     found = service.client.post("/v1/evaluate", json=body).json()
@@ -243,7 +243,7 @@ def test_evaluate_takes_any_number_of_classes(service: Service) -> None:
 
 
 def test_model_tells_the_manifest_without_golden_windows(service: Service, manifest: Manifest) -> None:
-    """The manifest is flat, without golden windows; digest, active temperature and limits are beside it."""
+    """The manifest is flat and without golden windows; digest, active temperature and limits are added."""
     found = service.client.get("/v1/model").json()
     expected = manifest.model_dump(mode="json", exclude={"golden"})
     assert "golden" not in found
@@ -267,8 +267,8 @@ def test_live_ready_docs_and_front_door(service: Service) -> None:
     assert "https://" not in docs.text
 
 
-def test_answers_have_the_shape_that_the_openapi_document_promises(service: Service, windows: Readings) -> None:
-    """Real answers and a real problem validate against the published schemas, nothing missing, nothing beside."""
+def test_responses_match_the_openapi_document(service: Service, windows: Readings) -> None:
+    """Real responses and a real problem match the published schemas, with no field missing and none added."""
     document = service.client.get("/openapi.json").json()
     evaluated = {"logits": [[1, 0, 0]], "labels": [0]}
     answers = {
@@ -301,7 +301,7 @@ def test_another_classifier_is_served_without_its_rul(tmp_path: Path) -> None:
         assert (422, [["instances", 0, "telemetry"]]) == (wrong.status_code, [x["loc"] for x in wrong.json()["errors"]])
 
 
-def test_the_artefacts_temperature_is_the_one_that_calibrates(tmp_path: Path, windows: Readings) -> None:
+def test_artefact_temperature_calibrates_predictions(tmp_path: Path, windows: Readings) -> None:
     """The same network with another temperature in its manifest answers with that one."""
     with running(ENGINE_HEALTH_MODEL=str(edited(tmp_path / "hot.onnx", {"temperature": 2.5}))) as other:
         found = other.predict([instance(windows[0])])
@@ -311,7 +311,7 @@ def test_the_artefacts_temperature_is_the_one_that_calibrates(tmp_path: Path, wi
 
 
 def test_a_fault_of_the_service_is_a_problem_document_too() -> None:
-    """What nobody foresaw is answered with a 500 of the usual shape, on the service's own paths and the protocol's."""
+    """An unexpected error returns a 500 in the usual format, below /v1 and below /v2."""
     application = create_app(read_settings(), print)
 
     def fail() -> None:

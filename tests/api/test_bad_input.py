@@ -68,7 +68,7 @@ def test_another_content_type_is_refused(service: Service, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "APPLICATION/JSON", "application/vnd.x+json"])
-def test_json_by_any_of_its_names_is_read(service: Service, kind: str) -> None:
+def test_json_media_type_variants_are_accepted(service: Service, kind: str) -> None:
     """Parameters, case and +json suffixes of the content type do not matter."""
     answer = service.client.post("/v1/predict", content=json.dumps(one([ROW])), headers={"Content-Type": kind})
     assert 200 == answer.status_code
@@ -104,7 +104,7 @@ def test_a_gzip_body_of_very_many_members_is_refused_soon(service: Service) -> N
 
 
 def processor_seconds(service: Service) -> float:
-    """What a service has cost so far."""
+    """Return CPU time and memory of a service so far."""
     fields = Path(f"/proc/{service.process.pid}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
@@ -184,13 +184,13 @@ def test_a_client_that_leaves_is_no_fault_of_the_service(service: Service) -> No
 
 
 @pytest.mark.parametrize("value", [3e38, -3e38, 0.0, 1e-45])
-def test_readings_that_no_engine_has_are_still_answered(service: Service, value: float) -> None:
+def test_extreme_readings_get_finite_predictions(service: Service, value: float) -> None:
     """The largest, smallest and all-zero readings that fit give finite numbers, not null."""
     row = service.predict([{"telemetry": [[value] * 17]}])["predictions"][0]
     assert all(isinstance(number, float) for number in (*row["logits"], *row["probabilities"].values(), row["rul"]))
 
 
-def test_an_answer_that_is_not_finite_is_the_instances_fault(tmp_path: Path) -> None:
+def test_non_finite_prediction_names_the_instance(tmp_path: Path) -> None:
     """Where a foreign network overflows, the instance is named with a 422 and the next one is answered."""
     path = overflowing_classifier(tmp_path / "over.onnx")
     with running(ENGINE_HEALTH_MODEL=str(path)) as other:
@@ -234,14 +234,14 @@ def test_unknown_paths_and_methods_are_problems_too(service: Service) -> None:
         assert allowed == answer.headers.get("allow")
 
 
-def test_many_faults_are_named_at_once_but_not_without_end(service: Service) -> None:
+def test_faults_are_listed_up_to_a_limit(service: Service) -> None:
     """A file of wrong values names the first twenty places."""
     answer = service.client.post("/v1/predict", json=one([[None] * 17] * 50)).json()
     assert 20 == len(answer["errors"])
     assert [*PLACE, 1, "op_setting_3"] in [error["loc"] for error in answer["errors"]]
 
 
-def test_the_service_answers_after_all_this_as_before(service: Service, windows: Readings) -> None:
+def test_predictions_after_bad_requests_are_unchanged(service: Service, windows: Readings) -> None:
     """Bad requests change nothing: the same window gives the same bits before and after each of them."""
     asked = [{"telemetry": windows[0].tolist()}]
     before = service.predict(asked)["predictions"][0]["logits"]

@@ -14,7 +14,7 @@ from tests.support.models import identity_classifier
 from tests.support.processes import Service, running
 
 
-def test_all_four_ways_answer_as_predict(service: Service, manifest: Manifest, windows: Readings) -> None:
+def test_oip_encodings_equal_predict(service: Service, manifest: Manifest, windows: Readings) -> None:
     """JSON or bytes in, JSON or bytes out, nested or flat: the same numbers as /v1/predict, to the bit."""
     rows = service.predict([{"telemetry": window.tolist()} for window in windows])["predictions"]
     flat = {"inputs": [described(windows, data=windows.ravel().tolist())]}
@@ -41,7 +41,7 @@ def test_all_four_ways_answer_as_predict(service: Service, manifest: Manifest, w
         assert (manifest.name, manifest.version) == (found["head"]["model_name"], found["head"]["model_version"])
 
 
-def test_outputs_leave_in_the_order_and_the_way_they_are_asked_for(service: Service, windows: Readings) -> None:
+def test_outputs_have_requested_order_and_encoding(service: Service, windows: Readings) -> None:
     """Some outputs as bytes and some as JSON, none that was not asked for; the request's id comes back."""
     wanted = [{"name": "health", "parameters": {"binary_data": True}}, {"name": "rul"}]
     found = outputs(service.client.post(INFER, json=asked(windows, outputs=wanted, id="a-17")))
@@ -70,7 +70,7 @@ def test_labels_bring_losses_and_temperature_flattens(service: Service, windows:
     np.testing.assert_array_equal(np.float32(found["loss"]), np.float32(outputs(again)["loss"]))
 
 
-def test_the_server_and_its_model_say_what_they_are(service: Service, manifest: Manifest) -> None:
+def test_server_and_model_metadata_are_complete(service: Service, manifest: Manifest) -> None:
     """Server and model metadata, live, ready; another model or version is a 404 with the protocol's error."""
     get = service.client.get
     assert "binary_tensor_data" in get("/v2").json()["extensions"]
@@ -101,7 +101,7 @@ def test_lies_about_shapes_types_and_bytes_are_refused(service: Service, windows
     np.testing.assert_array_equal(before, outputs(service.client.post(INFER, json=asked(windows)))["logits"])
 
 
-def test_what_calls_itself_neither_json_nor_bytes_is_not_read(service: Service, windows: Readings) -> None:
+def test_oip_with_other_media_type_gets_415(service: Service, windows: Readings) -> None:
     """Another content type is a 415 of the protocol's shape; its own two, JSON's other names and none are read."""
     body, headers = binary(windows)
     for kind, status in (

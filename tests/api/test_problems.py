@@ -71,7 +71,7 @@ def guarded() -> Iterator[Service]:
 
 
 def subclasses(kind: type[errors.ServiceError]) -> set[type[errors.ServiceError]]:
-    """The class and all that derive from it."""
+    """Return the class and all that derive from it."""
     return {kind}.union(*map(subclasses, kind.__subclasses__()))
 
 
@@ -144,7 +144,7 @@ def test_open_inference_protocol_keeps_its_error_object() -> None:
     assert (400, {"error": "wrong"}) == (response.status_code, orjson.loads(response.body))
 
 
-def test_every_route_answers_errors_with_a_listed_code(guarded: Service) -> None:
+def test_every_route_returns_a_listed_error_code(guarded: Service) -> None:
     """Each route outside /v2 has a listed code for a missing key, a wrong method and a malformed body."""
     paths = create_app(read_settings(), print).api.openapi()["paths"]
     routes = [(path, method) for path, methods in paths.items() for method in methods if not path.startswith("/v2")]

@@ -35,7 +35,7 @@ def as_lines(rows: list[dict[str, object]], path: Path) -> Path:
     return path
 
 
-def test_a_file_gives_the_temperature_that_mends_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_of_a_file_finds_the_temperature(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Logits twice too large need a temperature of two, from CSV and JSON lines alike, and held-out loss falls."""
     rows = sharpened(2)
     found = []

@@ -60,7 +60,7 @@ def calibrated(n: int = 600, engines: int = 60, seed: int = 0, sharpness: float 
 
 
 def said(found: CalibrationRows, classes: tuple[str, ...] = CLASSES) -> dict[str, Any]:
-    """The answer, which must be JSON without NaN and survive it."""
+    """Return the report; it must survive JSON without NaN."""
     answer = calibration(found, classes, NOW, 0.9, "30d")
     read: dict[str, Any] = json.loads(json.dumps(answer, allow_nan=False))
     assert read == answer
@@ -71,7 +71,7 @@ def moved(found: CalibrationRows, order: np.ndarray) -> CalibrationRows:
     return CalibrationRows(*(column[order] for column in vars(found).values()))
 
 
-def test_the_answer_has_the_shape_of_the_design() -> None:
+def test_calibration_report_has_every_field() -> None:
     """Every field of `GET /v1/calibration` is there, filled from labelled predictions."""
     found = said(calibrated())
     assert [
@@ -106,7 +106,7 @@ def test_figures_are_those_of_the_evaluation() -> None:
     assert found["brier"] == pytest.approx(float(np.dot([1, -1, 1, 1], list(found["brier_decomposition"].values()))))
 
 
-def test_each_row_counts_at_the_temperature_that_answered_it() -> None:
+def test_row_is_scored_at_the_temperature_of_its_prediction() -> None:
     """Logits doubled under temperature two say the same as before."""
     made = calibrated()
     twice = np.where(np.arange(600) % 2, 2.0, 1.0)
@@ -148,8 +148,8 @@ def test_unlabelled_rows_touch_the_label_free_part_alone() -> None:
     assert same(one["label_free"]["error"], other["label_free"]["error"])
 
 
-def test_label_free_errors_are_estimate_less_truth() -> None:
-    """Three rows said with 0.8 of which one is right: accuracy is overestimated by 0.8 less a third."""
+def test_label_free_error_is_estimate_minus_observed() -> None:
+    """With three rows of confidence 0.8, of which one is correct, accuracy is overestimated by 0.8 minus a third."""
     z = np.log([[0.8, 0.2]] * 3)
     found = said(rows(z, [0, 1, 1]), ("a", "b"))["label_free"]
     assert 0.8 == pytest.approx(found["accuracy"], abs=1e-6)
@@ -214,7 +214,7 @@ def test_soft_labels_count_in_parts() -> None:
     assert [28, 12, 0] == pytest.approx([one["n"] for one in found["classes"]])
 
 
-def test_labels_are_told_by_age_lag_and_source() -> None:
+def test_labels_are_reported_by_age_lag_and_source() -> None:
     """Shares by the age of the prediction, lags of the labels, counts by source; a label that came first has no lag."""
     age = np.array([0.0, 0.5, 2, 40, 100]) * DAY
     at = np.array([np.nan, NOW - 1, NOW - 3 * DAY, NOW - 38 * DAY, NOW - 90 * DAY])
@@ -308,13 +308,13 @@ def test_without_a_rule_there_is_no_conformal_part() -> None:
 
 
 @pytest.mark.parametrize("engines", [19, 20])
-def test_few_engines_are_insufficient_whatever_they_say(engines: int) -> None:
-    """Nineteen engines alarm nobody, though every row is wrong; twenty do."""
+def test_state_with_few_engines_is_insufficient_data(engines: int) -> None:
+    """19 engines raise no alarm although every row is wrong; 20 engines do."""
     found = said(rows(np.tile([9.0, 0, 0], (400, 1)), np.ones(400), np.arange(400) % engines))
     assert ("insufficient_data" if engines < 20 else "overconfident") == found["state"]
 
 
-def test_states_name_what_is_wrong() -> None:
+def test_state_names_the_kind_of_miscalibration() -> None:
     """Too sharp is overconfident, too flat underconfident, other class frequencies at the expected loss drifting."""
     assert "overconfident" == said(calibrated(3000, 3000, sharpness=2.0))["state"]
     assert "underconfident" == said(calibrated(3000, 3000, sharpness=0.5))["state"]
@@ -329,7 +329,7 @@ def test_states_name_what_is_wrong() -> None:
 
 DEPENDENT: dict[str, Callable[[Random], Stream]] = {
     "independent rows": lambda random: independent(random, 2000),
-    "engines, outcome at once": lambda random: fleet(random, 50, "outcome"),
+    "engines, outcome immediately": lambda random: fleet(random, 50, "outcome"),
     "engines, day by day": lambda random: fleet(random, 50, "daily"),
     "one truth an engine": lambda random: alike(random, 50, 40),
 }
@@ -344,14 +344,14 @@ def test_looking_after_every_label_raises_no_false_alarm(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("sharpness", "sign"), [(1.5, 1), (1 / 1.5, -1)])
-def test_a_wrong_temperature_is_found(sharpness: float, sign: int) -> None:
+def test_wrong_temperature_is_detected(sharpness: float, sign: int) -> None:
     """Of twenty streams of which every logit is too sharp, or too flat, all are found within a thousand labels."""
     streams = (independent(np.random.default_rng(seed), 1000, sharpness) for seed in range(20))
     assert 20 == sum(looks(stream).detects(sign).any() for stream in streams)
 
 
 @pytest.mark.parametrize("kind", DEPENDENT)
-def test_a_look_is_what_calibration_answers(kind: str) -> None:
+def test_simulated_look_equals_the_report(kind: str) -> None:
     """What the simulations look at after each label is the state and the evidence that the service gives."""
     for seed in range(5):
         stream = DEPENDENT[kind](np.random.default_rng(seed))
@@ -380,7 +380,7 @@ def test_rows_that_do_not_fit_are_refused(change: dict[str, Any], words: str) ->
 def replayed(
     folder: Path, manifest: Manifest, make: Callable[[Readings, int], Readings]
 ) -> tuple[CalibrationRows, Any]:
-    """The test engines of FD001 and FD003 as the artefact answers them, every cycle labelled by its outcome."""
+    """Return predictions of the test engines of FD001 and FD003, every cycle labelled by its outcome."""
     engines = [history for subset in ("FD001", "FD003") for history in cmapss.read_test(folder, subset)]
     parts = predict_histories(onnx_runner(open_artefact(ARTEFACT)[0]), manifest.window or 1, engines, make=make)
     found = concatenate_rows(parts, last_only=False)
@@ -389,7 +389,7 @@ def replayed(
     return made, found
 
 
-def test_real_engines_are_calibrated_and_say_what_evaluate_says(cmapss_dir: Path, manifest: Manifest) -> None:
+def test_report_on_test_engines_equals_the_evaluation(cmapss_dir: Path, manifest: Manifest) -> None:
     """On the official test engines of FD001 and FD003 the monitor is quiet, and its figures are the evaluation's."""
     made, found = replayed(cmapss_dir, manifest, every_window)
     live, table = said(made), class_metrics(found, manifest.temperature)
@@ -403,7 +403,7 @@ def test_real_engines_are_calibrated_and_say_what_evaluate_says(cmapss_dir: Path
     assert abs(losses["z_engines"]) < 1.96
 
 
-def test_shifted_sensors_are_found_on_real_engines(cmapss_dir: Path, manifest: Manifest) -> None:
+def test_shifted_sensors_are_detected_on_test_engines(cmapss_dir: Path, manifest: Manifest) -> None:
     """The same engines with two sensors read two deviations too high alarm once their outcomes are in."""
     usual = np.concatenate([history.telemetry for history in cmapss.read_test(cmapss_dir, "FD001")])
     shift = np.zeros(len(CHANNELS), dtype=np.float32)

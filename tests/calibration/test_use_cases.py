@@ -24,12 +24,12 @@ SHIFTED = ("sensor_20", "sensor_21")
 
 
 def fleet(folder: Path, *subsets: str) -> list[History]:
-    """The official test engines of some subsets."""
+    """Return the official test engines of some subsets."""
     return [history for subset in subsets for history in cmapss.read_test(folder, subset)]
 
 
 def replay(service: Service, engines: list[History], prefix: str = "", shift: Readings | None = None) -> None:
-    """Every flight of some engines, told as a collector tells them, an engine a request."""
+    """Send every flight of some engines as a collector does, one engine per request."""
     for engine in engines:
         values = engine.telemetry if shift is None else engine.telemetry + shift
         cycles = [
@@ -49,7 +49,7 @@ def ends(service: Service, engines: list[History], prefix: str = "") -> None:
 
 
 def calibration(service: Service, query: str = "") -> dict[str, Any]:
-    """The answer of /v1/calibration."""
+    """Return the response of /v1/calibration."""
     answer = service.client.get(f"/v1/calibration{query}")
     assert 200 == answer.status_code, answer.text
     found: dict[str, Any] = answer.json()
@@ -82,7 +82,7 @@ def test_the_live_figures_are_those_of_the_evaluation(replayed: Service, cmapss_
     assert 29692 == found["labels"]["sources"]["outcome"]
 
 
-def test_the_counters_say_the_same(replayed: Service) -> None:
+def test_counters_equal_the_calibration_report(replayed: Service) -> None:
     """The additive counters, divided, are the figures of the calibration: every truth that joined was counted once."""
     found, counted = calibration(replayed), replayed.metrics()
     n = counted["engine_health_labelled_total"]
@@ -100,7 +100,7 @@ def test_the_counters_say_the_same(replayed: Service) -> None:
     assert found["ece"]["value"] == pytest.approx(sum(bins) / n, abs=1e-9)
 
 
-def test_drift_shows_before_labels_and_a_refit_mends_what_it_can(
+def test_drift_is_shown_before_labels_and_fit_reduces_loss(
     replayed: Service, cmapss_dir: Path, windows: Readings
 ) -> None:
     """Two sensors off by two deviations: inputs drift with no label, labels alarm, a refit helps, rollback restores."""
@@ -140,12 +140,12 @@ def test_drift_shows_before_labels_and_a_refit_mends_what_it_can(
 
 
 def without_ids(answer: dict[str, Any]) -> list[dict[str, Any]]:
-    """Predictions without the names that every one has of its own."""
+    """Return predictions without the fields that differ for each one."""
     return [{key: value for key, value in row.items() if key != "prediction_id"} for row in answer["predictions"]]
 
 
 def test_every_worker_follows_a_new_temperature(windows: Readings, tmp_path: Path) -> None:
-    """A temperature that is put in force in one worker answers in all of them, and after a restart; so its rollback."""
+    """A temperature that one worker activates applies in all workers and after a restart; so does its rollback."""
     kept = {"ENGINE_HEALTH_ADMIN_KEYS": "wheel", "ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{tmp_path}/memory.db"}
     with running(ENGINE_HEALTH_WORKERS="2", **kept) as service:
         until_all_are_ready(service, 2)
@@ -163,7 +163,7 @@ def test_every_worker_follows_a_new_temperature(windows: Readings, tmp_path: Pat
 
 
 def temperatures(service: Service, windows: Readings) -> set[float]:
-    """What several new connections are answered with."""
+    """Return the responses to several new connections."""
     body = {"instances": [{"telemetry": windows[0].tolist()}]}
     return {
         httpx.post(f"{service.client.base_url}/v1/predict", json=body, timeout=30, trust_env=False).json()[
@@ -207,7 +207,7 @@ def test_a_fit_that_cannot_be_is_refused_with_the_reason() -> None:
 
 
 def test_only_the_window_counts(windows: Readings) -> None:
-    """A window tells of predictions made in it; older ones are in the whole, and not in the window."""
+    """A window reports the predictions made in it; older ones are in the report without a window only."""
     with running() as service:
         asked = {"telemetry": windows[0].tolist(), "engine_id": "a", "cycle": 1, "label": 2}
         service.predict([asked])
@@ -217,8 +217,8 @@ def test_only_the_window_counts(windows: Readings) -> None:
         assert "1s" == calibration(service, "?window=1s")["window"]
 
 
-def test_the_loss_over_time_is_told_where_asked(windows: Readings) -> None:
-    """`periods` adds so many parts of the time, with moments as elsewhere; too many are refused."""
+def test_periods_add_the_loss_over_time(windows: Readings) -> None:
+    """`periods` adds this number of time intervals, with times as elsewhere; too many are rejected."""
     with running() as service:
         rows = [{"engine_id": f"e-{k}", "cycle": 1, "telemetry": windows[k].tolist(), "label": 0} for k in range(4)]
         for row in rows:
@@ -230,7 +230,7 @@ def test_the_loss_over_time_is_told_where_asked(windows: Readings) -> None:
         assert 422 == service.client.get("/v1/calibration?periods=201").status_code
 
 
-def test_nothing_to_tell_is_told() -> None:
+def test_report_without_predictions_has_null_figures() -> None:
     """Before any prediction every figure is null, none is NaN, and the state says that data are insufficient."""
     with running() as fresh:
         text = fresh.client.get("/v1/calibration").text

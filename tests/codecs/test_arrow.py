@@ -34,7 +34,7 @@ def post(service: Service, body: bytes, query: str = "", **headers: str) -> http
 
 
 def answered(service: Service, body: bytes, query: str = "") -> dict[str, Any]:
-    """The answer, without what is never the same: ids, and what became of labels that are told again and again."""
+    """Return the response without fields that differ between calls: ids, and results of repeated labels."""
     answer = post(service, body, query)
     assert answer.status_code == 200, answer.text
     return without_ids(answer.json())
@@ -57,7 +57,7 @@ def fleet(windows: Readings) -> dict[str, Readings]:
     return {"B": windows[0], "A": windows[1][:7], "C": np.concatenate([windows[3][:30], windows[2]])}
 
 
-def test_a_table_of_flights_answers_as_json(service: Service, fleet: dict[str, Readings]) -> None:
+def test_table_of_flights_equals_json(service: Service, fleet: dict[str, Readings]) -> None:
     """Rows in any order, columns in any order: each engine answers bit for bit as its window does in JSON."""
     table = flights(fleet, label=pa.array([*["critical"] * 99, None, *["critical"] * 6, "normal", *[None] * 130]))
     asked = [
@@ -76,7 +76,7 @@ def test_a_table_of_flights_answers_as_json(service: Service, fleet: dict[str, R
 
 @pytest.mark.parametrize("compression", [None, "lz4", "zstd"])
 @pytest.mark.parametrize("text", TEXTS)
-def test_however_a_table_is_written_it_is_the_same(
+def test_table_encodings_give_equal_predictions(
     service: Service, fleet: dict[str, Readings], text: str, compression: str | None
 ) -> None:
     """Strings of every layout, coded or not, whole or in batches, compressed or not, answer alike."""
@@ -107,7 +107,7 @@ def test_numbers_of_every_width_are_read(service: Service, windows: Readings) ->
     assert without_ids(expected) == answered(service, stream(table))
 
 
-def test_what_is_not_told_is_not_needed(service: Service, windows: Readings) -> None:
+def test_table_without_optional_columns_is_accepted(service: Service, windows: Readings) -> None:
     """Without engine_id the whole table is one engine; without cycle its rows count in the order they have."""
     expected = service.predict([{"telemetry": windows[0].tolist()}])["predictions"][0]
     table = flights({"A": windows[0]})
@@ -122,7 +122,7 @@ def test_what_is_not_told_is_not_needed(service: Service, windows: Readings) -> 
 
 
 def test_options_stand_in_the_query(service: Service, fleet: dict[str, Readings]) -> None:
-    """Temperature and explanation are asked for beside a table as they are within JSON."""
+    """Temperature and explanation of a table are set in the query, with the effect that they have in JSON."""
     table = stream(flights(fleet).drop(["cycle"]))
     asked = [{"engine_id": name, "telemetry": history.tolist()} for name, history in fleet.items()]
     for query, options in (
@@ -255,7 +255,7 @@ def test_a_body_that_is_no_stream_is_refused(service: Service, windows: Readings
     assert 200 == post(service, body[:-8]).status_code
 
 
-def test_damaged_streams_harm_nobody(service: Service, fleet: dict[str, Readings]) -> None:
+def test_damaged_streams_are_rejected_without_effect(service: Service, fleet: dict[str, Readings]) -> None:
     """A thousand streams with a few wrong bytes are each answered or refused, and the next one answers as before."""
     table = flights({name: history[:4] for name, history in fleet.items()}, label=pa.array(["normal"] * 12))
     coded = set_column(table, "engine_id", table.column("engine_id").dictionary_encode())
@@ -284,7 +284,7 @@ def headers(body: bytes) -> list[tuple[int, FlatbufferTable, int]]:
 
 
 def told_again(body: bytes) -> bytes:
-    """A stream whose notes all say what the longest of them says."""
+    """Return a stream in which every metadata entry refers to the longest one."""
     begin, message, _ = headers(body)[0]
     schema, changed = message.table(2), bytearray(body)
     assert schema is not None
@@ -297,7 +297,7 @@ def told_again(body: bytes) -> bytes:
 
 
 def one_buffer(body: bytes) -> bytes:
-    """A stream whose columns of its first batch all lie where the largest of them lies."""
+    """Return a stream in which all columns of the first batch refer to the largest buffer."""
     begin, message, _ = headers(body)[1]
     batch, changed = message.table(2), bytearray(body)
     assert batch is not None
@@ -310,7 +310,7 @@ def one_buffer(body: bytes) -> bytes:
 
 
 def swollen(body: bytes, size: int) -> bytes:
-    """A compressed stream whose first buffer says that it inflates to some size."""
+    """Return a compressed stream whose first buffer declares some inflated size."""
     _, message, begin = headers(body)[1]
     batch, changed = message.table(2), bytearray(body)
     assert batch is not None
@@ -321,7 +321,7 @@ def swollen(body: bytes, size: int) -> bytes:
 
 
 def peak(service: Service) -> int:
-    """The most memory that the service ever had, in MiB."""
+    """Return the peak memory of the service in MiB."""
     lines = Path(f"/proc/{service.process.pid}/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) // 1024
 
@@ -380,7 +380,7 @@ def test_as_many_engines_as_instances(service: Service, windows: Readings) -> No
     assert (422, ["instances"]) == (answer.status_code, answer.json()["errors"][0]["loc"])
 
 
-def test_a_gzip_table_is_read_and_the_limit_counts_what_it_inflates_to(windows: Readings) -> None:
+def test_gzip_table_is_limited_by_its_inflated_size(windows: Readings) -> None:
     """Gzip around a stream is as without; a stream that fits the limit only while compressed is a 413."""
     body = stream(flights({"A": np.round(windows[0], 1)}))
     with running(ENGINE_HEALTH_MAX_BODY_BYTES=str(len(body))) as small:
@@ -398,7 +398,7 @@ def loaded(process: "subprocess.Popen[str]", library: str) -> bool:
 
 
 def test_pyarrow_is_loaded_by_the_first_table(windows: Readings) -> None:
-    """A service that nobody sends a table has no pyarrow in memory."""
+    """A service that has received no table has not imported pyarrow."""
     with running() as fresh:
         fresh.predict([{"telemetry": windows[0].tolist()}])
         assert not loaded(fresh.process, "libarrow")

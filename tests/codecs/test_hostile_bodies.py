@@ -72,8 +72,8 @@ def test_nothing_but_brackets_takes_no_memory_to_speak_of(form: bytes, told: str
 
 
 @pytest.mark.slow
-def test_what_is_wrong_far_behind_is_named_by_its_place(model: Model) -> None:
-    """A wrong value and a short row some megabytes into a history are told by their row and channel."""
+def test_fault_far_into_a_body_is_located(model: Model) -> None:
+    """An invalid value and a short row some megabytes into a history are reported by row and channel."""
     rows = np.random.default_rng(0).normal(500, 1, (20_000, CHANNELS)).tolist()
     rows[15_000][3], rows[19_999] = None, [1.0]
     with pytest.raises(InvalidInput) as refused:

@@ -66,7 +66,7 @@ def model() -> Model:
 
 
 def slowly(body: bytes, model: Model) -> tuple[list[tuple[str | None, int | None]], bytes, bytes | None]:
-    """What the schemas make of a body: names, windows and labels."""
+    """Return names, windows and labels of a body as the schemas decode it."""
     asked = parse.parse(body, requests.PredictRequest)
     decoded = decode_instances(asked.instances, model, asked.missing == "hold")
     assert asked.temperature is None
@@ -75,7 +75,7 @@ def slowly(body: bytes, model: Model) -> tuple[list[tuple[str | None, int | None
 
 
 @given(BODIES, st.sampled_from([None, 2]))
-def test_the_quick_way_says_what_the_schemas_say_or_nothing(model: Model, asked: Any, indent: int | None) -> None:
+def test_fast_parser_equals_the_schemas_or_declines(model: Model, asked: Any, indent: int | None) -> None:
     """Whatever is read in one pass is what the schemas read, to the bit; what they refuse is never read."""
     body = json.dumps(asked, indent=indent).encode()
     found = parse_plain_predict(body, model, 4096)
@@ -106,8 +106,8 @@ def test_the_quick_way_says_what_the_schemas_say_or_nothing(model: Model, asked:
         b'[{"telemetry":%s},{"telemetry":%s}]',
     ],
 )
-def test_what_is_no_plain_body_is_left_to_the_schemas(model: Model, body: bytes) -> None:
-    """Broken JSON, and names told twice, are not read in one pass."""
+def test_fast_parser_declines_unusual_bodies(model: Model, body: bytes) -> None:
+    """Malformed JSON and duplicate names are left to the slower parser."""
     row = json.dumps([[1.0] * CHANNELS] * WINDOW).encode()
     assert parse_plain_predict(body.replace(b"%s", row), model, 4096) is None
 

@@ -37,7 +37,7 @@ ROWS = np.random.default_rng(0).normal(500, 100, (PARSE_BYTES // 10, 3)).round(3
 
 
 @pytest.mark.slow
-def test_long_tables_are_what_short_ones_are() -> None:
+def test_long_tables_are_parsed_in_pieces() -> None:
     """Rows read in pieces are the rows; by rows, by columns, flat or nested."""
     rows = json.dumps(ROWS.tolist()).encode()
     assert len(rows) > 2 * PARSE_BYTES
@@ -57,7 +57,7 @@ def test_long_tables_are_what_short_ones_are() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("place", [0, len(ROWS) // 2, len(ROWS) - 1])
 @pytest.mark.parametrize("wrong", ["x", "1]", "[1]", "1,", "null", "true", '"1"', "1 2"])
-def test_a_wrong_value_anywhere_in_a_long_table_is_seen(place: int, wrong: str) -> None:
+def test_invalid_value_anywhere_in_a_long_table_is_detected(place: int, wrong: str) -> None:
     """A piece with anything but numbers in it makes the whole unusual."""
     rows = [f"[{a}, {b}, {c}]" for a, b, c in ROWS.tolist()]
     rows[place] = rows[place][:-1] + f"{wrong}]" if wrong == "x" else f"[1, 2, {wrong}]"
@@ -98,7 +98,7 @@ PARTS = st.sampled_from(
 @example(["[8,9]", "[1e39,2]"])
 @example(["[8,9]", "[1,[2]]", "[8,9]"])
 @example(["[8,9]", "[1,2],[3", "4]"])
-def test_tables_read_together_are_what_each_is_by_itself(texts: list[str]) -> None:
+def test_tables_parsed_together_equal_tables_alone(texts: list[str]) -> None:
     """Whatever stands between the brackets, some that fit those of a neighbour too: all as if alone, or none."""
     texts = [f"[{text}]" for text in texts]
     alone = [parse_rows(text.encode(), 2) for text in texts]
@@ -122,14 +122,14 @@ TENSOR = '{"inputs":[{"name":"telemetry","datatype":"FP32","shape":[1,100,17],"p
     "wrong", ["[]", "[[1,2]]", f"[{ROW}", f"{WINDOW},0,{WINDOW}", "0", f"[[{'1,' * 16}[1]]]", "null"]
 )
 @pytest.mark.parametrize("place", [0, 7, 19])
-def test_a_wrong_window_among_many_is_refused_in_its_own_words(wrong: str, place: int) -> None:
-    """Windows are read several at a time; what is said of one is what is said of it alone, with its place."""
+def test_faults_of_a_window_do_not_depend_on_others(wrong: str, place: int) -> None:
+    """Windows that are parsed together get the same faults as each one alone, with its location."""
     model = open_model(ARTEFACT, batch_rows=1)
 
     def refusal(windows: list[str]) -> str:
-        told = ",".join(f'{{"telemetry":{window}}}' for window in windows)
+        text = ",".join(f'{{"telemetry":{window}}}' for window in windows)
         with pytest.raises(InputRejected) as refused:
-            decode_predict(f'{{"instances":[{told}],"temperature":1}}'.encode(), model, 100)
+            decode_predict(f'{{"instances":[{text}],"temperature":1}}'.encode(), model, 100)
         return refused.value.detail
 
     alone, among = refusal([wrong]), refusal([*[WINDOW] * place, wrong, *[WINDOW] * (19 - place)])
@@ -188,7 +188,7 @@ def test_missing_values_are_read_as_fast_as_others_and_only_where_they_may() -> 
     assert parse_rows(text.replace(b"4.0", json_numbers.NULL_SENTINEL), 3, hold=True) is None
 
 
-def test_what_fits_in_a_float32_is_what_numpy_says() -> None:
+def test_float32_limit_equals_that_of_numpy() -> None:
     """Around the largest float32, to the last bit of a float64, both ways of looking agree with the cast."""
     for value in (FLOAT32_LIMIT, np.nextafter(FLOAT32_LIMIT, 0), 3.4e38, 1e39, float(np.finfo(np.float32).max), 0.0):
         for signed in (float(value), -float(value)):
@@ -216,7 +216,7 @@ NUMBERS = st.one_of(
 
 
 def outcome(parse: Callable[[], Any]) -> Any:
-    """The result with arrays as bytes, so that -0.0 is not 0.0; None if the parser declines."""
+    """Return the result with arrays as bytes, so that -0.0 is not 0.0; None if the parser declines."""
     try:
         found = parse()
     except DECLINED:

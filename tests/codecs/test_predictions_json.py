@@ -14,7 +14,7 @@ from service.metrics import Metrics
 from service.settings import read_settings
 
 
-def test_rows_are_written_once_into_their_answer() -> None:
+def test_rows_of_a_response_are_joined_once() -> None:
     """An answer is its rows between its head and its end, and costs no second copy: it may have hundreds of MB."""
     predictor = Predictor(open_model(ARTEFACT), Metrics(CollectorRegistry()), read_settings())
     found = PredictionResult(2.0, [], evaluation=Evaluation(1, 0.1, 0.2, 1.0, 0.3))

@@ -22,7 +22,7 @@ PAGES = ("#/fleet", "#/engine/FD001-61", "#/calibration", "#/explorer")
 
 @pytest.fixture(scope="module")
 def fleet(browser: Browser, cmapss_dir: Path, windows: Readings) -> Iterator[Service]:
-    """NASA's engines, 60 that ended and 10 that run, answered at too low a temperature; many beside them."""
+    """NASA's engines, 60 that ended and 10 that run, answered at too low a temperature, and many others."""
     assert browser.is_connected()
     with running(ENGINE_HEALTH_ADMIN_KEYS=ADMIN) as service:
         key = {"X-API-Key": ADMIN}
@@ -47,7 +47,7 @@ def console(browser: Browser, fleet: Service) -> Iterator[Watched]:
 
 
 def names(page: Page) -> list[str]:
-    """The engines in sight, from the top."""
+    """Return the visible engines from the top."""
     rows: list[tuple[float, str]] = page.evaluate(
         "[...document.querySelectorAll('.rows .row')].map(row => [row.getBoundingClientRect().top, row.dataset.engine])"
     )
@@ -76,7 +76,7 @@ def test_the_most_critical_engine_is_the_first_row(console: Watched, fleet: Serv
 
 
 def test_many_engines_make_few_rows(console: Watched) -> None:
-    """Only rows in sight are made; the last engine is there when somebody scrolls to it."""
+    """Only visible rows are rendered; the last engine appears after scrolling to it."""
     page = console.open("#/fleet?sort=name")
     expect(page.locator(".count b").last).to_have_text("910")
     assert page.locator(".rows .row").count() < 40
@@ -86,7 +86,7 @@ def test_many_engines_make_few_rows(console: Watched) -> None:
     assert page.locator(".rows .row").count() < 40
 
 
-def test_engines_are_filtered_found_and_sorted(console: Watched, fleet: Service) -> None:
+def test_fleet_is_filtered_searched_and_sorted(console: Watched, fleet: Service) -> None:
     """A class, a part of the name and an order choose the rows; the address keeps the choice."""
     page = console.open()
     critical = [row["engine_id"] for row in running_engines(fleet, health="critical")]
@@ -102,13 +102,13 @@ def test_engines_are_filtered_found_and_sorted(console: Watched, fleet: Service)
     assert sorted(left, key=lambda name: left[name]) == names(page)
     page.reload()
     expect(page.locator(".head p")).to_contain_text("10 engines, fewest cycles left")
-    page.get_by_label("Find an engine").fill("nobody")
+    page.get_by_label("Find an engine").fill("unknown-engine")
     page.get_by_role("button", name="Show all engines").click()
     expect(page.locator(".head p")).to_contain_text("910 engines")
 
 
 def test_a_flight_shows_without_a_reload(console: Watched, fleet: Service, windows: Readings) -> None:
-    """An engine that flies while somebody looks appears with its health; when it ends it leaves."""
+    """A new engine appears with its health while the page is open, and disappears after its failure."""
     page = console.open("#/fleet?find=newcomer")
     expect(page.locator(".none")).to_contain_text("newcomer")
     flight = {"engine_id": "newcomer", "cycle": 7, "telemetry": windows[0][0].tolist()}
@@ -181,8 +181,8 @@ def test_an_inspection_is_entered(console: Watched, fleet: Service) -> None:
     assert ("normal", "inspection") == (row["label"], row["source"])
 
 
-def test_an_engine_that_nobody_knows_is_no_fault(console: Watched) -> None:
-    """A name without a history is told so, with a way back."""
+def test_unknown_engine_gets_a_page_without_error(console: Watched) -> None:
+    """An engine without a history gets a page that says so, with a link to the fleet."""
     page = console.open("#/engine/none%2Fof%20these")
     expect(page.get_by_text("This engine is not stored")).to_be_visible()
     page.get_by_role("link", name="Show the fleet").click()
@@ -190,7 +190,7 @@ def test_an_engine_that_nobody_knows_is_no_fault(console: Watched) -> None:
     assert {"404"} == set(console.refused)
 
 
-def test_calibration_is_told_in_words_and_mended(console: Watched, fleet: Service) -> None:
+def test_calibration_page_fits_applies_and_undoes(console: Watched, fleet: Service) -> None:
     """The state in words; a fit, applied and taken back with the admin key, which is asked for again if it is wrong."""
     now = fleet.client.get("/v1/calibration").json()
     page = console.open("#/calibration")
@@ -221,7 +221,7 @@ def test_calibration_is_told_in_words_and_mended(console: Watched, fleet: Servic
 
 
 def test_charts_that_cannot_be_drawn_have_their_tables(console: Watched) -> None:
-    """Where Plotly does not load it is said how to mend that, and the tables are there."""
+    """Without Plotly, charts name the package to install, and their tables are shown."""
     console.page.route("**/plotly.min.js", lambda route: route.abort())
     page = console.open("#/engine/FD001-65")
     expect(page.get_by_text("pip install plotly").first).to_be_visible()
@@ -262,7 +262,7 @@ def test_the_explorers_numbers_are_the_services(console: Watched, fleet: Service
 
 
 def test_the_explorer_follows_sliders_and_presets(console: Watched, fleet: Service) -> None:
-    """Sliders, true class, temperature, classes and presets change the numbers at once; overflow stays finite."""
+    """Sliders, true class, temperature, classes and presets change the numbers immediately; overflow stays finite."""
     page = console.open("#/explorer")
     expect(page.locator(".chart .main-svg").first).to_be_visible()
     page.get_by_label("Logit of class 0", exact=True).focus()
@@ -331,8 +331,8 @@ def test_every_page_is_accessible_and_fits_a_telephone(browser: Browser, fleet: 
     assert ([], []) == (console.errors, [x for x in console.outside if x != "about:blank"])
 
 
-def test_a_service_that_goes_and_comes_back(browser: Browser, tmp_path: Path) -> None:
-    """A wrong key is refused; without engines it is said what to do; while nobody answers, that is said."""
+def test_page_recovers_after_a_restart_of_the_service(browser: Browser, tmp_path: Path) -> None:
+    """A wrong key is rejected; a page without engines says what to do; an unreachable service is reported."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -357,7 +357,7 @@ def test_a_service_that_goes_and_comes_back(browser: Browser, tmp_path: Path) ->
         down(process)
 
 
-def test_without_a_memory_the_console_says_so(browser: Browser) -> None:
+def test_console_without_store_says_so(browser: Browser) -> None:
     """A stateless service has an explorer, and says of the other pages how to get them."""
     with running(ENGINE_HEALTH_DATABASE_URL="") as service:
         with watched(browser, str(service.client.base_url).rstrip("/") + "/") as console:

@@ -80,7 +80,7 @@ def test_an_engine_of_any_name_can_be_opened(console: Watched, name: str) -> Non
     expect(page.locator("html")).to_have_js_property("scrollWidth", 375)
 
 
-def test_an_address_that_somebody_wrote_by_hand(console: Watched) -> None:
+def test_invalid_address_opens_a_page(console: Watched) -> None:
     """A lonely % means itself, and a page that there is not is the fleet."""
     page = console.open("#/engine/100%")
     expect(page.locator(".facts")).to_contain_text("Predictions")
@@ -100,7 +100,7 @@ def test_an_engine_is_waited_for(console: Watched, flown: Service, windows: Read
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
-def test_a_replaced_truth_shows_at_once(console: Watched) -> None:
+def test_replaced_label_is_shown_immediately(console: Watched) -> None:
     """An inspection that is replaced by another one changes the tables, though it is still one truth."""
     page = console.open("#/engine/e00")
     page.get_by_text("All predictions, as a table").click()
@@ -113,7 +113,7 @@ def test_a_replaced_truth_shows_at_once(console: Watched) -> None:
         expect(newest.locator("td").nth(6)).to_have_text(found)
 
 
-def test_what_was_recorded_is_told_though_the_next_look_fails(console: Watched) -> None:
+def test_recorded_failure_is_confirmed_if_refresh_fails(console: Watched) -> None:
     """An end that the service took is never called not recorded, whatever happens to the page afterwards."""
     page = console.open("#/engine/e01")
     expect(page.locator(".facts")).to_be_visible()
@@ -127,7 +127,7 @@ def test_what_was_recorded_is_told_though_the_next_look_fails(console: Watched) 
 
 
 def test_a_table_stays_where_it_is_read(console: Watched, flown: Service, windows: Readings) -> None:
-    """A flight that arrives moves neither the focus nor the place to which somebody scrolled a table."""
+    """A flight that arrives moves neither the focus nor the scroll position of a table."""
     page = console.open("#/engine/e02")
     page.locator(".behind summary").first.click()
     region = page.get_by_role("region", name=re.compile("stacked, as a table"))
@@ -139,7 +139,7 @@ def test_a_table_stays_where_it_is_read(console: Watched, flown: Service, window
 
 
 def test_a_row_that_is_held_hides_no_other(console: Watched, flown: Service) -> None:
-    """An engine that ends under somebody's fingers is told to have ended, in its place; every other one stays seen."""
+    """A focused engine that fails is marked as failed in its place, and hides no other row."""
     page = console.open("#/fleet?sort=name&find=e0")
     row(page, "e05").locator("a").focus()
     flown.client.post("/v1/outcomes", json={"engine_id": "e05", "failed_at_cycle": 60})
@@ -155,7 +155,7 @@ def test_a_row_that_is_held_hides_no_other(console: Watched, flown: Service) -> 
 
 
 def test_a_pointer_that_rests_in_the_list_holds_nothing(browser: Browser, flown: Service, windows: Readings) -> None:
-    """On a screen that nobody touches the worst engine comes first again, wherever the mouse was left."""
+    """Without input the worst engine comes first again, even if the pointer rests in the list."""
     with watched(browser, home(flown)) as console:
         console.page.clock.install()
         page = console.open("#/fleet?sort=newest")
@@ -168,7 +168,7 @@ def test_a_pointer_that_rests_in_the_list_holds_nothing(browser: Browser, flown:
         expect(row(page, "e06")).to_have_attribute("aria-rowindex", "2")
 
 
-def test_ended_engines_are_asked_for_only_when_wanted(console: Watched, flown: Service) -> None:
+def test_failed_engines_are_loaded_on_request_only(console: Watched, flown: Service) -> None:
     """Ends add up in a memory, and an end is as bad as can be: they leave the places to engines that still fly."""
     looks: list[str] = []
     console.page.on("request", lambda request: looks.append(request.url) if "trend=" in request.url else None)
@@ -180,7 +180,7 @@ def test_ended_engines_are_asked_for_only_when_wanted(console: Watched, flown: S
     assert [True, False] == ["running=true" in look for look in looks]
 
 
-def test_enter_finds_what_was_meant(console: Watched) -> None:
+def test_enter_opens_the_searched_engine(console: Watched) -> None:
     """A part of several names leads to the first of them; a whole name, or the only one, opens its engine."""
     page = console.open("#/fleet?sort=name")
     find = page.get_by_label("Find an engine")
@@ -216,7 +216,7 @@ def test_looks_do_not_multiply(console: Watched) -> None:
     assert 1 == most[0]
 
 
-def test_a_page_can_be_opened_while_nobody_answers(browser: Browser, tmp_path: Path) -> None:
+def test_page_opens_while_the_service_is_unreachable(browser: Browser, tmp_path: Path) -> None:
     """Each page says that nothing answers, also one not opened before, and shows itself when something does."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -241,7 +241,7 @@ def test_a_page_can_be_opened_while_nobody_answers(browser: Browser, tmp_path: P
 
 
 def test_another_service_at_the_address_is_no_addition(browser: Browser, tmp_path: Path, windows: Readings) -> None:
-    """When a service comes back with another memory, engines of the old one are not shown beside those of the new."""
+    """After the service restarts with another store, only engines of the new store are shown."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -273,8 +273,8 @@ def test_a_time_that_there_is_not_is_all_time(console: Watched) -> None:
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
-def test_who_leaves_a_page_hears_no_more_of_it(console: Watched) -> None:
-    """A look that is cut off because somebody went on is no fault of the next page."""
+def test_left_page_shows_no_late_errors(console: Watched) -> None:
+    """A request that is aborted by leaving a page shows no error on the next page."""
     page, held = console.open("#/calibration"), list[Route]()
     expect(page.locator(".verdict h2")).not_to_be_empty()
     page.route("**/v1/calibration?*", lambda route: held.append(route))
@@ -285,8 +285,8 @@ def test_who_leaves_a_page_hears_no_more_of_it(console: Watched) -> None:
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
-def test_a_double_click_takes_one_change_back(console: Watched, flown: Service) -> None:
-    """Who clicks twice means it once; and a change that was made is told whatever the figures do then."""
+def test_double_click_undoes_one_change(console: Watched, flown: Service) -> None:
+    """A double click undoes one change; a change is reported even if the next refresh fails."""
     for value in (1.1, 1.2, 1.3):
         flown.client.put("/v1/calibration/temperature", json={"temperature": value}, headers=ADMIN)
     page = console.open("#/calibration")
@@ -343,7 +343,7 @@ def test_a_number_out_of_range_is_shown_as_it_is_used(console: Watched, field: s
     expect(one).to_have_value(becomes)
 
 
-def test_the_temperature_is_read_out_as_one(console: Watched) -> None:
+def test_slider_announces_the_temperature(console: Watched) -> None:
     """A slider that counts powers of ten says the temperature to who does not see it."""
     page = console.open("#/explorer?z=1,2&t=2.5")
     expect(page.get_by_role("slider", name="Temperature, from sharp to flat")).to_have_attribute(
@@ -351,7 +351,7 @@ def test_the_temperature_is_read_out_as_one(console: Watched) -> None:
     )
 
 
-def test_a_key_that_is_declined_is_asked_for_once(browser: Browser) -> None:
+def test_declined_key_is_requested_once(browser: Browser) -> None:
     """Who has no key may still move the explorer's sliders, and is not asked again at every one."""
     with running(ENGINE_HEALTH_API_KEYS="shibboleth") as service, watched(browser, home(service)) as console:
         page = console.open("#/explorer")
@@ -369,7 +369,7 @@ def test_a_key_that_is_declined_is_asked_for_once(browser: Browser) -> None:
 
 
 def test_a_model_without_rul_has_no_cycles_left(browser: Browser, tmp_path: Path) -> None:
-    """A foreign classifier of ten classes, remembered, is shown without what it does not know."""
+    """Stored predictions of a classifier without RUL are shown without the fields that it lacks."""
     weights = np.random.default_rng(0).standard_normal((64, 10)).astype(np.float32)
     pixels = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["n", 64])
     scores = helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["n", 10])
@@ -401,7 +401,7 @@ def test_a_model_without_rul_has_no_cycles_left(browser: Browser, tmp_path: Path
         assert ([], []) == (console.errors, console.outside)
 
 
-def test_a_thousand_classes_leave_room_for_engines(browser: Browser, flown: Service) -> None:
+def test_many_classes_leave_the_worst_engine_visible(browser: Browser, flown: Service) -> None:
     """Of very many classes the most frequent ones are there to choose from; the worst engine stays in sight."""
     names = [f"n{k:04} tabby, tabby cat of the kind {k}" for k in range(1000)]
 
@@ -424,7 +424,7 @@ def test_a_thousand_classes_leave_room_for_engines(browser: Browser, flown: Serv
     assert [] == console.errors
 
 
-def test_files_are_packed_only_for_who_takes_that(service: Service) -> None:
+def test_files_are_compressed_for_clients_that_accept_gzip(service: Service) -> None:
     """A weight of 0 is a no, `*` takes everything; `If-None-Match: *` knows whatever there is."""
     for accepted, packed in (("gzip;q=0", False), ("gzip; q=0.0, br", False), ("*", True), ("br, gzip;q=0.1", True)):
         got = service.client.get("/console/main.js", headers={"Accept-Encoding": accepted})

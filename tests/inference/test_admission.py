@@ -182,21 +182,21 @@ def test_estimate_uses_minimum_of_recent_requests() -> None:
 
 
 class Queue:
-    """A queue with room for some rows."""
+    """A queue with capacity for some rows."""
 
     def __init__(self, room: int) -> None:
         self.room = room
         self.other_delays: list[float] = []
 
     def check_capacity(self, rows: int, other_delay: float = 0.0) -> None:
-        """Refuse more rows than there is room for."""
+        """Reject more rows than the capacity."""
         self.other_delays.append(other_delay)
         if rows > self.room:
             raise Overloaded("full", 1.0)
 
 
-def test_admission_refuses_estimated_rows_without_room() -> None:
-    """A request is refused before its body is read if requests of its length had more rows than the queue has room."""
+def test_admission_rejects_estimated_rows_beyond_capacity() -> None:
+    """A request is rejected before its body is read if requests of its length had more rows than the queue can take."""
 
     async def scene() -> None:
         admission = Admission(Queue(room=10), 2.0)

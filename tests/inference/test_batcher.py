@@ -14,7 +14,7 @@ from tests.support.clock import Clock
 
 
 class Seen:
-    """What the batcher told its observer."""
+    """The calls that the batcher made to its observer."""
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -83,7 +83,7 @@ def run(scene: Callable[[Stage], Coroutine[Any, Any, None]], **limits: Any) -> N
 
 
 async def busy(stage: Stage) -> "asyncio.Task[list[BatchSlice[Rows]]]":
-    """A batch held inside the callable."""
+    """Hold a batch inside the callable during the block."""
     stage.gate.open.clear()
     stage.gate.entered.clear()
     first = asyncio.create_task(stage.batcher.submit(rows_of(1)))
@@ -91,7 +91,7 @@ async def busy(stage: Stage) -> "asyncio.Task[list[BatchSlice[Rows]]]":
     return first
 
 
-def test_everyone_gets_their_own_answer() -> None:
+def test_batcher_returns_each_caller_its_rows() -> None:
     """A thousand callers with windows of different values and numbers of rows each hear of their own, in order."""
 
     async def scene(stage: Stage) -> None:
@@ -107,8 +107,8 @@ def test_everyone_gets_their_own_answer() -> None:
     run(scene, max_queue_rows=100_000)
 
 
-def test_those_who_arrive_while_the_model_is_busy_are_the_next_batch() -> None:
-    """Nobody waits for a timer: a lone caller is a batch of one, five who came meanwhile are one of five."""
+def test_requests_during_inference_form_the_next_batch() -> None:
+    """No request waits for a timer: a single caller is a batch of 1, five later ones are a batch of 5."""
 
     async def scene(stage: Stage) -> None:
         first = await busy(stage)
@@ -177,7 +177,7 @@ def test_full_batches_need_no_event_loop() -> None:
     run(scene)
 
 
-def test_of_slow_batches_the_event_loop_hears_at_once() -> None:
+def test_slow_batches_are_reported_immediately() -> None:
     """However many batches of a large request are still to come, those that took long are known: others go by them."""
 
     async def scene(stage: Stage) -> None:
@@ -206,7 +206,7 @@ def test_of_slow_batches_the_event_loop_hears_at_once() -> None:
     run(scene, max_queue_seconds=4 * MAX_NOTIFY_DELAY_SECONDS)
 
 
-def test_whoever_would_wait_too_long_is_refused_at_once() -> None:
+def test_request_with_too_long_a_wait_is_rejected() -> None:
     """Once it is known how fast rows are answered, a request that would grow too old is not let in to begin with."""
 
     async def scene(stage: Stage) -> None:
@@ -222,7 +222,7 @@ def test_whoever_would_wait_too_long_is_refused_at_once() -> None:
         refused = [task for task in waiting if task.done()]
         assert len(refused) >= 300 - 1.0 / 0.005
         assert all("inference queue is too long" in str(task.exception()) for task in refused)
-        stage.batcher.check_capacity(20)  # large ones have a line of their own, and nobody is in it
+        stage.batcher.check_capacity(20)  # large requests have a separate queue, which is empty
         with pytest.raises(Overloaded, match=r"0 rows, 1\.1 s"):
             stage.batcher.check_capacity(20, other_delay=1.1)
         stage.gate.open.set()
@@ -231,7 +231,7 @@ def test_whoever_would_wait_too_long_is_refused_at_once() -> None:
     run(scene, max_queue_rows=1000, max_queue_seconds=1.0)
 
 
-def test_the_observer_hears_only_of_rows_that_count() -> None:
+def test_observer_receives_counted_rows_only() -> None:
     """Rows that a caller brings along to compare with are answered and not counted."""
 
     async def scene(stage: Stage) -> None:
@@ -243,7 +243,7 @@ def test_the_observer_hears_only_of_rows_that_count() -> None:
     run(scene)
 
 
-def test_who_comes_after_the_close_is_answered_still() -> None:
+def test_request_after_close_is_answered() -> None:
     """A request whose body was being read when the model was replaced is answered by the one that it began with."""
 
     async def scene(stage: Stage) -> None:
@@ -262,7 +262,7 @@ def test_who_comes_after_the_close_is_answered_still() -> None:
 
 
 def test_beyond_its_bounds_the_queue_refuses() -> None:
-    """Rows beyond the limit are refused at once, rows grown too old when their turn comes; both say when to retry."""
+    """Rows beyond the limit are rejected immediately, and expired rows at their turn; both with a retry time."""
 
     async def full(stage: Stage) -> None:
         first = await busy(stage)
@@ -298,7 +298,7 @@ def test_a_request_larger_than_the_queue_is_served_when_nothing_waits() -> None:
     run(scene)
 
 
-def test_whoever_left_is_dropped_before_inference() -> None:
+def test_rows_of_disconnected_callers_are_not_inferred() -> None:
     """Rows of a caller that is gone, or gave up, never reach the model."""
 
     async def scene(stage: Stage) -> None:
@@ -367,7 +367,7 @@ def test_close_returns_after_every_admitted_request() -> None:
 
 
 def test_a_thread_whose_loop_ended_ends_in_silence() -> None:
-    """What is still inferred when the event loop is gone is told to nobody, and raises nothing in its thread."""
+    """An inference that ends after the event loop was closed is dropped, and raises no error in its thread."""
     gate = Gate()
     gate.open.clear()
 
@@ -403,7 +403,7 @@ async def infer_full_batches(stage: Stage, clock: Clock, *seconds: float) -> Non
 
 
 async def queued(stage: Stage, *sizes: int) -> "list[asyncio.Task[list[BatchSlice[Rows]]]]":
-    """Requests of some sizes that wait behind a batch."""
+    """Submit requests of some sizes that wait behind a batch."""
     tasks = [await busy(stage)]
     tasks += [asyncio.create_task(stage.batcher.submit(rows_of(*range(size)))) for size in sizes]
     await asyncio.sleep(0)
@@ -570,7 +570,7 @@ def test_observer_receives_batches_with_their_waits(clock: Clock) -> None:
 
 
 async def observed(stage: Stage) -> "list[list[tuple[Rows, list[BatchSlice[Rows]]]]]":
-    """The calls of the observer from now on, whose outputs are those of their rows."""
+    """Return the calls of the observer from now on, whose outputs are those of their rows."""
     calls: list[list[tuple[Rows, list[BatchSlice[Rows]]]]] = []
 
     def record(completed: list[tuple[Rows, list[BatchSlice[Rows]]]]) -> None:

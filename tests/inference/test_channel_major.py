@@ -141,7 +141,7 @@ def test_a_plan_that_forgets_something_is_not_used(tmp_path: Path, kind: str, ke
     content, manifest = plan(), open_artefact(ARTEFACT)[1]
     some = [k for k, node in enumerate(content.graph.node) if node.op_type == kind]
     assert some
-    for k in some[-1:] if kind == "Clip" else some:  # the first bounds settings of which nothing is said anyway
+    for k in some[-1:] if kind == "Clip" else some:  # the first one bounds settings, which have no effect here
         contract.write(ARTEFACT.read_bytes(), manifest, tmp_path / "m.onnx", channel_major=without(content, k, kept))
         assert not open_model(tmp_path / "m.onnx").optimised_graph, (k, content.graph.node[k].output)
 
@@ -173,7 +173,7 @@ def test_whether_it_is_used_is_told(service: Service) -> None:
 
 
 def renamed() -> bytes:
-    """The plan with another name for its input."""
+    """Return the channel-major graph with another name for its input."""
     changed = plan()
     changed.graph.input[0].name = "readings"
     for node in changed.graph.node:
@@ -182,12 +182,12 @@ def renamed() -> bytes:
 
 
 def without_rul() -> bytes:
-    """The plan without its second output."""
+    """Return the channel-major graph without its second output."""
     changed = plan()
     del changed.graph.output[1:]
     return bytes(changed.SerializeToString())
 
 
 def plan() -> onnx.ModelProto:
-    """The bundled plan."""
+    """Return the bundled channel-major graph."""
     return bundled(contract.CHANNEL_MAJOR_KEY)

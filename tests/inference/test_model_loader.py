@@ -42,7 +42,7 @@ def test_the_bundled_artefact_proves_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    ("manifest", "change", "said"),
+    ("manifest", "change", "message"),
     [
         ({"classes": ["a", "b"]}, None, "2 classes, logits have 3"),
         ({"window": 30}, None, "30 x 17"),
@@ -54,10 +54,10 @@ def test_the_bundled_artefact_proves_itself() -> None:
     ],
 )
 def test_a_file_that_contradicts_itself_is_refused(
-    tmp_path: Path, manifest: dict[str, object] | None, change: Change | None, said: str
+    tmp_path: Path, manifest: dict[str, object] | None, change: Change | None, message: str
 ) -> None:
     """A manifest and a graph that do not belong together are refused with the reason."""
-    with pytest.raises(ArtefactRejected, match=said):
+    with pytest.raises(ArtefactRejected, match=message):
         open_model(edited(tmp_path / "m.onnx", manifest, change))
 
 
@@ -112,10 +112,10 @@ def test_the_service_does_not_start_with_a_broken_file(tmp_path: Path, kind: str
     """A file that is no artefact ends the start with exit code 1 and one line that names the file: no traceback."""
     path = broken_files(tmp_path)[kind]
     process = start("serve", "--port", "0", "--log-level", "warning", ENGINE_HEALTH_MODEL=str(path))
-    _, said = process.communicate(timeout=60)
+    _, message = process.communicate(timeout=60)
     assert 1 == process.returncode
-    assert 1 == len(said.splitlines()), said
-    assert str(path) in said
+    assert 1 == len(message.splitlines()), message
+    assert str(path) in message
 
 
 @pytest.mark.parametrize(
@@ -131,10 +131,10 @@ def test_the_service_does_not_start_with_a_broken_file(tmp_path: Path, kind: str
 def test_a_setting_that_cannot_be_used_is_named(variable: str, value: str) -> None:
     """A wrong setting ends the start with exit code 1 and one line with its name and value."""
     process = start("serve", **{f"ENGINE_HEALTH_{variable}": value})
-    _, said = process.communicate(timeout=60)
+    _, message = process.communicate(timeout=60)
     assert 1 == process.returncode
-    assert 1 == len(said.splitlines()), said
-    assert f"ENGINE_HEALTH_{variable}={value}" in said
+    assert 1 == len(message.splitlines()), message
+    assert f"ENGINE_HEALTH_{variable}={value}" in message
 
 
 def test_a_flag_wins_over_the_environment() -> None:
@@ -149,10 +149,10 @@ def test_an_address_in_use_ends_the_start() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         process = start("serve", "--port", str(taken.getsockname()[1]), "--log-level", "error")
-        _, said = process.communicate(timeout=60)
+        _, message = process.communicate(timeout=60)
     assert 1 == process.returncode
-    assert "address already in use" in said
-    assert "Traceback" not in said
+    assert "address already in use" in message
+    assert "Traceback" not in message
 
 
 def test_the_supervisor_of_workers_collects() -> None:
@@ -175,7 +175,7 @@ finally:
 
 
 def test_serving_never_loads_torch() -> None:
-    """Neither torch nor pandas nor the training rooms are in a serving process."""
+    """A serving process has not imported torch, pandas or the training modules."""
     import subprocess
     import sys
 

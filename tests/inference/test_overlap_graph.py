@@ -159,7 +159,7 @@ def test_a_graph_that_forgets_something_is_not_used(tmp_path: Path, kind: str, k
 
 
 def test_a_network_with_a_short_window_shares_work_too(network: EngineHealth, tmp_path: Path) -> None:
-    """Whoever trains one has its second graph used: the proof asks for bits, and for a share that all can reach."""
+    """The overlap graph of any trained network is used: verification needs equal bits and enough exact windows."""
     graphs = export_network(network, WINDOW), export_overlap_graph(network)
     contract.write(graphs[0], manifest_of(network), tmp_path / "m.onnx", graphs[1])
     assert open_overlap_graph(tmp_path / "m.onnx", model_loader.open_model(tmp_path / "m.onnx")) is not None
@@ -197,7 +197,7 @@ def test_a_graph_that_fails_on_some_rows_leaves_them_to_the_network(bundled: Ope
 
 @given(st.lists(st.integers(0, 2**18), max_size=200, unique=True), st.integers(1, 3000))
 def test_calls_are_no_larger_than_what_was_proven(some: list[int], more: int) -> None:
-    """However engines of one flight and of many lie in a unit: its windows in turn, few at once, and close together."""
+    """The arrangement of short and long histories in a unit has no effect on the output."""
     starts = np.union1d(np.array(some, np.int64), np.arange(more))
     calls = scorer._group_starts(starts)
     np.testing.assert_array_equal(starts, np.concatenate(calls))

@@ -42,7 +42,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def model_of_sums(folder: Path, usual: list[list[float]]) -> Model:
-    """A model of windows (3, 2) whose logits are ten times the sums, with the baselines of some conditions."""
+    """Return a model of windows (3, 2) whose logits are ten times the sums, with baselines of some conditions."""
     conditions = {"setting_scales": [1.0], "usual": usual}
     return open_model(window_classifier(folder / "sums.onnx", "ReduceSum", 3, temperature=2.0, conditions=conditions))
 

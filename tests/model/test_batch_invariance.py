@@ -7,12 +7,12 @@ ROWS = np.arange(12, dtype=np.float32).reshape(6, 2)
 
 
 def doubled(batch: Array) -> list[Array]:
-    """A network with two outputs whose rows are independent."""
+    """Return two outputs whose rows are independent."""
     return [2 * batch, batch.sum(axis=1)]
 
 
 def centred(batch: Array) -> list[Array]:
-    """A network whose rows depend on their batch."""
+    """Return an output whose rows depend on their batch."""
     return [batch - batch.mean(axis=0), batch.sum(axis=1)]
 
 

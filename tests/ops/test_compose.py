@@ -21,7 +21,7 @@ each_service = pytest.mark.parametrize("name", SERVICES)
 
 
 def read(path: str) -> Any:
-    """A file of ops."""
+    """Return the content of a file of ops."""
     return yaml.safe_load((OPS / path).read_text())
 
 
@@ -57,7 +57,7 @@ def test_ports_are_this_machines_alone(name: str) -> None:
 
 @each_service
 def test_health_is_asked_of_whoever_listens(name: str) -> None:
-    """Each service has a health check of its own or the image's, but for the fleet, which nobody can ask."""
+    """Each service has a health check or that of its image, except the fleet, which has no port."""
     check: dict[str, Any] = SERVICES[name].get("healthcheck", {})
     if name == "engine-health":
         assert not check
@@ -88,7 +88,7 @@ def test_secrets_are_files_and_named_as_the_service_reads_them() -> None:
         assert name.removeprefix("engine_health_").upper() + "_FILE" == found[1]
         if name.startswith("engine_health_"):
             assert name.removeprefix("engine_health_") in Settings.model_fields
-        else:  # another program's, which is told where it lies
+        else:  # of another program, which gets its path as an argument
             assert f"/run/secrets/{name}" in TEXT + (OPS / "alertmanager.yml").read_text()
     assert "" == (OPS / "compose" / "none").read_text()
     for one in SERVICES.values():
@@ -131,7 +131,7 @@ def test_prometheus_and_grafana_are_those_of_ops() -> None:
 
 
 def test_grafana_finds_its_dashboard_and_keeps_no_password() -> None:
-    """Provisioning looks where the dashboard is mounted, its source is the provisioned one, and nobody can log in."""
+    """The dashboard is mounted where provisioning looks, its data source is provisioned, and login is disabled."""
     grafana = SERVICES["grafana"]
     mounted = dict(volume.split(":")[:2] for volume in grafana["volumes"])
     folder = read("grafana/provisioning/dashboards/engine-health.yml")["providers"][0]["options"]["path"]
@@ -148,7 +148,7 @@ def test_grafana_finds_its_dashboard_and_keeps_no_password() -> None:
 
 @pytest.mark.usefixtures("programs")
 def test_prometheus_accepts_what_is_mounted(tmp_path: Path) -> None:
-    """Promtool finds the configuration sound with the rules beside it, as the container has them."""
+    """Promtool accepts the configuration with the rules in the folder of the container."""
     for volume in SERVICES["prometheus"]["volumes"]:
         source, target = volume.split(":")[:2]
         if source.startswith("./"):

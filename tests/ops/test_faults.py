@@ -9,7 +9,7 @@ LATER = ENDED + SETTLED_SECONDS + 10
 
 
 def answered(when: float) -> list[Event]:
-    """An answer to each of the clients."""
+    """Return one response per client."""
     return [Event(when, call, client, "200") for call, client in CLIENTS]
 
 
@@ -22,7 +22,7 @@ def test_well_is_when_everybody_was_answered() -> None:
 
 
 def test_one_client_that_hangs_is_not_well() -> None:
-    """Others of its kind are answered all the time, and it is not: nobody may call that well."""
+    """A fault is not recovered while one client gets no response, even if others of its kind do."""
     for forgotten in CLIENTS:
         events = [one for one in answered(ENDED + 1) if (one.call, one.client) != forgotten]
         assert well(events, ENDED, LATER) is None
@@ -38,7 +38,7 @@ def test_well_begins_after_the_last_failure_and_takes_a_while_without_another() 
 
 
 def test_every_way_to_fail_is_one() -> None:
-    """A lost flight, nobody well, nothing acknowledged, or a fault that was none: none of them is kept."""
+    """A lost flight, no recovery, no acknowledged row, or a fault without effect each fail the promise."""
     good = Outcome("no failure", 10, 0, 0.1)
     assert good.passed()
     for bad in ({"lost": 1}, {"well": None}, {"acknowledged": 0}, {"proven": False}):

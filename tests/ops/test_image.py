@@ -35,7 +35,7 @@ BUILD, FINAL = (
 
 
 def given(name: str, stage: list[tuple[str, str]] = FINAL) -> list[str]:
-    """The arguments of every such instruction of a stage."""
+    """Return the arguments of every instruction of this name in a stage."""
     return [rest for instruction, rest in stage if instruction == name]
 
 
@@ -71,7 +71,7 @@ def test_everything_that_is_installed_is_hashed() -> None:
 
 
 def test_it_runs_as_nobody_in_particular() -> None:
-    """The user is 10001 by number, owns the data volume and nothing else, and is told to stop by SIGTERM."""
+    """The image runs as user 10001, who owns the data volume only, and stops by SIGTERM."""
     assert ["10001:10001"] == given("USER")
     assert ["/data"] == given("WORKDIR") == given("VOLUME")
     assert given("RUN")[0].endswith("&& mkdir /data && chown 10001:10001 /data")

@@ -22,7 +22,7 @@ LABELS = {"app.kubernetes.io/name": "engine-health"}
 
 
 def in_operations(key: str) -> dict[str, Any]:
-    """The one block of YAML in docs/operations.md that has a key."""
+    """Return the YAML block of docs/operations.md that contains a key."""
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "operations.md").read_text(), re.DOTALL)
     (found,) = [one for one in map(yaml.safe_load, blocks) if key in one]
     return dict(found)

@@ -38,13 +38,13 @@ class Prometheus:
         self.at: float | None = None
 
     def get(self, path: str, **params: Any) -> Any:
-        """The data of an answer, which must be a success."""
+        """Return the data of a successful response."""
         answer = self._client.get(f"/api/v1/{path}", params=params).json()
         assert "success" == answer["status"], answer
         return answer["data"]
 
     def ask(self, query: str) -> list[float]:
-        """The values of an expression."""
+        """Return the values of an expression."""
         moment = {} if self.at is None else {"time": self.at}
         found = self.get("query", query=query, **moment)
         rows = [found["result"]] if found["resultType"] == "scalar" else [row["value"] for row in found["result"]]
@@ -64,7 +64,7 @@ class Prometheus:
 
 @contextmanager
 def watching(service: Service, folder: Path) -> Iterator[Prometheus]:
-    """A Prometheus with the configuration of ops, hurried, which scrapes this service."""
+    """Run Prometheus with the configuration of ops and short intervals for this service."""
     for name in ("prometheus.yml", "rules.yml", "alerts.yml"):
         hurried = re.sub(r"interval: (\w+)", lambda found: f"interval: {SOON[found[1]]}", (OPS / name).read_text())
         (folder / name).write_text(hurried.replace(TARGET, service.client.base_url.netloc.decode()))
@@ -93,7 +93,7 @@ class Truth:
 
 
 def scraped(prometheus: Prometheus, labelled: int) -> None:
-    """Wait until a scrape has shown so many labelled predictions."""
+    """Wait until a scrape has this number of labelled predictions."""
     until(lambda: prometheus.ask("engine_health_labelled_total") == [labelled])
 
 
@@ -161,7 +161,7 @@ def watched(
 
 
 def recorded(prometheus: Prometheus, name: str, window: str) -> float:
-    """The one value that a rule recorded."""
+    """Return the single value that a rule recorded."""
     (found,) = prometheus.ask(f'engine_health:{name}{{window="{window}"}}')
     return found
 
@@ -333,6 +333,6 @@ def test_the_dashboard_is_what_its_script_writes() -> None:
     ]
     assert len(set(taken)) == len(taken)
     assert {x for x, _ in taken} == set(range(24))
-    assert all(one["title"].endswith("?") for one in panels)
+    assert len({one["title"] for one in panels}) == len(panels)
     source = (OPS / "grafana" / "provisioning" / "datasources" / "prometheus.yml").read_text()
     assert f"uid: {dashboard.SOURCE['uid']} " in source

@@ -22,27 +22,27 @@ def said(service: Service, request: bytes) -> bytes:
 
 
 def last(request: bytes) -> bytes:
-    """A request after which the connection ends."""
+    """Return a request with `Connection: close`."""
     return request.replace(b"Host: x\r\n", b"Host: x\r\nConnection: close\r\n", 1)
 
 
 def old(request: bytes) -> bytes:
-    """A request of HTTP/1.0."""
+    """Return a request of HTTP/1.0."""
     return request.replace(b"HTTP/1.1", b"HTTP/1.0", 1)
 
 
 def wrong(request: bytes) -> bytes:
-    """A request whose body is no JSON."""
+    """Return a request whose body is not JSON."""
     return last(request).replace(b"[[", b"[ ", 1)
 
 
 def other(request: bytes) -> bytes:
-    """A request of what is not read."""
+    """Return a request with an unsupported media type."""
     return last(request).replace(b"application/json", b"application/pdf_", 1)
 
 
 @pytest.mark.parametrize("ask", [last, old, wrong, other, lambda request: request + LIVEZ + wrong(request)])
-def test_an_answer_is_the_same_whether_or_not_it_goes_through_messages(
+def test_response_with_and_without_asgi_messages_is_equal(
     service: Service, windows: Readings, ask: Callable[[bytes], bytes]
 ) -> None:
     """Status, headers and body of a prediction, or a refusal, are those of a service that looks at each message."""
@@ -51,7 +51,7 @@ def test_an_answer_is_the_same_whether_or_not_it_goes_through_messages(
         assert said(service, request) == said(looking, request)
 
 
-def test_who_is_refused_while_it_sends_was_told_to_go_on_first() -> None:
+def test_continue_precedes_an_early_rejection() -> None:
     """A 100 never comes behind the answer, where the next one would be read: also when both are due in one turn."""
     chunk = b"Transfer-Encoding: chunked\r\n\r\n7d0\r\n" + b" " * 2000 + b"\r\n"
     with running(ENGINE_HEALTH_MAX_BODY_BYTES="1000") as small:
@@ -65,7 +65,7 @@ def test_who_is_refused_while_it_sends_was_told_to_go_on_first() -> None:
                     assert 200 == hear(ear)[0]
 
 
-def test_who_expects_to_go_on_and_does_not_wait_is_answered(service: Service, windows: Readings) -> None:
+def test_expect_continue_with_sent_body_is_answered(service: Service, windows: Readings) -> None:
     """A body that comes with its headers needs no 100; the answer comes once, and the next request is read."""
     with talking(service) as (connection, ear):
         connection.sendall(

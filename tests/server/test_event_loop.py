@@ -26,7 +26,7 @@ class Echo(asyncio.Protocol):
 
 
 async def turns_until_all_are_in(seconds: float) -> int:
-    """Turns that it takes to accept the clients, each so long; the last of them is answered."""
+    """Return the number of turns of a given length until all clients are accepted; the last gets a response."""
     Echo.made.clear()
     loop = asyncio.get_running_loop()
     server = await loop.create_server(Echo, "127.0.0.1", 0, backlog=2 * CLIENTS)
@@ -48,7 +48,7 @@ async def turns_until_all_are_in(seconds: float) -> int:
     return Echo.made[-1] - Echo.made[0]
 
 
-def test_all_who_connected_while_the_loop_was_busy_are_accepted_at_once() -> None:
+def test_waiting_connections_are_accepted_in_few_turns() -> None:
     """Two hundred connections that wait are accepted in a few turns if those are long, and each of them is answered."""
     with asyncio.Runner(loop_factory=BatchAcceptLoop) as runner:
         assert CLIENTS / 10 > runner.run(turns_until_all_are_in(0.02))
@@ -56,15 +56,15 @@ def test_all_who_connected_while_the_loop_was_busy_are_accepted_at_once() -> Non
 
 
 def test_an_idle_loop_leaves_connections_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where turns are short each takes a connection or two, so that several workers share those who come at once."""
+    """Short turns accept one or two connections each, so that several workers share simultaneous clients."""
     monkeypatch.setattr(
         "service.server.event_loop.SECONDS_PER_CONNECTION", 60.0
-    )  # however busy this machine is, a turn is short beside it
+    )  # longer than any turn, also on a busy machine
     with asyncio.Runner(loop_factory=BatchAcceptLoop) as runner:
         assert CLIENTS / 10 < runner.run(turns_until_all_are_in(0))
 
 
-def test_a_busy_loop_with_no_descriptor_left_goes_on() -> None:
+def test_loop_without_free_descriptors_continues() -> None:
     """When as many files are open as may be, nothing is raised in the loop, and who comes later is accepted."""
 
     async def scene() -> list[dict[str, Any]]:
@@ -98,8 +98,8 @@ def test_a_busy_loop_with_no_descriptor_left_goes_on() -> None:
         assert [] == runner.run(scene())
 
 
-def test_a_server_that_is_closed_accepts_nobody_more() -> None:
-    """After closing, whoever connects is turned away as soon as the loop turns."""
+def test_closed_server_accepts_no_connection() -> None:
+    """After closing, new connections are refused at the next turn of the loop."""
 
     async def scene() -> None:
         loop = asyncio.get_running_loop()

@@ -71,7 +71,7 @@ def test_a_body_that_is_refused_does_not_fill_the_memory(
         assert peak - before < most * len(body) / MIB
 
 
-def test_a_refusal_is_heard_by_who_sends_on_and_the_connection_is_kept() -> None:
+def test_early_rejection_keeps_the_connection() -> None:
     """A body over the limit, announced or in chunks, is answered 413 however much is sent; the next request is read."""
     with running(ENGINE_HEALTH_MAX_BODY_BYTES="100000") as small, connected(small) as connection:
         large = b" " * 20_000_000
@@ -86,7 +86,7 @@ def test_a_refusal_is_heard_by_who_sends_on_and_the_connection_is_kept() -> None
             assert heard(connection).startswith(b"HTTP/1.1 422")
 
 
-def test_nobody_stays_connected_who_neither_sends_nor_leaves() -> None:
+def test_idle_client_is_disconnected_after_rejection() -> None:
     """The rest of a refused body must come in time, and an empty line is no reason to keep a connection for ever."""
     with running(ENGINE_HEALTH_REQUEST_SECONDS="1", ENGINE_HEALTH_MAX_BODY_BYTES="1000") as hasty:
         with connected(hasty) as half:
@@ -99,7 +99,7 @@ def test_nobody_stays_connected_who_neither_sends_nor_leaves() -> None:
             assert b"" == idle.recv(100)
 
 
-def test_bodies_held_at_once_have_a_limit_together(windows: Readings) -> None:
+def test_bodies_in_memory_share_a_limit(windows: Readings) -> None:
     """While others hold the memory that all may have, the next body is 429; alone any body is read."""
     body = json.dumps(one(windows[0]) | {"missing": "reject"}).encode().ljust(700_000)
     with running(ENGINE_HEALTH_MAX_BUFFERED_BYTES="1000000") as tight:
@@ -124,7 +124,7 @@ def test_bodies_held_at_once_have_a_limit_together(windows: Readings) -> None:
 
 
 @pytest.mark.slow
-def test_memory_is_what_it_was_after_bodies_that_are_refused() -> None:
+def test_rejected_bodies_leave_no_memory() -> None:
     """Bodies over the limit, of very many chunks, or inflated beyond the limit leave nothing behind."""
     tiny = b"1\r\n[\r\n" * 100_000 + b"0\r\n\r\n"
     whole = b" " * (32 * 2**20 + 1)
@@ -149,7 +149,7 @@ def test_memory_is_what_it_was_after_bodies_that_are_refused() -> None:
         assert resident(fresh) - before < 20
 
 
-def test_who_has_room_is_not_refused_for_the_sake_of_others(windows: Readings) -> None:
+def test_large_request_is_accepted_among_small_requests(windows: Readings) -> None:
     """A client with a thousand windows among those with one flight each is answered, as they are: no queue is full."""
     flight = json.dumps({"instances": [{"telemetry": windows[0][-1:].tolist()}]}).encode()
     many = json.dumps({"instances": one(windows[0])["instances"] * 1000}).encode()
@@ -165,7 +165,7 @@ def test_who_has_room_is_not_refused_for_the_sake_of_others(windows: Readings) -
 
 
 def test_explanations_wait_in_the_same_queue(windows: Readings) -> None:
-    """What an explanation costs is bounded as predictions are: too many at once are 429; only answers are counted."""
+    """Explanations count as rows of the queue: too many get 429, and only responses are counted."""
     body = json.dumps({"instances": [{"telemetry": windows[0][-1:].tolist()}] * 10, "explain": True}).encode()
     with running(ENGINE_HEALTH_MAX_QUEUE_ROWS="100") as service:
 
@@ -194,8 +194,8 @@ def test_the_rows_of_a_client_that_left_are_not_inferred(windows: Readings) -> N
         assert 4000 == service.metrics()["engine_health_batch_rows_sum"]
 
 
-def test_requests_in_flight_when_told_to_stop_are_answered(windows: Readings) -> None:
-    """More than the drain time has room for are answered all the same, and the exit code is 0."""
+def test_requests_in_flight_at_sigterm_are_answered(windows: Readings) -> None:
+    """Requests in flight that exceed the drain time are answered, and the exit code is 0."""
     limits = {"MAX_QUEUE_SECONDS": "60", "MAX_QUEUE_ROWS": "100000", "DRAIN_SECONDS": "0.5", "MAX_BATCH_ROWS": "4"}
     with running(**{f"ENGINE_HEALTH_{key}": value for key, value in limits.items()}) as service, ExitStack() as stack:
         clients = [stack.enter_context(connected(service)) for _ in range(200)]
@@ -208,7 +208,7 @@ def test_requests_in_flight_when_told_to_stop_are_answered(windows: Readings) ->
 
 
 @pytest.mark.slow
-def test_a_model_that_is_replaced_is_forgotten(tmp_path: Path, windows: Readings) -> None:
+def test_replaced_model_is_freed(tmp_path: Path, windows: Readings) -> None:
     """Reload after reload the service holds one model, and large requests that were being read are answered."""
     path = tmp_path / "model.onnx"
     edited(path, {"temperature": 1.0})
@@ -228,8 +228,8 @@ def test_a_model_that_is_replaced_is_forgotten(tmp_path: Path, windows: Readings
         assert memory[-1] - memory[3] < 30  # eight models are sixty-four
 
 
-def test_restarted_workers_leave_nothing_behind_and_nobody_alone(windows: Readings) -> None:
-    """Workers killed again and again, also as they start, are replaced at once; nobody hears that one is not ready."""
+def test_restarted_workers_leave_no_files_and_no_503(windows: Readings) -> None:
+    """Killed workers, also while starting, are replaced immediately, and no client gets a 503."""
     with running(ENGINE_HEALTH_WORKERS="2") as service:
         until_all_are_ready(service, 2)
         folder, seen = shared_folder(children(service.process)[0]), Counter[str]()

@@ -20,7 +20,7 @@ for size in (31, 24, 16):  # glibc learns from what is freed
     np.ones(size << 20, np.uint8)
 before = resident()
 large, small = [], []
-for _ in range(30):  # what goes lies between what stays
+for _ in range(30):  # freed blocks are between used ones
     large.append(np.ones(5 << 20, np.uint8))
     small.append(np.ones(100_000, np.uint8))
 large.clear()

@@ -21,7 +21,7 @@ OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings:
 
 
 @pytest.mark.parametrize("trailers", [b"X-A: b\r\n" * 20_000, b"X-A: " + b"b" * 200_000])
-def test_trailers_are_forgotten_and_have_a_limit(service: Service, windows: Readings, trailers: bytes) -> None:
+def test_trailers_are_ignored_and_limited(service: Service, windows: Readings, trailers: bytes) -> None:
     """What comes behind the last chunk changes nothing; more of it than headers may have is 431."""
     body = json.dumps(one(windows[0])).encode()
     chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % len(body) + body + b"\r\n0\r\n"
@@ -56,7 +56,7 @@ def test_an_offer_of_another_protocol_is_not_taken_up(service: Service, windows:
 
 
 def test_any_number_of_offers_may_come_together(service: Service) -> None:
-    """Requests that each offer another protocol are all answered, however many are sent at once."""
+    """Pipelined requests with an Upgrade header are all answered."""
     many = 1500
     with talking(service) as (connection, ear):
         connection.sendall(LIVEZ.replace(b"\r\n\r\n", b"\r\n" + OFFER + b"\r\n") * many)
@@ -77,7 +77,7 @@ def test_headers_that_follow_a_large_body_are_counted_without_it(service: Servic
 
 @pytest.mark.parametrize(("size", "status"), [(60_000, 200), (70_000, 431)])
 @pytest.mark.parametrize("lines", [1, 100])
-def test_the_limit_of_headers_is_the_one_that_is_shown(service: Service, size: int, status: int, lines: int) -> None:
+def test_header_limit_is_the_published_limit(service: Service, size: int, status: int, lines: int) -> None:
     """Headers of fewer bytes than the shown limit are read, of more refused, in one piece or in many."""
     assert 65536 == service.client.get("/v1/model").json()["limits"]["header_bytes"]
     asked = LIVEZ[:-2] + (b"X-A: " + b"b" * (size // lines) + b"\r\n") * lines + b"\r\n"
@@ -102,7 +102,7 @@ REFUSED = {
 }
 
 
-def test_what_is_no_request_is_answered_like_one() -> None:
+def test_malformed_http_gets_a_problem_document() -> None:
     """Broken, endless and late headers get a problem document with a request id, are counted, and leave a log line."""
     said = {}
     with running(ENGINE_HEALTH_REQUEST_SECONDS="1", ENGINE_HEALTH_LOG_LEVEL="info") as service:
@@ -128,7 +128,7 @@ def test_what_is_no_request_is_answered_like_one() -> None:
     assert "secret" not in log
 
 
-def test_who_asked_before_is_answered_before_a_refusal(service: Service, windows: Readings) -> None:
+def test_earlier_requests_are_answered_before_a_rejection(service: Service, windows: Readings) -> None:
     """Nonsense behind whole requests takes no answer from them; the connection is closed after the last one."""
     asked = predicting(windows)
     with talking(service) as (connection, ear):
@@ -137,8 +137,8 @@ def test_who_asked_before_is_answered_before_a_refusal(service: Service, windows
         assert ends(ear)
 
 
-def test_nobody_is_let_in_who_would_not_be_answered(windows: Readings) -> None:
-    """Told to stop, workers answer who is there, and whoever connects then hears at once that nobody listens."""
+def test_stopping_workers_refuse_new_connections(windows: Readings) -> None:
+    """After SIGTERM workers answer connected clients, and new connections are refused immediately."""
     asked = predicting(windows)
     with running(ENGINE_HEALTH_WORKERS="2") as service, talking(service) as (connection, ear):
         until_all_are_ready(service, 2)
@@ -158,7 +158,7 @@ def test_nobody_is_let_in_who_would_not_be_answered(windows: Readings) -> None:
         assert 0 == service.process.wait(timeout=20)
 
 
-def test_who_is_not_done_when_the_process_ends_is_told_so(windows: Readings) -> None:
+def test_incomplete_request_gets_503_on_shutdown(windows: Readings) -> None:
     """A request that is not whole at the end of the grace time is 503 like any that comes too late, and no fault."""
     with running() as service, talking(service) as (connection, ear):
         connection.sendall(predicting(windows)[:-9])
@@ -184,7 +184,7 @@ def test_blanks_around_a_value_are_not_the_value() -> None:
 
 @contextmanager
 def asking_much(service: Service) -> Iterator[BinaryIO]:
-    """What is heard of an answer of some twenty megabytes, of which the kernel takes few unread."""
+    """Yield the stream of a response of about 20 MB, of which the kernel buffers little."""
     body = json.dumps({"logits": [[k % 7 / 3 for k in range(300)]] * 4096, "labels": [0] * 4096}).encode()
     head = HEAD.replace(b"predict", b"evaluate") + b"Content-Length: %d\r\n\r\n" % len(body)
     with socket.socket() as connection:
@@ -197,7 +197,7 @@ def asking_much(service: Service) -> Iterator[BinaryIO]:
             yield ear
 
 
-def test_who_does_not_read_an_answer_is_cut_off() -> None:
+def test_client_that_does_not_read_is_disconnected() -> None:
     """An answer that is left unread is given up, and its connection with it; one that is read late is not."""
     with running(ENGINE_HEALTH_REQUEST_SECONDS="3") as service:
         descriptors = f"/proc/{service.process.pid}/fd"
@@ -213,7 +213,7 @@ def test_who_does_not_read_an_answer_is_cut_off() -> None:
             assert len(body) < int(headers["content-length"])
 
 
-def test_who_asks_thrice_at_once_in_a_crowd_hears_of_each_in_order(windows: Readings) -> None:
+def test_pipelined_requests_in_overload_are_answered_in_order(windows: Readings) -> None:
     """While others are refused, three requests in one write have three answers in their order."""
     body = json.dumps({"instances": one(windows[0])["instances"] * 60}).encode()
     asked = predicting(windows) + LIVEZ + predicting(windows)
@@ -238,7 +238,7 @@ def test_who_asks_thrice_at_once_in_a_crowd_hears_of_each_in_order(windows: Read
         assert 200 == hear(ear)[0]
 
 
-def test_a_request_is_forgotten_with_the_next_one_on_its_connection() -> None:
+def test_request_state_is_freed_with_the_next_request() -> None:
     """Nothing that the server keeps of a request refers to itself, so that none of it waits for a collection."""
     requests: list[Any] = []
 

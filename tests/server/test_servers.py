@@ -63,7 +63,7 @@ class Seen(NamedTuple):
 
 
 def posted(path: str, value: Any, **headers: str) -> Call:
-    """A JSON request."""
+    """Return a JSON request."""
     return Call("POST", path, json.dumps(value).encode(), {"Content-Type": "application/json"} | headers)
 
 
@@ -151,7 +151,7 @@ def refused() -> Iterator[Call]:
 
 
 def chunked(content: bytes) -> Iterator[bytes]:
-    """A body of unknown length."""
+    """Yield the pieces of a body of unknown length."""
     yield content[:100]
     yield content[100:]
 
@@ -204,7 +204,7 @@ def other_server(command: tuple[str, ...]) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def reference(windows: Readings) -> list[Seen]:
-    """The responses under our own server."""
+    """Return the responses under our own server."""
     with running(**SETTINGS) as service:
         return seen(service, windows)
 

@@ -203,7 +203,7 @@ def test_watch_started_twice_keeps_its_first_timer() -> None:
     assert transport.aborted
 
 
-def test_stopped_watch_disconnects_nobody() -> None:
+def test_stopped_watch_disconnects_no_client() -> None:
     """A watch that is stopped has no timer, may be stopped twice, and can be started again."""
     clock, transport, slow = watch(5)
     transport.unread = 100

@@ -31,7 +31,7 @@ def many(windows: Readings) -> Readings:
 
 
 def pieces(data: bytes, seed: int) -> Iterator[bytes]:
-    """The bytes in pieces of any length."""
+    """Yield the bytes in pieces of random length."""
     random, at = np.random.default_rng(seed), 0
     while at < len(data):
         size = int(np.exp(random.uniform(0, 13)))
@@ -40,7 +40,7 @@ def pieces(data: bytes, seed: int) -> Iterator[bytes]:
 
 
 def logits(body: bytes) -> bytes:
-    """The part of an answer that tells of the windows, without the request's own id."""
+    """Return the predictions of a response without ids."""
     return body[body.index(b'"outputs"') :]
 
 
@@ -51,7 +51,7 @@ def turn(service: Service) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_large_body_is_read_as_it_was_sent_however_it_comes(service: Service, many: Readings, seed: int) -> None:
+def test_large_body_in_any_pieces_is_read_unchanged(service: Service, many: Readings, seed: int) -> None:
     """In one piece or in any, windows have the same answers, and what follows on the connection is read."""
     request = as_sent(many)
     with talking(service) as (connection, ear):
@@ -67,7 +67,7 @@ def test_a_large_body_is_read_as_it_was_sent_however_it_comes(service: Service, 
 
 
 def test_large_bodies_that_come_together_are_not_mixed_up(service: Service, many: Readings) -> None:
-    """Bodies of different lengths, at once and after each other, are each answered as it is alone."""
+    """Bodies of different lengths get the same responses concurrently, one after the other, and alone."""
     bodies = [binary(many[k:]) for k in range(0, 40, 5)]
 
     def ask(k: int) -> bytes:
@@ -82,7 +82,7 @@ def test_large_bodies_that_come_together_are_not_mixed_up(service: Service, many
         assert alone * 5 == list(pool.map(ask, range(5 * len(bodies))))
 
 
-def test_who_asks_before_it_sends_a_large_body_is_told_to_go_on(service: Service, many: Readings) -> None:
+def test_large_body_with_expect_gets_one_continue(service: Service, many: Readings) -> None:
     """`Expect: 100-continue` is answered before the first byte of the body, and once."""
     head, _, body = as_sent(many).partition(b"\r\n\r\n")
     with talking(service) as (connection, ear):
@@ -105,8 +105,8 @@ def test_a_large_body_that_is_late_is_refused(many: Readings) -> None:
             assert 200 == hear(answer)[0]
 
 
-def test_a_large_body_that_others_leave_no_room_for_is_refused_and_the_next_one_read(many: Readings) -> None:
-    """What finds no room when half of it is there is 429, the rest is thrown away; room that is left is had again."""
+def test_large_body_beyond_the_budget_gets_429(many: Readings) -> None:
+    """A body that exceeds the budget halfway gets 429, its rest is discarded, and its bytes are released."""
     request = as_sent(many)
     room = len(request) * 3 // 2
     with running(ENGINE_HEALTH_MAX_BUFFERED_BYTES=str(room)) as tight, talking(tight) as (first, ear):
@@ -128,8 +128,8 @@ def test_a_large_body_that_others_leave_no_room_for_is_refused_and_the_next_one_
 
 
 @pytest.mark.parametrize("how", [socket.SHUT_RDWR, socket.SHUT_WR])
-def test_a_client_that_leaves_within_a_large_body_leaves_its_room(many: Readings, how: int) -> None:
-    """Whoever hangs up, or says that it sends no more, is counted as gone, and its memory is another's."""
+def test_disconnect_during_upload_releases_the_budget(many: Readings, how: int) -> None:
+    """A client that disconnects or half-closes counts as disconnected, and its memory is released."""
     request = as_sent(many)
     with running(ENGINE_HEALTH_MAX_BUFFERED_BYTES=str(len(request))) as tight:
         with talking(tight) as (leaves, _):
@@ -164,7 +164,7 @@ def test_clients_that_leave_within_large_bodies_leave_nothing_behind() -> None:
         assert resident(service) - before < 4 * MAX_SPARE_BYTES / MIB
 
 
-def test_who_announces_much_and_sends_little_leaves_the_room_to_others(many: Readings) -> None:
+def test_announced_bytes_are_not_charged_before_arrival(many: Readings) -> None:
     """Large bodies of which hardly a byte is there hold less than a large one that comes, which is answered."""
     request = as_sent(many)
     with running(ENGINE_HEALTH_MAX_BUFFERED_BYTES=str(8 * MIB)) as tight, ExitStack() as slow:
@@ -179,7 +179,7 @@ def test_who_announces_much_and_sends_little_leaves_the_room_to_others(many: Rea
             assert 200 == hear(ear)[0]
 
 
-def test_a_body_that_comes_fast_is_read_a_step_each_time_the_loop_comes_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_upload_is_read_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """However much of it waits to be read, others have their turn after each step."""
     step, length, taken = 1 << 12, 2 * MIB, [0]
     monkeypatch.setattr(upload, "MAX_STEP", step)

@@ -49,7 +49,7 @@ def flight(cycle: int) -> Readings:
 def tail(
     session: WriteSession, connection: Connection, lowest: int, window: int, cached: EngineTail | None = None
 ) -> EngineTail:
-    """What is stored of the engine."""
+    """Return the stored flights of the engine."""
     asked = TailRequest("a", lowest, window)
     return flights.read_tails(connection, [(asked, cached)], session.generation)["a"]
 

@@ -32,7 +32,7 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @asynccontextmanager
 async def opened(artefact: Path, folder: Path, **settings: Any) -> AsyncIterator[tuple[Store, Predictor, Metrics]]:
-    """A store on an empty database, and a predictor."""
+    """Open a store on an empty database, and a predictor."""
     metrics = Metrics(CollectorRegistry())
     chosen = read_settings(database_url=f"sqlite:///{folder}/{len(list(folder.iterdir()))}.db", **settings)
     predictor = Predictor(open_model(artefact), metrics, chosen)
@@ -52,7 +52,7 @@ def flight(engine_id: str, cycle: int, value: float | None = None) -> NewFlight:
 
 
 async def record(store: Store, predictor: Predictor, requests: Requests, together: bool) -> list[Any]:
-    """The result of every request, or its error."""
+    """Return the result of every request, or its error."""
     if together:
         calls = [store.record_flights(predictor, flights) for flights in requests]
         return list(await asyncio.gather(*calls, return_exceptions=True))
@@ -73,7 +73,7 @@ def describe(result: Any, names: dict[str, int]) -> Any:
 
 
 async def rows(store: Store, engines: Sequence[str]) -> list[Any]:
-    """What is stored of each engine: its flights, and cycle, logits and counts of its predictions."""
+    """Return the stored flights of each engine, and cycle, logits and `is_latest` of its predictions."""
     stored: list[Any] = []
     for name in engines:
         cycles, readings = await store.sensors(name, ("x", "y"), 500)
@@ -101,7 +101,7 @@ def compare(artefact: Path, folder: Path, requests: Requests) -> tuple[list[Any]
 
 
 def counted(metrics: Metrics) -> tuple[float, float]:
-    """The number of predictions in `predictions_total` and in `confidence`."""
+    """Return the number of predictions in `predictions_total` and in `confidence`."""
     by_class = {s.labels["health"]: s.value for s in samples(metrics.predictions) if s.name.endswith("_total")}
     (confidence,) = (s.value for s in samples(metrics.confidence) if s.name.endswith("_count"))
     return sum(by_class.values()), confidence

@@ -34,7 +34,7 @@ def cluster() -> Iterator[Postgres]:
 
 @pytest.fixture
 def small_disk() -> Iterator[Path]:
-    """A file system of its own with room for little; only root may make one."""
+    """A small separate file system, which only root can mount."""
     folder = Path(tempfile.mkdtemp(prefix="engine-health-disk-"))
     folder.chmod(0o755)
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m,mode=777", "tmpfs", folder]).returncode:
@@ -47,7 +47,7 @@ def small_disk() -> Iterator[Path]:
 
 
 def filled(disk: Path) -> Path:
-    """A file that takes the room that is left; to be removed."""
+    """Fill the free space with a file, and return its path."""
     ballast = disk / "ballast"
     with ballast.open("wb", buffering=0) as file, suppress(OSError):
         while True:
@@ -60,7 +60,7 @@ def flights(engine_id: str, windows: Readings, cycles: range) -> dict[str, Any]:
 
 
 def counters(service: Service) -> dict[str, float]:
-    """What one prediction adds one to."""
+    """Return the counters that one prediction increments."""
     found = service.metrics()
     names = ("batch_rows_sum", "inference_duration_seconds_count", "confidence_count", "labellable_total")
     every = sum(value for name, value in found.items() if name.startswith("engine_health_predictions_total"))
@@ -68,14 +68,14 @@ def counters(service: Service) -> dict[str, float]:
 
 
 def move(path: Path, to: Path) -> None:
-    """An SQLite database with what lies beside it."""
+    """Return the files of an SQLite database."""
     for end in ("", "-wal", "-shm"):
         beside = path.with_name(path.name + end)
         if beside.exists():
             beside.rename(to.with_name(to.name + end))
 
 
-def test_nobody_s_prediction_is_refused_for_a_locked_database(windows: Readings, tmp_path: Path) -> None:
+def test_predictions_continue_behind_a_locked_database(windows: Readings, tmp_path: Path) -> None:
     """Predictions that wait behind one that waits for a lock are answered and not kept, however long that takes."""
     path = tmp_path / "memory.db"
     kept = {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{path}", "ENGINE_HEALTH_MAX_QUEUE_SECONDS": "0.5"}
@@ -148,7 +148,7 @@ def test_a_newer_database_met_later_is_left_alone(path: str, windows: Readings, 
         assert "schema 9999" in looked.json()["detail"]
 
 
-def test_a_database_that_says_nothing_is_given_up(windows: Readings, cluster: Postgres) -> None:
+def test_silent_database_is_given_up(windows: Readings, cluster: Postgres) -> None:
     """A server that stands still with its connections open holds up no prediction for long, and is found again."""
     with running(ENGINE_HEALTH_DATABASE_URL=cluster.url("silent")) as service:
         fly(service, "a", 1, windows[0][0])
@@ -166,7 +166,7 @@ def test_a_database_that_says_nothing_is_given_up(windows: Readings, cluster: Po
             cluster.pause(False)
         until(lambda: service.client.post("/v1/cycles", json=flight).status_code == 200)
         cycles = [row["cycle"] for row in history(service, "a")]
-        assert [1, 2, 4] == cycles  # the second was on its way and is kept, though nobody was promised that
+        assert [1, 2, 4] == cycles  # the second was in progress and is stored, although no response promised it
         assert {3} == set(counters(service).values()) - {4}
 
 
@@ -174,7 +174,7 @@ def test_a_database_that_says_nothing_is_given_up(windows: Readings, cluster: Po
 def test_a_disk_that_is_really_full(
     kind: str, windows: Readings, small_disk: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Without room on the disk flights are 503 and predictions are not kept; what was acknowledged stays."""
+    """On a full disk flights get 503 and predictions are not stored; acknowledged rows remain."""
     url = f"sqlite:///{small_disk}/memory.db"
     if kind == "postgresql":
         url = request.getfixturevalue("cluster").url("crowded", small_disk)

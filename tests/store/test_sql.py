@@ -34,7 +34,7 @@ from tests.support.postgres import Postgres, postgres
 from tests.support.stored import CLASSES, MANIFEST
 
 DIGEST = "d" * 64
-Step = tuple[Any, ...]  # what is told: ("predict", engine, cycle), ("label", ...), ("end", ...), ("kill",)
+Step = tuple[Any, ...]  # one step: ("predict", engine, cycle), ("label", ...), ("end", ...), ("kill",)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ async def pruned(database: Database, before: float) -> int:
 
 
 def joined_offline(steps: list[Step]) -> dict[bytes, bytes | None]:
-    """The truth of every prediction, by its logits, from everything that was told, with no regard to when."""
+    """Return the label of every prediction by its logits, from all reports, independent of their order."""
     predicted = {(step[1], step[2]) for step in steps if step[0] == "predict"}
     inspected = {(step[1], step[2]): step[3] for step in steps if step[0] == "label"}  # the last one stands
     ends = {step[1]: step[2] for step in steps if step[0] == "end"}
@@ -133,8 +133,8 @@ EVENTS = st.one_of(
 )
 
 
-def as_clients_tell(events: list[Step]) -> list[Step]:
-    """Whoever contradicts what was told before says that it is a revision; who repeats it does not."""
+def with_revisions(events: list[Step]) -> list[Step]:
+    """Return a copy of the reports in which contradictions have `revise` and repetitions do not."""
     stands: dict[tuple[Any, ...], int] = {}
     steps = []
     for event in events:
@@ -150,13 +150,13 @@ def as_clients_tell(events: list[Step]) -> list[Step]:
 @pytest.mark.slow
 @settings(max_examples=60)
 @given(st.lists(EVENTS, min_size=3, max_size=25), st.data())
-def test_truths_join_in_any_order(
+def test_labels_join_in_any_order(
     template: Path, tmp_path_factory: pytest.TempPathFactory, events: list[Step], data: Any
 ) -> None:
     """Any order, repetition, revision and death of the process between two steps end in what an offline join finds."""
     path = tmp_path_factory.mktemp("order") / "memory.db"
     shutil.copy(template, path)
-    shuffled = as_clients_tell(data.draw(st.permutations(events + events[:5])))
+    shuffled = with_revisions(data.draw(st.permutations(events + events[:5])))
     found = asyncio.run(told(f"sqlite:///{path}", shuffled))
     labels_found = {
         logits.astype(np.float32).tobytes(): None if np.isnan(label).any() else label.tobytes()
@@ -192,8 +192,8 @@ def test_both_databases_have_the_schema_that_the_code_has(cluster: Postgres, tem
 
 
 def test_postgresql_joins_as_sqlite_does(cluster: Postgres, tmp_path: Path) -> None:
-    """The same things told give the same rows in both, revisions and survivors included."""
-    steps: list[Step] = as_clients_tell(
+    """The same reports give the same rows in both databases, including revisions and continued operation."""
+    steps: list[Step] = with_revisions(
         [
             ("predict", "a", 0),
             ("label", "a", 0, 2),
@@ -233,7 +233,7 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
         parse_url(url)
 
 
-def test_one_that_fails_fails_alone(template: Path, tmp_path: Path) -> None:
+def test_failed_write_does_not_fail_others(template: Path, tmp_path: Path) -> None:
     """Work that raises within a shared transaction is heard of by its own caller; the others are committed."""
     path = tmp_path / "memory.db"
     shutil.copy(template, path)
@@ -255,7 +255,7 @@ def test_one_that_fails_fails_alone(template: Path, tmp_path: Path) -> None:
     assert isinstance(failed, ValueError)
 
 
-def test_who_counts_badly_holds_up_nobody(template: Path, tmp_path: Path) -> None:
+def test_error_after_commit_affects_its_caller_only(template: Path, tmp_path: Path) -> None:
     """Where what follows a commit raises, its own caller hears of it, and the others are answered."""
     path = tmp_path / "memory.db"
     shutil.copy(template, path)
@@ -276,7 +276,7 @@ def test_who_counts_badly_holds_up_nobody(template: Path, tmp_path: Path) -> Non
     assert isinstance(failed, ValueError)
 
 
-def test_a_database_that_is_away_is_said_and_found_again(tmp_path: Path) -> None:
+def test_missing_database_file_is_reported_and_recovered(tmp_path: Path) -> None:
     """A file that is moved away is an error for who asks; moved back, it is gone on with, nothing lost."""
     path = tmp_path / "memory.db"
 
@@ -297,7 +297,7 @@ def test_a_database_that_is_away_is_said_and_found_again(tmp_path: Path) -> None
     asyncio.run(ask())
 
 
-def test_what_is_too_old_is_forgotten_a_little_at_a_time(tmp_path: Path) -> None:
+def test_expired_rows_are_deleted_in_limited_numbers(tmp_path: Path) -> None:
     """Pruning takes what was made before some time, and only that."""
     steps: list[Step] = [("predict", "a", cycle) for cycle in range(10)]
 
@@ -313,7 +313,7 @@ def test_what_is_too_old_is_forgotten_a_little_at_a_time(tmp_path: Path) -> None
     assert 6 == asyncio.run(ask())
 
 
-def test_what_is_stored_of_a_model_reads_its_logits_again(template: Path, tmp_path: Path) -> None:
+def test_stored_model_is_sufficient_to_read_its_logits(template: Path, tmp_path: Path) -> None:
     """Classes, thresholds, temperature and the rule of prediction sets are kept with the first prediction."""
     path = tmp_path / "memory.db"
     shutil.copy(template, path)
@@ -325,8 +325,8 @@ def test_what_is_stored_of_a_model_reads_its_logits_again(template: Path, tmp_pa
     assert [125.0, 50.0] == kept["rul_thresholds"]
 
 
-def test_whatever_was_said_before_is_kept(template: Path, tmp_path: Path) -> None:
-    """Each label that was revised is in the history, also where all were said within one transaction."""
+def test_revised_labels_are_archived(template: Path, tmp_path: Path) -> None:
+    """Each revised label is archived, also if all revisions are in one transaction."""
     path = tmp_path / "memory.db"
     shutil.copy(template, path)
     rows = [LabelSubmission(None, "a", 1, one_hot(k), True) for k in (0, 1, 2)]
@@ -341,15 +341,16 @@ def test_whatever_was_said_before_is_kept(template: Path, tmp_path: Path) -> Non
 
     assert ["pending", *["revised"] * 4] == asyncio.run(ask())
     with sqlite3.connect(path) as connection:
-        found = connection.execute("SELECT label, told, revised FROM revisions ORDER BY id").fetchall()
+        connection.row_factory = sqlite3.Row
+        archived = connection.execute("SELECT * FROM revisions ORDER BY id").fetchall()
         ((stands,),) = connection.execute("SELECT label FROM truths").fetchall()
     expected = [(0, 1.0, 1.0), (1, 1.0, 1.0), (2, 1.0, 2.0), (0, 2.0, 2.0)]
-    assert expected == [(int(np.frombuffer(label).argmax()), told, revised) for label, told, revised in found]
+    assert expected == [(int(np.frombuffer(row["label"]).argmax()), row["told"], row["revised"]) for row in archived]
     assert 1 == np.frombuffer(stands).argmax()
 
 
-def test_a_truth_is_not_forgotten_before_its_prediction(tmp_path: Path) -> None:
-    """An inspection that came long before its prediction still counts first when the engine's end is told."""
+def test_label_does_not_expire_before_its_prediction(tmp_path: Path) -> None:
+    """An inspection that arrived before its prediction takes precedence over a failure reported later."""
     steps: list[Step] = [("label", "a", 1, 2, False), ("predict", "a", 5), ("predict", "a", 1)]
 
     async def ask() -> Floats:
@@ -364,7 +365,7 @@ def test_a_truth_is_not_forgotten_before_its_prediction(tmp_path: Path) -> None:
     assert one_hot(2).tolist() == asyncio.run(ask())[0].tolist()
 
 
-def test_what_is_left_of_an_engine_is_shown(tmp_path: Path) -> None:
+def test_engine_after_retention_shows_its_newest_rest(tmp_path: Path) -> None:
     """Where the latest prediction is forgotten, the newest that is left is the latest; a lower cycle may come."""
     steps: list[Step] = [("predict", "a", 9), ("predict", "b", 9), ("predict", "a", 5), ("predict", "a", 3)]
 

@@ -45,8 +45,8 @@ def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         yield service
 
 
-def test_a_flight_is_answered_as_its_window(kept: Service, windows: Readings, manifest: Manifest) -> None:
-    """Flights told one by one are answered bit for bit as the window of all flights up to that cycle."""
+def test_flight_prediction_equals_that_of_its_window(kept: Service, windows: Readings, manifest: Manifest) -> None:
+    """Flights sent one by one get bit for bit the prediction of the window of all flights up to that cycle."""
     window = manifest.window or 0
     flights = np.concatenate([windows[2], windows[0]])[: window + 20]
     for cycle, row in enumerate(flights):
@@ -106,7 +106,7 @@ def test_late_flights_find_their_place(kept: Service, windows: Readings) -> None
         assert asked["logits"] == row["logits"]
 
 
-def test_a_flight_told_twice_is_one(kept: Service, windows: Readings) -> None:
+def test_repeated_flight_is_a_no_op(kept: Service, windows: Readings) -> None:
     """The same flight again is a no-op with the first answer; another one for its cycle is a conflict, and is shown."""
     first = fly(kept, "twice", 4, windows[0][0])
     again = fly(kept, "twice", 4, windows[0][0])
@@ -132,8 +132,8 @@ def test_a_flight_told_twice_is_one(kept: Service, windows: Readings) -> None:
     assert [4, 5] == [row["cycle"] for row in history(kept, "twice")]
 
 
-def test_a_flight_told_again_after_a_prediction_has_its_own_answer(kept: Service, windows: Readings) -> None:
-    """A prediction of the same engine and cycle in between counts, and the flight told again hears its own answer."""
+def test_repeated_flight_after_prediction_keeps_its_result(kept: Service, windows: Readings) -> None:
+    """A later prediction of the same engine and cycle counts, and a repeated flight returns its first prediction."""
     fly(kept, "own", 1, windows[0][0])
     first = fly(kept, "own", 2, windows[0][1])
     asked = {"telemetry": windows[1].tolist(), "engine_id": "own", "cycle": 2}
@@ -149,10 +149,10 @@ def test_a_flight_told_again_after_a_prediction_has_its_own_answer(kept: Service
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_what_older_code_kept_is_answered_as_it_answered(
+def test_older_schema_is_migrated_with_equal_results(
     kind: str, windows: Readings, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """A database made before flights were told apart is taken over; its flights hear what counted then, and go on."""
+    """A database of schema 0001 is migrated; its repeated flights return the prediction that counted, and continue."""
     url = f"sqlite:///{tmp_path}/memory.db" if kind == "sqlite" else request.getfixturevalue("cluster").url("older")
     asked = [{"telemetry": windows[1].tolist(), "engine_id": name, "cycle": 1} for name in ("a", "b")]
     with running(ENGINE_HEALTH_DATABASE_URL=url) as service:
@@ -216,7 +216,7 @@ def test_a_flight_of_broken_text_is_no_json(kept: Service, telemetry: bytes) -> 
 
 
 def test_labels_have_each_a_result(kept: Service, windows: Readings) -> None:
-    """Joined, pending, unchanged, conflict, revised and unknown; what was told stands until it is revised."""
+    """A label is joined, pending, unchanged, in conflict, revised or unknown; a stored one stays until revised."""
     made = fly(kept, "labels", 1, windows[0][0])["predictions"][0]["prediction_id"]
     at = {"engine_id": "labels"}
     assert ["joined", "pending", "unknown"] == say(
@@ -290,7 +290,7 @@ def test_an_end_labels_the_whole_history(kept: Service, windows: Readings) -> No
 
 
 def test_survivors_testify(kept: Service, windows: Readings) -> None:
-    """An engine that still runs more than 125 cycles later was normal; an inspection that said otherwise stands."""
+    """An engine that is running more than 125 cycles later was normal, unless an inspection reported another class."""
     for cycle in (1, 2, 3):
         fly(kept, "survivor", cycle, windows[0][cycle])
     say(kept, {"engine_id": "survivor", "cycle": 2, "label": "degrading"})
@@ -301,19 +301,19 @@ def test_survivors_testify(kept: Service, windows: Readings) -> None:
     assert ("normal", "survival") == tuple(history(kept, "survivor")[2][key] for key in ("label", "source"))
 
 
-def test_a_label_that_comes_with_a_prediction_is_kept(kept: Service, windows: Readings) -> None:
+def test_label_in_a_prediction_is_stored(kept: Service, windows: Readings) -> None:
     """Telemetry and truth in one request: counted once, kept as an inspection, and never again from elsewhere."""
     before = kept.metrics()["engine_health_labelled_total"]
-    asked = {"telemetry": windows[0].tolist(), "engine_id": "at once", "cycle": 7, "label": "critical"}
+    asked = {"telemetry": windows[0].tolist(), "engine_id": "immediate", "cycle": 7, "label": "critical"}
     kept.predict([asked])
-    assert ["unchanged"] == say(kept, {"engine_id": "at once", "cycle": 7, "label": 2})
+    assert ["unchanged"] == say(kept, {"engine_id": "immediate", "cycle": 7, "label": 2})
     assert 1 == kept.metrics()["engine_health_labelled_total"] - before
     kept.predict([asked | {"label": None}])
-    assert [("critical", "inspection")] == [(row["label"], row["source"]) for row in history(kept, "at once")]
+    assert [("critical", "inspection")] == [(row["label"], row["source"]) for row in history(kept, "immediate")]
 
 
-def test_a_label_that_contradicts_another_one_is_told(kept: Service, windows: Readings, manifest: Manifest) -> None:
-    """A prediction's label that conflicts is scored in the answer, told beside the one that stands, and not kept."""
+def test_contradicting_label_is_reported(kept: Service, windows: Readings, manifest: Manifest) -> None:
+    """A conflicting label of a prediction is scored in the response, reported with the stored one, and not stored."""
     say(kept, {"engine_id": "odd", "cycle": 1, "label": "normal"})
     before = kept.metrics()
     rows: list[dict[str, Any]] = [
@@ -354,8 +354,8 @@ def test_a_label_that_contradicts_another_one_is_told(kept: Service, windows: Re
     assert "results" not in kept.predict([{"telemetry": windows[0].tolist()} | rows[1]])
 
 
-def test_the_truth_of_a_what_if_is_kept(kept: Service, windows: Readings) -> None:
-    """A label beside a temperature of the caller's own is kept for the engine and cycle; the prediction is not."""
+def test_label_with_request_temperature_is_stored(kept: Service, windows: Readings) -> None:
+    """With a temperature of the request, the label is stored for engine and cycle, and the prediction is not."""
     before = kept.metrics()["engine_health_labelled_total"]
     asked = {"telemetry": windows[0].tolist(), "engine_id": "if", "cycle": 3, "label": "degrading"}
     found = kept.predict([asked, asked | {"cycle": None}], temperature=2)
@@ -381,7 +381,7 @@ def test_predicted_again_the_latest_counts(kept: Service, windows: Readings) -> 
     assert [ids[-1]] == [row["prediction_id"] for row in every if row["is_latest"]]
 
 
-def test_what_if_is_not_remembered(kept: Service, windows: Readings) -> None:
+def test_prediction_with_request_temperature_is_not_stored(kept: Service, windows: Readings) -> None:
     """A prediction at a temperature of the caller's own is answered, and the service's own record stays as it was."""
     found = kept.predict([{"telemetry": windows[0].tolist(), "engine_id": "what if", "cycle": 3}], temperature=5.0)
     assert "request" == found["temperature_source"]
@@ -417,11 +417,11 @@ def test_engines_come_worst_first_by_pages(windows: Readings) -> None:
 
 @pytest.mark.parametrize("name", ["a", "\U0001f680" * MAX_NAME_LENGTH, "\x01" * MAX_NAME_LENGTH, '"' * MAX_NAME_LENGTH])
 def test_every_page_has_a_next_that_is_understood(name: str) -> None:
-    """Where a page ends is told and taken back whatever the last engine is called."""
+    """The cursor of a page works for any name of its last engine."""
     assert (1 / 3, name) == decode_cursor(encode_cursor(1 / 3, name))
 
 
-def test_without_a_database_it_is_said(windows: Readings) -> None:
+def test_call_without_store_gets_501(windows: Readings) -> None:
     """Stateless: predictions are answered as ever, and every call that needs memory is a 501 that says why."""
     with running(ENGINE_HEALTH_DATABASE_URL="") as service:
         assert service.predict([{"telemetry": windows[0].tolist(), "engine_id": "a", "cycle": 1}])
@@ -480,7 +480,7 @@ def test_flights_of_two_services_form_one_window(windows: Readings, tmp_path: Pa
 
 
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
-def test_what_was_acknowledged_survives_being_killed(database: str) -> None:
+def test_acknowledged_rows_survive_kill(database: str) -> None:
     """After kill -9 in the middle of ingestion every acknowledged flight and label is there, none of them twice."""
     found = survive_in(database, kills=3, seed=1)  # `make kills` does a hundred
     assert found.passed(), found
@@ -509,8 +509,8 @@ def test_predictions_go_on_without_the_database(windows: Readings, tmp_path: Pat
         assert [1, 3] == [row["cycle"] for row in history(service, "a")]
 
 
-def test_a_full_disk_is_said_and_nothing_is_lost(windows: Readings, tmp_path: Path) -> None:
-    """Where nothing more can be written, flights are 503 and predictions unremembered; with room again all goes on."""
+def test_full_disk_gets_503_and_loses_nothing(windows: Readings, tmp_path: Path) -> None:
+    """Without disk space flights get 503 and predictions are not stored; with space again the service continues."""
     with running(ENGINE_HEALTH_DATABASE_URL=f"sqlite:///{tmp_path}/memory.db") as service:
         fly(service, "full", 1, windows[0][0])
         size = (tmp_path / "memory.db-wal").stat().st_size
@@ -541,7 +541,7 @@ def test_postgresql_may_go_and_come_back(windows: Readings, cluster: Postgres) -
         assert [1, 2] == [row["cycle"] for row in history(service, "a")]
 
 
-def test_a_flight_without_an_answer_is_named_by_its_own_place(tmp_path: Path) -> None:
+def test_flight_without_finite_prediction_is_located(tmp_path: Path) -> None:
     """Readings on which the network overflows are a 422 at their row of `cycles`, and nothing of the call is kept."""
     path = window_classifier(tmp_path / "over.onnx", "ReduceMax", 2)
     with running(ENGINE_HEALTH_MODEL=str(path)) as service:
@@ -554,8 +554,8 @@ def test_a_flight_without_an_answer_is_named_by_its_own_place(tmp_path: Path) ->
         assert 404 == service.client.get("/v1/engines/b").status_code
 
 
-def test_engines_are_asked_for_by_what_changed(kept: Service, windows: Readings) -> None:
-    """`since` leaves engines whose latest answer or end was told then or later, `running` those without an end."""
+def test_engines_are_filtered_by_change(kept: Service, windows: Readings) -> None:
+    """`since` selects engines with a newer prediction or failure, `running` those without a failure."""
     for name in ("changed-a", "changed-b", "changed-c"):
         fly(kept, name, 1, windows[0][0])
     first = {row["engine_id"]: row for row in engines(kept, limit=1000)}
@@ -587,7 +587,7 @@ def test_pages_of_any_size_hold_every_engine_once(kept: Service, windows: Readin
     assert whole == found
 
 
-def test_a_trend_is_what_was_predicted_of_the_last_cycles(kept: Service, windows: Readings) -> None:
+def test_trend_has_the_predictions_of_the_last_cycles(kept: Service, windows: Readings) -> None:
     """The last class's probability, cycle by cycle, as the history has it; cycles before are left out."""
     for cycle, row in enumerate(windows[3][:12]):
         fly(kept, "trend", cycle, row)
@@ -598,7 +598,7 @@ def test_a_trend_is_what_was_predicted_of_the_last_cycles(kept: Service, windows
     assert "trend" not in engines(kept)[0]
 
 
-def test_sensors_are_told_of_flights_alone(kept: Service, windows: Readings, manifest: Manifest) -> None:
+def test_sensors_need_stored_flights(kept: Service, windows: Readings, manifest: Manifest) -> None:
     """`sensors` has every sensor over the flights that are kept, and none where there are only predictions."""
     for cycle, row in enumerate(windows[0][-15:]):
         fly(kept, "sensed", cycle, row)

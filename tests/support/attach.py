@@ -16,13 +16,13 @@ Floats = npt.NDArray[np.float64]
 
 
 def attach(source: Path, target: Path, logits: str, classes: str, *flags: str) -> Model:
-    """The command in this process, and the model as the service opens it."""
+    """Run the command in this process, and open the model as the service does."""
     main([str(source), str(target), "--logits", logits, "--classes", classes, *flags])
     return open_model(target, batch_rows=16)
 
 
 def refusal(*arguments: object) -> str:
-    """The one line that the command ends with."""
+    """Return the single line that the command prints."""
     with pytest.raises(SystemExit) as ended:
         main([str(argument) for argument in arguments])
     assert isinstance(ended.value.code, str)  # which leaves as exit code 1

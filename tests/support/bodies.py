@@ -148,7 +148,7 @@ def described(windows: Readings, **more: Any) -> dict[str, Any]:
 
 
 def binary(windows: Readings, **rest: Any) -> tuple[bytes, dict[str, str]]:
-    """A request with its tensor behind the JSON, and its headers."""
+    """Return a request with a binary tensor after the JSON, and its headers."""
     raw = windows.astype("<f4").tobytes()
     tensor = described(windows, parameters={"binary_data_size": len(raw)})
     del tensor["data"]
@@ -174,7 +174,7 @@ def outputs(answer: httpx.Response) -> dict[str, Any]:
 
 
 def lies(windows: Readings) -> list[tuple[Any, dict[str, str]]]:
-    """Requests that do not fit themselves."""
+    """Yield requests that contradict themselves."""
     good, headers = binary(windows)
     head = int(headers["Inference-Header-Content-Length"])
     label = {"name": "label", "shape": [4], "datatype": "INT64", "data": [0, 1, 2, 3]}

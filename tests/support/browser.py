@@ -62,7 +62,7 @@ class Watched:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """The browser."""
+    """Start the browser."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         try:
@@ -73,7 +73,7 @@ def chromium() -> Iterator[Browser]:
 
 @contextmanager
 def watched(browser: Browser, home: str, **context: Any) -> Iterator[Watched]:
-    """A page of its own context: no key and no choice of colours is left from another one."""
+    """Open a page in a new context, without keys or settings of other pages."""
     opened = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, "locale": "en-GB"} | context)
     try:
         opened.set_default_timeout(15_000)
@@ -99,7 +99,7 @@ def in_ci() -> bool:
 def fly_nasas(client: httpx.Client, folder: Path, subset: str, ended: int, running: int, flights: int) -> None:
     """Send flights of NASA's training engines as a collector does.
 
-    Those that end show so many flights, evenly from their whole lives; those that run on the last so many of a part.
+    Engines that fail send `flights` flights from their whole lives; running ones the last `flights` of a part.
     """
     for k, history in enumerate(cmapss.read_train(folder, subset)[: ended + running]):
         n = len(history.cycle)
@@ -120,7 +120,7 @@ def fly_nasas(client: httpx.Client, folder: Path, subset: str, ended: int, runni
 
 
 def up(port: str, environment: dict[str, str]) -> "subprocess.Popen[str]":
-    """A service on a port that is known, ready."""
+    """Start a service on a given port, and return when it is ready."""
     process = start("serve", "--port", port, **environment)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -134,6 +134,6 @@ def up(port: str, environment: dict[str, str]) -> "subprocess.Popen[str]":
 
 
 def down(process: "subprocess.Popen[str]") -> None:
-    """It ends."""
+    """Stop the process."""
     process.terminate()
     process.communicate(timeout=30)

@@ -20,7 +20,7 @@ WINDOW = 23
 
 
 def untrained() -> EngineHealth:
-    """A network of rolling means over 23 rows."""
+    """Return a network of rolling means over 23 rows."""
     torch.manual_seed(0)
     made = EngineHealth(NetworkConfig(window=WINDOW, hidden=16)).eval()
     made.normalise.centres.copy_(torch.arange(18).reshape(6, 3) * 10.0)
@@ -28,7 +28,7 @@ def untrained() -> EngineHealth:
 
 
 def manifest_of(network: EngineHealth) -> contract.Manifest:
-    """The bundled manifest with the window and the golden windows of another network."""
+    """Return the bundled manifest with window and golden windows of another network."""
     inputs = synthetic_windows(network, 4, seed=1)
     logits, rul = run_torch(network, inputs)
     golden = [
@@ -40,14 +40,14 @@ def manifest_of(network: EngineHealth) -> contract.Manifest:
 
 
 def bundled(key: str) -> onnx.ModelProto:
-    """A graph that lies in the committed artefact beside the network's own."""
+    """Return an additional graph of the committed artefact."""
     graph = contract.read_graph(onnx_model.read_metadata(ARTEFACT.read_bytes()), key)
     assert graph is not None
     return onnx.load_model_from_string(graph)
 
 
 def without(content: onnx.ModelProto, k: int, kept: int) -> bytes:
-    """A graph in which a node passes one of its inputs on, and does nothing."""
+    """Return a graph in which a node only passes one of its inputs."""
     changed = onnx.ModelProto()
     changed.CopyFrom(content)
     node = changed.graph.node[k]
@@ -59,7 +59,7 @@ Change = Callable[[onnx.ModelProto], None]
 
 
 def edited(path: Path, manifest: dict[str, object] | None = None, change: Change | None = None) -> Path:
-    """The artefact with another manifest or graph, written as this project writes it."""
+    """Write the artefact with another manifest or graph."""
     proto = onnx.load(ARTEFACT)
     text = next(entry.value for entry in proto.metadata_props if entry.key == contract.MANIFEST_KEY)
     if change:
@@ -72,7 +72,7 @@ def edited(path: Path, manifest: dict[str, object] | None = None, change: Change
 def classifier(
     path: Path, nodes: Sequence[onnx.NodeProto], shape: tuple[int, ...], manifest: dict[str, object]
 ) -> Path:
-    """A network from `telemetry` [n, *shape] to `logits` [n, shape[-1]]; constants of its nodes: ten, rows, time."""
+    """Return a network from `telemetry` [n, *shape] to `logits` [n, shape[-1]] with constants ten, rows, time."""
     telemetry = helper.make_tensor_value_info("telemetry", TensorProto.FLOAT, ["n", *shape])
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", shape[-1]])
     ten = numpy_helper.from_array(np.array(10, np.float32), "ten")
@@ -115,7 +115,7 @@ def window_classifier(path: Path, reduction: str, window: int, **fields: object)
 
 
 def slow_classifier(path: Path, steps: int = 20_000) -> Path:
-    """An artefact whose logits are its three inputs, after a loop of `steps` per batch: about 100 ms for 20,000."""
+    """Write an artefact whose logits are its three inputs after a loop of `steps`: about 100 ms for 20,000."""
     scalar = helper.make_tensor_value_info
     body = helper.make_graph(
         [helper.make_node("Add", ["v", "nothing"], ["sum"]), helper.make_node("Identity", ["go"], ["on"])],

@@ -25,7 +25,7 @@ class Postgres:
     programs: Path
 
     def url(self, name: str, folder: Path | None = None) -> str:
-        """The address of a new, empty database, whose tables are in some folder of the server's own."""
+        """Return the URL of a new, empty database, optionally with its tables in another folder."""
         with psycopg.connect(host="127.0.0.1", port=self.port, user="postgres", autocommit=True) as connection:
             space = ""
             if folder is not None:
@@ -46,7 +46,7 @@ class Postgres:
         )
 
     def stop(self) -> None:
-        """Stop at once, as a crash would."""
+        """Stop immediately, as in a crash."""
         self._run("pg_ctl", "-w", "-D", str(self.folder / "data"), "-m", "immediate", "stop")
 
     def pause(self, paused: bool = True) -> None:
@@ -68,7 +68,7 @@ class Postgres:
 
 @contextmanager
 def postgres() -> Iterator[Postgres]:
-    """A cluster for as long as the block lasts; without the server's programs a test skips, but in CI it fails."""
+    """Run a cluster during the block; without PostgreSQL's programs a test is skipped, and fails in CI."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     if not found:
         message = "no PostgreSQL server programs (Debian: apt-get install postgresql)"

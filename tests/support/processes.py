@@ -1,4 +1,4 @@
-"""Real processes of the service for tests, and what tests ask of them."""
+"""Processes of the service for tests, and requests to them."""
 
 import json
 import os
@@ -30,7 +30,7 @@ class Service:
     process: subprocess.Popen[str]
 
     def predict(self, instances: list[dict[str, Any]], **rest: Any) -> dict[str, Any]:
-        """The answer of /v1/predict, which must be 200."""
+        """Return the response of /v1/predict, which must be 200."""
         answer = self.client.post("/v1/predict", json={"instances": instances, **rest})
         assert answer.status_code == 200, answer.text
         found: dict[str, Any] = answer.json()
@@ -52,9 +52,9 @@ def free_port() -> int:
 
 @contextmanager
 def running(**environment: str) -> Iterator[Service]:
-    """A service on a free port of this machine, ready."""
+    """Run a service on a free port during the block, ready."""
     port = free_port()
-    folder = tempfile.TemporaryDirectory(prefix="engine-health-test-")  # a memory of its own
+    folder = tempfile.TemporaryDirectory(prefix="engine-health-test-")  # a separate store
     environment = {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{folder.name}/memory.db"} | environment
     process = start("serve", "--port", str(port), **environment)
     try:
@@ -72,7 +72,7 @@ def running(**environment: str) -> Iterator[Service]:
 
 
 def start(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
-    """The command `engine-health` in a process of its own."""
+    """Start the command `engine-health` in a new process."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("ENGINE_HEALTH_")}
     command = [sys.executable, "-m", "service.cli", *arguments]
     pipe = subprocess.PIPE
@@ -82,7 +82,7 @@ def start(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
 
 
 def absent(folder: Path, *packages: str) -> dict[str, str]:
-    """An environment in which some packages are not installed."""
+    """Return an environment in which some packages are not installed."""
     blocked = f"""
 import sys
 class Absent:
@@ -102,7 +102,7 @@ def as_json(value: Any) -> bytes:
 
 @contextmanager
 def serving(server: ThreadingHTTPServer) -> Iterator[str]:
-    """The address of a server of a test's own, which answers while the block lasts."""
+    """Run a server of a test during the block; yield its address."""
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
@@ -137,7 +137,7 @@ def until(done: Any, seconds: float = 30) -> None:
 
 
 def until_all_are_ready(service: Service, workers: int) -> None:
-    """Until every worker answers: one that is still starting says 503 to whoever reaches it."""
+    """Wait until every worker is ready: a starting one returns 503."""
 
     def ready() -> bool:
         slots = [link for child in children(service.process) if (link := shared_folder(child))]
@@ -148,7 +148,7 @@ def until_all_are_ready(service: Service, workers: int) -> None:
 
 
 def asked(service: Service, window: Readings) -> int | None:
-    """The status of a prediction, None if its connection broke, as that of a killed worker does."""
+    """Return the status of a prediction; None if its connection broke, as with a killed worker."""
     try:
         url = f"{service.client.base_url}/v1/predict"
         return httpx.post(url, json=one(window), timeout=30, trust_env=False).status_code

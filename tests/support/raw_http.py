@@ -21,21 +21,21 @@ LIVEZ = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 def predicting(windows: Readings, *headers: bytes) -> bytes:
-    """A prediction as it goes over the wire."""
+    """Return the bytes of a prediction request."""
     body = json.dumps(one(windows[0])).encode()
     return HEAD + b"".join(headers) + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
 @contextmanager
 def talking(service: Service) -> Iterator[tuple[socket.socket, BinaryIO]]:
-    """A connection, and what is heard on it."""
+    """Open a connection; yield it and its input stream."""
     with connected(service) as connection, connection.makefile("rb") as ear:
         yield connection, ear
 
 
 @asynccontextmanager
 async def asking(application: Any, state: dict[str, Any]) -> AsyncIterator[tuple[StreamReader, StreamWriter]]:
-    """A connection to an application in this process, whose lifespan has that state."""
+    """Return a connection to an application in this process with this lifespan state."""
     config = uvicorn.Config(application, lifespan="off", log_config=None)
     config.load()
     made = partial(BoundedProtocol, config, ServerState(), state)
@@ -47,7 +47,7 @@ async def asking(application: Any, state: dict[str, Any]) -> AsyncIterator[tuple
 
 
 def hear(ear: BinaryIO) -> tuple[int, dict[str, str], bytes]:
-    """The next answer: status, headers and body."""
+    """Return the next response: status, headers and body."""
     status = int(ear.readline().split()[1])
     lines = iter(lambda: ear.readline().decode().rstrip(), "")
     headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
@@ -69,14 +69,14 @@ MIB = 2**20
 
 @contextmanager
 def connected(service: Service) -> Iterator[socket.socket]:
-    """A connection to it, for those who send what no client library would."""
+    """Open a raw connection to the service, for bytes that no client library sends."""
     address = (service.client.base_url.host, service.client.base_url.port or 80)
     with socket.create_connection(address, timeout=30) as connection:
         yield connection
 
 
 def as_sent(windows: Readings) -> bytes:
-    """A request of the Open Inference Protocol as it goes over the wire."""
+    """Return the bytes of a request of the Open Inference Protocol."""
     body, headers = binary(windows)
     lines = [f"POST {INFER} HTTP/1.1", "Host: x", f"Content-Length: {len(body)}"]
     return "\r\n".join([*lines, *(f"{name}: {value}" for name, value in headers.items()), "", ""]).encode() + body

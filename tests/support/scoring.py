@@ -29,7 +29,7 @@ def flights(windows: Readings) -> pa.Table:
 
 
 def write(table: pa.Table, path: Path) -> Path:
-    """A table as the file that its name says."""
+    """Write a table in the format of the file name."""
     plain = path.name.removesuffix(".gz").removesuffix(".zst")
     if plain.endswith(".parquet"):
         pq.write_table(table, path)
@@ -55,18 +55,18 @@ def _json(row: dict[str, Any]) -> str:
 
 
 def score(inputs: Path | Sequence[Path | str], output: Path, **options: Any) -> int:
-    """A job in this process; its exit code."""
+    """Run a job in this process, and return its exit code."""
     names = [inputs] if isinstance(inputs, Path) else inputs
     return job.score_files(Options(tuple(map(str, names)), output, quiet=True, **options), read_settings())
 
 
 def read(output: Path) -> pa.Table:
-    """What a job wrote."""
+    """Return the output of a job."""
     return pq.read_table(output) if output.suffix == ".parquet" else pacsv.read_csv(output)
 
 
 def rejected(output: Path) -> list[dict[str, Any]]:
-    """The rejected rows of a job."""
+    """Return the rejected rows of a job."""
     found: list[dict[str, Any]] = pq.read_table(f"{output}.errors.parquet").to_pylist()
     return found
 

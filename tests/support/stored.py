@@ -8,7 +8,7 @@ from tests.support.processes import Service
 
 
 def fly(service: Service, engine_id: str, cycle: int, row: Readings, status: int = 200) -> dict[str, Any]:
-    """One flight told, and its answer."""
+    """Send one flight, and return its prediction."""
     flight = {"engine_id": engine_id, "cycle": cycle, "telemetry": row.tolist()}
     answer = service.client.post("/v1/cycles", json={"cycles": [flight]})
     assert status == answer.status_code, answer.text
@@ -17,20 +17,20 @@ def fly(service: Service, engine_id: str, cycle: int, row: Readings, status: int
 
 
 def say(service: Service, *rows: dict[str, Any], status: int = 200, **rest: Any) -> list[str]:
-    """What became of some labels."""
+    """Return the results of some labels."""
     answer = service.client.post("/v1/labels", json={"labels": list(rows), **rest})
     assert status == answer.status_code, answer.text
     return [row["result"] for row in answer.json()["results"]]
 
 
 def history(service: Service, engine_id: str) -> list[dict[str, Any]]:
-    """An engine's history, oldest first."""
+    """Return the history of an engine, oldest first."""
     found: list[dict[str, Any]] = service.client.get(f"/v1/engines/{engine_id}").json()["history"]
     return found
 
 
 def engines(service: Service, **query: Any) -> list[dict[str, Any]]:
-    """A page of engines, the worst first."""
+    """Return a page of engines, worst first."""
     found: list[dict[str, Any]] = service.client.get("/v1/engines", params=query).json()["engines"]
     return found
 

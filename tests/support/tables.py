@@ -12,7 +12,7 @@ ARROW = {"Content-Type": "application/vnd.apache.arrow.stream"}
 
 
 def stream(table: Any, rows: int | None = None, compression: str | None = None) -> bytes:
-    """A table as an Arrow stream, in batches of some rows."""
+    """Return a table as an Arrow stream in batches of some rows."""
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression=compression)
     with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
@@ -21,7 +21,7 @@ def stream(table: Any, rows: int | None = None, compression: str | None = None) 
 
 
 def flights(histories: dict[str, Readings], **more: Any) -> Any:
-    """A table of the rows of some engines, one after another, oldest first, cycles from 1."""
+    """Return a table of the rows of some engines, one after another, oldest first, cycles from 1."""
     rows = np.concatenate(list(histories.values()))
     columns: dict[str, Any] = {name: pa.array(rows[:, k]) for k, name in enumerate(CHANNELS)}
     columns["engine_id"] = pa.array([name for name, history in histories.items() for _ in history])
