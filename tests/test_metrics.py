@@ -74,7 +74,7 @@ def test_every_series_of_the_inputs_is_there_from_the_start(fresh: Service, mani
             assert 0 == m[f'engine_health_input_values_total{{bin="{b}",channel="{channel}"}}']
 
 
-def test_a_model_without_windows_counts_its_inputs_too(tmp_path: Path) -> None:
+def test_model_without_windows_counts_its_inputs_too(tmp_path: Path) -> None:
     """Where an instance is one row of channels, each of its values falls in a bin."""
     bins = {"edges": [0.0], "shares": [0.5, 0.5]}
     described: dict[str, object] = {
@@ -176,7 +176,7 @@ def test_requests_that_reach_no_route_are_counted_under_its_template(manifest: M
         assert 1 == m[f'engine_health_http_requests_total{{method="{method}",route="{route}",status="{status}"}}']
 
 
-def test_the_model_is_named_and_ready(fresh: Service, manifest: Manifest) -> None:
+def test_model_is_named_and_ready(fresh: Service, manifest: Manifest) -> None:
     """Readiness, temperature and the one digest that answers are metrics."""
     m, digest = fresh.metrics(), fresh.client.get("/v1/model").json()["digest"]
     assert 1 == m["engine_health_ready"]

@@ -151,9 +151,7 @@ def test_explanation_without_baselines_is_rejected(service: Service, windows: Re
 
 
 @pytest.mark.parametrize("label", ["degrading", 1, [0, 1, 0]])
-def test_a_label_by_name_index_or_distribution_costs_the_same(
-    service: Service, windows: Readings, label: object
-) -> None:
+def test_label_by_name_index_or_distribution_costs_the_same(service: Service, windows: Readings, label: object) -> None:
     """However the truth is written, the loss is -ln of its probability, and the evaluation is the mean."""
     found = service.predict([instance(windows[0], label=label), instance(windows[1])])
     row, unlabelled = found["predictions"]
@@ -174,7 +172,7 @@ def test_ids_are_echoed_and_prediction_ids_are_unique(service: Service, windows:
     assert 10 == len({row["prediction_id"] for row in rows})
 
 
-def test_a_requested_temperature_changes_probabilities_and_nothing_else(service: Service, windows: Readings) -> None:
+def test_requested_temperature_changes_probabilities_and_nothing_else(service: Service, windows: Readings) -> None:
     """A temperature of this call flattens or sharpens; order, logits, set and the next call stay as they were."""
     plain = service.predict([instance(windows[0])])
     for t in (0.01, 0.5, 5.0, 100.0):
@@ -310,7 +308,7 @@ def test_artefact_temperature_calibrates_predictions(tmp_path: Path, windows: Re
         np.testing.assert_allclose(numerics.softmax(row["logits"], 2.5), list(row["probabilities"].values()), atol=1e-6)
 
 
-def test_a_fault_of_the_service_is_a_problem_document_too() -> None:
+def test_internal_error_is_a_problem_document() -> None:
     """An unexpected error returns a 500 in the usual format, below /v1 and below /v2."""
     application = create_app(read_settings(), print)
 

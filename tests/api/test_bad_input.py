@@ -18,7 +18,9 @@ JSON = {"Content-Type": "application/json"}
 
 
 @pytest.mark.parametrize(("body", "status", "loc"), CASES, ids=[f"{k}" for k in range(len(CASES))])
-def test_a_wrong_value_is_refused_by_its_place(service: Service, body: Any, status: int, loc: list[Any] | None) -> None:
+def test_invalid_value_of_a_prediction_is_located(
+    service: Service, body: Any, status: int, loc: list[Any] | None
+) -> None:
     """Every wrong value of a prediction is a problem document that names instance, row and channel."""
     answer = service.client.post("/v1/predict", content=as_json(body), headers=JSON)
     assert status == answer.status_code, answer.text
@@ -34,7 +36,7 @@ def test_a_wrong_value_is_refused_by_its_place(service: Service, body: Any, stat
 
 
 @pytest.mark.parametrize(("body", "loc"), EVALUATIONS, ids=[f"{k}" for k in range(len(EVALUATIONS))])
-def test_a_wrong_evaluation_is_refused_by_its_place(service: Service, body: dict[str, Any], loc: list[Any]) -> None:
+def test_invalid_value_of_an_evaluation_is_located(service: Service, body: dict[str, Any], loc: list[Any]) -> None:
     """Every wrong value of an evaluation is a 422 that names its place."""
     answer = service.client.post("/v1/evaluate", json=body)
     assert 422 == answer.status_code, answer.text
@@ -42,7 +44,7 @@ def test_a_wrong_evaluation_is_refused_by_its_place(service: Service, body: dict
 
 
 @pytest.mark.parametrize(("body", "status"), BODIES, ids=[f"{k}" for k in range(len(BODIES))])
-def test_a_body_that_is_no_request_is_refused(service: Service, body: bytes, status: int) -> None:
+def test_malformed_body_is_rejected(service: Service, body: bytes, status: int) -> None:
     """Broken, truncated, mis-encoded and absurdly nested bodies are client errors, and the service answers on."""
     for path in ("/v1/predict", "/v1/evaluate"):
         answer = service.client.post(path, content=body, headers=JSON)
@@ -51,7 +53,7 @@ def test_a_body_that_is_no_request_is_refused(service: Service, body: bytes, sta
     assert status == service.client.post("/v1/predict", content=body, headers=JSON).status_code
 
 
-def test_a_number_that_no_float_holds_is_named(service: Service) -> None:
+def test_number_beyond_float64_is_located(service: Service) -> None:
     """1e400 is JSON: its place is named as that of any other wrong value."""
     body = as_json(one(row_with(1234.5))).replace(b"1234.5", b"1e400")
     answer = service.client.post("/v1/predict", content=body, headers=JSON)
@@ -74,7 +76,7 @@ def test_json_media_type_variants_are_accepted(service: Service, kind: str) -> N
     assert 200 == answer.status_code
 
 
-def test_a_gzip_body_is_inflated_and_never_beyond_the_limit(service: Service, windows: Readings) -> None:
+def test_gzip_body_is_inflated_and_never_beyond_the_limit(service: Service, windows: Readings) -> None:
     """Gzip answers as plain; other encodings are 415, no gzip or half of one 400, a bomb 413, and all is well after."""
     body = json.dumps(one(windows[0].tolist())).encode()
     plain = service.client.post("/v1/predict", content=body, headers=JSON).json()["predictions"][0]
@@ -92,7 +94,7 @@ def test_a_gzip_body_is_inflated_and_never_beyond_the_limit(service: Service, wi
 
 
 @pytest.mark.slow
-def test_a_gzip_body_of_very_many_members_is_refused_soon(service: Service) -> None:
+def test_gzip_body_of_very_many_members_is_refused_soon(service: Service) -> None:
     """Members that hold nothing cost their bytes once: 32 MiB of them are a 413, as are more than anybody needs."""
     headers, empty = JSON | {"Content-Encoding": "gzip"}, gzip.compress(b"")
     body = gzip.compress(json.dumps(one([ROW])).encode())
@@ -165,7 +167,7 @@ def test_every_call_that_reads_json_has_deep_bodies(service: Service) -> None:
         assert answer.status_code in (400, 403), path  # 403 where admin calls are off
 
 
-def test_a_client_that_leaves_is_no_fault_of_the_service(service: Service) -> None:
+def test_disconnect_during_a_body_is_counted(service: Service) -> None:
     """A connection cut in the middle of a body is counted as such; nothing fails and nothing is logged as an error."""
     before = service.metrics()
     gone = 'engine_health_rejected_total{reason="client_gone"}'
@@ -199,7 +201,7 @@ def test_non_finite_prediction_names_the_instance(tmp_path: Path) -> None:
         assert [10, 20] == other.predict([{"telemetry": [1, 2]}])["predictions"][0]["logits"]
 
 
-def test_a_loss_beyond_float32_is_the_largest_there_is(tmp_path: Path) -> None:
+def test_loss_beyond_float32_is_the_largest_there_is(tmp_path: Path) -> None:
     """Finite logits, however large, at the lowest temperature, have finite losses in JSON and in tensors."""
     path = overflowing_classifier(tmp_path / "over.onnx")
     with running(ENGINE_HEALTH_MODEL=str(path)) as other:

@@ -124,7 +124,7 @@ def test_readings_too_large_to_add_up_are_still_readings(service: Service) -> No
     assert 200 == service.client.post(INFER, content=body, headers=headers).status_code
 
 
-def test_another_classifier_speaks_it_too(tmp_path: Path) -> None:
+def test_classifier_without_rul_is_served_by_oip(tmp_path: Path) -> None:
     """A model without RUL and windows has its own shapes, and no output that it lacks."""
     path = identity_classifier(
         tmp_path / "four.onnx", {"name": "four", "version": "1", "classes": ["n", "e", "s", "w"]}
@@ -148,7 +148,7 @@ def test_more_rows_than_a_batch_come_back_whole(service: Service, windows: Readi
     np.testing.assert_allclose(alone[np.arange(rows) % 4], logits, atol=1e-5)
 
 
-def test_the_stock_client_works_unchanged(service: Service, windows: Readings, tmp_path: Path) -> None:
+def test_stock_client_works_unchanged(service: Service, windows: Readings, tmp_path: Path) -> None:
     """Triton's own HTTP client asks in both encodings, plain and gzipped, and hears what /v1/predict says."""
     np.save(tmp_path / "windows.npy", windows)
     address = f"{service.client.base_url.host}:{service.client.base_url.port}"

@@ -49,7 +49,7 @@ def test_fit_of_a_file_finds_the_temperature(tmp_path: Path, capsys: pytest.Capt
     assert "1200 labelled predictions of 60 engines" in capsys.readouterr().out
 
 
-def test_a_file_without_a_better_temperature_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_file_without_a_better_temperature_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Logits that are right already, or too few engines: exit code 1 and one line that says why."""
     for rows, why in ((sharpened(1), "raises cross-entropy"), (sharpened(2, engines=5), "engines are too few")):
         path = as_lines(rows, tmp_path / "rows.jsonl")
@@ -79,7 +79,7 @@ def test_a_file_without_a_better_temperature_is_refused(tmp_path: Path, capsys: 
         ("missing.csv", None, "No such file"),
     ],
 )
-def test_a_wrong_file_is_refused_by_its_line(tmp_path: Path, name: str, text: str | None, why: str) -> None:
+def test_wrong_file_is_refused_by_its_line(tmp_path: Path, name: str, text: str | None, why: str) -> None:
     """What is wrong in a file is named with its line."""
     path = tmp_path / name
     if text is not None:

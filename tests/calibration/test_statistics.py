@@ -123,7 +123,7 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == pytest.approx(other, rel=1e-9, abs=1e-9)) if isinstance(one, float) else one == other
 
 
-def test_the_order_of_rows_changes_nothing() -> None:
+def test_order_of_rows_changes_nothing() -> None:
     """However labels arrived, the answer is the same; in the same order it is the same to the bit."""
     made = replace(calibrated(), label=np.where((np.arange(600) % 3 == 0)[:, None], np.nan, calibrated().label))
     first = said(made)
@@ -415,7 +415,7 @@ def test_shifted_sensors_are_detected_on_test_engines(cmapss_dir: Path, manifest
     assert found["cross_entropy"]["realised"] > found["cross_entropy"]["expected"]
 
 
-def test_the_loss_over_time_adds_up_to_the_whole() -> None:
+def test_loss_over_time_adds_up_to_the_whole() -> None:
     """Equal parts of the time from the first to the last labelled prediction; their losses are the whole's, weighed."""
     made = NOW - np.linspace(0, 900, 600)
     found = calibrated()

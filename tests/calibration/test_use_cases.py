@@ -66,7 +66,7 @@ def replayed(cmapss_dir: Path) -> Iterator[Service]:
         yield service
 
 
-def test_the_live_figures_are_those_of_the_evaluation(replayed: Service, cmapss_dir: Path, manifest: Manifest) -> None:
+def test_live_figures_are_those_of_the_evaluation(replayed: Service, cmapss_dir: Path, manifest: Manifest) -> None:
     """FD001 and FD003 replayed as traffic, then their ends: cross-entropy, Brier, accuracy and ECE as evaluated."""
     session, _ = open_artefact(ARTEFACT)
     parts = predict_test_engines(onnx_runner(session), manifest.window or 1, cmapss_dir, manifest.rul_thresholds or ())
@@ -173,7 +173,7 @@ def temperatures(service: Service, windows: Readings) -> set[float]:
     }
 
 
-def test_a_temperature_that_cannot_be_is_refused(windows: Readings) -> None:
+def test_temperature_that_cannot_be_is_refused(windows: Readings) -> None:
     """Without an admin key 401 or 403; no fit 404; nothing to take back 409; nonsense 422: nothing changes."""
     with running(ENGINE_HEALTH_ADMIN_KEYS="wheel", ENGINE_HEALTH_API_KEYS="read") as service:
         put = service.client.put
@@ -196,7 +196,7 @@ def test_a_temperature_that_cannot_be_is_refused(windows: Readings) -> None:
         assert "artefact" == answer["temperature_source"]
 
 
-def test_a_fit_that_cannot_be_is_refused_with_the_reason() -> None:
+def test_fit_that_cannot_be_is_refused_with_the_reason() -> None:
     """Too few engines, a window that is none: a problem that says so, and nothing is kept."""
     with running() as service:
         answer = service.client.post(FITS, json={})
@@ -244,7 +244,7 @@ def test_report_without_predictions_has_null_figures() -> None:
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("30d", 30 * 86400), ("1s", 1), ("12h", 43200), ("8w", 8 * 604800)])
-def test_a_window_is_a_number_and_a_unit(text: str, seconds: float) -> None:
+def test_window_is_a_number_and_a_unit(text: str, seconds: float) -> None:
     """Seconds, minutes, hours, days and weeks."""
     assert seconds == seconds_of(text)
 

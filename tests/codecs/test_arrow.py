@@ -149,7 +149,7 @@ def test_options_stand_in_the_query(service: Service, fleet: dict[str, Readings]
         ("?instances=1", "instances"),
     ],
 )
-def test_a_wrong_option_is_named(service: Service, windows: Readings, query: str, place: str) -> None:
+def test_wrong_option_is_named(service: Service, windows: Readings, query: str, place: str) -> None:
     """Options out of range, unknown or duplicate are a 422 that names them, as in JSON."""
     answer = post(service, stream(flights({"A": windows[0]})), query)
     assert (422, [place]) == (answer.status_code, answer.json()["errors"][0]["loc"])
@@ -220,7 +220,7 @@ WRONG: list[tuple[str, Any, list[Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "values", "place"), WRONG, ids=[f"{k}" for k in range(len(WRONG))])
-def test_a_wrong_column_is_refused_by_its_place(
+def test_wrong_column_is_refused_by_its_place(
     service: Service, windows: Readings, name: str, values: Any, place: list[Any]
 ) -> None:
     """What is missing, unknown, of another type or out of range is a problem document that names column and row."""
@@ -241,7 +241,7 @@ def test_two_columns_of_a_name_and_no_rows_are_refused(service: Service, windows
         assert (422, ["instances"]) == (answer.status_code, answer.json()["errors"][0]["loc"])
 
 
-def test_a_body_that_is_no_stream_is_refused(service: Service, windows: Readings) -> None:
+def test_body_that_is_no_stream_is_refused(service: Service, windows: Readings) -> None:
     """Nothing, noise, JSON, a file instead of a stream, one cut short anywhere or with more behind it: 400."""
     body = stream(flights({"A": windows[0][:SMALL]}))
     sink = pa.BufferOutputStream()
@@ -416,7 +416,7 @@ def test_without_pyarrow_tables_are_refused_and_all_else_is_served(tmp_path: Pat
         bare.predict([{"telemetry": windows[0].tolist()}])
 
 
-def test_a_model_of_single_rows_takes_each_row(tmp_path: Path) -> None:
+def test_model_of_single_rows_takes_each_row(tmp_path: Path) -> None:
     """A network without a window, of named channels, answers one prediction a row, in the order of the rows."""
     described: dict[str, object] = {
         "name": "four",
@@ -438,7 +438,7 @@ def test_a_model_of_single_rows_takes_each_row(tmp_path: Path) -> None:
             assert (422, ["instances", 1, "telemetry", "d"]) == (answer.status_code, answer.json()["errors"][0]["loc"])
 
 
-def test_a_model_without_named_channels_takes_no_tables(tmp_path: Path) -> None:
+def test_model_without_named_channels_takes_no_tables(tmp_path: Path) -> None:
     """Where columns could mean nothing, a table is a 415 that says so."""
     with running(ENGINE_HEALTH_MODEL=str(overflowing_classifier(tmp_path / "over.onnx"))) as other:
         answer = post(other, stream(pa.table({"a": [1.0], "b": [2.0]})))
@@ -460,7 +460,7 @@ def test_live_while_a_large_table_is_read(service: Service, windows: Readings) -
     assert len(answers) > 5  # had the loop been held for the whole time, there would be one or two
 
 
-def test_the_document_tells_of_tables(service: Service) -> None:
+def test_document_tells_of_tables(service: Service) -> None:
     """The OpenAPI document has both content types of a prediction, and the options as parameters of the query."""
     told = service.client.get("/openapi.json").json()["paths"]["/v1/predict"]["post"]
     assert {"application/json", ARROW["Content-Type"]} == set(told["requestBody"]["content"])
@@ -470,7 +470,7 @@ def test_the_document_tells_of_tables(service: Service) -> None:
     assert ["hold", "reject"] == sorted(parameters["missing"]["schema"]["enum"])
 
 
-def test_the_readmes_table_works_as_pasted(service: Service, fleet: dict[str, Readings], tmp_path: Path) -> None:
+def test_readmes_table_works_as_pasted(service: Service, fleet: dict[str, Readings], tmp_path: Path) -> None:
     """The Python program of docs/api.md, run in a folder with flights.parquet, prints the health of each engine."""
     program = (ROOT / "docs" / "api.md").read_text().split("```python\n")[1].split("```")[0]
     assert "pyarrow" in program

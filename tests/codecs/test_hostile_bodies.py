@@ -96,7 +96,7 @@ def test_wrong_logits_far_behind_are_named_by_their_place() -> None:
     assert [fault.loc for fault in refused.value.faults] == [("logits", 150_000, 2)]
 
 
-def test_a_long_list_that_ends_with_a_comma_is_no_json(model: Model) -> None:
+def test_long_list_that_ends_with_a_comma_is_no_json(model: Model) -> None:
     """No cut makes JSON of what is none."""
     row = json.dumps([None] + [1.0] * (CHANNELS - 1))
     text = ",".join([row.replace("null", "1e0")] * 20_000)

@@ -113,7 +113,7 @@ def test_fast_parser_declines_unusual_bodies(model: Model, body: bytes) -> None:
 
 
 @pytest.mark.parametrize("within", [0, 1, 2, CHANNELS - 1, CHANNELS, CHANNELS + 1, 2 * CHANNELS + 1])
-def test_a_list_within_a_row_is_no_row(model: Model, within: int) -> None:
+def test_list_within_a_row_is_no_row(model: Model, within: int) -> None:
     """Numbers in a list in place of one number are not taken for more rows, however many they are."""
     rows = [[1.0] * CHANNELS, [[2.0] * within, *[3.0] * (CHANNELS - 1)]]
     body = json.dumps({"instances": [{"telemetry": rows}, {"telemetry": rows[:1]}]}).encode()
@@ -137,7 +137,7 @@ def test_plain_bodies_are_read_in_one_pass(model: Model) -> None:
 
 
 @pytest.mark.slow
-def test_a_large_body_is_decoded_in_one_pass(model: Model) -> None:
+def test_large_body_is_decoded_in_one_pass(model: Model) -> None:
     """A plain body of several MiB, which is split behind instances, is what the schemas make of it; also as a view."""
     rows = np.random.default_rng(0).normal(500, 100, (WINDOW, CHANNELS)).round(3).tolist()
     instances: list[dict[str, Any]] = [{"telemetry": rows[: 1 + k % WINDOW], "cycle": k} for k in range(400)]
@@ -157,7 +157,7 @@ def test_a_large_body_is_decoded_in_one_pass(model: Model) -> None:
     ("end", "wrong"),
     [(b"]}", b",]}"), (b"]}", b"}]}"), (b"]}", b"]]}"), (b"]}", b'],"more":[{}]}'), (b"},", b"},,"), (b"},", b"},[],")],
 )
-def test_a_large_body_that_is_no_json_is_left_to_the_schemas(model: Model, end: bytes, wrong: bytes) -> None:
+def test_large_body_that_is_no_json_is_left_to_the_schemas(model: Model, end: bytes, wrong: bytes) -> None:
     """A large body with something wrong between, behind or after its instances is not read in one pass."""
     instance = {"telemetry": [[1.0] * CHANNELS] * WINDOW}
     body = json.dumps({"instances": [instance] * 400}).encode()
@@ -167,7 +167,7 @@ def test_a_large_body_that_is_no_json_is_left_to_the_schemas(model: Model, end: 
 
 
 @pytest.mark.parametrize("rest", ["}", ',"missing":"hold"}', ',"temperature":2}'])
-def test_a_decoded_request_does_not_keep_its_body(model: Model, rest: str) -> None:
+def test_decoded_request_does_not_keep_its_body(model: Model, rest: str) -> None:
     """No part of a decoded body is a view of it, so that its memory is free for the next request."""
     rows = [[1.0] * CHANNELS] * WINDOW
     text = f'{{"instances":{json.dumps([{"telemetry": rows, "engine_id": "a", "label": [0, 0, 1]}] * 100)}{rest}'

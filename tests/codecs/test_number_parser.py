@@ -162,7 +162,7 @@ def inferred(body: bytes | memoryview) -> None:
         (inferred, TENSOR % ("[]", f"{WINDOW[:-1]},{PAD}]")),
     ],
 )
-def test_a_long_body_that_is_no_json_is_never_read(reads: Callable[[bytes | memoryview], None], body: str) -> None:
+def test_long_body_that_is_no_json_is_never_read(reads: Callable[[bytes | memoryview], None], body: str) -> None:
     """What a parser refuses whole is refused in pieces, also in a value that a later one of its name replaces."""
     assert len(body) > PARSE_BYTES
     assert not isinstance(parsed(body), dict)
@@ -273,7 +273,7 @@ def test_deep_lists_are_declined_or_flattened(parser: type[NumberParser], depth:
     assert found == (None if depth > 1024 else [np.float64(1).tobytes()])
 
 
-def test_a_service_without_simdjson_returns_the_same_bytes(tmp_path: Path) -> None:
+def test_service_without_simdjson_returns_the_same_bytes(tmp_path: Path) -> None:
     """A process in which simdjson is absent answers predictions, evaluations and refusals as one that has it."""
     row = json.dumps([round(500 + k / 7, 3) for k in range(17)])
     window = f"[{','.join([row] * 100)}]"
@@ -295,7 +295,7 @@ def test_a_service_without_simdjson_returns_the_same_bytes(tmp_path: Path) -> No
             assert (pair[0].status_code, masked[0]) == (pair[1].status_code, masked[1]), path
 
 
-def test_a_decoded_tensor_does_not_keep_its_body() -> None:
+def test_decoded_tensor_does_not_keep_its_body() -> None:
     """No part of a tensor that was read from JSON is a view of the body, so that its memory is free."""
     body = memoryview(bytearray((TENSOR % ("[1]", WINDOW)).encode()))
     inference = decode_inference(body, None, {"telemetry": "FP32"})

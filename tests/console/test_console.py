@@ -62,7 +62,7 @@ def running_engines(service: Service, **query: Any) -> list[dict[str, Any]]:
     return found
 
 
-def test_the_most_critical_engine_is_the_first_row(console: Watched, fleet: Service) -> None:
+def test_most_critical_engine_is_the_first_row(console: Watched, fleet: Service) -> None:
     """Who opens the service's address sees the engine that is worst off first, with its class, probability and RUL."""
     worst = running_engines(fleet)[0]
     page = console.open()
@@ -107,7 +107,7 @@ def test_fleet_is_filtered_searched_and_sorted(console: Watched, fleet: Service)
     expect(page.locator(".head p")).to_contain_text("910 engines")
 
 
-def test_a_flight_shows_without_a_reload(console: Watched, fleet: Service, windows: Readings) -> None:
+def test_flight_shows_without_a_reload(console: Watched, fleet: Service, windows: Readings) -> None:
     """A new engine appears with its health while the page is open, and disappears after its failure."""
     page = console.open("#/fleet?find=newcomer")
     expect(page.locator(".none")).to_contain_text("newcomer")
@@ -136,7 +136,7 @@ def test_keys_alone_lead_to_an_engine(console: Watched) -> None:
     expect(page.locator("h1")).to_have_text(second)
 
 
-def test_an_engine_shows_its_history_and_its_sensors(console: Watched, fleet: Service) -> None:
+def test_engine_shows_its_history_and_its_sensors(console: Watched, fleet: Service) -> None:
     """Charts of health, RUL and sets, each with its table; the sensors that moved most, each with its own chart."""
     history = fleet.client.get("/v1/engines/FD001-61", params={"sensors": True}).json()
     page = console.open("#/engine/FD001-61")
@@ -155,7 +155,7 @@ def test_an_engine_shows_its_history_and_its_sensors(console: Watched, fleet: Se
     )
 
 
-def test_an_end_is_entered_and_corrected(console: Watched, fleet: Service) -> None:
+def test_end_is_entered_and_corrected(console: Watched, fleet: Service) -> None:
     """The end of an engine gives its predictions their truth; another end is shown as a conflict and may replace it."""
     page = console.open("#/engine/FD001-62")
     last = fleet.client.get("/v1/engines/FD001-62").json()["history"][-1]["cycle"]
@@ -171,7 +171,7 @@ def test_an_end_is_entered_and_corrected(console: Watched, fleet: Service) -> No
     assert ["409"] == console.refused
 
 
-def test_an_inspection_is_entered(console: Watched, fleet: Service) -> None:
+def test_inspection_is_entered(console: Watched, fleet: Service) -> None:
     """What an inspection found at a cycle becomes the truth of its prediction."""
     page = console.open("#/engine/FD001-63")
     page.get_by_label("Inspected class").select_option("normal")
@@ -245,7 +245,7 @@ def shown(page: Page) -> tuple[float, list[float]]:
     return float(page.locator(".loss").inner_text()), [float(value) for value in values]
 
 
-def test_the_explorers_numbers_are_the_services(console: Watched, fleet: Service) -> None:
+def test_explorers_numbers_are_the_services(console: Watched, fleet: Service) -> None:
     """Logits of every size, 2 to 10 classes, any temperature: probabilities, losses and entropy as in /v1/evaluate."""
     page, draw = console.open("#/explorer"), np.random.default_rng(0)
     for classes in range(2, 11):
@@ -261,7 +261,7 @@ def test_the_explorers_numbers_are_the_services(console: Watched, fleet: Service
         assert 0 == pytest.approx(sum(found["gradient"]), abs=1e-12)
 
 
-def test_the_explorer_follows_sliders_and_presets(console: Watched, fleet: Service) -> None:
+def test_explorer_follows_sliders_and_presets(console: Watched, fleet: Service) -> None:
     """Sliders, true class, temperature, classes and presets change the numbers immediately; overflow stays finite."""
     page = console.open("#/explorer")
     expect(page.locator(".chart .main-svg").first).to_be_visible()
@@ -293,7 +293,7 @@ def test_the_explorer_follows_sliders_and_presets(console: Watched, fleet: Servi
     assert before == shown(page)
 
 
-def test_a_prediction_is_loaded_into_the_explorer(console: Watched, fleet: Service) -> None:
+def test_prediction_is_loaded_into_the_explorer(console: Watched, fleet: Service) -> None:
     """The logits and the temperature of an engine's newest prediction give its probabilities again."""
     last = fleet.client.get("/v1/engines/FD001-64").json()["history"][-1]
     page = console.open("#/explorer")
@@ -368,7 +368,7 @@ def test_console_without_store_says_so(browser: Browser) -> None:
         assert ([], []) == (console.errors, console.outside)
 
 
-def test_the_consoles_files_are_cached_packed_and_nothing_else_is_served(service: Service) -> None:
+def test_consoles_files_are_cached_packed_and_nothing_else_is_served(service: Service) -> None:
     """Each file has its type, a strict policy and a tag by which it is not sent again; no path leads out."""
     client = service.client
     index = client.get("/")

@@ -69,7 +69,7 @@ def unavailable(route: Route) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_engine_of_any_name_can_be_opened(console: Watched, name: str) -> None:
+def test_engine_of_any_name_can_be_opened(console: Watched, name: str) -> None:
     """Slashes, quotes, HTML, other scripts, two hundred letters: found, opened, no wider than a telephone."""
     page = console.open(f"#/fleet?find={quote(name, safe='')}")
     page.set_viewport_size({"width": 375, "height": 800})
@@ -90,7 +90,7 @@ def test_invalid_address_opens_a_page(console: Watched) -> None:
     console.outside.clear()  # about:blank
 
 
-def test_an_engine_is_waited_for(console: Watched, flown: Service, windows: Readings) -> None:
+def test_engine_is_waited_for(console: Watched, flown: Service, windows: Readings) -> None:
     """Who opens an engine before its first flight sees it when it has flown."""
     page = console.open("#/engine/early")
     expect(page.get_by_text("This engine is not stored")).to_be_visible()
@@ -126,7 +126,7 @@ def test_recorded_failure_is_confirmed_if_refresh_fails(console: Watched) -> Non
     expect(page.get_by_text("Not recorded")).to_have_count(0)
 
 
-def test_a_table_stays_where_it_is_read(console: Watched, flown: Service, windows: Readings) -> None:
+def test_table_stays_where_it_is_read(console: Watched, flown: Service, windows: Readings) -> None:
     """A flight that arrives moves neither the focus nor the scroll position of a table."""
     page = console.open("#/engine/e02")
     page.locator(".behind summary").first.click()
@@ -138,7 +138,7 @@ def test_a_table_stays_where_it_is_read(console: Watched, flown: Service, window
     assert [200, True] == region.evaluate("one => [one.scrollTop, one === document.activeElement]")
 
 
-def test_a_row_that_is_held_hides_no_other(console: Watched, flown: Service) -> None:
+def test_row_that_is_held_hides_no_other(console: Watched, flown: Service) -> None:
     """A focused engine that fails is marked as failed in its place, and hides no other row."""
     page = console.open("#/fleet?sort=name&find=e0")
     row(page, "e05").locator("a").focus()
@@ -154,7 +154,7 @@ def test_a_row_that_is_held_hides_no_other(console: Watched, flown: Service) -> 
     expect(row(page, "e05")).to_have_count(0)
 
 
-def test_a_pointer_that_rests_in_the_list_holds_nothing(browser: Browser, flown: Service, windows: Readings) -> None:
+def test_pointer_that_rests_in_the_list_holds_nothing(browser: Browser, flown: Service, windows: Readings) -> None:
     """Without input the worst engine comes first again, even if the pointer rests in the list."""
     with watched(browser, home(flown)) as console:
         console.page.clock.install()
@@ -265,7 +265,7 @@ def test_another_service_at_the_address_is_no_addition(browser: Browser, tmp_pat
             down(process)
 
 
-def test_a_time_that_there_is_not_is_all_time(console: Watched) -> None:
+def test_time_that_there_is_not_is_all_time(console: Watched) -> None:
     """An address with another window shows everything, and says so."""
     page = console.open("#/calibration?window=nonsense")
     expect(page.locator(".verdict h2")).not_to_be_empty()
@@ -302,7 +302,7 @@ def test_double_click_undoes_one_change(console: Watched, flown: Service) -> Non
     expect(page.get_by_text("Nothing was changed")).to_have_count(0)
 
 
-def test_a_verdict_is_read_out_once(console: Watched) -> None:
+def test_verdict_is_read_out_once(console: Watched) -> None:
     """What screen readers read out is not written again while it is the same."""
     page = console.open("#/calibration")
     expect(page.locator(".verdict h2")).not_to_be_empty()
@@ -314,7 +314,7 @@ def test_a_verdict_is_read_out_once(console: Watched) -> None:
 
 
 @pytest.mark.parametrize("query", ["z=1e308,0,-1e308&y=2&t=0.01", "z=1e6,-1e6,123456.789&y=1&t=0.03", "z=abc", "z=1"])
-def test_an_explorer_of_any_address_agrees_with_the_service(console: Watched, query: str) -> None:
+def test_explorer_of_any_address_agrees_with_the_service(console: Watched, query: str) -> None:
     """Whatever an address says, the numbers are finite and those of the service."""
     page = console.open(f"#/explorer?{query}")
     expect(page.get_by_text("numerics of the service agree")).to_be_visible()
@@ -333,7 +333,7 @@ def test_an_explorer_of_any_address_agrees_with_the_service(console: Watched, qu
         ("Classes", "99", "10"),
     ],
 )
-def test_a_number_out_of_range_is_shown_as_it_is_used(console: Watched, field: str, typed: str, becomes: str) -> None:
+def test_number_out_of_range_is_shown_as_it_is_used(console: Watched, field: str, typed: str, becomes: str) -> None:
     """What a field shows after Enter is what is calculated with."""
     page = console.open("#/explorer")
     one = page.get_by_label(field, exact=True)
@@ -368,7 +368,7 @@ def test_declined_key_is_requested_once(browser: Browser) -> None:
     assert [] == console.errors
 
 
-def test_a_model_without_rul_has_no_cycles_left(browser: Browser, tmp_path: Path) -> None:
+def test_model_without_rul_has_no_cycles_left(browser: Browser, tmp_path: Path) -> None:
     """Stored predictions of a classifier without RUL are shown without the fields that it lacks."""
     weights = np.random.default_rng(0).standard_normal((64, 10)).astype(np.float32)
     pixels = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["n", 64])

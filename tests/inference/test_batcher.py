@@ -121,7 +121,7 @@ def test_requests_during_inference_form_the_next_batch() -> None:
     run(scene)
 
 
-def test_a_large_request_lets_others_take_their_turn() -> None:
+def test_large_request_does_not_delay_small_ones() -> None:
     """One window that arrives behind fifty rows is answered after the batch in hand, not after all of them."""
 
     async def scene(stage: Stage) -> None:
@@ -139,7 +139,7 @@ def test_a_large_request_lets_others_take_their_turn() -> None:
     run(scene)
 
 
-def test_a_large_request_whose_turn_has_come_is_finished() -> None:
+def test_large_request_in_progress_is_completed() -> None:
     """However many small ones follow, a large request takes every second batch, and large ones go one by one."""
 
     async def scene(stage: Stage) -> None:
@@ -261,7 +261,7 @@ def test_request_after_close_is_answered() -> None:
     run(scene)
 
 
-def test_beyond_its_bounds_the_queue_refuses() -> None:
+def test_queue_beyond_its_limits_rejects() -> None:
     """Rows beyond the limit are rejected immediately, and expired rows at their turn; both with a retry time."""
 
     async def full(stage: Stage) -> None:
@@ -288,7 +288,7 @@ def test_beyond_its_bounds_the_queue_refuses() -> None:
     run(old, max_queue_seconds=0.02)
 
 
-def test_a_request_larger_than_the_queue_is_served_when_nothing_waits() -> None:
+def test_request_larger_than_the_queue_is_served_when_nothing_waits() -> None:
     """What is allowed in one request is never refused for ever."""
 
     async def scene(stage: Stage) -> None:
@@ -333,7 +333,7 @@ def test_rows_around_disconnected_caller_form_one_batch() -> None:
     run(scene)
 
 
-def test_a_failing_batch_fails_exactly_its_callers() -> None:
+def test_failing_batch_fails_exactly_its_callers() -> None:
     """Callers of other batches, and of the next, are answered; a caller with a failed piece hears of the failure."""
 
     async def scene(stage: Stage) -> None:
@@ -366,7 +366,7 @@ def test_close_returns_after_every_admitted_request() -> None:
     run(scene)
 
 
-def test_a_thread_whose_loop_ended_ends_in_silence() -> None:
+def test_thread_after_the_loop_ended_raises_nothing() -> None:
     """An inference that ends after the event loop was closed is dropped, and raises no error in its thread."""
     gate = Gate()
     gate.open.clear()

@@ -36,7 +36,7 @@ def bits(pair: tuple[Readings, ...]) -> list[list[int]]:
 
 @settings(max_examples=60)
 @given(st.data())
-def test_it_says_what_the_network_says(network: EngineHealth, data: st.DataObject) -> None:
+def test_channel_major_graph_equals_the_network(network: EngineHealth, data: st.DataObject) -> None:
     """Padding, spells that stand still, repeated rows, broken sensors, unknown conditions, in any order, to the bit."""
     windows = synthetic_windows(network, 4, seed=data.draw(st.integers(0, 99)))
     rows = windows.reshape(-1, 17)
@@ -51,7 +51,7 @@ def test_it_says_what_the_network_says(network: EngineHealth, data: st.DataObjec
     assert bits(run_torch(network, windows)) == bits(run_torch(ChannelMajorNetwork(network), windows))
 
 
-def test_windows_of_real_engines_have_the_networks_bits(cmapss_dir: Path) -> None:
+def test_channel_major_graph_has_the_bits_of_test_engines(cmapss_dir: Path) -> None:
     """Official test engines of all four subsets, every cycle, short histories too, in batches of several sizes."""
     model, (session, _) = open_model(ARTEFACT, threads=1), open_artefact(ARTEFACT)
     assert model.optimised_graph
@@ -72,7 +72,7 @@ def test_only_rolling_means_have_one() -> None:
     assert export_channel_major(EngineHealth(NetworkConfig(window=4096, hidden=8))) is None
 
 
-def test_conditions_too_near_each_other_have_none() -> None:
+def test_close_conditions_get_no_channel_major_graph() -> None:
     """Where two centres are nearly one, which is nearer hangs on the order of a sum."""
     network = EngineHealth(NetworkConfig(window=WINDOW, conditions=2, hidden=8))
     for apart, made in ((0.9, False), (1.1, True)):
@@ -81,7 +81,7 @@ def test_conditions_too_near_each_other_have_none() -> None:
 
 
 @pytest.mark.parametrize("conditions", [1, 2, 6])
-def test_rows_at_the_border_of_a_condition_are_of_it_or_not_for_both(conditions: int) -> None:
+def test_rows_at_a_condition_border_are_equal_in_both_graphs(conditions: int) -> None:
     """Half a scale from a centre the last bit of a sum decides, and in ONNX Runtime it is the same bit."""
     torch.manual_seed(1)
     network = EngineHealth(NetworkConfig(window=WINDOW, conditions=conditions, hidden=8)).eval()
@@ -101,7 +101,7 @@ def test_rows_at_the_border_of_a_condition_are_of_it_or_not_for_both(conditions:
 
 
 @pytest.mark.parametrize("factor", [1.1, 1 + 1e-4, 1 - 1e-4])
-def test_a_plan_with_the_border_elsewhere_is_not_used(tmp_path: Path, factor: float) -> None:
+def test_channel_major_graph_with_moved_border_is_rejected(tmp_path: Path, factor: float) -> None:
     """A condition that ends a ten-thousandth later or sooner is found out; the trials know where it ends."""
     assert probe_windows.CONDITION_BORDER == CONDITION_RADIUS
     changed = plan()
@@ -117,7 +117,7 @@ def test_a_plan_with_the_border_elsewhere_is_not_used(tmp_path: Path, factor: fl
     assert not open_model(tmp_path / "m.onnx").optimised_graph
 
 
-def test_no_plan_is_believed(tmp_path: Path) -> None:
+def test_invalid_channel_major_graph_is_ignored(tmp_path: Path) -> None:
     """One that is no graph, of another network, of other names, without RUL: left aside, and the network answers."""
     manifest, probes = open_artefact(ARTEFACT)[1], next(probe_windows.probe_batches(open_artefact(ARTEFACT)[1]))
     expected = open_model(ARTEFACT).run(probes).logits
@@ -136,7 +136,7 @@ def test_no_plan_is_believed(tmp_path: Path) -> None:
     [("And", 0), ("And", 1), ("Or", 0), ("Or", 1)]
     + [(kind, 0) for kind in ("Not", "Round", "Clip", "CumSum", "Relu", "Pad", "Max", "GatherElements")],
 )
-def test_a_plan_that_forgets_something_is_not_used(tmp_path: Path, kind: str, kept: int) -> None:
+def test_incomplete_channel_major_graph_is_rejected(tmp_path: Path, kind: str, kept: int) -> None:
     """A step that passes one of its inputs on and does nothing: the proof fails, whichever it is."""
     content, manifest = plan(), open_artefact(ARTEFACT)[1]
     some = [k for k, node in enumerate(content.graph.node) if node.op_type == kind]
@@ -146,7 +146,7 @@ def test_a_plan_that_forgets_something_is_not_used(tmp_path: Path, kind: str, ke
         assert not open_model(tmp_path / "m.onnx").optimised_graph, (k, content.graph.node[k].output)
 
 
-def test_a_network_that_someone_else_trains_has_its_plan_used(network: EngineHealth, tmp_path: Path) -> None:
+def test_other_network_uses_its_channel_major_graph(network: EngineHealth, tmp_path: Path) -> None:
     """Another window, another width: exported and opened as the bundled one is."""
     contract.write(
         export_network(network, WINDOW),
@@ -157,7 +157,7 @@ def test_a_network_that_someone_else_trains_has_its_plan_used(network: EngineHea
     assert open_model(tmp_path / "m.onnx").optimised_graph
 
 
-def test_an_export_with_a_plan_of_another_network_is_refused() -> None:
+def test_export_with_foreign_channel_major_graph_fails() -> None:
     """`make export` does not write a file whose plan would only be laid aside."""
     session, _ = open_artefact(ARTEFACT)
     other = onnx_model.open_session(export_network(EngineHealth(NetworkConfig(hidden=8)).eval(), 100), 1)
@@ -167,7 +167,7 @@ def test_an_export_with_a_plan_of_another_network_is_refused() -> None:
         )
 
 
-def test_whether_it_is_used_is_told(service: Service) -> None:
+def test_model_reports_optimised_graph(service: Service) -> None:
     """`GET /v1/model` says so."""
     assert service.client.get("/v1/model").json()["optimised_graph"] is True
 

@@ -30,7 +30,7 @@ def add_input(proto: onnx.ModelProto) -> None:
     proto.graph.input.append(helper.make_tensor_value_info("mask", TensorProto.FLOAT, ["batch"]))
 
 
-def test_the_bundled_artefact_proves_itself() -> None:
+def test_bundled_artefact_is_verified() -> None:
     """The committed file opens, and answers its golden windows one by one or together."""
     model = open_model(ARTEFACT)
     assert (model.manifest.window, 17) == model.input_shape
@@ -53,7 +53,7 @@ def test_the_bundled_artefact_proves_itself() -> None:
         (None, add_input, "one float32 input"),
     ],
 )
-def test_a_file_that_contradicts_itself_is_refused(
+def test_contradictory_artefact_is_rejected(
     tmp_path: Path, manifest: dict[str, object] | None, change: Change | None, message: str
 ) -> None:
     """A manifest and a graph that do not belong together are refused with the reason."""
@@ -61,7 +61,7 @@ def test_a_file_that_contradicts_itself_is_refused(
         open_model(edited(tmp_path / "m.onnx", manifest, change))
 
 
-def test_a_required_digest_is_required() -> None:
+def test_other_digest_than_required_is_rejected() -> None:
     """Another digest than the required one is refused, the right one accepted."""
     assert open_model(ARTEFACT, contract.digest(ARTEFACT.read_bytes()))
     with pytest.raises(ArtefactRejected, match="required is 0000"):
@@ -76,7 +76,7 @@ def test_any_classifier_with_a_manifest_opens(tmp_path: Path) -> None:
     assert model.run(np.eye(4, dtype=np.float32)).rul is None
 
 
-def test_a_network_that_mixes_the_rows_of_a_batch_is_refused(tmp_path: Path) -> None:
+def test_batch_dependent_network_is_rejected(tmp_path: Path) -> None:
     """Answers that depend on who else is in the batch are found before any window is served."""
     nodes = [
         helper.make_node("ReduceMean", ["telemetry", "rows"], ["mean"], keepdims=1),
@@ -108,7 +108,7 @@ def broken_files(folder: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("kind", ["truncated", "tampered", "empty", "text", "foreign", "missing", "folder"])
-def test_the_service_does_not_start_with_a_broken_file(tmp_path: Path, kind: str) -> None:
+def test_serve_with_a_broken_file_exits_with_1(tmp_path: Path, kind: str) -> None:
     """A file that is no artefact ends the start with exit code 1 and one line that names the file: no traceback."""
     path = broken_files(tmp_path)[kind]
     process = start("serve", "--port", "0", "--log-level", "warning", ENGINE_HEALTH_MODEL=str(path))
@@ -128,7 +128,7 @@ def test_the_service_does_not_start_with_a_broken_file(tmp_path: Path, kind: str
         ("LOG_LEVEL", "loud"),
     ],
 )
-def test_a_setting_that_cannot_be_used_is_named(variable: str, value: str) -> None:
+def test_invalid_setting_is_named(variable: str, value: str) -> None:
     """A wrong setting ends the start with exit code 1 and one line with its name and value."""
     process = start("serve", **{f"ENGINE_HEALTH_{variable}": value})
     _, message = process.communicate(timeout=60)
@@ -137,13 +137,13 @@ def test_a_setting_that_cannot_be_used_is_named(variable: str, value: str) -> No
     assert f"ENGINE_HEALTH_{variable}={value}" in message
 
 
-def test_a_flag_wins_over_the_environment() -> None:
+def test_flag_overrides_the_environment() -> None:
     """`--max-instances 0` is what is refused, though the environment has a good value."""
     process = start("serve", "--max-instances", "0", ENGINE_HEALTH_MAX_INSTANCES="5")
     assert "MAX_INSTANCES=0" in process.communicate(timeout=60)[1]
 
 
-def test_an_address_in_use_ends_the_start() -> None:
+def test_address_in_use_exits_with_1() -> None:
     """A port that is taken gives exit code 1 and says which."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -155,7 +155,7 @@ def test_an_address_in_use_ends_the_start() -> None:
     assert "Traceback" not in message
 
 
-def test_the_supervisor_of_workers_collects() -> None:
+def test_supervisor_enables_garbage_collection() -> None:
     """Who starts without collecting, to import, has it back before there is anything to supervise."""
     code = """
 import gc, sys

@@ -55,9 +55,7 @@ def shared(network: EngineHealth, rows: Readings) -> tuple[Readings, Readings, R
 
 @settings(max_examples=60)
 @given(st.data())
-def test_what_it_vouches_for_is_what_the_network_says_of_the_window_alone(
-    network: EngineHealth, data: st.DataObject
-) -> None:
+def test_exact_windows_of_overlap_graph_equal_the_network(network: EngineHealth, data: st.DataObject) -> None:
     """With padding, spells that stand still, repeated rows, broken sensors and unknown conditions, in any order."""
     rows = synthetic_windows(network, 4, seed=data.draw(st.integers(0, 99))).reshape(-1, 17)
     at = st.integers(0, len(rows) - 1)
@@ -70,7 +68,7 @@ def test_what_it_vouches_for_is_what_the_network_says_of_the_window_alone(
     np.testing.assert_array_equal(own[exact].view(np.int32), logits[exact].view(np.int32))
 
 
-def test_it_vouches_for_short_histories_and_for_spells_inside(network: EngineHealth) -> None:
+def test_short_histories_and_inner_spells_are_exact(network: EngineHealth) -> None:
     """Every window of an engine from its first flight on, and one in which a sensor stands still, is shared."""
     flown = synthetic_windows(network, 1, seed=5)[0]
     flown[10:16, 4] = flown[10, 4]
@@ -89,7 +87,7 @@ def test_only_rolling_means_share_work() -> None:
     assert export_overlap_graph(EngineHealth(NetworkConfig(window=4096, hidden=8))) is None
 
 
-def test_real_histories_have_the_bits_of_real_windows(bundled: Opened, cmapss_dir: Path) -> None:
+def test_overlap_graph_has_the_bits_of_test_engines(bundled: Opened, cmapss_dir: Path) -> None:
     """Official test engines of all four subsets, every cycle: nine in ten shared, all answers the network's."""
     model = bundled.model
     for subset in ("FD001", "FD002", "FD003", "FD004"):
@@ -110,7 +108,7 @@ def test_real_histories_have_the_bits_of_real_windows(bundled: Opened, cmapss_di
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_a_job_writes_the_same_with_and_without(
+def test_job_output_with_and_without_overlap_graph_is_equal(
     windows: Readings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixed: bool
 ) -> None:
     """Bytes of the output, engine after engine and flight after flight, with many windows to a call and with few."""
@@ -127,7 +125,7 @@ def test_a_job_writes_the_same_with_and_without(
     assert (tmp_path / "with.parquet").read_bytes() == (tmp_path / "without.parquet").read_bytes()
 
 
-def test_no_second_graph_is_believed(windows: Readings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_overlap_graph_is_ignored(windows: Readings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is missing, no graph, of another network, of other names: each is left aside, and the answers stay."""
     expected = read(_scored(ARTEFACT, windows, tmp_path / "0", monkeypatch))
     manifest = open_artefact(ARTEFACT)[1]
@@ -147,7 +145,7 @@ def test_no_second_graph_is_believed(windows: Readings, tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(("kind", "kept"), [("Or", 0), ("Or", 1), ("And", 0), ("And", 1), ("Round", 0), ("Relu", 0)])
-def test_a_graph_that_forgets_something_is_not_used(tmp_path: Path, kind: str, kept: int) -> None:
+def test_incomplete_overlap_graph_is_rejected(tmp_path: Path, kind: str, kept: int) -> None:
     """What a window alone decides, what is not meant, the grain: without any one of them the proof fails."""
     content, manifest = bundled_graph(contract.OVERLAP_KEY), open_artefact(ARTEFACT)[1]
     for k, node in enumerate(content.graph.node):
@@ -158,14 +156,14 @@ def test_a_graph_that_forgets_something_is_not_used(tmp_path: Path, kind: str, k
             )
 
 
-def test_a_network_with_a_short_window_shares_work_too(network: EngineHealth, tmp_path: Path) -> None:
+def test_overlap_graph_of_a_short_window_is_used(network: EngineHealth, tmp_path: Path) -> None:
     """The overlap graph of any trained network is used: verification needs equal bits and enough exact windows."""
     graphs = export_network(network, WINDOW), export_overlap_graph(network)
     contract.write(graphs[0], manifest_of(network), tmp_path / "m.onnx", graphs[1])
     assert open_overlap_graph(tmp_path / "m.onnx", model_loader.open_model(tmp_path / "m.onnx")) is not None
 
 
-def test_where_company_changes_the_bits_nothing_is_shared(bundled: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_dependent_bits_disable_the_overlap_graph(bundled: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a processor that rounds a window alone in another way, in both graphs, a job runs each window by itself."""
     asked, alone = Opened.run, bundled.model.run
 
@@ -183,7 +181,7 @@ def test_where_company_changes_the_bits_nothing_is_shared(bundled: Opened, monke
     assert open_overlap_graph(ARTEFACT, model) is None
 
 
-def test_a_graph_that_fails_on_some_rows_leaves_them_to_the_network(bundled: Opened) -> None:
+def test_failing_overlap_graph_falls_back_to_the_network(bundled: Opened) -> None:
     """No job ends by what only saves it time."""
     content = bundled_graph(contract.OVERLAP_KEY)
     empty = [node.input[0] for node in content.graph.node if node.op_type == "Equal"][-1]  # all spans but the longest
@@ -196,7 +194,7 @@ def test_a_graph_that_fails_on_some_rows_leaves_them_to_the_network(bundled: Ope
 
 
 @given(st.lists(st.integers(0, 2**18), max_size=200, unique=True), st.integers(1, 3000))
-def test_calls_are_no_larger_than_what_was_proven(some: list[int], more: int) -> None:
+def test_overlap_calls_do_not_exceed_the_verified_size(some: list[int], more: int) -> None:
     """The arrangement of short and long histories in a unit has no effect on the output."""
     starts = np.union1d(np.array(some, np.int64), np.arange(more))
     calls = scorer._group_starts(starts)
@@ -208,7 +206,7 @@ def test_calls_are_no_larger_than_what_was_proven(some: list[int], more: int) ->
     )
 
 
-def test_a_graph_that_vouches_wrongly_is_not_used(bundled: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inexact_overlap_graph_is_rejected(bundled: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     """One bit of one answer is enough."""
     asked = Opened.run
 
@@ -223,14 +221,14 @@ def test_a_graph_that_vouches_wrongly_is_not_used(bundled: Opened, monkeypatch: 
     assert open_overlap_graph(ARTEFACT, bundled.model) is None
 
 
-def test_a_file_that_changed_since_is_refused(bundled: Opened, tmp_path: Path) -> None:
+def test_changed_file_is_rejected(bundled: Opened, tmp_path: Path) -> None:
     """The second graph is of the very file whose network answers."""
     contract.write(ARTEFACT.read_bytes(), open_artefact(ARTEFACT)[1], tmp_path / "m.onnx", b"x")
     with pytest.raises(ArtefactRejected, match="the file changed while it was opened"):
         open_overlap_graph(tmp_path / "m.onnx", bundled.model)
 
 
-def test_the_export_carries_it_as_base64_in_the_one_file() -> None:
+def test_export_stores_overlap_graph_in_metadata() -> None:
     """The artefact stays one file, and its metadata text."""
     text = onnx_model.read_metadata(ARTEFACT.read_bytes())[contract.OVERLAP_KEY]
     graph = onnx.load_model_from_string(base64.b64decode(text)).graph

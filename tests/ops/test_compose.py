@@ -67,7 +67,7 @@ def test_health_is_asked_of_whoever_listens(name: str) -> None:
 
 
 @each_service
-def test_what_is_named_is_there(name: str) -> None:
+def test_named_files_and_volumes_exist(name: str) -> None:
     """Every mounted file exists, every volume and secret is declared, every dependency is a service."""
     one = SERVICES[name]
     for volume in one.get("volumes", []):
@@ -96,7 +96,7 @@ def test_secrets_are_files_and_named_as_the_service_reads_them() -> None:
         assert set(secret) <= {"POSTGRES_PASSWORD_FILE"}
 
 
-def test_the_example_names_every_variable_and_no_other() -> None:
+def test_example_names_every_variable_and_no_other() -> None:
     """.env.example lists each variable of the compose file with its default, commented out."""
     used = dict(re.findall(r"\$\{(\w+):-([^}]*)\}", TEXT))
     lines = [line for line in (ROOT / ".env.example").read_text().splitlines() if re.match(r"#?[A-Z_]+=", line)]

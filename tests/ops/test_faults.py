@@ -28,7 +28,7 @@ def test_one_client_that_hangs_is_not_well() -> None:
         assert well(events, ENDED, LATER) is None
 
 
-def test_well_begins_after_the_last_failure_and_takes_a_while_without_another() -> None:
+def test_recovery_begins_after_the_last_failure() -> None:
     """Answers before a failure do not count, and right after one nothing is called well."""
     failure = Event(ENDED + 4, "cycles", 0, "503")
     events = [*answered(ENDED + 1), failure, *answered(ENDED + 5)]
@@ -37,7 +37,7 @@ def test_well_begins_after_the_last_failure_and_takes_a_while_without_another() 
     assert well([*answered(ENDED + 1), failure], ENDED, LATER) is None
 
 
-def test_every_way_to_fail_is_one() -> None:
+def test_every_kind_of_failure_breaks_the_promise() -> None:
     """A lost flight, no recovery, no acknowledged row, or a fault without effect each fail the promise."""
     good = Outcome("no failure", 10, 0, 0.1)
     assert good.passed()

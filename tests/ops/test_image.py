@@ -70,7 +70,7 @@ def test_everything_that_is_installed_is_hashed() -> None:
     assert ["--from=build /opt/engine-health /opt/engine-health"] == given("COPY")
 
 
-def test_it_runs_as_nobody_in_particular() -> None:
+def test_image_runs_as_user_10001() -> None:
     """The image runs as user 10001, who owns the data volume only, and stops by SIGTERM."""
     assert ["10001:10001"] == given("USER")
     assert ["/data"] == given("WORKDIR") == given("VOLUME")
@@ -80,7 +80,7 @@ def test_it_runs_as_nobody_in_particular() -> None:
     assert names.index("RUN") < names.index("USER") < names.index("CMD")
 
 
-def test_the_health_check_asks_whether_it_is_ready(service: Service) -> None:
+def test_health_check_passes_when_ready_only(service: Service) -> None:
     """The image's own health check, run as it stands, passes for a ready service and fails where none listens."""
     (line,) = given("HEALTHCHECK")
     assert not re.search("curl|wget", line)
@@ -101,7 +101,7 @@ def test_labels_are_true() -> None:
     assert f'version = "{labels["org.opencontainers.image.version"]}"' in (ROOT / "pyproject.toml").read_text()
 
 
-def test_the_build_sees_only_what_the_image_is_made_of() -> None:
+def test_build_context_has_only_copied_files() -> None:
     """Everything is kept from the builder but what a COPY names, and of that no checkpoint and no bytecode."""
     rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
     copied = {word for line in given("COPY", BUILD) for word in line.split()[:-1]}
@@ -126,7 +126,7 @@ def test_wheel_contains_every_package_and_data_file() -> None:
     assert [] == [name for name in others if not any(fnmatch.fnmatch(name, rule) for rule in rules)]
 
 
-def test_a_secret_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secret_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file gives a setting that neither variable nor flag gives; an empty one gives nothing."""
     (tmp_path / "engine_health_api_keys").write_text("first,second\n")
     (tmp_path / "engine_health_database_url").write_text("")
@@ -143,7 +143,7 @@ def test_a_secret_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "" == read_settings().database_url
 
 
-def test_a_secret_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_secret_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     """A folder or bytes in place of a secret are refused with its path, and without its content."""
     path = tmp_path / "engine_health_admin_keys"
     path.mkdir()

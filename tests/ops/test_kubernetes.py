@@ -55,7 +55,7 @@ def test_manifests_mean_the_same_pods() -> None:
 
 
 @pytest.mark.parametrize("pod", [POD, PREDICTOR])
-def test_a_service_of_the_same_name_sets_nothing(pod: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_service_of_the_same_name_sets_nothing(pod: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Kubernetes' variable for the Service is none that the service could start with, so that pods are given none."""
     name = MANIFESTS["Service"]["metadata"]["name"].upper().replace("-", "_") + "_PORT"
     monkeypatch.setenv(name, "tcp://10.96.0.17:80")
@@ -64,7 +64,7 @@ def test_a_service_of_the_same_name_sets_nothing(pod: dict[str, Any], monkeypatc
     assert pod["enableServiceLinks"] is False
 
 
-def test_a_pod_computes_on_the_cores_that_it_requests() -> None:
+def test_pod_computes_on_the_cores_that_it_requests() -> None:
     """One thread of inference for each requested core: without a limit it would take one for every core of the node."""
     for container in (CONTAINER, *PREDICTOR["containers"]):
         given = {one["name"]: one["value"] for one in container["env"]}
@@ -72,7 +72,7 @@ def test_a_pod_computes_on_the_cores_that_it_requests() -> None:
         assert {name.removeprefix(PREFIX).lower() for name in given} <= set(Settings.model_fields)
 
 
-def test_prometheus_finds_the_pods_under_the_name_that_alerts_ask_for() -> None:
+def test_scrape_job_has_the_name_of_the_alerts() -> None:
     """The scrape job of docs/operations.md has the name in ops/alerts.yml, and keeps the manifests' pods and port."""
     (job,) = in_operations("scrape_configs")["scrape_configs"]
     asked = set(re.findall(r'job="([^"]+)"', (ROOT / "ops" / "alerts.yml").read_text()))
@@ -84,7 +84,7 @@ def test_prometheus_finds_the_pods_under_the_name_that_alerts_ask_for() -> None:
     assert ("keep", f"{value};{CONTAINER['ports'][0]['name']}") == (rule["action"], rule["regex"])
 
 
-def test_the_pod_is_what_the_image_expects() -> None:
+def test_pod_is_what_the_image_expects() -> None:
     """User, port, writable folders, secrets and version are the image's; nothing may write but to /data and /tmp."""
     dockerfile = (ROOT / "Dockerfile").read_text()
     security = POD["securityContext"]
@@ -103,7 +103,7 @@ def test_the_pod_is_what_the_image_expects() -> None:
     assert POD["automountServiceAccountToken"] is False
 
 
-def test_a_pod_has_time_to_drain() -> None:
+def test_pod_has_time_to_drain() -> None:
     """Probes ask the right paths, and a pod is killed only after preStop, draining and what is in flight."""
     probes = {kind: CONTAINER[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")}
     assert {"startup": "/readyz", "readiness": "/readyz", "liveness": "/livez"} == probes
@@ -124,7 +124,7 @@ def test_probes_need_no_key() -> None:
         assert [200] * len(probes) == [service.client.get(one["httpGet"]["path"]).status_code for one in probes]
 
 
-def test_the_inference_service_is_the_same_container() -> None:
+def test_inference_service_is_the_same_container() -> None:
     """KServe's predictor in docs/operations.md is a valid pod of the same image, port, user and limits."""
     (container,) = PREDICTOR["containers"]
     assert ("serving.kserve.io/v1beta1", "InferenceService") == tuple(

@@ -167,7 +167,7 @@ def recorded(prometheus: Prometheus, name: str, window: str) -> float:
 
 
 @pytest.mark.parametrize("window", ["1h", "1d", "30d"])
-def test_recorded_figures_are_those_of_the_answers(watched: Watched, manifest: Manifest, window: str) -> None:
+def test_recorded_figures_equal_an_offline_computation(watched: Watched, manifest: Manifest, window: str) -> None:
     """Accuracy, losses, Brier, coverage, ECE, z and the noise of chance equal an offline computation to 1e-9."""
     truth, n = watched.truth, len(watched.truth.logits)
     log_p = truth.logits / manifest.temperature
@@ -198,7 +198,7 @@ def test_recorded_figures_are_those_of_the_answers(watched: Watched, manifest: M
 
 
 @pytest.mark.parametrize("window", ["1h", "1d", "30d"])
-def test_recorded_figures_are_those_of_the_service(watched: Watched, window: str) -> None:
+def test_recorded_figures_equal_the_calibration_report(watched: Watched, window: str) -> None:
     """Every figure that both know is in Prometheus what GET /v1/calibration says of the same predictions, to 1e-9."""
     answer = watched.service.client.get("/v1/calibration", params={"window": window})
     assert 200 == answer.status_code, answer.text
@@ -257,7 +257,7 @@ def test_every_panel_returns_data(watched: Watched, window: str) -> None:
         assert all(map(math.isfinite, values)), (query, values)
 
 
-def test_every_alert_says_what_to_do(watched: Watched) -> None:
+def test_every_alert_has_a_runbook_section(watched: Watched) -> None:
     """An alert waits, has a severity, a summary and a description, and leads to its section of the runbook."""
     headings = {line.removeprefix("## ") for line in (ROOT / "docs" / "runbook.md").read_text().splitlines()}
     alerts = [rule for rule in watched.prometheus.rules() if rule["type"] == "alerting"]
@@ -281,7 +281,7 @@ def test_thresholds_are_named_once(watched: Watched) -> None:
 
 
 @pytest.mark.usefixtures("programs")
-def test_every_alert_is_tried_where_it_fires_and_where_not() -> None:
+def test_every_alert_is_tested_firing_and_silent() -> None:
     """Promtool finds rules and configuration sound, and each alert fires and keeps quiet where it should."""
     for command in ("check config prometheus.yml", "test rules alerts_test.yml", "test rules alerts_days_test.yml"):
         done = subprocess.run(["promtool", *command.split()], cwd=OPS, capture_output=True, text=True)
@@ -321,7 +321,7 @@ def test_metrics_are_named_as_prometheus_advises(watched: Watched) -> None:
     assert (0, "") == (done.returncode, done.stdout + done.stderr)
 
 
-def test_the_dashboard_is_what_its_script_writes() -> None:
+def test_dashboard_is_what_its_script_writes() -> None:
     """The file that Grafana reads is the script's, its panels do not overlap, and its source is the provisioned one."""
     assert dashboard.text() == dashboard.TARGET.read_text()
     panels = json.loads(dashboard.text())["panels"]

@@ -55,7 +55,7 @@ def test_waiting_connections_are_accepted_in_few_turns() -> None:
     assert CLIENTS < MAX_ACCEPTED
 
 
-def test_an_idle_loop_leaves_connections_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_loop_leaves_connections_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short turns accept one or two connections each, so that several workers share simultaneous clients."""
     monkeypatch.setattr(
         "service.server.event_loop.SECONDS_PER_CONNECTION", 60.0

@@ -57,9 +57,7 @@ def heard(connection: socket.socket) -> bytes:
         ("/v1/predict", b'{"instances":[{"telemetry":[', b"[]", b"]}]}", 40),  # lists are made, to name the wrong ones
     ],
 )
-def test_a_body_that_is_refused_does_not_fill_the_memory(
-    path: str, begin: bytes, value: bytes, end: bytes, most: int
-) -> None:
+def test_rejected_body_is_bounded_in_memory(path: str, begin: bytes, value: bytes, end: bytes, most: int) -> None:
     """Millions of empty values take a few times their bytes while what is wrong with them is found and named."""
     with running() as service:
         status = Path(f"/proc/{service.process.pid}/status")
@@ -180,7 +178,7 @@ def test_explanations_wait_in_the_same_queue(windows: Readings) -> None:
         assert 10 * len(answered) == service.metrics()["engine_health_confidence_count"]
 
 
-def test_the_rows_of_a_client_that_left_are_not_inferred(windows: Readings) -> None:
+def test_rows_of_a_disconnected_client_are_not_inferred(windows: Readings) -> None:
     """Who hangs up while waiting is counted as gone, and costs no inference."""
     slow = {"ENGINE_HEALTH_MAX_QUEUE_SECONDS": "60", "ENGINE_HEALTH_MAX_BATCH_ROWS": "1"}
     with running(**slow) as service:

@@ -60,7 +60,7 @@ print(before - held, held - resident(), sum(block.sum(dtype=int) for block in bl
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these limits")
-def test_holes_are_given_back() -> None:
+def test_heap_holes_are_returned_to_the_system() -> None:
     """Of 100 MiB between what stays nothing is held once the heap is tidied, but by who tunes it."""
     for environment, least, most in (({}, 90, 110), ({"MALLOC_MMAP_THRESHOLD_": str(2**22)}, -1, 10)):
         command = [sys.executable, "-c", HOLES]
@@ -71,7 +71,7 @@ def test_holes_are_given_back() -> None:
         assert whole == "True"
 
 
-def test_a_process_without_threads_to_spare_is_tidied_later(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trimming_without_a_free_thread_is_postponed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no thread is to be had the heap stays as it is, and whatever else the service does now and then goes on."""
     monkeypatch.setattr(lifecycle, "MALLOC_TRIM_SECONDS", 0.001)
 

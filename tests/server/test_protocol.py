@@ -38,7 +38,7 @@ def test_trailers_are_ignored_and_limited(service: Service, windows: Readings, t
 
 
 @pytest.mark.parametrize("offer", [OFFER, b"Connection: upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\n"])
-def test_an_offer_of_another_protocol_is_not_taken_up(service: Service, windows: Readings, offer: bytes) -> None:
+def test_upgrade_request_is_answered_as_http_1_1(service: Service, windows: Readings, offer: bytes) -> None:
     """A request that offers h2c or a websocket is answered as if it had not, body and all, and so is the next one."""
     plain = service.predict(one(windows[0])["instances"])["predictions"][0]["logits"]
     asked = predicting(windows, offer)
@@ -172,7 +172,7 @@ def test_incomplete_request_gets_503_on_shutdown(windows: Readings) -> None:
     assert "Traceback" not in log
 
 
-def test_blanks_around_a_value_are_not_the_value() -> None:
+def test_blanks_around_header_values_are_ignored() -> None:
     """Request ids, keys and lengths may have blanks behind them."""
     with running(ENGINE_HEALTH_API_KEYS="read") as service:
         for key in (b"X-API-Key: read \t\r\n", b"Authorization: Bearer  read \r\n"):

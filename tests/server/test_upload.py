@@ -93,7 +93,7 @@ def test_large_body_with_expect_gets_one_continue(service: Service, many: Readin
         assert 200 == hear(ear)[0]
 
 
-def test_a_large_body_that_is_late_is_refused(many: Readings) -> None:
+def test_large_body_that_is_late_is_refused(many: Readings) -> None:
     """Half a body in time is 408, and nothing else is heard on that connection; others are answered."""
     request = as_sent(many)
     with running(ENGINE_HEALTH_REQUEST_SECONDS="1") as hasty, talking(hasty) as (connection, ear):
@@ -143,7 +143,7 @@ def test_disconnect_during_upload_releases_the_budget(many: Readings, how: int) 
             assert 200 == hear(ear)[0]
 
 
-def test_two_lengths_are_no_request(service: Service) -> None:
+def test_body_with_two_lengths_is_rejected(service: Service) -> None:
     """A body that is announced and comes in chunks too would be read by two as two: it is 400."""
     with talking(service) as (connection, ear):
         connection.sendall(HEAD + b"Content-Length: 2000000\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
@@ -151,7 +151,7 @@ def test_two_lengths_are_no_request(service: Service) -> None:
 
 
 @pytest.mark.slow
-def test_clients_that_leave_within_large_bodies_leave_nothing_behind() -> None:
+def test_disconnects_during_uploads_leave_no_memory() -> None:
     """However many come together and hang up, no memory but that of one body stays."""
     most = HEAD + b"Content-Length: %d\r\n\r\n" % MAX_SPARE_BYTES + bytes(MAX_SPARE_BYTES - 1)
     with running() as service:

@@ -130,7 +130,7 @@ def test_another_database_may_take_the_place_of_the_first(windows: Readings, tmp
 
 
 @pytest.mark.parametrize("path", ["/v1/engines", "/v1/calibration"])
-def test_a_newer_database_met_later_is_left_alone(path: str, windows: Readings, tmp_path: Path) -> None:
+def test_newer_database_met_later_is_left_alone(path: str, windows: Readings, tmp_path: Path) -> None:
     """Newer code's database in place of ours: predictions go on and are not kept, the rest is 503 with the reason."""
     place, newer = tmp_path / "memory.db", tmp_path / "newer.db"
     with sqlite3.connect(newer) as made:
@@ -171,7 +171,7 @@ def test_silent_database_is_given_up(windows: Readings, cluster: Postgres) -> No
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_a_disk_that_is_really_full(
+def test_disk_that_is_really_full(
     kind: str, windows: Readings, small_disk: Path, request: pytest.FixtureRequest
 ) -> None:
     """On a full disk flights get 503 and predictions are not stored; acknowledged rows remain."""
@@ -198,7 +198,7 @@ def test_a_disk_that_is_really_full(
         assert ["normal"] == [row["label"] for row in history(service, "first")]
 
 
-def test_a_transaction_that_is_given_up_and_done_again_counts_once(windows: Readings, cluster: Postgres) -> None:
+def test_transaction_that_is_given_up_and_done_again_counts_once(windows: Readings, cluster: Postgres) -> None:
     """Where PostgreSQL gives a transaction up, for a deadlock or to keep order, it is done again and counted once."""
     url = cluster.url("again")
     with running(ENGINE_HEALTH_DATABASE_URL=url) as service, psycopg.connect(url, autocommit=True) as other:

@@ -166,7 +166,7 @@ def test_labels_join_in_any_order(
     assert len(labels_found) == len(found.logits)  # each engine and cycle counts once
 
 
-def test_the_order_of_telling_changes_no_figure(template: Path, tmp_path: Path) -> None:
+def test_order_of_telling_changes_no_figure(template: Path, tmp_path: Path) -> None:
     """Rows come by engine and cycle and engines by name, so that sums and resampled engines are the same bits."""
     steps: list[Step] = [("predict", e, c) for e in ("b", "ä c", "a") for c in (7, 1, 130)]
     steps += [("label", "b", 7, 1, False), ("end", "a", 140, False)]
@@ -216,7 +216,7 @@ def test_postgresql_joins_as_sqlite_does(cluster: Postgres, tmp_path: Path) -> N
         np.testing.assert_array_equal(mine, theirs)
 
 
-def test_a_newer_schema_is_refused(template: Path, tmp_path: Path) -> None:
+def test_newer_schema_is_refused(template: Path, tmp_path: Path) -> None:
     """A database made by newer code is left alone, with the reason."""
     path = tmp_path / "newer.db"
     shutil.copy(template, path)
@@ -227,7 +227,7 @@ def test_a_newer_schema_is_refused(template: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "mysql://a/b", "nonsense", "://"])
-def test_an_address_that_is_none_is_refused(url: str) -> None:
+def test_address_that_is_none_is_refused(url: str) -> None:
     """What is no database of ours is named before anything starts."""
     with pytest.raises(SettingsRejected, match="ENGINE_HEALTH_DATABASE_URL"):
         parse_url(url)
@@ -387,7 +387,7 @@ def test_engine_after_retention_shows_its_newest_rest(tmp_path: Path) -> None:
     assert [("a", 5), ("b", 1)] == asyncio.run(ask())
 
 
-def test_a_page_counts_the_engines_that_it_shows(tmp_path: Path) -> None:
+def test_page_counts_the_engines_that_it_shows(tmp_path: Path) -> None:
     """An engine whose latest prediction was forgotten is neither shown nor counted."""
     steps: list[Step] = [("predict", "a", 5), ("predict", "b", 5)]
 
@@ -422,7 +422,7 @@ def test_survivors_testify_for_a_model_that_came_later(tmp_path: Path) -> None:
     assert [2, 2, -1, -1] == asyncio.run(ask())
 
 
-def test_a_look_up_that_takes_too_long_is_no_outage(cluster: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_look_up_that_takes_too_long_is_no_outage(cluster: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who asks for more than can be read in time hears so; the database counts as there, and predictions are kept."""
     monkeypatch.setattr("service.store.sql.urls.SLOW_SECONDS", 1)
 

@@ -76,7 +76,7 @@ def test_flights_whose_clients_left_are_stored(kept: Service, windows: Readings,
     until(lambda: len(kept.client.get(f"/v1/engines/{name}").json().get("history", [])) == count)
 
 
-def test_an_engine_that_no_path_could_name_is_refused(kept: Service, windows: Readings) -> None:
+def test_engine_that_no_path_could_name_is_refused(kept: Service, windows: Readings) -> None:
     """Ids with control characters are a 422 by their place in every call, as their histories could not be asked for."""
     row = windows[0][0].tolist()
     for name in ("a\0b", "a\n", "\r", "\x7f", "\tid"):
@@ -198,7 +198,7 @@ def test_flights_may_name_their_channels(kept: Service, windows: Readings, manif
         ({"cycle": 1, "telemetry": [1.0] * 17}, ["cycles", 0]),
     ],
 )
-def test_a_wrong_flight_is_refused_by_its_place(kept: Service, flight: dict[str, Any], loc: list[Any]) -> None:
+def test_wrong_flight_is_refused_by_its_place(kept: Service, flight: dict[str, Any], loc: list[Any]) -> None:
     """Every wrong value of a flight is a 422 that names row and channel, and nothing of the request is kept."""
     good = {"engine_id": "not kept", "cycle": 1, "telemetry": [1.0] * 17}
     answer = kept.client.post("/v1/cycles", json={"cycles": [flight, good]})
@@ -208,7 +208,7 @@ def test_a_wrong_flight_is_refused_by_its_place(kept: Service, flight: dict[str,
 
 
 @pytest.mark.parametrize("telemetry", [b'"\xff"', b'{"\xff": 1}', b'["\xff"]'])
-def test_a_flight_of_broken_text_is_no_json(kept: Service, telemetry: bytes) -> None:
+def test_flight_of_broken_text_is_no_json(kept: Service, telemetry: bytes) -> None:
     """Bytes that are no UTF-8 within a flight's readings are a 400, as they are anywhere else."""
     body = b'{"cycles": [{"engine_id": "x", "cycle": 1, "telemetry": ' + telemetry + b"}]}"
     answer = kept.client.post("/v1/cycles", content=body, headers={"Content-Type": "application/json"})
@@ -255,14 +255,14 @@ def test_labels_have_each_a_result(kept: Service, windows: Readings) -> None:
         ({"engine_id": "x", "cycle": 1}, ["labels", 0]),
     ],
 )
-def test_a_wrong_label_is_refused_by_its_place(kept: Service, row: dict[str, Any], loc: list[Any]) -> None:
+def test_wrong_label_is_refused_by_its_place(kept: Service, row: dict[str, Any], loc: list[Any]) -> None:
     """A label that is none, or of nothing, is a 422 that names it."""
     answer = kept.client.post("/v1/labels", json={"labels": [row]})
     assert 422 == answer.status_code, answer.text
     assert loc == answer.json()["errors"][0]["loc"]
 
 
-def test_an_end_labels_the_whole_history(kept: Service, windows: Readings) -> None:
+def test_end_labels_the_whole_history(kept: Service, windows: Readings) -> None:
     """RUL = end - cycle gives every prediction its class, and what arrives later too; another end conflicts."""
     for cycle in (10, 80, 140, 200):
         fly(kept, "ends", cycle, windows[0][cycle % 50])
@@ -439,7 +439,7 @@ def test_call_without_store_gets_501(windows: Readings) -> None:
             assert "ENGINE_HEALTH_DATABASE_URL" in answer.json()["detail"]
 
 
-def test_a_model_without_windows_collects_no_flights(tmp_path: Path) -> None:
+def test_model_without_windows_collects_no_flights(tmp_path: Path) -> None:
     """Where an instance is no window of readings there is nothing to collect flights for: 422, with the reason."""
     with running(ENGINE_HEALTH_MODEL=str(identity_classifier(tmp_path / "m.onnx", FOUR))) as service:
         answer = service.client.post(
