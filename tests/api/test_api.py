@@ -106,7 +106,7 @@ def test_missing_value_with_hold_takes_the_last_value(service: Service, windows:
 
 
 def test_missing_values_before_the_window_are_ignored(service: Service, windows: Readings) -> None:
-    """Rows older than the window are not seen: a hole there is neither refused nor counted, and may still be held."""
+    """A missing value before the window is neither rejected nor counted, and may be held into the window."""
     name = 'engine_health_imputed_values_total{channel="sensor_4"}'
     before = service.metrics()[name]
     older = windows[0][:2].tolist()
@@ -140,7 +140,7 @@ def test_explanation_is_the_effect_of_each_channel(service: Service, manifest: M
 
 
 def test_explanation_without_baselines_is_rejected(service: Service, windows: Readings, tmp_path: Path) -> None:
-    """A model that does not say what is usual is refused by its place, and so are too many instances."""
+    """An explanation without baselines, or of too many instances, is rejected with its location."""
     described: dict[str, object] = {"name": "t", "version": "1", "classes": ["n", "e", "s", "w"]}
     with running(ENGINE_HEALTH_MODEL=str(identity_classifier(tmp_path / "t.onnx", described))) as other:
         answer = other.client.post("/v1/predict", json={"instances": [{"telemetry": [1, 2, 3, 4]}], "explain": True})
@@ -152,7 +152,7 @@ def test_explanation_without_baselines_is_rejected(service: Service, windows: Re
 
 @pytest.mark.parametrize("label", ["degrading", 1, [0, 1, 0]])
 def test_label_by_name_index_or_distribution_costs_the_same(service: Service, windows: Readings, label: object) -> None:
-    """However the truth is written, the loss is -ln of its probability, and the evaluation is the mean."""
+    """For every form of the label, the loss is -ln of its probability, and the evaluation is the mean."""
     found = service.predict([instance(windows[0], label=label), instance(windows[1])])
     row, unlabelled = found["predictions"]
     p = numerics.softmax(row["logits"], found["temperature"])[1]

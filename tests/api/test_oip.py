@@ -42,7 +42,7 @@ def test_oip_encodings_equal_predict(service: Service, manifest: Manifest, windo
 
 
 def test_outputs_have_requested_order_and_encoding(service: Service, windows: Readings) -> None:
-    """Some outputs as bytes and some as JSON, none that was not asked for; the request's id comes back."""
+    """Requested outputs have their order and encoding, others are omitted, and the request id is echoed."""
     wanted = [{"name": "health", "parameters": {"binary_data": True}}, {"name": "rul"}]
     found = outputs(service.client.post(INFER, json=asked(windows, outputs=wanted, id="a-17")))
     assert ["health", "rul"] == [tensor["name"] for tensor in found["head"]["outputs"]]
@@ -149,7 +149,7 @@ def test_more_rows_than_a_batch_come_back_whole(service: Service, windows: Readi
 
 
 def test_stock_client_works_unchanged(service: Service, windows: Readings, tmp_path: Path) -> None:
-    """Triton's own HTTP client asks in both encodings, plain and gzipped, and hears what /v1/predict says."""
+    """Triton's HTTP client gets the predictions of /v1/predict in both encodings, plain and gzipped."""
     np.save(tmp_path / "windows.npy", windows)
     address = f"{service.client.base_url.host}:{service.client.base_url.port}"
     script = Path(__file__).parents[1] / "support" / "stock_client.py"

@@ -93,7 +93,7 @@ def test_calibration_report_has_every_field() -> None:
 
 
 def test_figures_are_those_of_the_evaluation() -> None:
-    """Cross-entropy, accuracy, Brier and ECE are what `model.numerics` says of the same logits and temperature."""
+    """Cross-entropy, accuracy, Brier and ECE equal `model.numerics` for the same logits and temperature."""
     made = replace(calibrated(), temperature=np.full(600, 1.3))
     found, label = said(made), made.label.argmax(axis=1)
     assert float(numerics.cross_entropy(made.logits, label, 1.3)) == pytest.approx(found["cross_entropy"]["realised"])
@@ -107,7 +107,7 @@ def test_figures_are_those_of_the_evaluation() -> None:
 
 
 def test_row_is_scored_at_the_temperature_of_its_prediction() -> None:
-    """Logits doubled under temperature two say the same as before."""
+    """Doubled logits at twice the temperature give the same report."""
     made = calibrated()
     twice = np.where(np.arange(600) % 2, 2.0, 1.0)
     other = replace(made, temperature=twice, logits=(made.logits * twice[:, None]).astype(np.float32))
@@ -133,7 +133,7 @@ def test_order_of_rows_changes_nothing() -> None:
 
 
 def test_unlabelled_rows_touch_the_label_free_part_alone() -> None:
-    """Predictions without a label change shares and label-free estimates, and nothing that labels say."""
+    """Predictions without a label change shares and label-free estimates, and no labelled figure."""
     made = calibrated()
     more = rows(
         np.concatenate([made.logits, made.logits[:200] * 3]),
@@ -160,7 +160,7 @@ def test_label_free_error_is_estimate_minus_observed() -> None:
 
 
 def test_classes_by_hand() -> None:
-    """Recall, precision and counts of two classes; a class never called has no precision, one never seen no recall."""
+    """A class that is never predicted has no precision, and a class without labels has no recall."""
     z = np.log([[0.9, 0.05, 0.05], [0.8, 0.1, 0.1], [0.1, 0.8, 0.1]])
     normal, degrading, critical = said(rows(z, [0, 1, 1]))["classes"]
     assert (1, 1.0, 0.5) == (normal["n"], normal["recall"], normal["precision"])
@@ -338,7 +338,7 @@ DEPENDENT: dict[str, Callable[[Random], Stream]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", DEPENDENT)
 def test_looking_after_every_label_raises_no_false_alarm(kind: str) -> None:
-    """Of sixty calibrated streams at most eight ever alarm: at 5 % more than eight come once in three hundred."""
+    """At most 8 of 60 calibrated streams ever alarm; with 5 % each, more than 8 occur once in 300 runs."""
     alarmed = sum(looks(DEPENDENT[kind](np.random.default_rng(1000 + seed))).alarms().any() for seed in range(60))
     assert alarmed <= 8
 
@@ -352,7 +352,7 @@ def test_wrong_temperature_is_detected(sharpness: float, sign: int) -> None:
 
 @pytest.mark.parametrize("kind", DEPENDENT)
 def test_simulated_look_equals_the_report(kind: str) -> None:
-    """What the simulations look at after each label is the state and the evidence that the service gives."""
+    """The state and evidence of the simulations equal those of the report of the service."""
     for seed in range(5):
         stream = DEPENDENT[kind](np.random.default_rng(seed))
         seen = looks(stream)

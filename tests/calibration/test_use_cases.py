@@ -197,7 +197,7 @@ def test_temperature_that_cannot_be_is_refused(windows: Readings) -> None:
 
 
 def test_fit_that_cannot_be_is_refused_with_the_reason() -> None:
-    """Too few engines, a window that is none: a problem that says so, and nothing is kept."""
+    """Too few engines or an invalid window get a problem with the reason, and nothing is stored."""
     with running() as service:
         answer = service.client.post(FITS, json={})
         assert 409 == answer.status_code
@@ -251,6 +251,6 @@ def test_window_is_a_number_and_a_unit(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "d", "0d", "-1d", "1.5d", "1y", "1 d", "１d", "9999999999d"])
 def test_other_windows_are_refused(text: str) -> None:
-    """What is no number and unit is refused by its name."""
+    """A window that is not a number and a unit is rejected by its name."""
     with pytest.raises(InvalidInput, match="window"):
         seconds_of(text)

@@ -22,7 +22,7 @@ PAGES = ("#/fleet", "#/engine/FD001-61", "#/calibration", "#/explorer")
 
 @pytest.fixture(scope="module")
 def fleet(browser: Browser, cmapss_dir: Path, windows: Readings) -> Iterator[Service]:
-    """NASA's engines, 60 that ended and 10 that run, answered at too low a temperature, and many others."""
+    """C-MAPSS engines, 60 failed and 10 running, predicted at too low a temperature, and many others."""
     assert browser.is_connected()
     with running(ENGINE_HEALTH_ADMIN_KEYS=ADMIN) as service:
         key = {"X-API-Key": ADMIN}
@@ -172,7 +172,7 @@ def test_end_is_entered_and_corrected(console: Watched, fleet: Service) -> None:
 
 
 def test_inspection_is_entered(console: Watched, fleet: Service) -> None:
-    """What an inspection found at a cycle becomes the truth of its prediction."""
+    """The class of an inspection becomes the label of the prediction at that cycle."""
     page = console.open("#/engine/FD001-63")
     page.get_by_label("Inspected class").select_option("normal")
     page.get_by_role("button", name="Record the inspection").click()
@@ -306,7 +306,7 @@ def test_prediction_is_loaded_into_the_explorer(console: Watched, fleet: Service
 
 @pytest.mark.parametrize("colours", ["light", "dark"])
 def test_every_page_is_accessible_and_fits_a_telephone(browser: Browser, fleet: Service, colours: Any) -> None:
-    """Nothing that axe knows is wrong, in light and dark; no page is wider than a screen of 1280 or 375 pixels."""
+    """axe finds no violation in light and dark, and no page is wider than 1280 or 375 px."""
     home, axe = str(fleet.client.base_url).rstrip("/") + "/", Axe()
     with watched(browser, home, color_scheme=colours) as console:
         for path in PAGES:

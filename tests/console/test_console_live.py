@@ -114,7 +114,7 @@ def test_replaced_label_is_shown_immediately(console: Watched) -> None:
 
 
 def test_recorded_failure_is_confirmed_if_refresh_fails(console: Watched) -> None:
-    """An end that the service took is never called not recorded, whatever happens to the page afterwards."""
+    """A stored failure is confirmed even if the next refresh fails."""
     page = console.open("#/engine/e01")
     expect(page.locator(".facts")).to_be_visible()
     page.route("**/v1/engines/e01*", unavailable)
@@ -193,7 +193,7 @@ def test_enter_opens_the_searched_engine(console: Watched) -> None:
 
 
 def test_looks_do_not_multiply(console: Watched) -> None:
-    """A tab that is hidden and shown again, however often, asks once at a time."""
+    """A tab that is hidden and shown repeatedly has one request at a time."""
     page, under_way, most = console.open(), [0], [0]
 
     def begun(request: Request) -> None:
@@ -217,7 +217,7 @@ def test_looks_do_not_multiply(console: Watched) -> None:
 
 
 def test_page_opens_while_the_service_is_unreachable(browser: Browser, tmp_path: Path) -> None:
-    """Each page says that nothing answers, also one not opened before, and shows itself when something does."""
+    """Each page reports an unreachable service, also on its first opening, and loads when the service responds."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -315,7 +315,7 @@ def test_verdict_is_read_out_once(console: Watched) -> None:
 
 @pytest.mark.parametrize("query", ["z=1e308,0,-1e308&y=2&t=0.01", "z=1e6,-1e6,123456.789&y=1&t=0.03", "z=abc", "z=1"])
 def test_explorer_of_any_address_agrees_with_the_service(console: Watched, query: str) -> None:
-    """Whatever an address says, the numbers are finite and those of the service."""
+    """For any address the numbers are finite and equal those of the service."""
     page = console.open(f"#/explorer?{query}")
     expect(page.get_by_text("numerics of the service agree")).to_be_visible()
     assert np.isfinite(float(page.locator(".loss").inner_text()))
@@ -334,7 +334,7 @@ def test_explorer_of_any_address_agrees_with_the_service(console: Watched, query
     ],
 )
 def test_number_out_of_range_is_shown_as_it_is_used(console: Watched, field: str, typed: str, becomes: str) -> None:
-    """What a field shows after Enter is what is calculated with."""
+    """The value that a field shows after Enter is the value in use."""
     page = console.open("#/explorer")
     one = page.get_by_label(field, exact=True)
     one.fill(typed)
@@ -344,7 +344,7 @@ def test_number_out_of_range_is_shown_as_it_is_used(console: Watched, field: str
 
 
 def test_slider_announces_the_temperature(console: Watched) -> None:
-    """A slider that counts powers of ten says the temperature to who does not see it."""
+    """The logarithmic slider announces the temperature to screen readers."""
     page = console.open("#/explorer?z=1,2&t=2.5")
     expect(page.get_by_role("slider", name="Temperature, from sharp to flat")).to_have_attribute(
         "aria-valuetext", "2.5"
@@ -352,7 +352,7 @@ def test_slider_announces_the_temperature(console: Watched) -> None:
 
 
 def test_declined_key_is_requested_once(browser: Browser) -> None:
-    """Who has no key may still move the explorer's sliders, and is not asked again at every one."""
+    """Without a key the explorer works, and the key is requested once."""
     with running(ENGINE_HEALTH_API_KEYS="shibboleth") as service, watched(browser, home(service)) as console:
         page = console.open("#/explorer")
         page.get_by_role("button", name="Cancel").click()
@@ -425,7 +425,7 @@ def test_many_classes_leave_the_worst_engine_visible(browser: Browser, flown: Se
 
 
 def test_files_are_compressed_for_clients_that_accept_gzip(service: Service) -> None:
-    """A weight of 0 is a no, `*` takes everything; `If-None-Match: *` knows whatever there is."""
+    """A weight of 0 declines gzip and `*` accepts it; `If-None-Match: *` matches every file."""
     for accepted, packed in (("gzip;q=0", False), ("gzip; q=0.0, br", False), ("*", True), ("br, gzip;q=0.1", True)):
         got = service.client.get("/console/main.js", headers={"Accept-Encoding": accepted})
         assert packed == (got.headers.get("content-encoding") == "gzip"), accepted

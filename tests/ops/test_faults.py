@@ -29,7 +29,7 @@ def test_one_client_that_hangs_is_not_well() -> None:
 
 
 def test_recovery_begins_after_the_last_failure() -> None:
-    """Answers before a failure do not count, and right after one nothing is called well."""
+    """Recovery needs responses for some time after the last failure."""
     failure = Event(ENDED + 4, "cycles", 0, "503")
     events = [*answered(ENDED + 1), failure, *answered(ENDED + 5)]
     assert 5.0 == well(events, ENDED, LATER)

@@ -102,7 +102,7 @@ def test_labels_are_true() -> None:
 
 
 def test_build_context_has_only_copied_files() -> None:
-    """Everything is kept from the builder but what a COPY names, and of that no checkpoint and no bytecode."""
+    """The build context has only files that a COPY names, without checkpoints and bytecode."""
     rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
     copied = {word for line in given("COPY", BUILD) for word in line.split()[:-1]}
     assert "*" == rules[0]

@@ -104,7 +104,7 @@ def test_pod_is_what_the_image_expects() -> None:
 
 
 def test_pod_has_time_to_drain() -> None:
-    """Probes ask the right paths, and a pod is killed only after preStop, draining and what is in flight."""
+    """Probes use the right paths, and a pod is killed only after preStop, draining and requests in flight."""
     probes = {kind: CONTAINER[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")}
     assert {"startup": "/readyz", "readiness": "/readyz", "liveness": "/livez"} == probes
     before = int(CONTAINER["lifecycle"]["preStop"]["exec"]["command"][1])
@@ -116,7 +116,7 @@ def test_pod_has_time_to_drain() -> None:
 
 
 def test_probes_need_no_key() -> None:
-    """Every path that a probe asks is answered with 200 without a key by a service that asks for keys."""
+    """A service with keys returns 200 without a key for every path of a probe."""
     probes = [*(CONTAINER[f"{kind}Probe"] for kind in ("startup", "readiness", "liveness"))]
     probes += [one["readinessProbe"] for one in PREDICTOR["containers"]]
     with running(ENGINE_HEALTH_API_KEYS="a-key-of-this-test") as service:

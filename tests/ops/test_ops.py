@@ -199,7 +199,7 @@ def test_recorded_figures_equal_an_offline_computation(watched: Watched, manifes
 
 @pytest.mark.parametrize("window", ["1h", "1d", "30d"])
 def test_recorded_figures_equal_the_calibration_report(watched: Watched, window: str) -> None:
-    """Every figure that both know is in Prometheus what GET /v1/calibration says of the same predictions, to 1e-9."""
+    """Recorded figures equal those of GET /v1/calibration for the same predictions, to 1e-9."""
     answer = watched.service.client.get("/v1/calibration", params={"window": window})
     assert 200 == answer.status_code, answer.text
     said, n = answer.json(), len(watched.truth.logits)
@@ -315,7 +315,7 @@ def test_without_a_conformal_rule_no_row_has_a_set(tmp_path: Path) -> None:
 
 
 def test_metrics_are_named_as_prometheus_advises(watched: Watched) -> None:
-    """Promtool's lint has nothing to say of what is exported."""
+    """The exported metrics pass promtool's lint."""
     exposition = watched.service.client.get("/metrics").text
     done = subprocess.run(["promtool", "check", "metrics"], input=exposition, capture_output=True, text=True)
     assert (0, "") == (done.returncode, done.stdout + done.stderr)
