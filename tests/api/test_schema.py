@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.support.processes import running
 
-EXAMPLES = int(os.environ.get("SCHEMA_EXAMPLES", "25"))  # for each operation; `make fuzz` asks for more
+EXAMPLES = int(os.environ.get("SCHEMA_EXAMPLES", "15"))  # for each operation; `make fuzz` asks for more
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance"
 NAMES = Path(__file__).parent / "schemathesis.toml"  # the one model's, without which most paths are 404
 

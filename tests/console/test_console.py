@@ -306,7 +306,7 @@ def test_prediction_is_loaded_into_the_explorer(console: Watched, fleet: Service
 
 @pytest.mark.parametrize("colours", ["light", "dark"])
 def test_every_page_is_accessible_and_fits_a_telephone(browser: Browser, fleet: Service, colours: Any) -> None:
-    """axe finds no violation in light and dark, and no page is wider than 1280 or 375 px."""
+    """No page has a violation of axe in light and dark, or is wider than 1280 or 375 px."""
     home, axe = str(fleet.client.base_url).rstrip("/") + "/", Axe()
     with watched(browser, home, color_scheme=colours) as console:
         for path in PAGES:
