@@ -14,8 +14,8 @@ OWN = (
 )
 
 
-def said(service: Service, request: bytes) -> bytes:
-    """All that is heard until the other side hangs up, without what differs from answer to answer."""
+def raw_responses(service: Service, request: bytes) -> bytes:
+    """Return all responses until the connection closes, without the fields that differ between responses."""
     with talking(service) as (connection, ear):
         connection.sendall(request)
         return re.sub(b"|".join(OWN), b"", ear.read(), flags=re.MULTILINE)
@@ -45,14 +45,14 @@ def other(request: bytes) -> bytes:
 def test_response_with_and_without_asgi_messages_is_equal(
     service: Service, windows: Readings, ask: Callable[[bytes], bytes]
 ) -> None:
-    """Status, headers and body of a prediction, or a refusal, are those of a service that looks at each message."""
+    """Status, headers and body are equal to those of a service that inspects each ASGI message."""
     request = ask(predicting(windows))
-    with running(ENGINE_HEALTH_CORS_ORIGINS="https://ops.example") as looking:  # which adds to answers to pages only
-        assert said(service, request) == said(looking, request)
+    with running(ENGINE_HEALTH_CORS_ORIGINS="https://ops.example") as looking:
+        assert raw_responses(service, request) == raw_responses(looking, request)
 
 
 def test_continue_precedes_an_early_rejection() -> None:
-    """A 100 never comes behind the answer, where the next one would be read: also when both are due in one turn."""
+    """100 Continue is never sent after the final response, also when both are due in one turn."""
     chunk = b"Transfer-Encoding: chunked\r\n\r\n7d0\r\n" + b" " * 2000 + b"\r\n"
     with running(ENGINE_HEALTH_MAX_BODY_BYTES="1000") as small:
         for closing in (b"", b"Connection: close\r\n"):
@@ -66,7 +66,7 @@ def test_continue_precedes_an_early_rejection() -> None:
 
 
 def test_expect_continue_with_sent_body_is_answered(service: Service, windows: Readings) -> None:
-    """A body that comes with its headers needs no 100; the answer comes once, and the next request is read."""
+    """A body that arrives with its headers gets one response without 100 Continue, and the next request is read."""
     with talking(service) as (connection, ear):
         connection.sendall(
             predicting(windows, b"Expect: 100-continue\r\n")

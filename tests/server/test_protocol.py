@@ -22,7 +22,7 @@ OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings:
 
 @pytest.mark.parametrize("trailers", [b"X-A: b\r\n" * 20_000, b"X-A: " + b"b" * 200_000])
 def test_trailers_are_ignored_and_limited(service: Service, windows: Readings, trailers: bytes) -> None:
-    """What comes behind the last chunk changes nothing; more of it than headers may have is 431."""
+    """Trailers are ignored, and trailers above the limit of headers get 431."""
     body = json.dumps(one(windows[0])).encode()
     chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % len(body) + body + b"\r\n0\r\n"
     with talking(service) as (connection, ear):
@@ -39,7 +39,7 @@ def test_trailers_are_ignored_and_limited(service: Service, windows: Readings, t
 
 @pytest.mark.parametrize("offer", [OFFER, b"Connection: upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\n"])
 def test_upgrade_request_is_answered_as_http_1_1(service: Service, windows: Readings, offer: bytes) -> None:
-    """A request that offers h2c or a websocket is answered as if it had not, body and all, and so is the next one."""
+    """A request that offers h2c or a websocket is answered as HTTP/1.1, and so is the next one."""
     plain = service.predict(one(windows[0])["instances"])["predictions"][0]["logits"]
     asked = predicting(windows, offer)
     chunked = HEAD + offer + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
@@ -55,8 +55,8 @@ def test_upgrade_request_is_answered_as_http_1_1(service: Service, windows: Read
         assert 422 == hear(ear)[0]
 
 
-def test_any_number_of_offers_may_come_together(service: Service) -> None:
-    """Pipelined requests with an Upgrade header are all answered."""
+def test_pipelined_upgrade_requests_are_all_answered(service: Service) -> None:
+    """Any number of pipelined requests with an Upgrade header are all answered."""
     many = 1500
     with talking(service) as (connection, ear):
         connection.sendall(LIVEZ.replace(b"\r\n\r\n", b"\r\n" + OFFER + b"\r\n") * many)
@@ -64,7 +64,7 @@ def test_any_number_of_offers_may_come_together(service: Service) -> None:
 
 
 def test_headers_that_follow_a_large_body_are_counted_without_it(service: Service, windows: Readings) -> None:
-    """A pipelined request whose headers begin in the packet that ends a large body is no 431."""
+    """Headers that share a packet with the end of a large body are counted without the body, and get no 431."""
     asked = predicting(windows)
     body = json.dumps(one(windows[0])).encode().ljust(400_000)
     large = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
@@ -78,7 +78,7 @@ def test_headers_that_follow_a_large_body_are_counted_without_it(service: Servic
 @pytest.mark.parametrize(("size", "status"), [(60_000, 200), (70_000, 431)])
 @pytest.mark.parametrize("lines", [1, 100])
 def test_header_limit_is_the_published_limit(service: Service, size: int, status: int, lines: int) -> None:
-    """Headers of fewer bytes than the shown limit are read, of more refused, in one piece or in many."""
+    """Headers up to the published limit are read and longer ones rejected, in one piece or in many."""
     assert 65536 == service.client.get("/v1/model").json()["limits"]["header_bytes"]
     asked = LIVEZ[:-2] + (b"X-A: " + b"b" * (size // lines) + b"\r\n") * lines + b"\r\n"
     for pieces in (1, 7):
@@ -103,7 +103,7 @@ REFUSED = {
 
 
 def test_malformed_http_gets_a_problem_document() -> None:
-    """Broken, endless and late headers get a problem document with a request id, are counted, and leave a log line."""
+    """Malformed, endless and late headers get a problem document with a request id, are counted and logged."""
     said = {}
     with running(ENGINE_HEALTH_REQUEST_SECONDS="1", ENGINE_HEALTH_LOG_LEVEL="info") as service:
         for sent, status in REFUSED.items():
@@ -129,7 +129,7 @@ def test_malformed_http_gets_a_problem_document() -> None:
 
 
 def test_earlier_requests_are_answered_before_a_rejection(service: Service, windows: Readings) -> None:
-    """Nonsense behind whole requests takes no answer from them; the connection is closed after the last one."""
+    """Requests before malformed bytes are all answered, and the connection is then closed."""
     asked = predicting(windows)
     with talking(service) as (connection, ear):
         connection.sendall(asked * 2 + b"nonsense\r\n\r\n")
@@ -138,7 +138,7 @@ def test_earlier_requests_are_answered_before_a_rejection(service: Service, wind
 
 
 def test_stopping_workers_refuse_new_connections(windows: Readings) -> None:
-    """After SIGTERM workers answer connected clients, and new connections are refused immediately."""
+    """After SIGTERM workers answer connected clients and refuse new connections."""
     asked = predicting(windows)
     with running(ENGINE_HEALTH_WORKERS="2") as service, talking(service) as (connection, ear):
         until_all_are_ready(service, 2)
@@ -159,10 +159,10 @@ def test_stopping_workers_refuse_new_connections(windows: Readings) -> None:
 
 
 def test_incomplete_request_gets_503_on_shutdown(windows: Readings) -> None:
-    """A request that is not whole at the end of the grace time is 503 like any that comes too late, and no fault."""
+    """A request that is incomplete at the end of the grace time gets 503, and is not a failure."""
     with running() as service, talking(service) as (connection, ear):
         connection.sendall(predicting(windows)[:-9])
-        service.metrics()  # by now it has begun to read
+        service.metrics()  # reading has started
         service.process.terminate()
         status, headers, body = hear(ear)
         assert (503, "1") == (status, headers["retry-after"])
@@ -173,7 +173,7 @@ def test_incomplete_request_gets_503_on_shutdown(windows: Readings) -> None:
 
 
 def test_blanks_around_header_values_are_ignored() -> None:
-    """Request ids, keys and lengths may have blanks behind them."""
+    """Request ids, keys and lengths may be followed by blanks."""
     with running(ENGINE_HEALTH_API_KEYS="read") as service:
         for key in (b"X-API-Key: read \t\r\n", b"Authorization: Bearer  read \r\n"):
             with talking(service) as (connection, ear):
@@ -198,7 +198,7 @@ def asking_much(service: Service) -> Iterator[BinaryIO]:
 
 
 def test_client_that_does_not_read_is_disconnected() -> None:
-    """An answer that is left unread is given up, and its connection with it; one that is read late is not."""
+    """A client that does not read its response is disconnected, and one that reads late is not."""
     with running(ENGINE_HEALTH_REQUEST_SECONDS="3") as service:
         descriptors = f"/proc/{service.process.pid}/fd"
         with asking_much(service) as ear:
@@ -214,7 +214,7 @@ def test_client_that_does_not_read_is_disconnected() -> None:
 
 
 def test_pipelined_requests_in_overload_are_answered_in_order(windows: Readings) -> None:
-    """While others are refused, three requests in one write have three answers in their order."""
+    """Three requests in one write get three responses in order while other requests are rejected."""
     body = json.dumps({"instances": one(windows[0])["instances"] * 60}).encode()
     asked = predicting(windows) + LIVEZ + predicting(windows)
     with running(ENGINE_HEALTH_MAX_QUEUE_ROWS="64") as service, talking(service) as (connection, ear):
@@ -239,7 +239,7 @@ def test_pipelined_requests_in_overload_are_answered_in_order(windows: Readings)
 
 
 def test_request_state_is_freed_with_the_next_request() -> None:
-    """Nothing that the server keeps of a request refers to itself, so that none of it waits for a collection."""
+    """The state of a request has no reference cycle, so that it is freed without garbage collection."""
     requests: list[Any] = []
 
     async def application(_scope: Any, receive: Any, send: Any) -> None:

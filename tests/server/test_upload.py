@@ -20,12 +20,12 @@ from tests.support.bodies import INFER, binary
 from tests.support.processes import Service, resident, running, until
 from tests.support.raw_http import HEAD, LIVEZ, MIB, as_sent, asking, connected, ends, hear, talking
 
-ROWS = 400  # windows whose floats are more than a MiB
+ROWS = 400  # windows of more than 1 MiB of floats
 
 
 @pytest.fixture(scope="module")
 def many(windows: Readings) -> Readings:
-    """Windows of which hardly two are alike."""
+    """Windows that differ from each other."""
     random, some = np.random.default_rng(5), windows[np.arange(ROWS) % 4]
     return (some * (1 + 1e-3 * random.standard_normal(some.shape))).astype(np.float32)
 
@@ -45,14 +45,14 @@ def logits(body: bytes) -> bytes:
 
 
 def turn(service: Service) -> None:
-    """Let its loop come round often enough to read all that was sent."""
+    """Send enough requests that the event loop reads all earlier bytes."""
     for _ in range(50):
         service.client.get("/livez")
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_large_body_in_any_pieces_is_read_unchanged(service: Service, many: Readings, seed: int) -> None:
-    """In one piece or in any, windows have the same answers, and what follows on the connection is read."""
+    """Windows have the same predictions in one piece or in many, and the next pipelined request is read."""
     request = as_sent(many)
     with talking(service) as (connection, ear):
         connection.sendall(request)
@@ -83,7 +83,7 @@ def test_large_bodies_that_come_together_are_not_mixed_up(service: Service, many
 
 
 def test_large_body_with_expect_gets_one_continue(service: Service, many: Readings) -> None:
-    """`Expect: 100-continue` is answered before the first byte of the body, and once."""
+    """`Expect: 100-continue` gets one 100 response before the first byte of the body."""
     head, _, body = as_sent(many).partition(b"\r\n\r\n")
     with talking(service) as (connection, ear):
         connection.sendall(head + b"\r\nExpect: 100-continue\r\n\r\n")
@@ -93,8 +93,8 @@ def test_large_body_with_expect_gets_one_continue(service: Service, many: Readin
         assert 200 == hear(ear)[0]
 
 
-def test_large_body_that_is_late_is_refused(many: Readings) -> None:
-    """Half a body in time is 408, and nothing else is heard on that connection; others are answered."""
+def test_large_body_that_is_late_gets_408(many: Readings) -> None:
+    """A body that is incomplete after the time limit gets 408 and a closed connection; other clients are answered."""
     request = as_sent(many)
     with running(ENGINE_HEALTH_REQUEST_SECONDS="1") as hasty, talking(hasty) as (connection, ear):
         connection.sendall(request[: len(request) // 2])
@@ -144,7 +144,7 @@ def test_disconnect_during_upload_releases_the_budget(many: Readings, how: int) 
 
 
 def test_body_with_two_lengths_is_rejected(service: Service) -> None:
-    """A body that is announced and comes in chunks too would be read by two as two: it is 400."""
+    """A body with Content-Length and chunked encoding gets 400, since two parsers could read it differently."""
     with talking(service) as (connection, ear):
         connection.sendall(HEAD + b"Content-Length: 2000000\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
         assert 400 == hear(ear)[0]
@@ -152,7 +152,7 @@ def test_body_with_two_lengths_is_rejected(service: Service) -> None:
 
 @pytest.mark.slow
 def test_disconnects_during_uploads_leave_no_memory() -> None:
-    """However many come together and hang up, no memory but that of one body stays."""
+    """After many disconnects during uploads at most the memory of one body remains."""
     most = HEAD + b"Content-Length: %d\r\n\r\n" % MAX_SPARE_BYTES + bytes(MAX_SPARE_BYTES - 1)
     with running() as service:
         before = resident(service)
@@ -165,7 +165,7 @@ def test_disconnects_during_uploads_leave_no_memory() -> None:
 
 
 def test_announced_bytes_are_not_charged_before_arrival(many: Readings) -> None:
-    """Large bodies of which hardly a byte is there hold less than a large one that comes, which is answered."""
+    """Announced large bodies are charged only for bytes that arrived, so that another large body is answered."""
     request = as_sent(many)
     with running(ENGINE_HEALTH_MAX_BUFFERED_BYTES=str(8 * MIB)) as tight, ExitStack() as slow:
         for _ in range(12):
@@ -180,7 +180,7 @@ def test_announced_bytes_are_not_charged_before_arrival(many: Readings) -> None:
 
 
 def test_fast_upload_is_read_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However much of it waits to be read, others have their turn after each step."""
+    """Other tasks get a turn after each step, however many bytes of the body wait."""
     step, length, taken = 1 << 12, 2 * MIB, [0]
     monkeypatch.setattr(upload, "MAX_STEP", step)
     monkeypatch.setattr(upload, "MIN_STEP", step)
@@ -189,7 +189,7 @@ def test_fast_upload_is_read_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         context = context_of(scope)
         held = context.reservation = BodyReservation(BodyBudget(length))
         context.headers, context.content_length = dict(scope["headers"]), length
-        await asyncio.sleep(0.1)  # until much of the body waits
+        await asyncio.sleep(0.1)  # until much of the body is in the socket
 
         def turn() -> None:
             taken.append(held.bytes)
@@ -213,7 +213,7 @@ def test_fast_upload_is_read_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_body_view_after_release_raises_and_mapping_is_reused() -> None:
-    """A reader that was not waited for gets an error, never the bytes of the next body in the same memory."""
+    """A view of a released body raises an error, and never shows the bytes of the next body."""
     budget = BodyBudget(4 * MIB)
     first, second = BodyReservation(budget), BodyReservation(budget)
     view = first.allocate(2 * MIB)
@@ -227,7 +227,7 @@ def test_body_view_after_release_raises_and_mapping_is_reused() -> None:
 
 
 def test_body_view_in_use_keeps_its_bytes_after_release() -> None:
-    """Memory that an array still uses is given to no other body, and its bytes stay as they are."""
+    """Memory that an array still uses is not reused, and its bytes are unchanged."""
     budget = BodyBudget(4 * MIB)
     first, second = BodyReservation(budget), BodyReservation(budget)
     view = first.allocate(MIB)
@@ -239,7 +239,7 @@ def test_body_view_in_use_keeps_its_bytes_after_release() -> None:
 
 
 def test_body_larger_than_the_spare_mapping_is_closed_on_release() -> None:
-    """Of a body above the limit of the spare mapping nothing stays, and its view is invalid."""
+    """A body above the limit of the spare mapping is closed on release, and its view is invalid."""
     budget = BodyBudget(4 * MAX_SPARE_BYTES)
     held = BodyReservation(budget)
     view = held.allocate(MAX_SPARE_BYTES + 1)
