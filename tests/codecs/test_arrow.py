@@ -53,12 +53,12 @@ def set_column(table: Any, name: str, values: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def fleet(windows: Readings) -> dict[str, Readings]:
-    """Three engines: a whole window, a short history, and more rows than the window."""
+    """Three engines: one full window, one short history, and one with more rows than the window."""
     return {"B": windows[0], "A": windows[1][:7], "C": np.concatenate([windows[3][:30], windows[2]])}
 
 
 def test_table_of_flights_equals_json(service: Service, fleet: dict[str, Readings]) -> None:
-    """Rows in any order, columns in any order: each engine answers bit for bit as its window does in JSON."""
+    """Rows and columns in any order give bit for bit the predictions of the same windows in JSON."""
     table = flights(fleet, label=pa.array([*["critical"] * 99, None, *["critical"] * 6, "normal", *[None] * 130]))
     asked = [
         {"engine_id": name, "cycle": len(history), "telemetry": history.tolist()} for name, history in fleet.items()
@@ -79,7 +79,7 @@ def test_table_of_flights_equals_json(service: Service, fleet: dict[str, Reading
 def test_table_encodings_give_equal_predictions(
     service: Service, fleet: dict[str, Readings], text: str, compression: str | None
 ) -> None:
-    """Strings of every layout, coded or not, whole or in batches, compressed or not, answer alike."""
+    """Tables of any string layout, batch size and compression give equal predictions."""
     table = flights(fleet, label=pa.array(["degrading"] * 237))
     expected = answered(service, stream(table))
     for name in ("engine_id", "label"):
@@ -88,7 +88,7 @@ def test_table_encodings_give_equal_predictions(
 
 
 def test_numbers_of_every_width_are_read(service: Service, windows: Readings) -> None:
-    """Integers, halves, floats and doubles are the numbers that JSON would say; labels may be indices of any width."""
+    """Columns of any numeric type equal the same numbers in JSON, and labels may be indices of any width."""
     whole = np.round(windows[0][:9]).clip(0, 120).astype(np.float32)
     expected = without_ids(service.predict([{"telemetry": whole.tolist(), "label": 2, "engine_id": "A", "cycle": 9}]))
     kinds = [pa.int8(), pa.uint8(), pa.int16(), pa.uint16(), pa.int32(), pa.uint32(), pa.int64(), pa.uint64()]
@@ -108,7 +108,7 @@ def test_numbers_of_every_width_are_read(service: Service, windows: Readings) ->
 
 
 def test_table_without_optional_columns_is_accepted(service: Service, windows: Readings) -> None:
-    """Without engine_id the whole table is one engine; without cycle its rows count in the order they have."""
+    """Without engine_id a table is one engine, and without cycle its rows are in order."""
     expected = service.predict([{"telemetry": windows[0].tolist()}])["predictions"][0]
     table = flights({"A": windows[0]})
     anonymous = answered(service, stream(table.drop(["engine_id", "cycle"])))["predictions"]
@@ -121,7 +121,7 @@ def test_table_without_optional_columns_is_accepted(service: Service, windows: R
     assert expected["logits"] != turned["logits"] == other["logits"]
 
 
-def test_options_stand_in_the_query(service: Service, fleet: dict[str, Readings]) -> None:
+def test_options_of_a_table_are_in_the_query(service: Service, fleet: dict[str, Readings]) -> None:
     """Temperature and explanation of a table are set in the query, with the effect that they have in JSON."""
     table = stream(flights(fleet).drop(["cycle"]))
     asked = [{"engine_id": name, "telemetry": history.tolist()} for name, history in fleet.items()]
@@ -149,17 +149,17 @@ def test_options_stand_in_the_query(service: Service, fleet: dict[str, Readings]
         ("?instances=1", "instances"),
     ],
 )
-def test_wrong_option_is_named(service: Service, windows: Readings, query: str, place: str) -> None:
-    """Options out of range, unknown or duplicate are a 422 that names them, as in JSON."""
+def test_invalid_option_is_located(service: Service, windows: Readings, query: str, place: str) -> None:
+    """Options that are invalid, unknown or duplicate get 422 with their name."""
     answer = post(service, stream(flights({"A": windows[0]})), query)
     assert (422, [place]) == (answer.status_code, answer.json()["errors"][0]["loc"])
     assert ("&" in query) == answer.json()["detail"].startswith("duplicate query parameter temperature")
 
 
-def test_missing_values_are_named_or_held(service: Service, fleet: dict[str, Readings]) -> None:
-    """Null and NaN are missing: refused by instance, row and channel, or held and counted, as null is in JSON."""
+def test_missing_values_are_rejected_or_imputed(service: Service, fleet: dict[str, Readings]) -> None:
+    """Null and NaN are rejected by instance, row and channel, or imputed and counted, as null in JSON."""
     table, history = flights(fleet), fleet["A"].tolist()
-    row = 100 + 5  # the sixth of engine A
+    row = 100 + 5  # the sixth row of engine A
     for gone in (None, float("nan")):
         values = table.column("sensor_4").to_pylist()
         values[row] = gone
@@ -220,10 +220,10 @@ WRONG: list[tuple[str, Any, list[Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "values", "place"), WRONG, ids=[f"{k}" for k in range(len(WRONG))])
-def test_wrong_column_is_refused_by_its_place(
+def test_invalid_column_is_located(
     service: Service, windows: Readings, name: str, values: Any, place: list[Any]
 ) -> None:
-    """What is missing, unknown, of another type or out of range is a problem document that names column and row."""
+    """A missing, unknown, mistyped or out-of-range column gets a problem document with column and row."""
     table = flights({"A": windows[0][:SMALL]})
     table = table.drop([name]) if name in table.column_names else table
     answer = post(service, stream(table if values is None else table.append_column(name, values)))
@@ -231,8 +231,8 @@ def test_wrong_column_is_refused_by_its_place(
     assert "application/problem+json" == answer.headers["content-type"]
 
 
-def test_two_columns_of_a_name_and_no_rows_are_refused(service: Service, windows: Readings) -> None:
-    """A name that stands twice is named, and a table without rows is no prediction."""
+def test_duplicate_column_and_empty_table_get_422(service: Service, windows: Readings) -> None:
+    """A duplicate column gets 422 with its name, and so does a table without rows."""
     table = flights({"A": windows[0][:SMALL]})
     twice = post(service, stream(table.append_column("sensor_4", table.column("sensor_4"))))
     assert (422, ["sensor_4"]) == (twice.status_code, twice.json()["errors"][0]["loc"])
@@ -241,14 +241,14 @@ def test_two_columns_of_a_name_and_no_rows_are_refused(service: Service, windows
         assert (422, ["instances"]) == (answer.status_code, answer.json()["errors"][0]["loc"])
 
 
-def test_body_that_is_no_stream_is_refused(service: Service, windows: Readings) -> None:
-    """Nothing, noise, JSON, a file instead of a stream, one cut short anywhere or with more behind it: 400."""
+def test_body_that_is_no_stream_gets_400(service: Service, windows: Readings) -> None:
+    """An empty body, noise, JSON, an Arrow file, a truncated stream and trailing bytes get 400."""
     body = stream(flights({"A": windows[0][:SMALL]}))
     sink = pa.BufferOutputStream()
     table = flights({"A": windows[0][:SMALL]})
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
-    cut = [body[:k] for k in range(1, len(body) - 8, 97)]  # without its last eight bytes a stream is whole
+    cut = [body[:k] for k in range(1, len(body) - 8, 97)]  # the last 8 bytes of a stream are optional
     for wrong in (b"", b"\x00" * 64, os.urandom(999), b'{"instances": []}', bytes(sink.getvalue()), body + b"x", *cut):
         answer = post(service, wrong)
         assert (400, 400) == (answer.status_code, answer.json()["status"]), answer.text
@@ -256,7 +256,7 @@ def test_body_that_is_no_stream_is_refused(service: Service, windows: Readings) 
 
 
 def test_damaged_streams_are_rejected_without_effect(service: Service, fleet: dict[str, Readings]) -> None:
-    """A thousand streams with a few wrong bytes are each answered or refused, and the next one answers as before."""
+    """1000 streams with wrong bytes are answered or rejected, and the next valid stream is answered as before."""
     table = flights({name: history[:4] for name, history in fleet.items()}, label=pa.array(["normal"] * 12))
     coded = set_column(table, "engine_id", table.column("engine_id").dictionary_encode())
     viewed = set_column(table, "engine_id", table.column("engine_id").cast(pa.string_view()))
@@ -273,7 +273,7 @@ def test_damaged_streams_are_rejected_without_effect(service: Service, fleet: di
 
 
 def headers(body: bytes) -> list[tuple[int, FlatbufferTable, int]]:
-    """Of each message: where its header begins in the stream, the header as a flatbuffer, and where its body begins."""
+    """Return the offset of the header, the header and the offset of the body of each message."""
     found, at = [], 0
     while at < len(body) and (size := read_number(UINT32, body, at + 4)):
         data = body[at + 8 : at + 8 + size]
@@ -283,7 +283,7 @@ def headers(body: bytes) -> list[tuple[int, FlatbufferTable, int]]:
     return found
 
 
-def told_again(body: bytes) -> bytes:
+def share_longest_entry(body: bytes) -> bytes:
     """Return a stream in which every metadata entry refers to the longest one."""
     begin, message, _ = headers(body)[0]
     schema, changed = message.table(2), bytearray(body)
@@ -310,7 +310,7 @@ def one_buffer(body: bytes) -> bytes:
 
 
 def swollen(body: bytes, size: int) -> bytes:
-    """Return a compressed stream whose first buffer declares some inflated size."""
+    """Return a compressed stream whose first buffer declares another inflated size."""
     _, message, begin = headers(body)[1]
     batch, changed = message.table(2), bytearray(body)
     assert batch is not None
@@ -327,11 +327,11 @@ def peak(service: Service) -> int:
 
 
 def bombs() -> dict[str, tuple[bytes, int]]:
-    """Small streams that ask for much, and the status that each is answered with."""
+    """Return small streams that need much memory, with the expected status."""
     zeros = pa.array(np.zeros(2**21))
     table = pa.table(dict.fromkeys(CHANNELS, zeros))  # 272 MiB of zeros
     bytes_ = pa.table({name: pa.array(np.ones(2**19, np.int8)) for name in CHANNELS})
-    view = struct.pack("<i4sii", 2**20, b"xxxx", 0, 0)  # a text of a MiB, pointed at 4,096 times
+    view = struct.pack("<i4sii", 2**20, b"xxxx", 0, 0)  # a text of 1 MiB, referred to 4,096 times
     buffers = [None, pa.py_buffer(view * 2**12), pa.py_buffer(b"x" * 2**20)]
     text = pa.Array.from_buffers(pa.string_view(), 2**12, buffers)
     views = pa.table({name: pa.array(np.ones(2**12, np.float32)) for name in CHANNELS}).append_column("engine_id", text)
@@ -347,7 +347,7 @@ def bombs() -> dict[str, tuple[bytes, int]]:
         "a negative size": (swollen(stream(few, compression="zstd"), -2), 400),
         "one buffer": (one_buffer(stream(bytes_.append_column("cycle", pa.array(np.arange(2**19))))), 413),
         "views": (stream(views), 413),
-        "notes": (told_again(stream(few.replace_schema_metadata(notes))), 400),
+        "notes": (share_longest_entry(stream(few.replace_schema_metadata(notes))), 400),
         "many columns": (stream(pa.table({f"{k}": pa.array([1.0]) for k in range(5000)})), 400),
         "a long header": (stream(few.replace_schema_metadata({"x": "x" * 2 * MAX_HEADER_BYTES})), 400),
         "many messages": (stream(pa.concat_tables([few] * 17_000), 1), 400),
@@ -355,8 +355,8 @@ def bombs() -> dict[str, tuple[bytes, int]]:
 
 
 @pytest.mark.slow
-def test_small_streams_that_ask_for_much_get_nothing(windows: Readings) -> None:
-    """Bombs of every kind are refused at little cost: memory hardly grows, and the next stream is answered."""
+def test_arrow_bombs_are_rejected_at_little_cost(windows: Readings) -> None:
+    """Bombs of every kind are rejected with little memory, and the next stream is answered."""
     with running() as fresh:
         body = stream(flights({"A": windows[0]}))
         expected = answered(fresh, body)
@@ -369,8 +369,8 @@ def test_small_streams_that_ask_for_much_get_nothing(windows: Readings) -> None:
         assert peak(fresh) - before < 100
 
 
-def test_as_many_engines_as_instances(service: Service, windows: Readings) -> None:
-    """More engines than one call may have, or than are explained in one, are a 422; as many as that are answered."""
+def test_table_with_too_many_engines_gets_422(service: Service, windows: Readings) -> None:
+    """More engines than instances are allowed, with or without explanation, get 422; the maximum is answered."""
     few = {f"{k}": windows[0][:1] for k in range(241)}
     for query, status in (("", 200), ("?explain=true", 422)):
         answer = post(service, stream(flights(few)), query)
@@ -381,7 +381,7 @@ def test_as_many_engines_as_instances(service: Service, windows: Readings) -> No
 
 
 def test_gzip_table_is_limited_by_its_inflated_size(windows: Readings) -> None:
-    """Gzip around a stream is as without; a stream that fits the limit only while compressed is a 413."""
+    """A gzip stream equals its plain form, and one that exceeds the limit when inflated gets 413."""
     body = stream(flights({"A": np.round(windows[0], 1)}))
     with running(ENGINE_HEALTH_MAX_BODY_BYTES=str(len(body))) as small:
         packed = post(small, gzip.compress(body), **{"Content-Encoding": "gzip"})
@@ -393,12 +393,12 @@ def test_gzip_table_is_limited_by_its_inflated_size(windows: Readings) -> None:
 
 
 def loaded(process: "subprocess.Popen[str]", library: str) -> bool:
-    """Whether a process has a library in memory."""
+    """Return whether a process has loaded a library."""
     return library in Path(f"/proc/{process.pid}/maps").read_text()
 
 
 def test_pyarrow_is_loaded_by_the_first_table(windows: Readings) -> None:
-    """A service that has received no table has not imported pyarrow."""
+    """A service imports pyarrow with its first table."""
     with running() as fresh:
         fresh.predict([{"telemetry": windows[0].tolist()}])
         assert not loaded(fresh.process, "libarrow")
@@ -407,8 +407,8 @@ def test_pyarrow_is_loaded_by_the_first_table(windows: Readings) -> None:
         assert not loaded(fresh.process, "pandas")
 
 
-def test_without_pyarrow_tables_are_refused_and_all_else_is_served(tmp_path: Path, windows: Readings) -> None:
-    """Where pyarrow is not installed a table is a 415 that names the extra, and JSON is answered."""
+def test_table_without_pyarrow_gets_415(tmp_path: Path, windows: Readings) -> None:
+    """Without pyarrow a table gets 415 with the name of the extra, and JSON is answered."""
     with running(**absent(tmp_path, "pyarrow")) as bare:
         answer = post(bare, stream(flights({"A": windows[0]})))
         assert 415 == answer.status_code
@@ -417,7 +417,7 @@ def test_without_pyarrow_tables_are_refused_and_all_else_is_served(tmp_path: Pat
 
 
 def test_model_of_single_rows_takes_each_row(tmp_path: Path) -> None:
-    """A network without a window, of named channels, answers one prediction a row, in the order of the rows."""
+    """A model of single rows with named channels gives one prediction per row in the order of the rows."""
     described: dict[str, object] = {
         "name": "four",
         "version": "1",
@@ -438,8 +438,8 @@ def test_model_of_single_rows_takes_each_row(tmp_path: Path) -> None:
             assert (422, ["instances", 1, "telemetry", "d"]) == (answer.status_code, answer.json()["errors"][0]["loc"])
 
 
-def test_model_without_named_channels_takes_no_tables(tmp_path: Path) -> None:
-    """Where columns could mean nothing, a table is a 415 that says so."""
+def test_table_for_unnamed_channels_gets_415(tmp_path: Path) -> None:
+    """A table for a model without named channels gets 415 with the reason."""
     with running(ENGINE_HEALTH_MODEL=str(overflowing_classifier(tmp_path / "over.onnx"))) as other:
         answer = post(other, stream(pa.table({"a": [1.0], "b": [2.0]})))
         assert 415 == answer.status_code
@@ -447,7 +447,7 @@ def test_model_without_named_channels_takes_no_tables(tmp_path: Path) -> None:
 
 
 def test_live_while_a_large_table_is_read(service: Service, windows: Readings) -> None:
-    """/livez goes on being answered while 30 MB of flights in small batches are read."""
+    """`/livez` responds while 30 MB of flights in small batches are read."""
     large = stream(flights({f"{k}": windows[k % 4] for k in range(2000)}).drop(["cycle"]), rows=20)
     assert 16 * 2**20 < len(large) < 32 * 2**20
     answers = []
@@ -457,11 +457,11 @@ def test_live_while_a_large_table_is_read(service: Service, windows: Readings) -
             answers.append(client.get("/livez").status_code)
         assert 2000 == len(task.result().json()["predictions"])
     assert {200} == set(answers)
-    assert len(answers) > 5  # had the loop been held for the whole time, there would be one or two
+    assert len(answers) > 5  # a blocked event loop would give one or two
 
 
-def test_document_tells_of_tables(service: Service) -> None:
-    """The OpenAPI document has both content types of a prediction, and the options as parameters of the query."""
+def test_openapi_document_describes_tables(service: Service) -> None:
+    """The OpenAPI document has both content types of a prediction and the options as query parameters."""
     told = service.client.get("/openapi.json").json()["paths"]["/v1/predict"]["post"]
     assert {"application/json", ARROW["Content-Type"]} == set(told["requestBody"]["content"])
     parameters = {parameter["name"]: parameter for parameter in told["parameters"]}
@@ -470,8 +470,8 @@ def test_document_tells_of_tables(service: Service) -> None:
     assert ["hold", "reject"] == sorted(parameters["missing"]["schema"]["enum"])
 
 
-def test_readmes_table_works_as_pasted(service: Service, fleet: dict[str, Readings], tmp_path: Path) -> None:
-    """The Python program of docs/api.md, run in a folder with flights.parquet, prints the health of each engine."""
+def test_python_program_of_the_api_page_works(service: Service, fleet: dict[str, Readings], tmp_path: Path) -> None:
+    """The Python program of docs/api.md prints the health of each engine of flights.parquet."""
     program = (ROOT / "docs" / "api.md").read_text().split("```python\n")[1].split("```")[0]
     assert "pyarrow" in program
     pyarrow.parquet.write_table(flights(fleet), tmp_path / "flights.parquet")

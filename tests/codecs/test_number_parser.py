@@ -1,4 +1,4 @@
-"""Numbers of JSON to arrays, by each of the two parsers: the same values, and the same texts declined."""
+"""Both parsers convert JSON numbers to equal arrays, and decline the same texts."""
 
 import json
 import mmap
@@ -38,7 +38,7 @@ ROWS = np.random.default_rng(0).normal(500, 100, (PARSE_BYTES // 10, 3)).round(3
 
 @pytest.mark.slow
 def test_long_tables_are_parsed_in_pieces() -> None:
-    """Rows read in pieces are the rows; by rows, by columns, flat or nested."""
+    """Long tables by row, by column, flat or nested are parsed in pieces to the same numbers."""
     rows = json.dumps(ROWS.tolist()).encode()
     assert len(rows) > 2 * PARSE_BYTES
     found = parse_rows(rows, 3)
@@ -58,18 +58,18 @@ def test_long_tables_are_parsed_in_pieces() -> None:
 @pytest.mark.parametrize("place", [0, len(ROWS) // 2, len(ROWS) - 1])
 @pytest.mark.parametrize("wrong", ["x", "1]", "[1]", "1,", "null", "true", '"1"', "1 2"])
 def test_invalid_value_anywhere_in_a_long_table_is_detected(place: int, wrong: str) -> None:
-    """A piece with anything but numbers in it makes the whole unusual."""
+    """A piece with an invalid value makes the parser decline the whole table."""
     rows = [f"[{a}, {b}, {c}]" for a, b, c in ROWS.tolist()]
     rows[place] = rows[place][:-1] + f"{wrong}]" if wrong == "x" else f"[1, 2, {wrong}]"
     assert parse_rows(f"[{', '.join(rows)}]".encode(), 3) is None
     flat = [str(value) for value in ROWS.ravel().tolist()]
     flat[3 * place] = wrong
-    if wrong != "[1]":  # which is flattened
+    if wrong != "[1]":  # is flattened
         assert parse_numbers(f"[{', '.join(flat)}]".encode(), "d") is None
 
 
 def parsed(text: str) -> Any:
-    """As Python's own parser reads it; None if it does not."""
+    """Return the result of Python's own parser, or None if it fails."""
     try:
         return json.loads(text)
     except ValueError:
@@ -77,8 +77,8 @@ def parsed(text: str) -> Any:
 
 
 @given(st.lists(st.sampled_from(["[", "]", ",", "1", "[1,2]", "[3]", "1,", " "]), max_size=12).map("".join))
-def test_nested_lists_in_pieces_are_read_if_and_only_if_they_are_json(inside: str) -> None:
-    """A list that is cut at its commas has the numbers that Python's parser finds, and is refused where that does."""
+def test_nested_lists_in_pieces_equal_the_json_parser(inside: str) -> None:
+    """A list in pieces has the numbers of Python's parser, and is declined if that fails."""
     text = f"[[1,{inside}],2]"
     with pytest.MonkeyPatch.context() as patch:
         for size in (1, 2, 5):
@@ -99,7 +99,7 @@ PARTS = st.sampled_from(
 @example(["[8,9]", "[1,[2]]", "[8,9]"])
 @example(["[8,9]", "[1,2],[3", "4]"])
 def test_tables_parsed_together_equal_tables_alone(texts: list[str]) -> None:
-    """Whatever stands between the brackets, some that fit those of a neighbour too: all as if alone, or none."""
+    """Tables parsed together equal each table alone, or are all declined."""
     texts = [f"[{text}]" for text in texts]
     alone = [parse_rows(text.encode(), 2) for text in texts]
     single = [None if found is None else to_float32(found) for found in alone]
@@ -133,7 +133,7 @@ def test_faults_of_a_window_do_not_depend_on_others(wrong: str, place: int) -> N
         return refused.value.detail
 
     alone, among = refusal([wrong]), refusal([*[WINDOW] * place, wrong, *[WINDOW] * (19 - place)])
-    if "the body" not in alone:  # which names a byte
+    if "the body" not in alone:  # such a message has the offset in bytes
         assert alone.replace("instances[0]", f"instances[{place}]") == among
 
 
@@ -162,8 +162,8 @@ def inferred(body: bytes | memoryview) -> None:
         (inferred, TENSOR % ("[]", f"{WINDOW[:-1]},{PAD}]")),
     ],
 )
-def test_long_body_that_is_no_json_is_never_read(reads: Callable[[bytes | memoryview], None], body: str) -> None:
-    """What a parser refuses whole is refused in pieces, also in a value that a later one of its name replaces."""
+def test_long_malformed_body_is_never_read(reads: Callable[[bytes | memoryview], None], body: str) -> None:
+    """A malformed body is rejected in pieces as in whole, also in a value that a duplicate name replaces."""
     assert len(body) > PARSE_BYTES
     assert not isinstance(parsed(body), dict)
     mapping = mmap.mmap(-1, len(body))
@@ -173,8 +173,8 @@ def test_long_body_that_is_no_json_is_never_read(reads: Callable[[bytes | memory
             reads(form)
 
 
-def test_missing_values_are_read_as_fast_as_others_and_only_where_they_may() -> None:
-    """Null is NaN where it may be held, whatever other numbers there are; a number of the same size is none."""
+def test_null_is_nan_only_where_it_may_be_held() -> None:
+    """Null is NaN where missing values may be held, and the number of the sentinel is declined."""
     rows: list[list[float | None]] = [[1.0, None, 2.0], [None, 3.0, 4.0]]
     text = json.dumps(rows).encode()
     found = parse_rows(text, 3, hold=True)
@@ -189,7 +189,7 @@ def test_missing_values_are_read_as_fast_as_others_and_only_where_they_may() -> 
 
 
 def test_float32_limit_equals_that_of_numpy() -> None:
-    """Around the largest float32, to the last bit of a float64, both ways of looking agree with the cast."""
+    """Around the largest float32 both checks agree with the cast of NumPy."""
     for value in (FLOAT32_LIMIT, np.nextafter(FLOAT32_LIMIT, 0), 3.4e38, 1e39, float(np.finfo(np.float32).max), 0.0):
         for signed in (float(value), -float(value)):
             with np.errstate(over="ignore"):
@@ -227,7 +227,7 @@ def outcome(parse: Callable[[], Any]) -> Any:
 @given(st.lists(NUMBERS, max_size=4), st.lists(NUMBERS, min_size=2, max_size=2), st.sampled_from(["%s", "[%s]"]))
 @example(["-0"], ["-0", "1"], "%s")
 def test_both_parsers_return_equal_numbers(values: list[str], pair: list[str], form: str) -> None:
-    """Flat lists, rows and tables are the same bits from both parsers, or declined by both."""
+    """Both parsers return equal bits for flat lists, rows and tables, or both decline."""
     simdjson, portable = SimdjsonParser(), PortableParser()
     flat, rows = f"[{form % ','.join(values)}]".encode(), f"[[{','.join(pair)}],[1,2]]".encode()
 
@@ -240,7 +240,7 @@ def test_both_parsers_return_equal_numbers(values: list[str], pair: list[str], f
         ]
 
     found = list(zip(calls(simdjson), calls(portable), strict=True))
-    nested = b"[" in rows[2:-7]  # a list within a row, which simdjson flattens; the caller counts brackets
+    nested = b"[" in rows[2:-7]  # simdjson flattens a list within a row; the caller counts brackets
     for one, other in found[: 2 if nested else 4]:
         assert one == other
 
@@ -250,7 +250,7 @@ def test_both_parsers_return_equal_numbers(values: list[str], pair: list[str], f
 @example(["0", "0"], "18446744073709551616", "1")
 @example(["0", "0"], "1" * 5000, "1")
 def test_both_parsers_return_equal_instances(values: list[str], engine: str, cycle: str) -> None:
-    """Instances with engines and cycles are the same from both parsers, or declined by both."""
+    """Both parsers return equal instances with engines and cycles, or both decline."""
     text = f'[{{"telemetry":[[{",".join(values)}]],"engine_id":{engine},"cycle":{cycle}}}]'.encode()
     found: list[Any] = []
     for parser in (SimdjsonParser(), PortableParser()):
@@ -260,21 +260,21 @@ def test_both_parsers_return_equal_instances(values: list[str], engine: str, cyc
             found.append((keys, parsed.lengths, [part.tobytes() for part in parsed.numbers]))
         except DECLINED:
             found.append(None)
-    if text.count(b"[") == 3:  # as above
+    if text.count(b"[") == 3:  # as above: no list within a row
         assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("depth", [900, 1000, 1030, 250_000])
 @pytest.mark.parametrize("parser", [SimdjsonParser, PortableParser])
 def test_deep_lists_are_declined_or_flattened(parser: type[NumberParser], depth: int) -> None:
-    """Lists within lists are one number or declined, however many they are: no parser overflows the stack."""
+    """Nested lists of any depth are one number or declined, and no parser overflows the stack."""
     text = b"[" * depth + b"1" + b"]" * depth
     found = outcome(lambda: [parser().flat(text, "d")])
     assert found == (None if depth > 1024 else [np.float64(1).tobytes()])
 
 
 def test_service_without_simdjson_returns_the_same_bytes(tmp_path: Path) -> None:
-    """A process in which simdjson is absent answers predictions, evaluations and refusals as one that has it."""
+    """Without simdjson the bytes of predictions, evaluations and rejections are the same."""
     row = json.dumps([round(500 + k / 7, 3) for k in range(17)])
     window = f"[{','.join([row] * 100)}]"
     bodies = (
@@ -296,8 +296,8 @@ def test_service_without_simdjson_returns_the_same_bytes(tmp_path: Path) -> None
 
 
 def test_decoded_tensor_does_not_keep_its_body() -> None:
-    """No part of a tensor that was read from JSON is a view of the body, so that its memory is free."""
+    """A decoded tensor has no view of its body, so that the memory can be reused."""
     body = memoryview(bytearray((TENSOR % ("[1]", WINDOW)).encode()))
     inference = decode_inference(body, None, {"telemetry": "FP32"})
-    body.release()  # a BufferError if anything still views it
+    body.release()  # raises BufferError if a view of the body exists
     assert inference.inputs["telemetry"].shape == (1, 100, 17)

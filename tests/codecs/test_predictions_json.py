@@ -1,4 +1,4 @@
-"""The answer of a prediction as bytes, without HTTP."""
+"""Serialisation of a prediction response without HTTP."""
 
 import tracemalloc
 
@@ -15,7 +15,7 @@ from service.settings import read_settings
 
 
 def test_rows_of_a_response_are_joined_once() -> None:
-    """An answer is its rows between its head and its end, and costs no second copy: it may have hundreds of MB."""
+    """A response is joined from its rows without a second copy, since it may have hundreds of MB."""
     predictor = Predictor(open_model(ARTEFACT), Metrics(CollectorRegistry()), read_settings())
     found = PredictionResult(2.0, [], evaluation=Evaluation(1, 0.1, 0.2, 1.0, 0.3))
     for n in (1, 2, 20):

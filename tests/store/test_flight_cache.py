@@ -36,13 +36,13 @@ def by(window: int) -> ModelVersion:
 
 
 def made(cycle: int, window: Readings) -> NewPrediction:
-    """Logits that identify the window: its first, its last and its mean value."""
+    """Return a prediction whose logits are the first, the last and the mean value of its window."""
     logits = np.array([window[0, 0], window[-1, 0], window.mean()], np.float32)
     return NewPrediction(f"{next(names):032x}", "a", cycle, logits.tobytes(), None, 0, 0.5, None)
 
 
 def flight(cycle: int) -> Readings:
-    """One reading, the cycle."""
+    """Return one reading that equals the cycle."""
     return np.array([cycle], dtype=np.float32)
 
 
@@ -55,7 +55,7 @@ def tail(
 
 
 def write(who: ModelVersion, base: EngineTail, *cycles: int, told: float = 1.0) -> FlightWrite:
-    """Flights of one engine, with predictions of those that are not in its tail."""
+    """Return flights of one engine with predictions of those that are missing in its tail."""
     window, updated = who.manifest.window or 1, base.copy()
     results = {cycle: updated.add(cycle, flight(cycle)) for cycle in sorted(cycles)}
     new = [(cycle, flight(cycle)) for cycle, result in results.items() if result == "joined"]
@@ -68,7 +68,7 @@ def write(who: ModelVersion, base: EngineTail, *cycles: int, told: float = 1.0) 
 def record(
     session: WriteSession, connection: Connection, who: ModelVersion, *cycles: int, told: float = 1.0
 ) -> tuple[FlightWrite, FlightWriteResult]:
-    """Store flights as one request does that nothing interferes with."""
+    """Store flights as one request that no other request interferes with."""
     asked = write(who, tail(session, connection, min(cycles), who.manifest.window or 1), *cycles, told=told)
     (result,) = flights.record_flights(session, connection, [asked])
     assert not result.stale
@@ -80,8 +80,8 @@ def logits(one: NewPrediction) -> list[float]:
     return found
 
 
-def test_stale_window_is_rebuilt_from_what_is_stored(connection: Connection) -> None:
-    """Of two requests that built on the same flights the second stores nothing, and gets the flights of the first."""
+def test_stale_tail_is_rebuilt_from_stored_flights(connection: Connection) -> None:
+    """Of two writes on the same tail, the second stores nothing and receives the flights of the first."""
     session, who = WriteSession(), by(3)
     record(session, connection, who, 2, 4, 6)
     base = tail(session, connection, 1, 3)
@@ -99,7 +99,7 @@ def test_stale_window_is_rebuilt_from_what_is_stored(connection: Connection) -> 
 
 
 def test_repeated_flight_has_its_own_prediction(connection: Connection) -> None:
-    """A flight that is stored already has the prediction made for it, whatever else was predicted of its cycle."""
+    """A stored flight returns the prediction made for it, whatever else was predicted for its cycle."""
     session, who = WriteSession(), by(3)
     remember.record_predictions(
         session, connection, [PredictionWrite(who, 0.5, [made(5, np.zeros((3, 1), np.float32))])]
@@ -115,7 +115,7 @@ def test_repeated_flight_has_its_own_prediction(connection: Connection) -> None:
 
 
 def test_repeated_flight_without_prediction_stores_nothing(connection: Connection) -> None:
-    """Another model has not predicted a stored flight: it is asked to, and until then the request is not stored."""
+    """A stored flight that the model has not predicted is reported, and the request is not stored until it is."""
     session, who = WriteSession(), by(3)
     other = who._replace(temperature=2.0)
     record(session, connection, who, 5)
@@ -133,7 +133,7 @@ def test_repeated_flight_without_prediction_stores_nothing(connection: Connectio
 
 
 def test_old_repeated_flight_is_recognised_with_any_window(connection: Connection) -> None:
-    """Flights that are no longer cached are read, also for a model whose window is a single flight."""
+    """Flights beyond the cached tail are read from the store, also for a window of one flight."""
     for window in (1, 2):
         session, who = WriteSession(), by(window)
         first = [bool(record(session, connection, who, cycle)[0].repeats) for cycle in range(9)]
@@ -143,7 +143,7 @@ def test_old_repeated_flight_is_recognised_with_any_window(connection: Connectio
 
 
 def test_expired_flights_make_a_cached_tail_stale(connection: Connection) -> None:
-    """After old flights were deleted a window begins with what is left, also in a process that has them cached."""
+    """After retention a window begins with the remaining flights, also where expired ones are cached."""
     session, who = WriteSession(), by(3)
     record(session, connection, who, 2, 4)
     record(session, connection, who, 6, told=5.0)
@@ -161,7 +161,7 @@ def test_expired_flights_make_a_cached_tail_stale(connection: Connection) -> Non
 
 
 def test_replaced_database_makes_every_tail_stale(connection: Connection) -> None:
-    """The revision of another database may be the same by chance: its generation tells them apart."""
+    """The generation makes a cached tail stale even if the revision in another database is equal."""
     session, who = WriteSession(), by(3)
     cached = tail(session, connection, 1, 3)
     session.clear()  # a transaction failed

@@ -28,7 +28,7 @@ def cluster() -> Iterator[Postgres]:
 
 
 class Process:
-    """What one process has of a database; `again` counts its transactions that failed."""
+    """The database connection and write session of one process; `again` counts its failed transactions."""
 
     def __init__(self, url: str) -> None:
         self.again = 0
@@ -40,7 +40,7 @@ class Process:
         self.session.clear(replaced)
 
     async def together(self, *asked: tuple[Any, Any]) -> None:
-        """Do work and items in one transaction, in this order."""
+        """Run work and items in one transaction, in this order."""
         waits = self.database.write(_wait, None)
         await asyncio.gather(waits, *(self.database.write(work, item) for work, item in asked))
 
@@ -68,11 +68,11 @@ def _wait(connection: Connection, items: Any) -> list[None]:
 
 
 def _pause(connection: Connection, items: Any) -> list[None]:
-    return _wait(connection, items)  # another kind of work than that, between two others
+    return _wait(connection, items)  # differs from `_wait`, so that it separates two kinds of work
 
 
-def test_two_processes_never_wait_for_each_other_in_a_circle(cluster: Postgres) -> None:
-    """Work of several kinds on the same engines, in any order, from two processes: no transaction is given up."""
+def test_writes_of_two_processes_never_deadlock(cluster: Postgres) -> None:
+    """Mixed writes to the same engines from two processes never deadlock."""
 
     async def ask() -> tuple[int, int]:
         url = cluster.url("circles")
@@ -91,8 +91,8 @@ def test_two_processes_never_wait_for_each_other_in_a_circle(cluster: Postgres) 
     assert (0, 0) == asyncio.run(ask())
 
 
-def test_forgetting_locks_as_everybody_does(cluster: Postgres) -> None:
-    """One process forgets what another one writes to: no transaction is given up, and all that was old is gone."""
+def test_retention_and_writes_never_deadlock(cluster: Postgres) -> None:
+    """Retention of rows that another process writes to never deadlocks, and deletes all expired rows."""
 
     async def ask() -> tuple[int, int]:
         url = cluster.url("forgetting")

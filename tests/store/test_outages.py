@@ -68,7 +68,7 @@ def counters(service: Service) -> dict[str, float]:
 
 
 def move(path: Path, to: Path) -> None:
-    """Return the files of an SQLite database."""
+    """Move the files of an SQLite database."""
     for end in ("", "-wal", "-shm"):
         beside = path.with_name(path.name + end)
         if beside.exists():
@@ -76,7 +76,7 @@ def move(path: Path, to: Path) -> None:
 
 
 def test_predictions_continue_behind_a_locked_database(windows: Readings, tmp_path: Path) -> None:
-    """Predictions that wait behind one that waits for a lock are answered and not kept, however long that takes."""
+    """Predictions during a lock of the database are answered and not stored, however long the lock lasts."""
     path = tmp_path / "memory.db"
     kept = {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{path}", "ENGINE_HEALTH_MAX_QUEUE_SECONDS": "0.5"}
     with running(**kept) as service, sqlite3.connect(path, isolation_level=None) as other:
@@ -84,7 +84,7 @@ def test_predictions_continue_behind_a_locked_database(windows: Readings, tmp_pa
         other.execute("BEGIN IMMEDIATE")
 
         def ask(k: int) -> str | None:
-            time.sleep(k / 2)  # while the first one waits
+            time.sleep(k / 2)  # the first request waits
             return kept_id(service, windows, k + 1)
 
         with ThreadPoolExecutor(6) as pool:
@@ -94,8 +94,8 @@ def test_predictions_continue_behind_a_locked_database(windows: Readings, tmp_pa
         until(lambda: kept_id(service, windows, 9))
 
 
-def test_looking_something_up_makes_no_database(windows: Readings, tmp_path: Path) -> None:
-    """A file that is moved away stays away: who looks something up hears so, and it is found again with all it has."""
+def test_read_creates_no_database_file(windows: Readings, tmp_path: Path) -> None:
+    """Reads of a missing file get 503 and create no file; a restored file is used with all its rows."""
     path, away = tmp_path / "memory.db", tmp_path / "away.db"
     with running(ENGINE_HEALTH_DATABASE_URL=f"sqlite:///{path}") as service:
         fly(service, "a", 1, windows[0][0])
@@ -112,8 +112,8 @@ def test_looking_something_up_makes_no_database(windows: Readings, tmp_path: Pat
         assert [1, 3] == [row["cycle"] for row in history(service, "a")]
 
 
-def test_another_database_may_take_the_place_of_the_first(windows: Readings, tmp_path: Path) -> None:
-    """A backup that is put back while the service runs is gone on with: nothing of the file before is mixed into it."""
+def test_restored_backup_replaces_the_database(windows: Readings, tmp_path: Path) -> None:
+    """A backup that replaces the file while the service runs is used, without rows of the file before."""
     path, other = tmp_path / "memory.db", tmp_path / "other.db"
     with running(ENGINE_HEALTH_DATABASE_URL=f"sqlite:///{other}"):
         pass
@@ -130,8 +130,8 @@ def test_another_database_may_take_the_place_of_the_first(windows: Readings, tmp
 
 
 @pytest.mark.parametrize("path", ["/v1/engines", "/v1/calibration"])
-def test_newer_database_met_later_is_left_alone(path: str, windows: Readings, tmp_path: Path) -> None:
-    """Newer code's database in place of ours: predictions go on and are not kept, the rest is 503 with the reason."""
+def test_newer_database_at_runtime_is_not_changed(path: str, windows: Readings, tmp_path: Path) -> None:
+    """A file of a newer schema gives 503 with the reason; predictions continue and are not stored."""
     place, newer = tmp_path / "memory.db", tmp_path / "newer.db"
     with sqlite3.connect(newer) as made:
         made.execute("CREATE TABLE alembic_version (version_num VARCHAR(32))")
@@ -148,8 +148,8 @@ def test_newer_database_met_later_is_left_alone(path: str, windows: Readings, tm
         assert "schema 9999" in looked.json()["detail"]
 
 
-def test_silent_database_is_given_up(windows: Readings, cluster: Postgres) -> None:
-    """A server that stands still with its connections open holds up no prediction for long, and is found again."""
+def test_unresponsive_database_does_not_block_predictions(windows: Readings, cluster: Postgres) -> None:
+    """A database that stops responding delays no prediction for long, and is used again afterwards."""
     with running(ENGINE_HEALTH_DATABASE_URL=cluster.url("silent")) as service:
         fly(service, "a", 1, windows[0][0])
         cluster.pause()
@@ -166,15 +166,19 @@ def test_silent_database_is_given_up(windows: Readings, cluster: Postgres) -> No
             cluster.pause(False)
         until(lambda: service.client.post("/v1/cycles", json=flight).status_code == 200)
         cycles = [row["cycle"] for row in history(service, "a")]
-        assert [1, 2, 4] == cycles  # the second was in progress and is stored, although no response promised it
+        assert [
+            1,
+            2,
+            4,
+        ] == cycles  # the second was in progress, and is stored although its response did not acknowledge it
         assert {3} == set(counters(service).values()) - {4}
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_disk_that_is_really_full(
+def test_full_file_system_loses_no_acknowledged_row(
     kind: str, windows: Readings, small_disk: Path, request: pytest.FixtureRequest
 ) -> None:
-    """On a full disk flights get 503 and predictions are not stored; acknowledged rows remain."""
+    """On a full file system flights get 503 and predictions are not stored; acknowledged rows remain."""
     url = f"sqlite:///{small_disk}/memory.db"
     if kind == "postgresql":
         url = request.getfixturevalue("cluster").url("crowded", small_disk)
@@ -198,12 +202,12 @@ def test_disk_that_is_really_full(
         assert ["normal"] == [row["label"] for row in history(service, "first")]
 
 
-def test_transaction_that_is_given_up_and_done_again_counts_once(windows: Readings, cluster: Postgres) -> None:
-    """Where PostgreSQL gives a transaction up, for a deadlock or to keep order, it is done again and counted once."""
+def test_retried_transaction_counts_once(windows: Readings, cluster: Postgres) -> None:
+    """A transaction that PostgreSQL aborts, by deadlock or serialisation failure, is retried and counted once."""
     url = cluster.url("again")
     with running(ENGINE_HEALTH_DATABASE_URL=url) as service, psycopg.connect(url, autocommit=True) as other:
         say(service, {"engine_id": "a", "cycle": 7, "label": "normal"})
-        other.execute("CREATE SEQUENCE tries")  # which no rollback takes back
+        other.execute("CREATE SEQUENCE tries")  # a rollback does not reset a sequence
         other.execute(
             "CREATE FUNCTION give_up() RETURNS trigger AS $$ DECLARE n int = nextval('tries'); BEGIN "
             "IF n = 1 THEN RAISE deadlock_detected; ELSIF n = 2 THEN RAISE serialization_failure; END IF; "
@@ -216,8 +220,8 @@ def test_transaction_that_is_given_up_and_done_again_counts_once(windows: Readin
         assert 1 == service.metrics()["engine_health_labelled_total"]
 
 
-def test_flights_that_share_a_transaction_with_a_failure_count_once(windows: Readings, tmp_path: Path) -> None:
-    """A flight that is done again because another request of its transaction failed is one prediction, not two."""
+def test_flights_retried_after_a_failure_count_once(windows: Readings, tmp_path: Path) -> None:
+    """A flight whose shared transaction is retried for another request's failure is counted once."""
     path = tmp_path / "memory.db"
     kept = {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{path}", "ENGINE_HEALTH_ADMIN_KEYS": "wheel"}
     with (
@@ -228,7 +232,7 @@ def test_flights_that_share_a_transaction_with_a_failure_count_once(windows: Rea
         other.execute("BEGIN IMMEDIATE")
         put = "/v1/calibration/temperature"
         told = []
-        for cycle in (1, 2):  # the first waits for the lock, and what comes meanwhile is one transaction
+        for cycle in (1, 2):  # the first waits for the lock, the others form one transaction
             told.append(pool.submit(fly, service, f"engine-{cycle}", cycle, windows[0][cycle]))
             time.sleep(0.3)
         wrong = pool.submit(service.client.put, put, json={"fit_id": "none"}, headers=ADMIN)

@@ -36,7 +36,7 @@ def cluster() -> Iterator[Postgres]:
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service with a memory, on either database."""
+    """A service with a store in SQLite or PostgreSQL."""
     if request.param == "sqlite":
         url = f"sqlite:///{tmp_path_factory.mktemp('memory')}/memory.db"
     else:
@@ -46,7 +46,7 @@ def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_flight_prediction_equals_that_of_its_window(kept: Service, windows: Readings, manifest: Manifest) -> None:
-    """Flights sent one by one get bit for bit the prediction of the window of all flights up to that cycle."""
+    """A flight gets bit for bit the prediction of the window of all flights up to its cycle."""
     window = manifest.window or 0
     flights = np.concatenate([windows[2], windows[0]])[: window + 20]
     for cycle, row in enumerate(flights):
@@ -63,8 +63,8 @@ def test_flight_prediction_equals_that_of_its_window(kept: Service, windows: Rea
 
 
 @pytest.mark.parametrize("how", [socket.SHUT_WR, socket.SHUT_RDWR])
-def test_flights_whose_clients_left_are_stored(kept: Service, windows: Readings, how: int) -> None:
-    """A flight that arrived whole is stored even if its client leaves before the response, also while it waits."""
+def test_flights_of_disconnected_clients_are_stored(kept: Service, windows: Readings, how: int) -> None:
+    """A flight that arrived completely is stored even if its client disconnects before the response."""
     name, count = f"departed-{how}", 20
     for cycle in range(count):
         flight = {"engine_id": name, "cycle": cycle, "telemetry": windows[0, cycle].tolist()}
@@ -76,8 +76,8 @@ def test_flights_whose_clients_left_are_stored(kept: Service, windows: Readings,
     until(lambda: len(kept.client.get(f"/v1/engines/{name}").json().get("history", [])) == count)
 
 
-def test_engine_that_no_path_could_name_is_refused(kept: Service, windows: Readings) -> None:
-    """Ids with control characters are a 422 by their place in every call, as their histories could not be asked for."""
+def test_engine_id_with_control_characters_gets_422(kept: Service, windows: Readings) -> None:
+    """An engine id with control characters gets 422 with its location, since no URL path could contain it."""
     row = windows[0][0].tolist()
     for name in ("a\0b", "a\n", "\r", "\x7f", "\tid"):
         for path, body, place in (
@@ -90,8 +90,8 @@ def test_engine_that_no_path_could_name_is_refused(kept: Service, windows: Readi
             assert (422, place) == (answer.status_code, answer.json()["errors"][0]["loc"])
 
 
-def test_late_flights_find_their_place(kept: Service, windows: Readings) -> None:
-    """Flights in any order, alone and together, give in the end the window of their cycles in order."""
+def test_late_flights_are_sorted_by_cycle(kept: Service, windows: Readings) -> None:
+    """Flights in any order, alone or together, form the window of their cycles in order."""
     rows = windows[1][:12]
     order = [3, 0, 7, 11, 1]
     for cycle in order:
@@ -107,7 +107,7 @@ def test_late_flights_find_their_place(kept: Service, windows: Readings) -> None
 
 
 def test_repeated_flight_is_a_no_op(kept: Service, windows: Readings) -> None:
-    """The same flight again is a no-op with the first answer; another one for its cycle is a conflict, and is shown."""
+    """A repeated flight returns its first prediction; another flight for its cycle is a conflict with both values."""
     first = fly(kept, "twice", 4, windows[0][0])
     again = fly(kept, "twice", 4, windows[0][0])
     assert ["joined", "unchanged"] == [one["results"][0]["result"] for one in (first, again)]
@@ -133,7 +133,7 @@ def test_repeated_flight_is_a_no_op(kept: Service, windows: Readings) -> None:
 
 
 def test_repeated_flight_after_prediction_keeps_its_result(kept: Service, windows: Readings) -> None:
-    """A later prediction of the same engine and cycle counts, and a repeated flight returns its first prediction."""
+    """A later prediction of the cycle counts, and the repeated flight returns its own first prediction."""
     fly(kept, "own", 1, windows[0][0])
     first = fly(kept, "own", 2, windows[0][1])
     asked = {"telemetry": windows[1].tolist(), "engine_id": "own", "cycle": 2}
@@ -152,7 +152,7 @@ def test_repeated_flight_after_prediction_keeps_its_result(kept: Service, window
 def test_older_schema_is_migrated_with_equal_results(
     kind: str, windows: Readings, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """A database of schema 0001 is migrated; its repeated flights return the prediction that counted, and continue."""
+    """A database of schema 0001 is migrated, and its repeated flights return the prediction that counted."""
     url = f"sqlite:///{tmp_path}/memory.db" if kind == "sqlite" else request.getfixturevalue("cluster").url("older")
     asked = [{"telemetry": windows[1].tolist(), "engine_id": name, "cycle": 1} for name in ("a", "b")]
     with running(ENGINE_HEALTH_DATABASE_URL=url) as service:
@@ -174,7 +174,7 @@ def test_older_schema_is_migrated_with_equal_results(
 
 
 def test_flights_may_name_their_channels(kept: Service, windows: Readings, manifest: Manifest) -> None:
-    """A flight by channel name is the flight in the manifest's order."""
+    """A flight by channel names equals the flight in the manifest's order."""
     row = windows[3][0]
     named = dict(zip(manifest.channel_names, row.tolist(), strict=True))
     flight = {"engine_id": "named", "cycle": 1, "telemetry": named}
@@ -198,8 +198,8 @@ def test_flights_may_name_their_channels(kept: Service, windows: Readings, manif
         ({"cycle": 1, "telemetry": [1.0] * 17}, ["cycles", 0]),
     ],
 )
-def test_wrong_flight_is_refused_by_its_place(kept: Service, flight: dict[str, Any], loc: list[Any]) -> None:
-    """Every wrong value of a flight is a 422 that names row and channel, and nothing of the request is kept."""
+def test_invalid_flight_is_located(kept: Service, flight: dict[str, Any], loc: list[Any]) -> None:
+    """An invalid value of a flight gets 422 with row and channel, and nothing of the request is stored."""
     good = {"engine_id": "not kept", "cycle": 1, "telemetry": [1.0] * 17}
     answer = kept.client.post("/v1/cycles", json={"cycles": [flight, good]})
     assert 422 == answer.status_code, answer.text
@@ -208,15 +208,15 @@ def test_wrong_flight_is_refused_by_its_place(kept: Service, flight: dict[str, A
 
 
 @pytest.mark.parametrize("telemetry", [b'"\xff"', b'{"\xff": 1}', b'["\xff"]'])
-def test_flight_of_broken_text_is_no_json(kept: Service, telemetry: bytes) -> None:
-    """Bytes that are no UTF-8 within a flight's readings are a 400, as they are anywhere else."""
+def test_flight_with_invalid_utf8_gets_400(kept: Service, telemetry: bytes) -> None:
+    """Readings with invalid UTF-8 get 400."""
     body = b'{"cycles": [{"engine_id": "x", "cycle": 1, "telemetry": ' + telemetry + b"}]}"
     answer = kept.client.post("/v1/cycles", content=body, headers={"Content-Type": "application/json"})
     assert 400 == answer.status_code, answer.text
 
 
 def test_labels_have_each_a_result(kept: Service, windows: Readings) -> None:
-    """A label is joined, pending, unchanged, in conflict, revised or unknown; a stored one stays until revised."""
+    """A label is joined, pending, unchanged, in conflict, revised or unknown; only a revision changes it."""
     made = fly(kept, "labels", 1, windows[0][0])["predictions"][0]["prediction_id"]
     at = {"engine_id": "labels"}
     assert ["joined", "pending", "unknown"] == say(
@@ -255,15 +255,15 @@ def test_labels_have_each_a_result(kept: Service, windows: Readings) -> None:
         ({"engine_id": "x", "cycle": 1}, ["labels", 0]),
     ],
 )
-def test_wrong_label_is_refused_by_its_place(kept: Service, row: dict[str, Any], loc: list[Any]) -> None:
-    """A label that is none, or of nothing, is a 422 that names it."""
+def test_invalid_label_is_located(kept: Service, row: dict[str, Any], loc: list[Any]) -> None:
+    """An invalid label, or one without prediction or engine and cycle, gets 422 with its location."""
     answer = kept.client.post("/v1/labels", json={"labels": [row]})
     assert 422 == answer.status_code, answer.text
     assert loc == answer.json()["errors"][0]["loc"]
 
 
-def test_end_labels_the_whole_history(kept: Service, windows: Readings) -> None:
-    """RUL = end - cycle gives every prediction its class, and what arrives later too; another end conflicts."""
+def test_failure_labels_the_whole_history(kept: Service, windows: Readings) -> None:
+    """A failure labels earlier and later predictions by their RUL, and another failure of the engine conflicts."""
     for cycle in (10, 80, 140, 200):
         fly(kept, "ends", cycle, windows[0][cycle % 50])
     post = kept.client.post
@@ -285,12 +285,12 @@ def test_end_labels_the_whole_history(kept: Service, windows: Readings) -> None:
     revised = post("/v1/outcomes", json=end | {"failed_at_cycle": 196, "revise": True}).json()
     assert "revised" == revised["result"]
     labels_now = {row["cycle"]: row["label"] for row in history(kept, "ends")}
-    assert ("degrading", None) == (labels_now[140], labels_now[200])  # after its end there is no engine
+    assert ("degrading", None) == (labels_now[140], labels_now[200])  # a cycle after the failure has no label
     assert "pending" == post("/v1/outcomes", json={"engine_id": "never seen", "failed_at_cycle": 3}).json()["result"]
 
 
-def test_survivors_testify(kept: Service, windows: Readings) -> None:
-    """An engine that is running more than 125 cycles later was normal, unless an inspection reported another class."""
+def test_continued_operation_labels_early_cycles(kept: Service, windows: Readings) -> None:
+    """A cycle more than 125 before the latest is normal, unless an inspection reported another class."""
     for cycle in (1, 2, 3):
         fly(kept, "survivor", cycle, windows[0][cycle])
     say(kept, {"engine_id": "survivor", "cycle": 2, "label": "degrading"})
@@ -302,7 +302,7 @@ def test_survivors_testify(kept: Service, windows: Readings) -> None:
 
 
 def test_label_in_a_prediction_is_stored(kept: Service, windows: Readings) -> None:
-    """Telemetry and truth in one request: counted once, kept as an inspection, and never again from elsewhere."""
+    """A label in a prediction request is counted once, and stored as an inspection."""
     before = kept.metrics()["engine_health_labelled_total"]
     asked = {"telemetry": windows[0].tolist(), "engine_id": "immediate", "cycle": 7, "label": "critical"}
     kept.predict([asked])
@@ -313,7 +313,7 @@ def test_label_in_a_prediction_is_stored(kept: Service, windows: Readings) -> No
 
 
 def test_contradicting_label_is_reported(kept: Service, windows: Readings, manifest: Manifest) -> None:
-    """A conflicting label of a prediction is scored in the response, reported with the stored one, and not stored."""
+    """A conflicting label is scored in the response, reported with the stored one, and not stored."""
     say(kept, {"engine_id": "odd", "cycle": 1, "label": "normal"})
     before = kept.metrics()
     rows: list[dict[str, Any]] = [
@@ -355,13 +355,15 @@ def test_contradicting_label_is_reported(kept: Service, windows: Readings, manif
 
 
 def test_label_with_request_temperature_is_stored(kept: Service, windows: Readings) -> None:
-    """With a temperature of the request, the label is stored for engine and cycle, and the prediction is not."""
+    """With a temperature of the request the label is stored for engine and cycle, and the prediction is not."""
     before = kept.metrics()["engine_health_labelled_total"]
     asked = {"telemetry": windows[0].tolist(), "engine_id": "if", "cycle": 3, "label": "degrading"}
     found = kept.predict([asked, asked | {"cycle": None}], temperature=2)
     assert ("request", 2) == (found["temperature_source"], found["evaluation"]["count"])
     assert [] == history(kept, "if")
-    assert 1 == kept.metrics()["engine_health_labelled_total"] - before  # the row that no truth could be kept of
+    assert (
+        1 == kept.metrics()["engine_health_labelled_total"] - before
+    )  # the row without cycle, whose label cannot be stored
     kept.predict([asked | {"label": None}])
     assert [("degrading", "inspection")] == [(row["label"], row["source"]) for row in history(kept, "if")]
     assert ["unchanged"] == say(kept, {"engine_id": "if", "cycle": 3, "label": 1})
@@ -370,8 +372,8 @@ def test_label_with_request_temperature_is_stored(kept: Service, windows: Readin
     assert 2 == kept.metrics()["engine_health_labelled_total"] - before
 
 
-def test_predicted_again_the_latest_counts(kept: Service, windows: Readings) -> None:
-    """Of one engine and cycle the latest prediction counts; the older is kept and shown when asked for."""
+def test_latest_prediction_of_a_cycle_counts(kept: Service, windows: Readings) -> None:
+    """The latest prediction of an engine and cycle counts, and superseded ones are returned on request."""
     asked = [{"telemetry": w.tolist(), "engine_id": "again", "cycle": 3} for w in windows[:3]]
     ids = [kept.predict([one])["predictions"][0]["prediction_id"] for one in asked]
     ids += [row["prediction_id"] for row in kept.predict(asked[:2])["predictions"]]
@@ -382,14 +384,14 @@ def test_predicted_again_the_latest_counts(kept: Service, windows: Readings) -> 
 
 
 def test_prediction_with_request_temperature_is_not_stored(kept: Service, windows: Readings) -> None:
-    """A prediction at a temperature of the caller's own is answered, and the service's own record stays as it was."""
+    """A prediction with a temperature of the request is answered and not stored."""
     found = kept.predict([{"telemetry": windows[0].tolist(), "engine_id": "what if", "cycle": 3}], temperature=5.0)
     assert "request" == found["temperature_source"]
     assert 404 == kept.client.get("/v1/engines/what if").status_code
 
 
-def test_engines_come_worst_first_by_pages(windows: Readings) -> None:
-    """Every engine once, by falling probability of the last class, a hundred a page, `total` after the filter."""
+def test_engines_are_listed_worst_first(windows: Readings) -> None:
+    """Engines are listed once by falling probability of the last class; `total` counts the filtered ones."""
     with running() as service:
         rows = [
             {"engine_id": f"e{k}", "cycle": k, "telemetry": (windows[k % 4][k % 50] * (1 + k / 1e4)).tolist()}
@@ -416,16 +418,16 @@ def test_engines_come_worst_first_by_pages(windows: Readings) -> None:
 
 
 @pytest.mark.parametrize("name", ["a", "\U0001f680" * MAX_NAME_LENGTH, "\x01" * MAX_NAME_LENGTH, '"' * MAX_NAME_LENGTH])
-def test_every_page_has_a_next_that_is_understood(name: str) -> None:
+def test_cursor_works_for_any_engine_name(name: str) -> None:
     """The cursor of a page works for any name of its last engine."""
     assert (1 / 3, name) == decode_cursor(encode_cursor(1 / 3, name))
 
 
 def test_call_without_store_gets_501(windows: Readings) -> None:
-    """Stateless: predictions are answered as ever, and every call that needs memory is a 501 that says why."""
+    """Without a store predictions are answered, and calls that need one get 501 with the setting's name."""
     with running(ENGINE_HEALTH_DATABASE_URL="") as service:
         assert service.predict([{"telemetry": windows[0].tolist(), "engine_id": "a", "cycle": 1}])
-        assert math.isnan(service.metrics()["engine_health_store_up"])  # neither up nor down: no alert
+        assert math.isnan(service.metrics()["engine_health_store_up"])  # neither 0 nor 1, so that no alert fires
         flight = {"engine_id": "a", "cycle": 1, "telemetry": windows[0][0].tolist()}
         asked = [
             service.client.post("/v1/cycles", json={"cycles": [flight]}),
@@ -440,7 +442,7 @@ def test_call_without_store_gets_501(windows: Readings) -> None:
 
 
 def test_model_without_windows_collects_no_flights(tmp_path: Path) -> None:
-    """Where an instance is no window of readings there is nothing to collect flights for: 422, with the reason."""
+    """Flights for a model without windows get 422 with the reason."""
     with running(ENGINE_HEALTH_MODEL=str(identity_classifier(tmp_path / "m.onnx", FOUR))) as service:
         answer = service.client.post(
             "/v1/cycles", json={"cycles": [{"engine_id": "a", "cycle": 1, "telemetry": [1, 2, 3]}]}
@@ -453,7 +455,7 @@ def test_model_without_windows_collects_no_flights(tmp_path: Path) -> None:
 def test_workers_read_each_others_flights(
     kind: str, windows: Readings, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """With two workers, flights over changing connections are answered as one window; caches prove themselves fresh."""
+    """With two workers, flights over changing connections form one window."""
     url = f"sqlite:///{tmp_path}/memory.db" if kind == "sqlite" else request.getfixturevalue("cluster").url("workers")
     flights = windows[0]
     with running(ENGINE_HEALTH_WORKERS="2", ENGINE_HEALTH_DATABASE_URL=url) as service:
@@ -467,7 +469,7 @@ def test_workers_read_each_others_flights(
 
 
 def test_flights_of_two_services_form_one_window(windows: Readings, tmp_path: Path) -> None:
-    """Services that share a database rebuild a window that another one made stale, and count each flight's wait."""
+    """Services that share a database rebuild stale windows, and count each flight's wait once."""
     shared, flights = {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{tmp_path}/memory.db"}, windows[0]
     with running(**shared) as one, running(**shared) as other:
         for cycle, row in enumerate(flights[:12]):
@@ -475,19 +477,21 @@ def test_flights_of_two_services_form_one_window(windows: Readings, tmp_path: Pa
             asked = one.predict([{"telemetry": flights[: cycle + 1].tolist()}])["predictions"][0]
             assert asked["logits"] == found["logits"], cycle
         assert list(range(12)) == [row["cycle"] for row in history(one, "shared")]
-        assert 6 <= other.metrics()["engine_health_queue_duration_seconds_count"] <= 7  # one of them was stale
+        assert (
+            6 <= other.metrics()["engine_health_queue_duration_seconds_count"] <= 7
+        )  # one tail was stale, and its flight waited twice
         assert 6 == other.metrics()["engine_health_labellable_total"]
 
 
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
 def test_acknowledged_rows_survive_kill(database: str) -> None:
-    """After kill -9 in the middle of ingestion every acknowledged flight and label is there, none of them twice."""
-    found = survive_in(database, kills=3, seed=1)  # `make kills` does a hundred
+    """After `kill -9` during ingestion every acknowledged flight and label is stored exactly once."""
+    found = survive_in(database, kills=3, seed=1)  # `make kills` runs 100
     assert found.passed(), found
 
 
-def test_predictions_go_on_without_the_database(windows: Readings, tmp_path: Path) -> None:
-    """While the database is locked, predictions are answered and say that they are not kept; the rest is 503."""
+def test_predictions_continue_without_the_database(windows: Readings, tmp_path: Path) -> None:
+    """While the database is locked, predictions are answered without being stored, and other calls get 503."""
     path = tmp_path / "memory.db"
     asked = {"telemetry": windows[0].tolist(), "engine_id": "a", "cycle": 1}
     with running(ENGINE_HEALTH_DATABASE_URL=f"sqlite:///{path}") as service:
@@ -526,8 +530,8 @@ def test_full_disk_gets_503_and_loses_nothing(windows: Readings, tmp_path: Path)
         assert [1, 2] == cycles
 
 
-def test_postgresql_may_go_and_come_back(windows: Readings, cluster: Postgres) -> None:
-    """The database server dies: clear errors, predictions go on; it comes back: what was acknowledged is there."""
+def test_postgresql_restart_loses_no_acknowledged_flight(windows: Readings, cluster: Postgres) -> None:
+    """While PostgreSQL is down flights get 503 and predictions continue; acknowledged flights remain."""
     with running(ENGINE_HEALTH_DATABASE_URL=cluster.url("gone")) as service:
         fly(service, "a", 1, windows[0][0])
         cluster.stop()
@@ -542,7 +546,7 @@ def test_postgresql_may_go_and_come_back(windows: Readings, cluster: Postgres) -
 
 
 def test_flight_without_finite_prediction_is_located(tmp_path: Path) -> None:
-    """Readings on which the network overflows are a 422 at their row of `cycles`, and nothing of the call is kept."""
+    """Readings on which the network overflows get 422 with their row, and nothing of the request is stored."""
     path = window_classifier(tmp_path / "over.onnx", "ReduceMax", 2)
     with running(ENGINE_HEALTH_MODEL=str(path)) as service:
         rows = [("b", 7, [1, 2]), ("a", 3, [1, 2]), ("b", 2, [3e38, 1]), ("a", 1, [2, 1])]
@@ -573,8 +577,8 @@ def test_engines_are_filtered_by_change(kept: Service, windows: Readings) -> Non
     assert 422 == kept.client.get("/v1/engines", params={"limit": 1001}).status_code
 
 
-def test_pages_of_any_size_hold_every_engine_once(kept: Service, windows: Readings) -> None:
-    """Pages of seven, followed to the last, are the page of a thousand; `total` is the same on each."""
+def test_pages_of_any_size_list_every_engine_once(kept: Service, windows: Readings) -> None:
+    """Pages of 7 engines together equal one page of 1000, and `total` is the same on each."""
     for k in range(9):
         fly(kept, f"paged-{k}", 1, windows[k % 4][k])
     whole = engines(kept, limit=1000)
@@ -588,10 +592,12 @@ def test_pages_of_any_size_hold_every_engine_once(kept: Service, windows: Readin
 
 
 def test_trend_has_the_predictions_of_the_last_cycles(kept: Service, windows: Readings) -> None:
-    """The last class's probability, cycle by cycle, as the history has it; cycles before are left out."""
+    """A trend has the probability of the last class for the latest cycles, as in the history."""
     for cycle, row in enumerate(windows[3][:12]):
         fly(kept, "trend", cycle, row)
-    kept.predict([{"engine_id": "trend", "cycle": 10, "telemetry": windows[3][:3].tolist()}])  # which counts since
+    kept.predict(
+        [{"engine_id": "trend", "cycle": 10, "telemetry": windows[3][:3].tolist()}]
+    )  # replaces the prediction of the flight
     trend = next(row for row in engines(kept, trend=5, limit=1000) if row["engine_id"] == "trend")["trend"]
     past = {row["cycle"]: row["probabilities"]["critical"] for row in history(kept, "trend")}
     assert [[cycle, past[cycle]] for cycle in range(7, 12)] == trend
@@ -599,7 +605,7 @@ def test_trend_has_the_predictions_of_the_last_cycles(kept: Service, windows: Re
 
 
 def test_sensors_need_stored_flights(kept: Service, windows: Readings, manifest: Manifest) -> None:
-    """`sensors` has every sensor over the flights that are kept, and none where there are only predictions."""
+    """`sensors` has each sensor of the stored flights, and nothing for predictions without flights."""
     for cycle, row in enumerate(windows[0][-15:]):
         fly(kept, "sensed", cycle, row)
     kept.predict([{"engine_id": "unflown", "cycle": 1, "telemetry": windows[0][:2].tolist()}])
