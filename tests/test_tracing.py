@@ -18,12 +18,12 @@ from tests.support.processes import absent, children, one, running, until
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 CALLER = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
-SERVER = 2  # the kind of a span
-SOON, NEVER = "100", "600000"  # milliseconds until spans are sent
+SERVER = 2  # kind of a span
+SOON, NEVER = "100", "600000"  # delay in milliseconds until spans are sent
 
 
 class Collector:
-    """An OTLP/HTTP collector: what was sent to it, as bytes and as spans with the resource they are of."""
+    """An OTLP/HTTP collector that records bodies, and spans with their resource."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -48,7 +48,7 @@ def collecting() -> Iterator[Collector]:
     """Run a collector on a free port during the block."""
 
     class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # http.server's name
+        def do_POST(self) -> None:  # name required by http.server
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if self.path == "/v1/traces":
                 found.bodies.append(body)
@@ -73,7 +73,7 @@ def collecting() -> Iterator[Collector]:
 
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    """A collector that has heard nothing yet."""
+    """A collector without spans."""
     with collecting() as found:
         yield found
 
@@ -83,7 +83,7 @@ def attributes(of: Any) -> dict[str, Any]:
 
 
 def test_prediction_is_a_span_of_the_caller(collector: Collector, windows: Readings) -> None:
-    """A request is one span with route and status, child of the caller's; its log line names it; a probe is none."""
+    """A request is one span in the caller's trace, and its log line has the ids; a probe has no span."""
     with running(**collector.environment(ENGINE_HEALTH_LOG_LEVEL="info")) as service:
         assert 200 == service.client.post("/v1/predict", json=one(windows[0]), headers=CALLER).status_code
         assert 422 == service.client.post("/v1/predict", json={}).status_code
@@ -121,12 +121,12 @@ def test_spans_contain_no_key(collector: Collector, windows: Readings) -> None:
 
 
 def test_pending_spans_are_sent_at_shutdown(collector: Collector, windows: Readings) -> None:
-    """On SIGTERM the spans of all workers, not due for minutes, arrive before they end with exit code 0."""
+    """On SIGTERM all workers send their pending spans, and then exit with code 0."""
     environment = collector.environment(NEVER, ENGINE_HEALTH_WORKERS="2", OTEL_SERVICE_NAME="fleet")
     with running(**environment) as service:
         until(lambda: len(children(service.process)) == 2)
         statuses: list[int] = []
-        while statuses.count(200) < 20:  # over new connections, which the kernel deals out; a worker may not be ready
+        while statuses.count(200) < 20:  # the kernel distributes new connections; a worker may not be ready
             asked = httpx.post(f"{service.client.base_url}/v1/predict", json=one(windows[0]), trust_env=False)
             statuses.append(asked.status_code)
         assert [] == collector.bodies
@@ -137,8 +137,8 @@ def test_pending_spans_are_sent_at_shutdown(collector: Collector, windows: Readi
 
 
 def test_unusual_requests_are_unchanged_by_tracing(collector: Collector) -> None:
-    """Bytes that are no text in headers and query are answered, or refused as a bad request, traced or not."""
-    odd = b"\xff\\x"  # neither UTF-8 nor an escape that Python knows
+    """Headers and queries with invalid text get the same status with tracing."""
+    odd = b"\xff\\x"  # neither UTF-8 nor a valid escape of Python
     head = b"GET /v1/model%s HTTP/1.1\r\nHost: %s\r\nUser-Agent: %s\r\ntraceparent: %s\r\nConnection: close\r\n\r\n"
     cases = (
         (b"?" + odd, odd, odd, odd),
@@ -194,7 +194,7 @@ def test_impossible_tracing_logs_one_line(
 
 
 def test_sdk_is_not_imported_without_endpoint() -> None:
-    """Without an endpoint, nothing of OpenTelemetry's SDK, exporter or middleware is in a serving process."""
+    """Without an endpoint the process imports no SDK, exporter or middleware of OpenTelemetry."""
     code = (
         "import sys; from service.app import create_app; from service.settings import read_settings; "
         "create_app(read_settings(), print); "

@@ -31,7 +31,7 @@ from tests.support.processes import (
     until,
     until_all_are_ready,
 )
-from tests.support.raw_http import HEAD, JSON, MIB, as_sent, connected
+from tests.support.raw_http import HEAD, JSON, MIB, connected, inference_request
 
 OVERLOADED = 'engine_health_rejected_total{reason="overloaded"}'
 
@@ -183,9 +183,9 @@ def test_rows_of_a_disconnected_client_are_not_inferred(windows: Readings) -> No
     slow = {"ENGINE_HEALTH_MAX_QUEUE_SECONDS": "60", "ENGINE_HEALTH_MAX_BATCH_ROWS": "1"}
     with running(**slow) as service:
         with connected(service) as stays, connected(service) as leaves:
-            stays.sendall(as_sent(windows[np.arange(4000) % 4]))
+            stays.sendall(inference_request(windows[np.arange(4000) % 4]))
             until(lambda: service.metrics()["engine_health_batch_rows_count"] > 0)
-            leaves.sendall(as_sent(windows))
+            leaves.sendall(inference_request(windows))
             leaves.close()
             assert heard(stays).startswith(b"HTTP/1.1 200")
         until(lambda: service.metrics()['engine_health_rejected_total{reason="client_gone"}'] == 1)
@@ -197,7 +197,7 @@ def test_requests_in_flight_at_sigterm_are_answered(windows: Readings) -> None:
     limits = {"MAX_QUEUE_SECONDS": "60", "MAX_QUEUE_ROWS": "100000", "DRAIN_SECONDS": "0.5", "MAX_BATCH_ROWS": "4"}
     with running(**{f"ENGINE_HEALTH_{key}": value for key, value in limits.items()}) as service, ExitStack() as stack:
         clients = [stack.enter_context(connected(service)) for _ in range(200)]
-        asked = as_sent(windows[np.arange(60) % 4])
+        asked = inference_request(windows[np.arange(60) % 4])
         for client in clients:
             client.sendall(asked)
         service.process.terminate()

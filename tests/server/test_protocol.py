@@ -15,7 +15,17 @@ import pytest
 from model.windows import Readings
 from service.api.problems import HTTP_CODES
 from tests.support.processes import Service, one, running, until, until_all_are_ready
-from tests.support.raw_http import HEAD, JSON, LIVEZ, asking, connected, ends, hear, predicting, talking
+from tests.support.raw_http import (
+    HEAD,
+    JSON,
+    LIVEZ,
+    connect_to_application,
+    connected,
+    is_closed,
+    open_connection,
+    prediction_request,
+    read_response,
+)
 
 OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n"
 
@@ -25,54 +35,54 @@ def test_trailers_are_ignored_and_limited(service: Service, windows: Readings, t
     """Trailers are ignored, and trailers above the limit of headers get 431."""
     body = json.dumps(one(windows[0])).encode()
     chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % len(body) + body + b"\r\n0\r\n"
-    with talking(service) as (connection, ear):
+    with open_connection(service) as (connection, ear):
         for _ in range(2):
             connection.sendall(chunked + b"X-Request-Id: late\r\n\r\n")
-            status, headers, _ = hear(ear)
+            status, headers, _ = read_response(ear)
             assert 200 == status
             assert "late" != headers["x-request-id"]
         connection.sendall(chunked)
         connection.sendall(trailers)
-        assert 431 == hear(ear)[0]
-        assert ends(ear)
+        assert 431 == read_response(ear)[0]
+        assert is_closed(ear)
 
 
 @pytest.mark.parametrize("offer", [OFFER, b"Connection: upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\n"])
 def test_upgrade_request_is_answered_as_http_1_1(service: Service, windows: Readings, offer: bytes) -> None:
     """A request that offers h2c or a websocket is answered as HTTP/1.1, and so is the next one."""
     plain = service.predict(one(windows[0])["instances"])["predictions"][0]["logits"]
-    asked = predicting(windows, offer)
+    asked = prediction_request(windows, offer)
     chunked = HEAD + offer + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
-    with talking(service) as (connection, ear):
+    with open_connection(service) as (connection, ear):
         for at in (len(asked), len(asked) // 2, 40):
             connection.sendall(asked[:at])
             time.sleep(0.1)
             connection.sendall(asked[at:] + LIVEZ.replace(b"\r\n\r\n", b"\r\n" + offer + b"\r\n"))
-            status, _, body = hear(ear)
+            status, _, body = read_response(ear)
             assert (200, plain) == (status, json.loads(body)["predictions"][0]["logits"])
-            assert 200 == hear(ear)[0]
+            assert 200 == read_response(ear)[0]
         connection.sendall(chunked)
-        assert 422 == hear(ear)[0]
+        assert 422 == read_response(ear)[0]
 
 
 def test_pipelined_upgrade_requests_are_all_answered(service: Service) -> None:
     """Any number of pipelined requests with an Upgrade header are all answered."""
     many = 1500
-    with talking(service) as (connection, ear):
+    with open_connection(service) as (connection, ear):
         connection.sendall(LIVEZ.replace(b"\r\n\r\n", b"\r\n" + OFFER + b"\r\n") * many)
-        assert [200] * many == [hear(ear)[0] for _ in range(many)]
+        assert [200] * many == [read_response(ear)[0] for _ in range(many)]
 
 
 def test_headers_that_follow_a_large_body_are_counted_without_it(service: Service, windows: Readings) -> None:
     """Headers that share a packet with the end of a large body are counted without the body, and get no 431."""
-    asked = predicting(windows)
+    asked = prediction_request(windows)
     body = json.dumps(one(windows[0])).encode().ljust(400_000)
     large = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
-    with talking(service) as (connection, ear):
+    with open_connection(service) as (connection, ear):
         connection.sendall(large + asked[:30])
-        assert 200 == hear(ear)[0]
+        assert 200 == read_response(ear)[0]
         connection.sendall(asked[30:])
-        assert 200 == hear(ear)[0]
+        assert 200 == read_response(ear)[0]
 
 
 @pytest.mark.parametrize(("size", "status"), [(60_000, 200), (70_000, 431)])
@@ -82,12 +92,12 @@ def test_header_limit_is_the_published_limit(service: Service, size: int, status
     assert 65536 == service.client.get("/v1/model").json()["limits"]["header_bytes"]
     asked = LIVEZ[:-2] + (b"X-A: " + b"b" * (size // lines) + b"\r\n") * lines + b"\r\n"
     for pieces in (1, 7):
-        with talking(service) as (connection, ear):
+        with open_connection(service) as (connection, ear):
             step = len(asked) // pieces + 1
             for begin in range(0, len(asked), step):
                 connection.sendall(asked[begin : begin + step])
                 time.sleep(0.01)
-            assert status == hear(ear)[0]
+            assert status == read_response(ear)[0]
 
 
 REFUSED = {
@@ -107,11 +117,11 @@ def test_malformed_http_gets_a_problem_document() -> None:
     said = {}
     with running(ENGINE_HEALTH_REQUEST_SECONDS="1", ENGINE_HEALTH_LOG_LEVEL="info") as service:
         for sent, status in REFUSED.items():
-            with talking(service) as (connection, ear):
+            with open_connection(service) as (connection, ear):
                 connection.sendall(sent)
-                found, headers, body = hear(ear)
+                found, headers, body = read_response(ear)
                 assert status == found, sent[:50]
-                assert ends(ear)
+                assert is_closed(ear)
             problem, protocol = json.loads(body), b"/v2" in sent
             assert "close" == headers["connection"]
             assert ("application/json" if protocol else "application/problem+json") == headers["content-type"]
@@ -130,17 +140,17 @@ def test_malformed_http_gets_a_problem_document() -> None:
 
 def test_earlier_requests_are_answered_before_a_rejection(service: Service, windows: Readings) -> None:
     """Requests before malformed bytes are all answered, and the connection is then closed."""
-    asked = predicting(windows)
-    with talking(service) as (connection, ear):
+    asked = prediction_request(windows)
+    with open_connection(service) as (connection, ear):
         connection.sendall(asked * 2 + b"nonsense\r\n\r\n")
-        assert [200, 200] == [hear(ear)[0] for _ in range(2)]
-        assert ends(ear)
+        assert [200, 200] == [read_response(ear)[0] for _ in range(2)]
+        assert is_closed(ear)
 
 
 def test_stopping_workers_refuse_new_connections(windows: Readings) -> None:
     """After SIGTERM workers answer connected clients and refuse new connections."""
-    asked = predicting(windows)
-    with running(ENGINE_HEALTH_WORKERS="2") as service, talking(service) as (connection, ear):
+    asked = prediction_request(windows)
+    with running(ENGINE_HEALTH_WORKERS="2") as service, open_connection(service) as (connection, ear):
         until_all_are_ready(service, 2)
         connection.sendall(asked[:-9])
         service.process.terminate()
@@ -154,17 +164,17 @@ def test_stopping_workers_refuse_new_connections(windows: Readings) -> None:
 
         until(refused)
         connection.sendall(asked[-9:])
-        assert 200 == hear(ear)[0]
+        assert 200 == read_response(ear)[0]
         assert 0 == service.process.wait(timeout=20)
 
 
 def test_incomplete_request_gets_503_on_shutdown(windows: Readings) -> None:
     """A request that is incomplete at the end of the grace time gets 503, and is not a failure."""
-    with running() as service, talking(service) as (connection, ear):
-        connection.sendall(predicting(windows)[:-9])
+    with running() as service, open_connection(service) as (connection, ear):
+        connection.sendall(prediction_request(windows)[:-9])
         service.metrics()  # reading has started
         service.process.terminate()
-        status, headers, body = hear(ear)
+        status, headers, body = read_response(ear)
         assert (503, "1") == (status, headers["retry-after"])
         assert 503 == json.loads(body)["status"]
         _, log = service.process.communicate(timeout=20)
@@ -176,9 +186,9 @@ def test_blanks_around_header_values_are_ignored() -> None:
     """Request ids, keys and lengths may be followed by blanks."""
     with running(ENGINE_HEALTH_API_KEYS="read") as service:
         for key in (b"X-API-Key: read \t\r\n", b"Authorization: Bearer  read \r\n"):
-            with talking(service) as (connection, ear):
+            with open_connection(service) as (connection, ear):
                 connection.sendall(b"GET /v1/model HTTP/1.1\r\nHost: x\r\nX-Request-Id: abc \t\r\n" + key + b"\r\n")
-                status, headers, _ = hear(ear)
+                status, headers, _ = read_response(ear)
                 assert (200, "abc") == (status, headers["x-request-id"])
 
 
@@ -203,21 +213,21 @@ def test_client_that_does_not_read_is_disconnected() -> None:
         descriptors = f"/proc/{service.process.pid}/fd"
         with asking_much(service) as ear:
             time.sleep(1)
-            assert hear(ear)[2].endswith(b"}")
+            assert read_response(ear)[2].endswith(b"}")
         service.client.get("/livez")
         before = len(os.listdir(descriptors))
         with asking_much(service) as ear:
             assert before + 1 == len(os.listdir(descriptors))
             until(lambda: len(os.listdir(descriptors)) == before)
-            _, headers, body = hear(ear)
+            _, headers, body = read_response(ear)
             assert len(body) < int(headers["content-length"])
 
 
 def test_pipelined_requests_in_overload_are_answered_in_order(windows: Readings) -> None:
     """Three requests in one write get three responses in order while other requests are rejected."""
     body = json.dumps({"instances": one(windows[0])["instances"] * 60}).encode()
-    asked = predicting(windows) + LIVEZ + predicting(windows)
-    with running(ENGINE_HEALTH_MAX_QUEUE_ROWS="64") as service, talking(service) as (connection, ear):
+    asked = prediction_request(windows) + LIVEZ + prediction_request(windows)
+    with running(ENGINE_HEALTH_MAX_QUEUE_ROWS="64") as service, open_connection(service) as (connection, ear):
         flood: list[int] = []
 
         def send(_: int) -> None:
@@ -229,13 +239,13 @@ def test_pipelined_requests_in_overload_are_answered_in_order(windows: Readings)
             heard = []
             for _ in range(40):
                 connection.sendall(asked)
-                heard += [[hear(ear)[0] for _ in range(3)]]
+                heard += [[read_response(ear)[0] for _ in range(3)]]
             list(sent)
         assert {200, 429} == set(flood)
         assert {200, 429} >= {first for first, _, _ in heard} | {last for _, _, last in heard}
         assert {200} == {live for _, live, _ in heard}
-        connection.sendall(predicting(windows))
-        assert 200 == hear(ear)[0]
+        connection.sendall(prediction_request(windows))
+        assert 200 == read_response(ear)[0]
 
 
 def test_request_state_is_freed_with_the_next_request() -> None:
@@ -248,7 +258,7 @@ def test_request_state_is_freed_with_the_next_request() -> None:
         await send({"type": "http.response.body"})
 
     async def ask(times: int) -> None:
-        async with asking(application, {}) as (answers, asks):
+        async with connect_to_application(application, {}) as (answers, asks):
             for _ in range(times):
                 asks.write(LIVEZ)
                 await answers.readuntil(b"\r\n\r\n")

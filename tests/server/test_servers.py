@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from model.windows import Readings
-from tests.support.bodies import INFER, asked, binary
+from tests.support.bodies import INFER, binary, inference_body
 from tests.support.processes import Service, running, wait_until_ready
 from tests.support.tables import ARROW, flights, stream
 
@@ -80,8 +80,8 @@ def predictions(windows: Readings) -> Iterator[Call]:
     packed = gzip.compress(json.dumps({"instances": rows}).encode(), mtime=0)
     yield Call("POST", "/v1/predict", packed, {"Content-Type": "application/json", "Content-Encoding": "gzip"})
     yield Call("POST", "/v1/predict?missing=hold", stream(flights({"A": windows[0]})), ARROW)
-    yield posted(INFER, asked(windows))
-    yield posted("/v2/models/engine-health/versions/0.1.0/infer", asked(windows))
+    yield posted(INFER, inference_body(windows))
+    yield posted("/v2/models/engine-health/versions/0.1.0/infer", inference_body(windows))
     for some in (windows, more):
         body, headers = binary(some, parameters={"binary_data_output": True})
         yield Call("POST", INFER, body, headers)

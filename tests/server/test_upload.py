@@ -18,7 +18,17 @@ from service.server.event_loop import BatchAcceptLoop
 from service.server.scope import context_of
 from tests.support.bodies import INFER, binary
 from tests.support.processes import Service, resident, running, until
-from tests.support.raw_http import HEAD, LIVEZ, MIB, as_sent, asking, connected, ends, hear, talking
+from tests.support.raw_http import (
+    HEAD,
+    LIVEZ,
+    MIB,
+    connect_to_application,
+    connected,
+    inference_request,
+    is_closed,
+    open_connection,
+    read_response,
+)
 
 ROWS = 400  # windows of more than 1 MiB of floats
 
@@ -53,14 +63,14 @@ def turn(service: Service) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_large_body_in_any_pieces_is_read_unchanged(service: Service, many: Readings, seed: int) -> None:
     """Windows have the same predictions in one piece or in many, and the next pipelined request is read."""
-    request = as_sent(many)
-    with talking(service) as (connection, ear):
+    request = inference_request(many)
+    with open_connection(service) as (connection, ear):
         connection.sendall(request)
-        status, _, whole = hear(ear)
+        status, _, whole = read_response(ear)
         assert 200 == status
         for piece in pieces(request + LIVEZ + request, seed):
             connection.sendall(piece)
-        answers = [hear(ear) for _ in range(3)]
+        answers = [read_response(ear) for _ in range(3)]
     assert [200] * 3 == [status for status, _, _ in answers]
     assert logits(whole) == logits(answers[0][2]) == logits(answers[2][2])
     assert b'{"status":"live"}' == answers[1][2]
@@ -84,70 +94,70 @@ def test_large_bodies_that_come_together_are_not_mixed_up(service: Service, many
 
 def test_large_body_with_expect_gets_one_continue(service: Service, many: Readings) -> None:
     """`Expect: 100-continue` gets one 100 response before the first byte of the body."""
-    head, _, body = as_sent(many).partition(b"\r\n\r\n")
-    with talking(service) as (connection, ear):
+    head, _, body = inference_request(many).partition(b"\r\n\r\n")
+    with open_connection(service) as (connection, ear):
         connection.sendall(head + b"\r\nExpect: 100-continue\r\n\r\n")
         assert b"HTTP/1.1 100 Continue\r\n" == ear.readline()
         assert b"\r\n" == ear.readline()
         connection.sendall(body)
-        assert 200 == hear(ear)[0]
+        assert 200 == read_response(ear)[0]
 
 
 def test_large_body_that_is_late_gets_408(many: Readings) -> None:
     """A body that is incomplete after the time limit gets 408 and a closed connection; other clients are answered."""
-    request = as_sent(many)
-    with running(ENGINE_HEALTH_REQUEST_SECONDS="1") as hasty, talking(hasty) as (connection, ear):
+    request = inference_request(many)
+    with running(ENGINE_HEALTH_REQUEST_SECONDS="1") as hasty, open_connection(hasty) as (connection, ear):
         connection.sendall(request[: len(request) // 2])
-        assert 408 == hear(ear)[0]
-        assert ends(ear)
-        with talking(hasty) as (other, answer):
+        assert 408 == read_response(ear)[0]
+        assert is_closed(ear)
+        with open_connection(hasty) as (other, answer):
             other.sendall(request)
-            assert 200 == hear(answer)[0]
+            assert 200 == read_response(answer)[0]
 
 
 def test_large_body_beyond_the_budget_gets_429(many: Readings) -> None:
     """A body that exceeds the budget halfway gets 429, its rest is discarded, and its bytes are released."""
-    request = as_sent(many)
+    request = inference_request(many)
     room = len(request) * 3 // 2
-    with running(ENGINE_HEALTH_MAX_BUFFERED_BYTES=str(room)) as tight, talking(tight) as (first, ear):
-        with talking(tight) as (second, other):
+    with running(ENGINE_HEALTH_MAX_BUFFERED_BYTES=str(room)) as tight, open_connection(tight) as (first, ear):
+        with open_connection(tight) as (second, other):
             for connection in (first, second):
                 connection.sendall(request[:100_000])
             turn(tight)
             for connection in (first, second):
                 connection.sendall(request[100_000:-1])
                 turn(tight)
-            assert 429 == hear(other)[0]
+            assert 429 == read_response(other)[0]
             second.sendall(request[-1:] + LIVEZ)
-            assert 200 == hear(other)[0]
+            assert 200 == read_response(other)[0]
             first.sendall(request[-1:])
-            assert 200 == hear(ear)[0]
+            assert 200 == read_response(ear)[0]
         for _ in range(2):
             first.sendall(request)
-            assert 200 == hear(ear)[0]
+            assert 200 == read_response(ear)[0]
 
 
 @pytest.mark.parametrize("how", [socket.SHUT_RDWR, socket.SHUT_WR])
 def test_disconnect_during_upload_releases_the_budget(many: Readings, how: int) -> None:
     """A client that disconnects or half-closes counts as disconnected, and its memory is released."""
-    request = as_sent(many)
+    request = inference_request(many)
     with running(ENGINE_HEALTH_MAX_BUFFERED_BYTES=str(len(request))) as tight:
-        with talking(tight) as (leaves, _):
+        with open_connection(tight) as (leaves, _):
             leaves.sendall(request[:-1])
             turn(tight)
             until(lambda: tight.client.post(INFER, content=request[-900_000:]).status_code == 429)
             leaves.shutdown(how)
             until(lambda: tight.metrics()['engine_health_rejected_total{reason="client_gone"}'] == 1)
-        with talking(tight) as (stays, ear):
+        with open_connection(tight) as (stays, ear):
             stays.sendall(request)
-            assert 200 == hear(ear)[0]
+            assert 200 == read_response(ear)[0]
 
 
 def test_body_with_two_lengths_is_rejected(service: Service) -> None:
     """A body with Content-Length and chunked encoding gets 400, since two parsers could read it differently."""
-    with talking(service) as (connection, ear):
+    with open_connection(service) as (connection, ear):
         connection.sendall(HEAD + b"Content-Length: 2000000\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
-        assert 400 == hear(ear)[0]
+        assert 400 == read_response(ear)[0]
 
 
 @pytest.mark.slow
@@ -166,7 +176,7 @@ def test_disconnects_during_uploads_leave_no_memory() -> None:
 
 def test_announced_bytes_are_not_charged_before_arrival(many: Readings) -> None:
     """Announced large bodies are charged only for bytes that arrived, so that another large body is answered."""
-    request = as_sent(many)
+    request = inference_request(many)
     with running(ENGINE_HEALTH_MAX_BUFFERED_BYTES=str(8 * MIB)) as tight, ExitStack() as slow:
         for _ in range(12):
             waits = slow.enter_context(connected(tight))
@@ -174,9 +184,9 @@ def test_announced_bytes_are_not_charged_before_arrival(many: Readings) -> None:
             turn(tight)
             waits.sendall(b"{")
         turn(tight)
-        with talking(tight) as (connection, ear):
+        with open_connection(tight) as (connection, ear):
             connection.sendall(request)
-            assert 200 == hear(ear)[0]
+            assert 200 == read_response(ear)[0]
 
 
 def test_fast_upload_is_read_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +210,7 @@ def test_fast_upload_is_read_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         whole.set()
 
     async def send_fast() -> None:
-        async with asking(application, {}) as (_, sends):
+        async with connect_to_application(application, {}) as (_, sends):
             sends.write(HEAD + b"Content-Length: %d\r\n\r\n" % length)
             sends.write(bytes(length))
             await whole.wait()

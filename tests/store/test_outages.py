@@ -14,7 +14,7 @@ import pytest
 from model.windows import Readings
 from tests.support.postgres import Postgres, postgres
 from tests.support.processes import ADMIN, Service, running, until
-from tests.support.stored import fly, history, say
+from tests.support.stored import fly, history, submit_labels
 
 
 def asked(windows: Readings, cycle: int) -> list[dict[str, Any]]:
@@ -184,7 +184,7 @@ def test_full_file_system_loses_no_acknowledged_row(
         url = request.getfixturevalue("cluster").url("crowded", small_disk)
     with running(ENGINE_HEALTH_DATABASE_URL=url) as service:
         fly(service, "first", 1, windows[0][0])
-        say(service, {"engine_id": "first", "cycle": 1, "label": "normal"})
+        submit_labels(service, {"engine_id": "first", "cycle": 1, "label": "normal"})
         ballast, acknowledged = filled(small_disk), 0
         while service.client.post(
             "/v1/cycles", json=flights("full", windows, range(acknowledged, acknowledged + 20))
@@ -206,7 +206,7 @@ def test_retried_transaction_counts_once(windows: Readings, cluster: Postgres) -
     """A transaction that PostgreSQL aborts, by deadlock or serialisation failure, is retried and counted once."""
     url = cluster.url("again")
     with running(ENGINE_HEALTH_DATABASE_URL=url) as service, psycopg.connect(url, autocommit=True) as other:
-        say(service, {"engine_id": "a", "cycle": 7, "label": "normal"})
+        submit_labels(service, {"engine_id": "a", "cycle": 7, "label": "normal"})
         other.execute("CREATE SEQUENCE tries")  # a rollback does not reset a sequence
         other.execute(
             "CREATE FUNCTION give_up() RETURNS trigger AS $$ DECLARE n int = nextval('tries'); BEGIN "

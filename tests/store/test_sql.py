@@ -429,11 +429,11 @@ def test_slow_query_is_no_outage(cluster: Postgres, monkeypatch: pytest.MonkeyPa
     async def ask() -> tuple[bool, str]:
         database, _ = opened(cluster.url("slowly"))
         await database.connect()
-        with pytest.raises(StoreUnavailable) as apply_steps:
+        with pytest.raises(StoreUnavailable) as error:
             await database.read(lambda connection: connection.execute(text("SELECT pg_sleep(30)")))
         up = database.up
         await database.close()
-        return up, apply_steps.value.detail
+        return up, error.value.detail
 
     assert (True, "the query took longer than 1 s") == asyncio.run(ask())
 

@@ -23,7 +23,7 @@ from tests.support.models import identity_classifier, window_classifier
 from tests.support.postgres import Postgres, postgres
 from tests.support.processes import Service, running, until, until_all_are_ready
 from tests.support.raw_http import connected
-from tests.support.stored import engines, fly, history, say
+from tests.support.stored import engines, fly, history, submit_labels
 
 FOUR: dict[str, object] = {"name": "four", "version": "1", "classes": ["a", "b", "c", "d"]}
 
@@ -219,16 +219,18 @@ def test_labels_have_each_a_result(kept: Service, windows: Readings) -> None:
     """A label is joined, pending, unchanged, in conflict, revised or unknown; only a revision changes it."""
     made = fly(kept, "labels", 1, windows[0][0])["predictions"][0]["prediction_id"]
     at = {"engine_id": "labels"}
-    assert ["joined", "pending", "unknown"] == say(
+    assert ["joined", "pending", "unknown"] == submit_labels(
         kept,
         {"prediction_id": made, "label": "normal"},
         at | {"cycle": 2, "label": 1},
         {"prediction_id": "0" * 32, "label": 0},
     )
-    assert ["unchanged", "conflict"] == say(kept, at | {"cycle": 1, "label": 0}, at | {"cycle": 2, "label": [0, 0, 1]})
-    assert ["conflict"] == say(kept, {"prediction_id": made, "label": "critical"}, status=409)
+    assert ["unchanged", "conflict"] == submit_labels(
+        kept, at | {"cycle": 1, "label": 0}, at | {"cycle": 2, "label": [0, 0, 1]}
+    )
+    assert ["conflict"] == submit_labels(kept, {"prediction_id": made, "label": "critical"}, status=409)
     assert ["normal"] == [row["label"] for row in history(kept, "labels")]
-    assert ["revised", "unchanged"] == say(
+    assert ["revised", "unchanged"] == submit_labels(
         kept, *[{"prediction_id": made, "label": "critical", "revise": True}, at | {"cycle": 1, "label": 2}]
     )
     fly(kept, "labels", 2, windows[0][1])
@@ -293,7 +295,7 @@ def test_continued_operation_labels_early_cycles(kept: Service, windows: Reading
     """A cycle more than 125 before the latest is normal, unless an inspection reported another class."""
     for cycle in (1, 2, 3):
         fly(kept, "survivor", cycle, windows[0][cycle])
-    say(kept, {"engine_id": "survivor", "cycle": 2, "label": "degrading"})
+    submit_labels(kept, {"engine_id": "survivor", "cycle": 2, "label": "degrading"})
     fly(kept, "survivor", 128, windows[0][9])
     labels = [(row["label"], row["source"]) for row in history(kept, "survivor")]
     assert [("normal", "survival"), ("degrading", "inspection"), (None, None), (None, None)] == labels
@@ -306,7 +308,7 @@ def test_label_in_a_prediction_is_stored(kept: Service, windows: Readings) -> No
     before = kept.metrics()["engine_health_labelled_total"]
     asked = {"telemetry": windows[0].tolist(), "engine_id": "immediate", "cycle": 7, "label": "critical"}
     kept.predict([asked])
-    assert ["unchanged"] == say(kept, {"engine_id": "immediate", "cycle": 7, "label": 2})
+    assert ["unchanged"] == submit_labels(kept, {"engine_id": "immediate", "cycle": 7, "label": 2})
     assert 1 == kept.metrics()["engine_health_labelled_total"] - before
     kept.predict([asked | {"label": None}])
     assert [("critical", "inspection")] == [(row["label"], row["source"]) for row in history(kept, "immediate")]
@@ -314,7 +316,7 @@ def test_label_in_a_prediction_is_stored(kept: Service, windows: Readings) -> No
 
 def test_contradicting_label_is_reported(kept: Service, windows: Readings, manifest: Manifest) -> None:
     """A conflicting label is scored in the response, reported with the stored one, and not stored."""
-    say(kept, {"engine_id": "odd", "cycle": 1, "label": "normal"})
+    submit_labels(kept, {"engine_id": "odd", "cycle": 1, "label": "normal"})
     before = kept.metrics()
     rows: list[dict[str, Any]] = [
         {"engine_id": "odd", "cycle": 1, "label": "critical"},
@@ -366,7 +368,7 @@ def test_label_with_request_temperature_is_stored(kept: Service, windows: Readin
     )  # the row without cycle, whose label cannot be stored
     kept.predict([asked | {"label": None}])
     assert [("degrading", "inspection")] == [(row["label"], row["source"]) for row in history(kept, "if")]
-    assert ["unchanged"] == say(kept, {"engine_id": "if", "cycle": 3, "label": 1})
+    assert ["unchanged"] == submit_labels(kept, {"engine_id": "if", "cycle": 3, "label": 1})
     other = kept.predict([asked | {"label": "normal"}], temperature=2)
     assert [{"result": "conflict", "given": "normal", "known": "degrading"}] == other["results"]
     assert 2 == kept.metrics()["engine_health_labelled_total"] - before

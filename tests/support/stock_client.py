@@ -1,6 +1,6 @@
-"""Ask a running service with the stock `tritonclient.http`, both encodings; run by a test in the client's environment.
+"""Call a running service with the stock `tritonclient.http` in JSON and binary encoding.
 
-python tests/support/stock_client.py HOST:PORT windows.npy
+A test runs it in the client's environment: python tests/support/stock_client.py HOST:PORT windows.npy
 """
 
 import json
@@ -11,7 +11,7 @@ import tritonclient.http as triton
 
 
 def main() -> None:
-    """Print what each way of asking answers, as JSON."""
+    """Print the results of every encoding and option as JSON."""
     client = triton.InferenceServerClient(sys.argv[1])
     assert client.is_server_live()
     assert client.is_server_ready()

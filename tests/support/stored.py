@@ -1,4 +1,4 @@
-"""Calls of the store that several tests make."""
+"""Calls of the store for tests."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from tests.support.processes import Service
 
 
 def fly(service: Service, engine_id: str, cycle: int, row: Readings, status: int = 200) -> dict[str, Any]:
-    """Send one flight, and return its prediction."""
+    """Send one flight, check the status, and return the response."""
     flight = {"engine_id": engine_id, "cycle": cycle, "telemetry": row.tolist()}
     answer = service.client.post("/v1/cycles", json={"cycles": [flight]})
     assert status == answer.status_code, answer.text
@@ -16,8 +16,8 @@ def fly(service: Service, engine_id: str, cycle: int, row: Readings, status: int
     return found
 
 
-def say(service: Service, *rows: dict[str, Any], status: int = 200, **rest: Any) -> list[str]:
-    """Return the results of some labels."""
+def submit_labels(service: Service, *rows: dict[str, Any], status: int = 200, **rest: Any) -> list[str]:
+    """Submit labels, check the status, and return the result of each."""
     answer = service.client.post("/v1/labels", json={"labels": list(rows), **rest})
     assert status == answer.status_code, answer.text
     return [row["result"] for row in answer.json()["results"]]
