@@ -85,8 +85,8 @@ def browser() -> Iterator["Browser"]:
         pytest.fail(missing)
     if missing:
         pytest.skip(missing)
-    with chromium() as found:
-        yield found
+    with chromium() as chrome:
+        yield chrome
 
 
 @pytest.fixture(scope="module", params=["simdjson", "portable"])
@@ -107,5 +107,5 @@ def each_parser(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def service() -> Iterator[Service]:
     """A service with the committed artefact, for all tests that leave its state unchanged."""
-    with running() as found:
-        yield found
+    with running() as started:
+        yield started

@@ -38,13 +38,13 @@ def named(requirement: str) -> str:
 
 def imported(path: Path) -> set[str]:
     """Return the top-level packages that a file imports, without the standard library and this project."""
-    found = set()
+    packages = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
+            packages |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.partition(".")[0])
-    return found - set(sys.stdlib_module_names) - OURS
+            packages.add(node.module.partition(".")[0])
+    return packages - set(sys.stdlib_module_names) - OURS
 
 
 def imports(*rooms: str) -> dict[str, str]:
@@ -76,9 +76,9 @@ def providers(package: str) -> set[str]:
 )
 def test_imported_packages_are_declared(packages: tuple[str, ...], groups: tuple[str, ...]) -> None:
     """Each package that is imported comes from a distribution that its groups declare by name."""
-    found = imports(*packages)
-    assert found
-    assert {} == {name: where for name, where in found.items() if not providers(name) & declared(*groups)}
+    required = imports(*packages)
+    assert required
+    assert {} == {name: where for name, where in required.items() if not providers(name) & declared(*groups)}
 
 
 @pytest.mark.parametrize(

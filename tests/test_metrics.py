@@ -18,8 +18,8 @@ LABELS = ["normal", "degrading", "critical", [0.2, 0.3, 0.5]]
 @pytest.fixture
 def fresh() -> Iterator[Service]:
     """A service without earlier requests."""
-    with running() as found:
-        yield found
+    with running() as service:
+        yield service
 
 
 def test_counters_equal_the_responses(fresh: Service, manifest: Manifest, windows: Readings) -> None:
@@ -92,14 +92,14 @@ def test_model_without_windows_counts_its_inputs(tmp_path: Path) -> None:
 
 def test_head_equals_get_without_body(fresh: Service, manifest: Manifest) -> None:
     """HEAD on any route has the status and headers of GET without its body, and is counted as HEAD."""
-    found = fresh.client.get("/openapi.json").json()["paths"]
-    routes = [route for route, methods in found.items() if "get" in methods]
+    paths = fresh.client.get("/openapi.json").json()["paths"]
+    routes = [route for route, methods in paths.items() if "get" in methods]
     assert {"/livez", "/readyz", "/metrics", "/v1/model", "/v2/models/{name}"} < set(routes)
     for route in (*routes, "/", "/docs", "/openapi.json"):
         path = route.format(name=manifest.name, version=manifest.version, engine_id="none")
-        asked, got = fresh.client.head(path), fresh.client.get(path)
-        assert (got.status_code, b"") == (asked.status_code, asked.content), path
-        assert got.headers.get("content-type") == asked.headers.get("content-type")
+        head, got = fresh.client.head(path), fresh.client.get(path)
+        assert (got.status_code, b"") == (head.status_code, head.content), path
+        assert got.headers.get("content-type") == head.headers.get("content-type")
     m = {name.replace(":path}", "}"): value for name, value in fresh.metrics().items()}
     for route in (*routes, "/openapi.json"):
         heads = [v for k, v in m.items() if "requests_total" in k and f'method="HEAD",route="{route}"' in k]
@@ -135,8 +135,8 @@ def test_reference_with_many_bins_is_counted(windows: Readings, tmp_path: Path) 
     newest = [*windows[:, -1, k].astype(float), float(windows[0, -1, k])]
     expected = np.bincount(np.searchsorted(edges, newest), minlength=401)
     assert expected[256:].sum() > 0
-    found = [m.get(f'engine_health_input_values_total{{bin="{b}",channel="sensor_4"}}', 0) for b in range(401)]
-    assert expected.tolist() == found
+    counts = [m.get(f'engine_health_input_values_total{{bin="{b}",channel="sensor_4"}}', 0) for b in range(401)]
+    assert expected.tolist() == counts
 
 
 def test_requests_are_counted_by_route_template(fresh: Service, windows: Readings) -> None:

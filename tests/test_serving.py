@@ -37,8 +37,8 @@ def test_concurrent_callers_get_their_predictions(service: Service, windows: Rea
     scaled = [windows[k % 4] * np.float32(1 + k / 1e4) for k in range(200)]
     alone = [service.predict([{"telemetry": w.tolist()}])["predictions"][0]["logits"] for w in scaled]
     with ThreadPoolExecutor(32) as pool:
-        found = pool.map(lambda w: service.predict([{"telemetry": w.tolist()}])["predictions"][0]["logits"], scaled)
-    np.testing.assert_allclose(alone, list(found), atol=1e-5)
+        together = pool.map(lambda w: service.predict([{"telemetry": w.tolist()}])["predictions"][0]["logits"], scaled)
+    np.testing.assert_allclose(alone, list(together), atol=1e-5)
     assert len({tuple(row) for row in alone}) > 190
 
 
@@ -69,10 +69,10 @@ def test_keys_permit_their_calls_only(windows: Readings) -> None:
             post(LOAD, headers=headers).status_code for headers in ({}, {"X-API-Key": "read"}, ADMIN)
         ]
         guarded.process.terminate()
-        _, said = guarded.process.communicate(timeout=30)
-        assert '"path":"/v1/predict"' in said
-        assert "wheel" not in said
-        assert "Bearer" not in said
+        _, log = guarded.process.communicate(timeout=30)
+        assert '"path":"/v1/predict"' in log
+        assert "wheel" not in log
+        assert "Bearer" not in log
     with running() as unguarded:
         assert 403 == unguarded.client.post(LOAD, headers=ADMIN).status_code
         assert 403 == unguarded.client.put("/v1/calibration/temperature", json={"temperature": 5}).status_code
@@ -100,11 +100,11 @@ def test_every_request_logs_one_line_with_its_ids(windows: Readings) -> None:
     trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
     with running(ENGINE_HEALTH_LOG_LEVEL="info") as service:
         given = service.client.get("/livez", headers={"X-Request-Id": "abc-1", "traceparent": trace})
-        made = service.client.post("/v1/predict", json=one(windows[0]))
+        valid = service.client.post("/v1/predict", json=one(windows[0]))
         wrong = service.client.post("/v1/predict", json={}, headers={"X-Request-Id": "new\tline", "traceparent": "x"})
         service.process.terminate()
-        _, said = service.process.communicate(timeout=30)
-    lines = [json.loads(line) for line in said.splitlines()]
+        _, log = service.process.communicate(timeout=30)
+    lines = [json.loads(line) for line in log.splitlines()]
     requests = {line["request_id"]: line for line in lines if line["event"] == "request"}
     assert "abc-1" == given.headers["x-request-id"]
     assert ("/livez", 200) == (requests["abc-1"]["path"], requests["abc-1"]["status"])
@@ -112,7 +112,7 @@ def test_every_request_logs_one_line_with_its_ids(windows: Readings) -> None:
         requests["abc-1"]["trace_id"],
         requests["abc-1"]["span_id"],
     )
-    assert 200 == requests[made.headers["x-request-id"]]["status"]
+    assert 200 == requests[valid.headers["x-request-id"]]["status"]
     assert 422 == requests[wrong.headers["x-request-id"]]["status"]
     assert "trace_id" not in requests[wrong.headers["x-request-id"]]
 
@@ -162,9 +162,9 @@ def test_reload_replaces_the_model_only_if_verified(tmp_path: Path, windows: Rea
         assert first == service.predict(one(windows[0])["instances"])["model"]["digest"]
         edited(path, {"temperature": 3.0})
         second = service.client.post(LOAD, headers=ADMIN).json()["digest"]
-        found = service.predict(one(windows[0])["instances"])
-        assert first != second == found["model"]["digest"]
-        assert 3.0 == found["temperature"]
+        reloaded = service.predict(one(windows[0])["instances"])
+        assert first != second == reloaded["model"]["digest"]
+        assert 3.0 == reloaded["temperature"]
         assert second == service.client.get("/readyz").json()["digest"]
         infos = [name for name in service.metrics() if "model_info" in name]
         assert 1 == len(infos)
@@ -186,15 +186,15 @@ def test_early_sighup_ends_no_worker(workers: int) -> None:
     process = start(
         "serve", "--port", "0", "--workers", str(workers), ENGINE_HEALTH_LOG_LEVEL="info", ENGINE_HEALTH_DATABASE_URL=""
     )
-    said: list[str] = []
+    log: list[str] = []
     with process, ThreadPoolExecutor(1) as pool:
-        pool.submit(lambda: said.extend(process.stderr or ()))  # reads until the process ends
+        pool.submit(lambda: log.extend(process.stderr or ()))  # reads until the process ends
         seen = set[int]()
 
         def ready() -> bool:
             process.send_signal(signal.SIGHUP)
             seen.update(children(process))
-            return sum("ready:" in line for line in said) == workers
+            return sum("ready:" in line for line in log) == workers
 
         try:
             until(lambda: _survives_sighup(process.pid))
@@ -253,14 +253,14 @@ def test_slow_client_gets_408(windows: Readings) -> None:
         address = (service.client.base_url.host, service.client.base_url.port or 80)
         announced = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n"
         starts = (b"", b"POST /v1/predict HT", announced, announced + b"{")
-        for said, answered in zip(starts, (b"", b"408", b"408", b"408"), strict=True):
+        for sent, expected in zip(starts, (b"", b"408", b"408", b"408"), strict=True):
             with socket.create_connection(address, timeout=20) as slow:
-                slow.sendall(said)
+                slow.sendall(sent)
                 service.predict(one(windows[0])["instances"])
-                heard = b""
+                received = b""
                 while part := slow.recv(4096):
-                    heard += part
-                assert answered in heard.split(b"\r\n")[0]
+                    received += part
+                assert expected in received.split(b"\r\n")[0]
         with socket.create_connection(address, timeout=20) as wordy:
             wordy.sendall(b"GET /livez HTTP/1.1\r\n" + b"X-A: b\r\n" * 20_000)
             assert b"431" in wordy.recv(4096)
@@ -389,22 +389,22 @@ def test_workers_follow_a_new_model_and_stop_together(tmp_path: Path, windows: R
                 os.kill(victim, signal.SIGKILL)
                 until(lambda gone=victim: len(now := children(service.process)) == 2 and gone not in now)
         service.process.terminate()
-        _, said = service.process.communicate(timeout=30)
+        _, log = service.process.communicate(timeout=30)
         assert 0 == service.process.returncode
-        assert "UserWarning" not in said
-        assert all(json.loads(line)["event"] for line in said.splitlines())
+        assert "UserWarning" not in log
+        assert all(json.loads(line)["event"] for line in log.splitlines())
 
 
 def temperatures(service: Service, window: Readings) -> set[float]:
     """Return the temperatures of several responses over new connections; empty while some fail."""
-    found = set()
+    values = set()
     for _ in range(8):
         try:
             answer = httpx.post(f"{service.client.base_url}/v1/predict", json=one(window), timeout=30, trust_env=False)
         except httpx.TransportError:
             return set()
-        found.add(answer.json().get("temperature"))
-    return found
+        values.add(answer.json().get("temperature"))
+    return values
 
 
 def test_workers_with_a_bad_model_stop_with_one_line(tmp_path: Path) -> None:
@@ -412,10 +412,10 @@ def test_workers_with_a_bad_model_stop_with_one_line(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(b"broken")
     process = start("serve", "--port", "0", "--workers", "2", ENGINE_HEALTH_MODEL=str(path))
-    _, said = process.communicate(timeout=60)
+    _, log = process.communicate(timeout=60)
     assert 1 == process.returncode
-    assert 1 == said.count("not a usable ONNX file")
-    assert "Traceback" not in said
+    assert 1 == log.count("not a usable ONNX file")
+    assert "Traceback" not in log
 
 
 @pytest.mark.parametrize(("text", "cores"), [("150000 100000", 2), ("max 100000", None), ("20000 100000", 1)])

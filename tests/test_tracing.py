@@ -31,12 +31,12 @@ class Collector:
 
     @property
     def spans(self) -> list[tuple[Any, dict[str, str]]]:
-        found = []
+        spans = []
         for body in list(self.bodies):
             for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
                 of = attributes(resource.resource)
-                found += [(span, of) for scope in resource.scope_spans for span in scope.spans]
-        return found
+                spans += [(span, of) for scope in resource.scope_spans for span in scope.spans]
+        return spans
 
     def environment(self, delay: str = SOON, **more: str) -> dict[str, str]:
         """Return the environment that sends spans of a service here."""
@@ -45,13 +45,13 @@ class Collector:
 
 @contextmanager
 def collecting() -> Iterator[Collector]:
-    """Run a collector on a free port during the block."""
+    """Run a receiver on a free port during the block."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:  # name required by http.server
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if self.path == "/v1/traces":
-                found.bodies.append(body)
+                receiver.bodies.append(body)
             self.send_response(200)
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -60,11 +60,11 @@ def collecting() -> Iterator[Collector]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    found = Collector(f"http://127.0.0.1:{server.server_port}")
+    receiver = Collector(f"http://127.0.0.1:{server.server_port}")
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield found
+        yield receiver
     finally:
         server.shutdown()
         thread.join()
@@ -74,8 +74,8 @@ def collecting() -> Iterator[Collector]:
 @pytest.fixture
 def collector() -> Iterator[Collector]:
     """A collector without spans."""
-    with collecting() as found:
-        yield found
+    with collecting() as started:
+        yield started
 
 
 def attributes(of: Any) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def test_prediction_is_a_span_of_the_caller(collector: Collector, windows: Readi
             assert 200 == service.client.get(probe).status_code
         until(lambda: len(collector.spans) >= 4)
         service.process.terminate()
-        _, said = service.process.communicate(timeout=30)
+        _, log = service.process.communicate(timeout=30)
     names = ["POST /v1/predict", "POST /v1/predict", "GET /v2/models/{name}", "GET"]
     spans = sorted(collector.spans, key=lambda pair: pair[0].start_time_unix_nano)
     assert names == [span.name for span, _ in spans]
@@ -104,9 +104,9 @@ def test_prediction_is_a_span_of_the_caller(collector: Collector, windows: Readi
     assert ("/v1/predict", 200) == (attributes(predict)["http.route"], attributes(predict)["http.status_code"])
     assert 422 == attributes(spans[1][0])["http.status_code"]
     assert TRACE != spans[1][0].trace_id.hex()
-    lines = [json.loads(line) for line in said.splitlines()]
-    told = [(line["trace_id"], line["span_id"]) for line in lines if "trace_id" in line]
-    assert told == [(span.trace_id.hex(), span.span_id.hex()) for span, _ in spans]
+    lines = [json.loads(line) for line in log.splitlines()]
+    logged = [(line["trace_id"], line["span_id"]) for line in lines if "trace_id" in line]
+    assert logged == [(span.trace_id.hex(), span.span_id.hex()) for span, _ in spans]
 
 
 def test_spans_contain_no_key(collector: Collector, windows: Readings) -> None:
@@ -127,8 +127,8 @@ def test_pending_spans_are_sent_at_shutdown(collector: Collector, windows: Readi
         until(lambda: len(children(service.process)) == 2)
         statuses: list[int] = []
         while statuses.count(200) < 20:  # the kernel distributes new connections; a worker may not be ready
-            asked = httpx.post(f"{service.client.base_url}/v1/predict", json=one(windows[0]), trust_env=False)
-            statuses.append(asked.status_code)
+            response = httpx.post(f"{service.client.base_url}/v1/predict", json=one(windows[0]), trust_env=False)
+            statuses.append(response.status_code)
         assert [] == collector.bodies
         service.process.terminate()
         assert 0 == service.process.wait(timeout=30)
@@ -150,9 +150,9 @@ def test_unusual_requests_are_unchanged_by_tracing(collector: Collector) -> None
             address = (service.client.base_url.host, service.client.base_url.port or 80)
             with socket.create_connection(address, timeout=20) as connection:
                 connection.sendall(head % case)
-                heard = connection.makefile("rb").read()
-            assert heard.split()[1] in (b"200", b"400"), heard
-        assert b"200" == heard.split()[1]
+                response = connection.makefile("rb").read()
+            assert response.split()[1] in (b"200", b"400"), response
+        assert b"200" == response.split()[1]
         until(lambda: any(span.trace_id.hex() == TRACE for span, _ in collector.spans))
 
 
@@ -188,9 +188,9 @@ def test_impossible_tracing_logs_one_line(
     with running(OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1", **setting, **lacking) as service:
         service.predict(one(windows[0])["instances"])
         service.process.terminate()
-        _, said = service.process.communicate(timeout=30)
+        _, log = service.process.communicate(timeout=30)
     warned = [] if why is None else [f"no spans: {why}"]
-    assert warned == [json.loads(line)["event"] for line in said.splitlines()]
+    assert warned == [json.loads(line)["event"] for line in log.splitlines()]
 
 
 def test_sdk_is_not_imported_without_endpoint() -> None:
@@ -201,7 +201,8 @@ def test_sdk_is_not_imported_without_endpoint() -> None:
         "print(*[m for m in sys.modules if m.startswith(('opentelemetry.sdk', 'opentelemetry.exporter', "
         "'opentelemetry.instrumentation', 'google.protobuf', 'requests', 'pyarrow'))])"
     )
-    for asked, found in (({}, False), ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://127.0.0.1:1"}, True)):
-        printed = subprocess.run([sys.executable, "-c", code], env=asked, capture_output=True, text=True, check=True)
-        assert found == ("opentelemetry.sdk.trace" in printed.stdout.split())
-        assert found == bool(printed.stdout.strip())
+    for environment, imported in (({}, False), ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://127.0.0.1:1"}, True)):
+        command = [sys.executable, "-c", code]
+        printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert imported == ("opentelemetry.sdk.trace" in printed.stdout.split())
+        assert imported == bool(printed.stdout.strip())

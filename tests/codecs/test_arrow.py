@@ -33,18 +33,18 @@ def post(service: Service, body: bytes, query: str = "", **headers: str) -> http
     return service.client.post(f"/v1/predict{query}", content=body, headers=ARROW | headers)
 
 
-def answered(service: Service, body: bytes, query: str = "") -> dict[str, Any]:
+def predict_table(service: Service, body: bytes, query: str = "") -> dict[str, Any]:
     """Return the response without fields that differ between calls: ids, and results of repeated labels."""
     answer = post(service, body, query)
     assert answer.status_code == 200, answer.text
     return without_ids(answer.json())
 
 
-def without_ids(found: dict[str, Any]) -> dict[str, Any]:
-    found.pop("results", None)
-    for row in found["predictions"]:
+def without_ids(response: dict[str, Any]) -> dict[str, Any]:
+    response.pop("results", None)
+    for row in response["predictions"]:
         row.pop("prediction_id")
-    return found
+    return response
 
 
 def set_column(table: Any, name: str, values: Any) -> Any:
@@ -60,16 +60,16 @@ def fleet(windows: Readings) -> dict[str, Readings]:
 def test_table_of_flights_equals_json(service: Service, fleet: dict[str, Readings]) -> None:
     """Rows and columns in any order give bit for bit the predictions of the same windows in JSON."""
     table = flights(fleet, label=pa.array([*["critical"] * 99, None, *["critical"] * 6, "normal", *[None] * 130]))
-    asked = [
+    instances = [
         {"engine_id": name, "cycle": len(history), "telemetry": history.tolist()} for name, history in fleet.items()
     ]
-    asked[1]["label"] = "normal"
-    expected = without_ids(service.predict(asked))
-    assert expected == answered(service, stream(table))
+    instances[1]["label"] = "normal"
+    expected = without_ids(service.predict(instances))
+    assert expected == predict_table(service, stream(table))
     shuffled = np.concatenate([[0, 100, 107], np.random.default_rng(0).permutation(np.arange(1, 237))])
     order = list(dict.fromkeys(shuffled.tolist()))
     mixed = table.take(order).select(sorted(table.column_names))
-    assert expected == answered(service, stream(mixed, rows=10))
+    assert expected == predict_table(service, stream(mixed, rows=10))
     assert [("B", 100), ("A", 7), ("C", 130)] == [(row["engine_id"], row["cycle"]) for row in expected["predictions"]]
     assert 1 == expected["evaluation"]["count"]
 
@@ -81,10 +81,10 @@ def test_table_encodings_give_equal_predictions(
 ) -> None:
     """Tables of any string layout, batch size and compression give equal predictions."""
     table = flights(fleet, label=pa.array(["degrading"] * 237))
-    expected = answered(service, stream(table))
+    expected = predict_table(service, stream(table))
     for name in ("engine_id", "label"):
         table = set_column(table, name, TEXTS[text](table.column(name)))
-    assert expected == answered(service, stream(table, 25, compression))
+    assert expected == predict_table(service, stream(table, 25, compression))
 
 
 def test_numbers_of_every_width_are_read(service: Service, windows: Readings) -> None:
@@ -99,23 +99,24 @@ def test_numbers_of_every_width_are_read(service: Service, windows: Readings) ->
         integer = kind if kind in kinds else pa.int16()
         table = set_column(table, "cycle", table.column("cycle").cast(integer))
         table = table.append_column("label", pa.array([None] * 8 + [2], integer))
-        assert expected == answered(service, stream(table)), kind
+        assert expected == predict_table(service, stream(table)), kind
     large = 2**53 + 1 + np.arange(9, dtype=np.int64)
     table = set_column(flights({"A": whole}), "sensor_4", pa.array(large))
-    said = [[*row[:5], int(value), *row[6:]] for row, value in zip(whole.tolist(), large, strict=True)]
-    expected = service.predict([{"telemetry": said, "engine_id": "A", "cycle": 9}])
-    assert without_ids(expected) == answered(service, stream(table))
+    telemetry = [[*row[:5], int(value), *row[6:]] for row, value in zip(whole.tolist(), large, strict=True)]
+    expected = service.predict([{"telemetry": telemetry, "engine_id": "A", "cycle": 9}])
+    assert without_ids(expected) == predict_table(service, stream(table))
 
 
 def test_table_without_optional_columns_is_accepted(service: Service, windows: Readings) -> None:
     """Without engine_id a table is one engine, and without cycle its rows are in order."""
     expected = service.predict([{"telemetry": windows[0].tolist()}])["predictions"][0]
     table = flights({"A": windows[0]})
-    anonymous = answered(service, stream(table.drop(["engine_id", "cycle"])))["predictions"]
+    anonymous = predict_table(service, stream(table.drop(["engine_id", "cycle"])))["predictions"]
     assert [(expected["logits"], None, None)] == [(x["logits"], x["engine_id"], x["cycle"]) for x in anonymous]
     backwards = table.take(list(range(99, -1, -1)))
-    assert expected["logits"] == answered(service, stream(backwards.drop(["engine_id"])))["predictions"][0]["logits"]
-    other = answered(service, stream(backwards.drop(["cycle"])))["predictions"][0]
+    by_cycle = predict_table(service, stream(backwards.drop(["engine_id"])))["predictions"][0]
+    assert expected["logits"] == by_cycle["logits"]
+    other = predict_table(service, stream(backwards.drop(["cycle"])))["predictions"][0]
     assert ("A", None) == (other["engine_id"], other["cycle"])
     turned = service.predict([{"telemetry": windows[0][::-1].tolist()}])["predictions"][0]
     assert expected["logits"] != turned["logits"] == other["logits"]
@@ -124,13 +125,13 @@ def test_table_without_optional_columns_is_accepted(service: Service, windows: R
 def test_options_of_a_table_are_in_the_query(service: Service, fleet: dict[str, Readings]) -> None:
     """Temperature and explanation of a table are set in the query, with the effect that they have in JSON."""
     table = stream(flights(fleet).drop(["cycle"]))
-    asked = [{"engine_id": name, "telemetry": history.tolist()} for name, history in fleet.items()]
+    instances = [{"engine_id": name, "telemetry": history.tolist()} for name, history in fleet.items()]
     for query, options in (
         ("?temperature=2", {"temperature": 2}),
         ("?explain=true", {"explain": True}),
         ("?temperature=0.5&missing=reject&explain=false", {"temperature": 0.5}),
     ):
-        assert without_ids(service.predict(asked, **options)) == answered(service, table, query)
+        assert without_ids(service.predict(instances, **options)) == predict_table(service, table, query)
 
 
 @pytest.mark.parametrize(
@@ -171,11 +172,11 @@ def test_missing_values_are_rejected_or_imputed(service: Service, fleet: dict[st
         )
         name = 'engine_health_imputed_values_total{channel="sensor_4"}'
         before = service.metrics().get(name, 0)
-        held = answered(service, holed, "?missing=hold")["predictions"][1]
+        held = predict_table(service, holed, "?missing=hold")["predictions"][1]
         assert before + 1 == service.metrics()[name]
-        asked = [*history[:5], [*history[5][:5], None, *history[5][6:]], history[6]]
+        rows = [*history[:5], [*history[5][:5], None, *history[5][6:]], history[6]]
         rest = [{"telemetry": other.tolist()} for other in (fleet["B"], fleet["C"])]
-        in_json = service.predict([rest[0], {"telemetry": asked}, rest[1]], missing="hold")["predictions"][1]
+        in_json = service.predict([rest[0], {"telemetry": rows}, rest[1]], missing="hold")["predictions"][1]
         assert in_json["logits"] == held["logits"]
     first = stream(set_column(table, "sensor_4", pa.array([None, *table.column("sensor_4").to_pylist()[1:]])))
     answer = post(service, first, "?missing=hold")
@@ -261,26 +262,26 @@ def test_damaged_streams_are_rejected_without_effect(service: Service, fleet: di
     coded = set_column(table, "engine_id", table.column("engine_id").dictionary_encode())
     viewed = set_column(table, "engine_id", table.column("engine_id").cast(pa.string_view()))
     bodies = [stream(table), stream(coded, 5), stream(viewed, 5), stream(coded, 5, "zstd"), stream(viewed, 5, "lz4")]
-    expected, random = answered(service, bodies[0]), np.random.default_rng(0)
+    expected, random = predict_table(service, bodies[0]), np.random.default_rng(0)
     extremes = [0, 1, 0x7F, 0x80, 0xFF]
     for k in range(1000):
         damaged = bytearray(bodies[k % len(bodies)])
         for place in random.integers(0, len(damaged), 1 + k % 3):
             damaged[place] = extremes[random.integers(5)] if k % 2 else damaged[place] ^ (1 << random.integers(8))
         assert post(service, bytes(damaged)).status_code in (200, 400, 413, 422)
-    assert expected == answered(service, bodies[0])
+    assert expected == predict_table(service, bodies[0])
     assert service.process.poll() is None
 
 
 def headers(body: bytes) -> list[tuple[int, FlatbufferTable, int]]:
     """Return the offset of the header, the header and the offset of the body of each message."""
-    found, at = [], 0
+    messages, at = [], 0
     while at < len(body) and (size := read_number(UINT32, body, at + 4)):
         data = body[at + 8 : at + 8 + size]
         message = FlatbufferTable(data, read_number(UINT32, data, 0))
-        found.append((at + 8, message, at + 8 + size))
+        messages.append((at + 8, message, at + 8 + size))
         at += 8 + size + message.number(3, struct.Struct("<q"))
-    return found
+    return messages
 
 
 def share_longest_entry(body: bytes) -> bytes:
@@ -359,13 +360,13 @@ def test_arrow_bombs_are_rejected_at_little_cost(windows: Readings) -> None:
     """Bombs of every kind are rejected with little memory, and the next stream is answered."""
     with running() as fresh:
         body = stream(flights({"A": windows[0]}))
-        expected = answered(fresh, body)
+        expected = predict_table(fresh, body)
         before = peak(fresh)
         for name, (bomb, status) in bombs().items():
             assert len(bomb) < 2**25, name
             answer = post(fresh, bomb)
             assert status == answer.status_code, (name, answer.text)
-            assert expected == answered(fresh, body)
+            assert expected == predict_table(fresh, body)
         assert peak(fresh) - before < 100
 
 
@@ -385,7 +386,7 @@ def test_gzip_table_is_limited_by_its_inflated_size(windows: Readings) -> None:
     body = stream(flights({"A": np.round(windows[0], 1)}))
     with running(ENGINE_HEALTH_MAX_BODY_BYTES=str(len(body))) as small:
         packed = post(small, gzip.compress(body), **{"Content-Encoding": "gzip"})
-        assert answered(small, body) == without_ids(packed.json())
+        assert predict_table(small, body) == without_ids(packed.json())
         twice = flights({"A": windows[0].repeat(2, axis=0).round(1)})
         squeezed = stream(twice, compression="zstd")
         assert len(squeezed) < len(body) < len(stream(twice))
@@ -402,7 +403,7 @@ def test_pyarrow_is_loaded_by_the_first_table(windows: Readings) -> None:
     with running() as fresh:
         fresh.predict([{"telemetry": windows[0].tolist()}])
         assert not loaded(fresh.process, "libarrow")
-        answered(fresh, stream(flights({"A": windows[0]})))
+        predict_table(fresh, stream(flights({"A": windows[0]})))
         assert loaded(fresh.process, "libarrow")
         assert not loaded(fresh.process, "pandas")
 
@@ -428,10 +429,10 @@ def test_model_of_single_rows_takes_each_row(tmp_path: Path) -> None:
     columns = {"b": [0, 5, 0], "a": [1, 0, 0], "c": [0, 0, 0.5], "d": [0, 0, 2], "engine_id": ["y", "x", "y"]}
     table = pa.table(columns | {"cycle": [2, 1, 1], "label": ["n", None, "w"]})
     with running(ENGINE_HEALTH_MODEL=str(path)) as other:
-        found = answered(other, stream(table))
-        assert [[1, 0, 0, 0], [0, 5, 0, 0], [0, 0, 0.5, 2]] == [row["logits"] for row in found["predictions"]]
-        assert [("y", 2), ("x", 1), ("y", 1)] == [(row["engine_id"], row["cycle"]) for row in found["predictions"]]
-        assert (2, 1.0) == (found["evaluation"]["count"], found["evaluation"]["accuracy"])
+        response = predict_table(other, stream(table))
+        assert [[1, 0, 0, 0], [0, 5, 0, 0], [0, 0, 0.5, 2]] == [row["logits"] for row in response["predictions"]]
+        assert [("y", 2), ("x", 1), ("y", 1)] == [(row["engine_id"], row["cycle"]) for row in response["predictions"]]
+        assert (2, 1.0) == (response["evaluation"]["count"], response["evaluation"]["accuracy"])
         holed = set_column(table, "d", pa.array([0.0, None, 2.0]))
         for query in ("", "?missing=hold"):
             answer = post(other, stream(holed), query)
@@ -450,21 +451,21 @@ def test_live_while_a_large_table_is_read(service: Service, windows: Readings) -
     """`/livez` responds while 30 MB of flights in small batches are read."""
     large = stream(flights({f"{k}": windows[k % 4] for k in range(2000)}).drop(["cycle"]), rows=20)
     assert 16 * 2**20 < len(large) < 32 * 2**20
-    answers = []
+    statuses = []
     with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=service.client.base_url, trust_env=False) as client:
         task = pool.submit(post, service, large)
         while not task.done():
-            answers.append(client.get("/livez").status_code)
+            statuses.append(client.get("/livez").status_code)
         assert 2000 == len(task.result().json()["predictions"])
-    assert {200} == set(answers)
-    assert len(answers) > 5  # a blocked event loop would give one or two
+    assert {200} == set(statuses)
+    assert len(statuses) > 5  # a blocked event loop would give one or two
 
 
 def test_openapi_document_describes_tables(service: Service) -> None:
     """The OpenAPI document has both content types of a prediction and the options as query parameters."""
-    told = service.client.get("/openapi.json").json()["paths"]["/v1/predict"]["post"]
-    assert {"application/json", ARROW["Content-Type"]} == set(told["requestBody"]["content"])
-    parameters = {parameter["name"]: parameter for parameter in told["parameters"]}
+    operation = service.client.get("/openapi.json").json()["paths"]["/v1/predict"]["post"]
+    assert {"application/json", ARROW["Content-Type"]} == set(operation["requestBody"]["content"])
+    parameters = {parameter["name"]: parameter for parameter in operation["parameters"]}
     assert {"temperature", "missing", "explain"} == set(parameters)
     assert {"query"} == {parameter["in"] for parameter in parameters.values()}
     assert ["hold", "reject"] == sorted(parameters["missing"]["schema"]["enum"])
@@ -477,5 +478,5 @@ def test_python_program_of_the_api_page_works(service: Service, fleet: dict[str,
     pyarrow.parquet.write_table(flights(fleet), tmp_path / "flights.parquet")
     here = program.replace("http://127.0.0.1:8000", str(service.client.base_url).rstrip("/"))
     printed = subprocess.check_output([sys.executable, "-c", here], cwd=tmp_path, text=True)
-    expected = answered(service, stream(flights(fleet)))["predictions"]
+    expected = predict_table(service, stream(flights(fleet)))["predictions"]
     assert [f"{row['engine_id']} {row['health']}" for row in expected] == printed.splitlines()

@@ -48,7 +48,7 @@ def model() -> Model:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("form", "told"),
+    ("form", "expected"),
     [
         (b'{"instances":[{"telemetry":[1.25,%s]}]}', "instances[0].telemetry: expected rows of numbers"),
         (b'{"instances":[{"telemetry":[[1],{},%s]}]}', "instances[0].telemetry: expected numbers, got many objects"),
@@ -61,13 +61,13 @@ def model() -> Model:
     ],
 )
 @pytest.mark.parametrize("parser", ["simdjson", "portable"])
-def test_millions_of_brackets_take_little_memory(form: bytes, told: str, parser: str) -> None:
+def test_millions_of_brackets_take_little_memory(form: bytes, expected: str, parser: str) -> None:
     """Millions of empty lists, objects or numbers are located without building all objects."""
     filling = next(some for some in (b"1.25,", b"{},", b"[],") if some in form or some == b"[],")
     body = form % (filling * MANY)[:-1]
     run = subprocess.run([sys.executable, "-c", GROWN, parser], input=body, capture_output=True, check=True)
     grown, _, detail = run.stdout.decode().partition(" ")
-    assert detail.startswith(told)
+    assert detail.startswith(expected)
     assert float(grown) < 150  # MiB; as objects they would take 270
 
 

@@ -65,24 +65,24 @@ def model() -> Model:
     return open_model(ARTEFACT)
 
 
-def slowly(body: bytes, model: Model) -> tuple[list[tuple[str | None, int | None]], bytes, bytes | None]:
+def parse_by_schemas(body: bytes, model: Model) -> tuple[list[tuple[str | None, int | None]], bytes, bytes | None]:
     """Return names, windows and labels of a body as the schemas decode it."""
-    asked = parse.parse(body, requests.PredictRequest)
-    decoded = decode_instances(asked.instances, model, asked.missing == "hold")
-    assert asked.temperature is None
+    request = parse.parse(body, requests.PredictRequest)
+    decoded = decode_instances(request.instances, model, request.missing == "hold")
+    assert request.temperature is None
     targets = None if decoded.targets is None else decoded.targets.tobytes()
-    return [(x.engine_id, x.cycle) for x in asked.instances], decoded.telemetry.tobytes(), targets
+    return [(x.engine_id, x.cycle) for x in request.instances], decoded.telemetry.tobytes(), targets
 
 
 @given(BODIES, st.sampled_from([None, 2]))
-def test_fast_parser_equals_the_schemas_or_declines(model: Model, asked: Any, indent: int | None) -> None:
+def test_fast_parser_equals_the_schemas_or_declines(model: Model, request: Any, indent: int | None) -> None:
     """Whatever the fast parser accepts equals the result of the schemas to the bit."""
-    body = json.dumps(asked, indent=indent).encode()
-    found = parse_plain_predict(body, model, 4096)
-    if found is not None:
-        names = [(flight.engine_id, flight.cycle) for flight in found.keys]
-        targets = None if found.decoded.targets is None else found.decoded.targets.tobytes()
-        assert slowly(body, model) == (names, found.decoded.telemetry.tobytes(), targets)
+    body = json.dumps(request, indent=indent).encode()
+    decoded = parse_plain_predict(body, model, 4096)
+    if decoded is not None:
+        names = [(flight.engine_id, flight.cycle) for flight in decoded.keys]
+        targets = None if decoded.decoded.targets is None else decoded.decoded.targets.tobytes()
+        assert parse_by_schemas(body, model) == (names, decoded.decoded.telemetry.tobytes(), targets)
 
 
 @pytest.mark.parametrize(
@@ -127,10 +127,10 @@ def test_plain_bodies_are_read_in_one_pass(model: Model) -> None:
     rows = np.random.default_rng(0).normal(500, 100, (3, 130, CHANNELS)).tolist()
     instances = [{"telemetry": rows[0]}, {"telemetry": rows[1][:3], "engine_id": "a"}, {"telemetry": rows[2][:WINDOW]}]
     body = json.dumps({"instances": [*instances, {"cycle": 5, "telemetry": rows[0][:1], "label": 1}]}).encode()
-    found = parse_plain_predict(body, model, 4)
-    assert found is not None
-    assert found.decoded.targets is not None
-    assert slowly(body, model)[1:] == (found.decoded.telemetry.tobytes(), found.decoded.targets.tobytes())
+    plain = parse_plain_predict(body, model, 4)
+    assert plain is not None
+    assert plain.decoded.targets is not None
+    assert parse_by_schemas(body, model)[1:] == (plain.decoded.telemetry.tobytes(), plain.decoded.targets.tobytes())
     assert parse_plain_predict(body, model, 3) is None
     with pytest.raises(ServiceError):
         decode_predict(body, model, 3)
@@ -146,10 +146,10 @@ def test_large_body_is_decoded_in_one_pass(model: Model) -> None:
         body = json.dumps({"instances": instances}, indent=indent).encode()
         assert len(body) > 2 * PARSE_BYTES
         for form in (body, memoryview(bytearray(body))):
-            found = parse_plain_predict(form, model, 400)
-            assert found is not None
-            assert [(flight.engine_id, flight.cycle) for flight in found.keys] == slowly(body, model)[0]
-            assert slowly(body, model)[1] == found.decoded.telemetry.tobytes()
+            plain = parse_plain_predict(form, model, 400)
+            assert plain is not None
+            assert [(flight.engine_id, flight.cycle) for flight in plain.keys] == parse_by_schemas(body, model)[0]
+            assert parse_by_schemas(body, model)[1] == plain.decoded.telemetry.tobytes()
             assert parse_plain_predict(form, model, 399) is None
 
 

@@ -41,13 +41,13 @@ def test_long_tables_are_parsed_in_pieces() -> None:
     """Long tables by row, by column, flat or nested are parsed in pieces to the same numbers."""
     rows = json.dumps(ROWS.tolist()).encode()
     assert len(rows) > 2 * PARSE_BYTES
-    found = parse_rows(rows, 3)
-    assert found is not None
-    assert np.array_equal(ROWS, found)
+    table = parse_rows(rows, 3)
+    assert table is not None
+    assert np.array_equal(ROWS, table)
     by_name = json.dumps({name: ROWS[:, k].tolist() for k, name in enumerate("abc")}).encode()
-    found = parse_columns(by_name, ("a", "b", "c"))
-    assert found is not None
-    assert np.array_equal(ROWS, found)
+    table = parse_columns(by_name, ("a", "b", "c"))
+    assert table is not None
+    assert np.array_equal(ROWS, table)
     for nested in (ROWS.ravel().tolist(), ROWS.tolist(), [[ROWS.tolist()]]):
         flat = parse_numbers(json.dumps(nested, indent=1).encode(), "d")
         assert flat is not None
@@ -68,7 +68,7 @@ def test_invalid_value_anywhere_in_a_long_table_is_detected(place: int, wrong: s
         assert parse_numbers(f"[{', '.join(flat)}]".encode(), "d") is None
 
 
-def parsed(text: str) -> Any:
+def parse_with_json(text: str) -> Any:
     """Return the result of Python's own parser, or None if it fails."""
     try:
         return json.loads(text)
@@ -83,10 +83,10 @@ def test_nested_lists_in_pieces_equal_the_json_parser(inside: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for size in (1, 2, 5):
             patch.setattr(json_numbers, "PARSE_BYTES", size)
-            found = parse_numbers(text.encode(), "d")
-            assert isinstance(parsed(text), list) == (found is not None)
-            if found is not None:
-                assert re.findall(r"\d+", text) == [str(int(value)) for value in found.tolist()]
+            numbers = parse_numbers(text.encode(), "d")
+            assert isinstance(parse_with_json(text), list) == (numbers is not None)
+            if numbers is not None:
+                assert re.findall(r"\d+", text) == [str(int(value)) for value in numbers.tolist()]
 
 
 PARTS = st.sampled_from(
@@ -102,13 +102,13 @@ def test_tables_parsed_together_equal_tables_alone(texts: list[str]) -> None:
     """Tables parsed together equal each table alone, or are all declined."""
     texts = [f"[{text}]" for text in texts]
     alone = [parse_rows(text.encode(), 2) for text in texts]
-    single = [None if found is None else to_float32(found) for found in alone]
+    single = [None if table is None else to_float32(table) for table in alone]
     together = parse_joint_rows([text.encode() for text in texts], 2)
-    assert (together is None) == any(found is None for found in single)
-    for found, own in zip([] if together is None else together, single, strict=together is not None):
+    assert (together is None) == any(table is None for table in single)
+    for table, own in zip([] if together is None else together, single, strict=together is not None):
         assert own is not None
-        assert found.tobytes() == own.tobytes()
-        assert found.shape == own.shape
+        assert table.tobytes() == own.tobytes()
+        assert table.shape == own.shape
 
 
 ROW = f"[{','.join(['1.5'] * 17)}]"
@@ -165,7 +165,7 @@ def inferred(body: bytes | memoryview) -> None:
 def test_long_malformed_body_is_never_read(reads: Callable[[bytes | memoryview], None], body: str) -> None:
     """A malformed body is rejected in pieces as in whole, also in a value that a duplicate name replaces."""
     assert len(body) > PARSE_BYTES
-    assert not isinstance(parsed(body), dict)
+    assert not isinstance(parse_with_json(body), dict)
     mapping = mmap.mmap(-1, len(body))
     mapping[:] = body.encode()
     for form in (body.encode(), memoryview(mapping)):
@@ -177,11 +177,11 @@ def test_null_is_nan_only_where_it_may_be_held() -> None:
     """Null is NaN where missing values may be held, and the number of the sentinel is declined."""
     rows: list[list[float | None]] = [[1.0, None, 2.0], [None, 3.0, 4.0]]
     text = json.dumps(rows).encode()
-    found = parse_rows(text, 3, hold=True)
-    assert found is not None
-    assert [[False, True, False], [True, False, False]] == np.isnan(found).tolist()
-    assert to_float32(found) is None
-    held = to_float32(found, missing=True)
+    table = parse_rows(text, 3, hold=True)
+    assert table is not None
+    assert [[False, True, False], [True, False, False]] == np.isnan(table).tolist()
+    assert to_float32(table) is None
+    held = to_float32(table, missing=True)
     assert held is not None
     assert np.array_equal(held, np.array([[1, np.nan, 2], [np.nan, 3, 4]], np.float32), equal_nan=True)
     assert parse_rows(text, 3) is None
@@ -218,10 +218,10 @@ NUMBERS = st.one_of(
 def outcome(parse: Callable[[], Any]) -> Any:
     """Return the result with arrays as bytes, so that -0.0 is not 0.0; None if the parser declines."""
     try:
-        found = parse()
+        result = parse()
     except DECLINED:
         return None
-    return [part.tobytes() if isinstance(part, np.ndarray) else part for part in (*found,)]
+    return [part.tobytes() if isinstance(part, np.ndarray) else part for part in (*result,)]
 
 
 @given(st.lists(NUMBERS, max_size=4), st.lists(NUMBERS, min_size=2, max_size=2), st.sampled_from(["%s", "[%s]"]))
@@ -239,9 +239,9 @@ def test_both_parsers_return_equal_numbers(values: list[str], pair: list[str], f
             outcome(lambda: parser.tables(b"[%b,0,[[1,2]],0]" % rows, 2)),
         ]
 
-    found = list(zip(calls(simdjson), calls(portable), strict=True))
+    pairs = list(zip(calls(simdjson), calls(portable), strict=True))
     nested = b"[" in rows[2:-7]  # simdjson flattens a list within a row; the caller counts brackets
-    for one, other in found[: 2 if nested else 4]:
+    for one, other in pairs[: 2 if nested else 4]:
         assert one == other
 
 
@@ -252,16 +252,16 @@ def test_both_parsers_return_equal_numbers(values: list[str], pair: list[str], f
 def test_both_parsers_return_equal_instances(values: list[str], engine: str, cycle: str) -> None:
     """Both parsers return equal instances with engines and cycles, or both decline."""
     text = f'[{{"telemetry":[[{",".join(values)}]],"engine_id":{engine},"cycle":{cycle}}}]'.encode()
-    found: list[Any] = []
+    results: list[Any] = []
     for parser in (SimdjsonParser(), PortableParser()):
         try:
-            parsed = parser.instances(text, 2)
-            keys = [key if isinstance(key, str | int) else type(key) is float for key in parsed.keys[0]]
-            found.append((keys, parsed.lengths, [part.tobytes() for part in parsed.numbers]))
+            parse_with_json = parser.instances(text, 2)
+            keys = [key if isinstance(key, str | int) else type(key) is float for key in parse_with_json.keys[0]]
+            results.append((keys, parse_with_json.lengths, [part.tobytes() for part in parse_with_json.numbers]))
         except DECLINED:
-            found.append(None)
+            results.append(None)
     if text.count(b"[") == 3:  # as above: no list within a row
-        assert found[0] == found[1]
+        assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("depth", [900, 1000, 1030, 250_000])
@@ -269,8 +269,8 @@ def test_both_parsers_return_equal_instances(values: list[str], engine: str, cyc
 def test_deep_lists_are_declined_or_flattened(parser: type[NumberParser], depth: int) -> None:
     """Nested lists of any depth are one number or declined, and no parser overflows the stack."""
     text = b"[" * depth + b"1" + b"]" * depth
-    found = outcome(lambda: [parser().flat(text, "d")])
-    assert found == (None if depth > 1024 else [np.float64(1).tobytes()])
+    result = outcome(lambda: [parser().flat(text, "d")])
+    assert result == (None if depth > 1024 else [np.float64(1).tobytes()])
 
 
 def test_service_without_simdjson_returns_the_same_bytes(tmp_path: Path) -> None:

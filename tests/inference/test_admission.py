@@ -109,12 +109,12 @@ def test_share_halves_after_long_turns_and_grows_again(clock: Clock) -> None:
     async def scene() -> None:
         shedder = LoadShedder(16.0)  # a turn may take 2 s
         expected = [2, 1, 0.5, 0.25, 0.25]
-        found = [await share(shedder, clock, 2.5) for _ in expected]
-        assert expected == pytest.approx(found, abs=0.015)
+        shares = [await share(shedder, clock, 2.5) for _ in expected]
+        assert expected == pytest.approx(shares, abs=0.015)
         assert (2.5, 7.5) == (shedder.turn_seconds, shedder.other_delay)
         expected = [0.25, 0.375, 0.5625, 0.84375, 1.265625, 1.8984375, 2, 2]
-        found = [await share(shedder, clock, 2.0) for _ in expected]
-        assert expected == pytest.approx(found, abs=0.015)
+        shares = [await share(shedder, clock, 2.0) for _ in expected]
+        assert expected == pytest.approx(shares, abs=0.015)
         assert (2, 6) == (shedder.turn_seconds, shedder.other_delay)
         await share(shedder, clock, 3.0)
         assert (3, 8) == (shedder.turn_seconds, shedder.other_delay)

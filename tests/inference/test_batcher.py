@@ -48,8 +48,8 @@ class Gate:
         if np.isnan(rows).any():
             raise ValueError("poisoned")
         self.batches.append(rows)
-        found: Rows = 2 * rows.sum(axis=1)
-        return found
+        result: Rows = 2 * rows.sum(axis=1)
+        return result
 
 
 class Stage(NamedTuple):
@@ -95,14 +95,14 @@ def test_batcher_returns_each_caller_its_rows() -> None:
     """1000 concurrent callers with different numbers of rows each receive their own results in order."""
 
     async def scene(stage: Stage) -> None:
-        asked = [rows_of(*(100.0 * i + k for k in range(1 + i % 21))) for i in range(1000)]
-        answers = await asyncio.gather(*(stage.batcher.submit(rows) for rows in asked))
-        for rows, found in zip(asked, answers, strict=True):
-            np.testing.assert_array_equal(2 * rows.sum(axis=1), whole(found))
+        requests = [rows_of(*(100.0 * i + k for k in range(1 + i % 21))) for i in range(1000)]
+        results = await asyncio.gather(*(stage.batcher.submit(rows) for rows in requests))
+        for rows, result in zip(requests, results, strict=True):
+            np.testing.assert_array_equal(2 * rows.sum(axis=1), whole(result))
         assert max(stage.seen.batches) == 8
-        assert sum(stage.seen.batches) == sum(len(rows) for rows in asked)
+        assert sum(stage.seen.batches) == sum(len(rows) for rows in requests)
         assert len(stage.seen.waits) == 1000
-        assert stage.seen.rows_answered == sum(len(rows) for rows in asked)
+        assert stage.seen.rows_answered == sum(len(rows) for rows in requests)
 
     run(scene, max_queue_rows=100_000)
 
@@ -144,8 +144,8 @@ def test_large_request_in_progress_is_completed() -> None:
 
     async def scene(stage: Stage) -> None:
         first = await busy(stage)
-        asked = (rows_of(*[1] * 24), rows_of(*[2] * 24), *(rows_of(*[3] * 8) for _ in range(20)))
-        tasks = [asyncio.create_task(stage.batcher.submit(rows)) for rows in asked]
+        requests = (rows_of(*[1] * 24), rows_of(*[2] * 24), *(rows_of(*[3] * 8) for _ in range(20)))
+        tasks = [asyncio.create_task(stage.batcher.submit(rows)) for rows in requests]
         await asyncio.sleep(0.01)
         stage.gate.open.set()
         await asyncio.gather(first, *tasks)
@@ -235,8 +235,8 @@ def test_observer_receives_counted_rows_only() -> None:
     """Rows beyond `counted` are inferred and returned, but not reported to the observer."""
 
     async def scene(stage: Stage) -> None:
-        found = await stage.batcher.submit(rows_of(*range(20)), counted=3)
-        assert 20 == len(whole(found))
+        result = await stage.batcher.submit(rows_of(*range(20)), counted=3)
+        assert 20 == len(whole(result))
         assert 3 == stage.seen.rows_answered
         assert [8, 8, 4] == stage.seen.batches
 
@@ -251,8 +251,8 @@ def test_request_after_close_is_answered() -> None:
             await stage.batcher.submit(rows_of(k))
             await stage.batcher.close()
         before = threading.active_count()
-        found = await asyncio.wait_for(stage.batcher.submit(rows_of(7)), 10)
-        np.testing.assert_array_equal([42], whole(found))
+        result = await asyncio.wait_for(stage.batcher.submit(rows_of(7)), 10)
+        np.testing.assert_array_equal([42], whole(result))
         deadline = time.monotonic() + 10
         while threading.active_count() > before and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
@@ -292,8 +292,8 @@ def test_request_larger_than_the_queue_is_served_when_nothing_waits() -> None:
     """An empty queue accepts a request that is larger than its limit."""
 
     async def scene(stage: Stage) -> None:
-        found = await stage.batcher.submit(rows_of(*range(500)))
-        assert 500 == len(whole(found))
+        result = await stage.batcher.submit(rows_of(*range(500)))
+        assert 500 == len(whole(result))
 
     run(scene)
 
@@ -339,10 +339,10 @@ def test_failing_batch_fails_exactly_its_callers() -> None:
     async def scene(stage: Stage) -> None:
         first = await busy(stage)
         poisoned = asyncio.create_task(stage.batcher.submit(rows_of(np.nan, *range(8))))
-        beside = asyncio.create_task(stage.batcher.submit(rows_of(1)))
+        neighbour = asyncio.create_task(stage.batcher.submit(rows_of(1)))
         await asyncio.sleep(0.01)
         stage.gate.open.set()
-        for task in (poisoned, beside):
+        for task in (poisoned, neighbour):
             with pytest.raises(ValueError, match="poisoned"):
                 await task
         await first
@@ -373,9 +373,9 @@ def test_thread_after_the_loop_ended_raises_nothing() -> None:
 
     async def scene() -> threading.Thread:
         batcher = Batcher[Rows](gate, Seen(), max_batch_rows=8, max_queue_rows=100, max_queue_seconds=60.0)
-        asking = asyncio.create_task(batcher.submit(rows_of(*range(20))))
+        task = asyncio.create_task(batcher.submit(rows_of(*range(20))))
         assert await asyncio.to_thread(gate.entered.wait, 10)
-        asking.cancel()
+        task.cancel()
         assert batcher._thread is not None
         return batcher._thread
 
@@ -540,8 +540,8 @@ def test_results_delivered_when_caller_is_done_or_late(clock: Clock, monkeypatch
         assert [1, 3, 3, 1] == await deliver(*await queued(stage, 56))
         seconds = 0.0
         failing = rows_of(*range(10), np.nan, *range(29))
-        found = await deliver(await busy(stage), asyncio.create_task(stage.batcher.submit(failing)))
-        assert [1, 2] == found[:2]  # rows behind the failure may be dropped or inferred
+        counts = await deliver(await busy(stage), asyncio.create_task(stage.batcher.submit(failing)))
+        assert [1, 2] == counts[:2]  # rows behind the failure may be dropped or inferred
 
     run(scene)
 

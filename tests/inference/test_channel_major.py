@@ -61,9 +61,9 @@ def test_channel_major_graph_has_the_bits_of_test_engines(cmapss_dir: Path) -> N
             for k in range(0, len(windows), size * (20 if size < 9 else 1)):
                 some = np.ascontiguousarray(windows[k : k + size], np.float32)
                 own = session.run([contract.LOGITS, contract.RUL], {contract.INPUT: some})
-                found = model.run(some)
-                assert found.rul is not None
-                assert bits((found.logits, found.rul)) == bits(tuple(own))
+                outputs = model.run(some)
+                assert outputs.rul is not None
+                assert bits((outputs.logits, outputs.rul)) == bits(tuple(own))
 
 
 def test_only_rolling_means_have_a_channel_major_graph() -> None:
@@ -75,9 +75,9 @@ def test_only_rolling_means_have_a_channel_major_graph() -> None:
 def test_close_conditions_get_no_channel_major_graph() -> None:
     """Two nearly equal centres prevent the graph, since the nearer one depends on the order of a sum."""
     network = EngineHealth(NetworkConfig(window=WINDOW, conditions=2, hidden=8))
-    for apart, made in ((0.9, False), (1.1, True)):
+    for apart, exported in ((0.9, False), (1.1, True)):
         network.normalise.centres[1] = network.normalise.scales * torch.tensor([0.0, apart, 0.0])
-        assert made == (export_channel_major(network) is not None)
+        assert exported == (export_channel_major(network) is not None)
 
 
 @pytest.mark.parametrize("conditions", [1, 2, 6])
@@ -87,15 +87,15 @@ def test_rows_at_a_condition_border_are_equal_in_both_graphs(conditions: int) ->
     network = EngineHealth(NetworkConfig(window=WINDOW, conditions=conditions, hidden=8)).eval()
     usual, random = network.normalise, np.random.default_rng(0)
     usual.centres.copy_(torch.linspace(1, 9, conditions)[:, None] * usual.scales * torch.tensor([0.9, 0.5, 0.7]))
-    made = export_channel_major(network)
-    assert made is not None
+    graph = export_channel_major(network)
+    assert graph is not None
     windows = random.standard_normal((64, WINDOW, 17))
     away = windows[..., :3] / np.linalg.norm(windows[..., :3], axis=-1, keepdims=True) * CONDITION_RADIUS
     of = random.integers(conditions, size=windows.shape[:2])
     windows[..., :3] = usual.centres.numpy()[of] + away * usual.scales.numpy()
     verify_channel_major(
         onnx_model.open_session(export_network(network, WINDOW), 1),
-        onnx_model.open_session(made, 1),
+        onnx_model.open_session(graph, 1),
         windows.astype(np.float32),
     )
 

@@ -184,5 +184,5 @@ def test_serving_never_loads_torch() -> None:
         "from service.settings import read_settings; s = read_settings(); create_app(s, print); open_model(s.model); "
         "print(*[m for m in sys.modules if m in ('torch', 'pandas', 'onnx', 'export', 'model.training')])"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "" == found.stdout.strip()
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "" == printed.stdout.strip()

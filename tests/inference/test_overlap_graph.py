@@ -38,9 +38,9 @@ def network() -> EngineHealth:
 @pytest.fixture(scope="module")
 def bundled() -> Opened:
     """The overlap graph of the committed artefact."""
-    found = open_overlap_graph(ARTEFACT, model_loader.open_model(ARTEFACT))
-    assert found is not None
-    return found
+    opened = open_overlap_graph(ARTEFACT, model_loader.open_model(ARTEFACT))
+    assert opened is not None
+    return opened
 
 
 def shared(network: EngineHealth, rows: Readings) -> tuple[Readings, Readings, Readings]:
@@ -101,9 +101,9 @@ def test_overlap_graph_has_the_bits_of_test_engines(bundled: Opened, cmapss_dir:
             [np.stack([pad_left(one[: k + 1], 100) for k in range(len(one))]) for one in engines]
         ).astype(np.float32)
         own = [model.run(windows[i : i + 64]) for i in range(0, len(windows), 64)]
-        found = bundled.answers(rows, starts, 64)
-        np.testing.assert_array_equal(np.concatenate([one.logits for one in own]), found.logits)
-        np.testing.assert_array_equal(np.concatenate([one.rul for one in own if one.rul is not None]), found.rul)
+        outputs = bundled.answers(rows, starts, 64)
+        np.testing.assert_array_equal(np.concatenate([one.logits for one in own]), outputs.logits)
+        np.testing.assert_array_equal(np.concatenate([one.rul for one in own if one.rul is not None]), outputs.rul)
         assert bundled.run(rows, starts)[1].mean() > 0.9
 
 
@@ -165,16 +165,16 @@ def test_overlap_graph_of_a_short_window_is_used(network: EngineHealth, tmp_path
 
 def test_batch_dependent_bits_disable_the_overlap_graph(bundled: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a processor that rounds a window alone in another way, in both graphs, a job runs each window by itself."""
-    asked, alone = Opened.run, bundled.model.run
+    shared_run, alone = Opened.run, bundled.model.run
 
     def run(
         self: Opened, rows: onnx_model.Batch, starts: overlap_graph.WindowStarts
     ) -> tuple[onnx_model.Outputs, overlap_graph.Mask]:
-        found, exact = asked(self, rows, starts)
-        return (rounded(found) if len(starts) == 1 else found), exact
+        outputs, exact = shared_run(self, rows, starts)
+        return (rounded(outputs) if len(starts) == 1 else outputs), exact
 
-    def rounded(found: onnx_model.Outputs) -> onnx_model.Outputs:
-        return onnx_model.Outputs(np.nextafter(found.logits, np.float32(9e9)), found.rul)
+    def rounded(outputs: onnx_model.Outputs) -> onnx_model.Outputs:
+        return onnx_model.Outputs(np.nextafter(outputs.logits, np.float32(9e9)), outputs.rul)
 
     model = dataclasses.replace(bundled.model, run=lambda one: rounded(alone(one)) if len(one) == 1 else alone(one))
     monkeypatch.setattr(Opened, "run", run)
@@ -210,14 +210,14 @@ def test_overlap_calls_do_not_exceed_the_verified_size(some: list[int], more: in
 
 def test_inexact_overlap_graph_is_rejected(bundled: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph that differs in one bit of one logit is rejected."""
-    asked = Opened.run
+    shared_run = Opened.run
 
     def wrong(
         self: Opened, rows: onnx_model.Batch, starts: overlap_graph.WindowStarts
     ) -> tuple[onnx_model.Outputs, overlap_graph.Mask]:
-        found, exact = asked(self, rows, starts)
-        found.logits.view(np.int32)[-1, -1] ^= 1
-        return found, exact
+        outputs, exact = shared_run(self, rows, starts)
+        outputs.logits.view(np.int32)[-1, -1] ^= 1
+        return outputs, exact
 
     monkeypatch.setattr(Opened, "run", wrong)
     assert open_overlap_graph(ARTEFACT, bundled.model) is None

@@ -97,11 +97,11 @@ def rows_of(n: int, seed: int = 0) -> Readings:
 
 def assert_equal(result: PredictionResult, expected: Any) -> None:
     """Compare all columns of predictions."""
-    for found, column in zip(result.answers, expected, strict=True):
+    for actual, column in zip(result.answers, expected, strict=True):
         if column is None:
-            assert found is None
+            assert actual is None
         else:
-            np.testing.assert_array_equal(column, found)
+            np.testing.assert_array_equal(column, actual)
 
 
 @pytest.mark.parametrize("n", [1, 4, 11])
@@ -141,20 +141,20 @@ def test_predictor_has_a_temperature_and_its_source(table: Model) -> None:
 @pytest.mark.parametrize("temperature", [None, 2.0, 0.5])
 def test_labels_are_scored_at_the_temperature_of_the_call(table: Model, temperature: float | None) -> None:
     """Loss and evaluation use the temperature of the call, and `labelled` uses the active one."""
-    rows, known = rows_of(3), [0, 2]
+    rows, labelled = rows_of(3), [0, 2]
     targets = np.array([[1, 0, 0, 0], UNKNOWN, [0, 0.5, 0.25, 0.25]])
     result = predict(table, rows, targets=targets, temperature=temperature)
-    z, q, t = rows[known], targets[known], temperature or 2.0
+    z, q, t = rows[labelled], targets[labelled], temperature or 2.0
     losses = numerics.cross_entropy(z, q, t, reduction="none")
     assert result.loss is not None
     assert result.evaluation is not None
     assert result.labelled is not None
     np.testing.assert_allclose([losses[0], np.nan, losses[1]], result.loss)
     expected = (losses.mean(), numerics.entropy(z, t).mean(), numerics.correct(z, q).mean())
-    found = result.evaluation
-    assert 2 == found.count
-    assert expected == pytest.approx((found.cross_entropy, found.expected_cross_entropy, found.accuracy))
-    assert numerics.brier(z, q, t).mean() == pytest.approx(found.brier)
+    evaluation = result.evaluation
+    assert 2 == evaluation.count
+    assert expected == pytest.approx((evaluation.cross_entropy, evaluation.expected_cross_entropy, evaluation.accuracy))
+    assert numerics.brier(z, q, t).mean() == pytest.approx(evaluation.brier)
     np.testing.assert_allclose(numerics.cross_entropy(z, q, 2.0, reduction="none"), result.labelled.loss)
     assert (t, None) == (result.temperature, result.explanation)
     assert_equal(result, predict_windows(table, rows, t))

@@ -16,9 +16,9 @@ OWN = (
 
 def raw_responses(service: Service, request: bytes) -> bytes:
     """Return all responses until the connection closes, without the fields that differ between responses."""
-    with open_connection(service) as (connection, ear):
+    with open_connection(service) as (connection, reader):
         connection.sendall(request)
-        return re.sub(b"|".join(OWN), b"", ear.read(), flags=re.MULTILINE)
+        return re.sub(b"|".join(OWN), b"", reader.read(), flags=re.MULTILINE)
 
 
 def last(request: bytes) -> bytes:
@@ -47,8 +47,8 @@ def test_response_with_and_without_asgi_messages_is_equal(
 ) -> None:
     """Status, headers and body are equal to those of a service that inspects each ASGI message."""
     request = ask(prediction_request(windows))
-    with running(ENGINE_HEALTH_CORS_ORIGINS="https://ops.example") as looking:
-        assert raw_responses(service, request) == raw_responses(looking, request)
+    with running(ENGINE_HEALTH_CORS_ORIGINS="https://ops.example") as inspecting:
+        assert raw_responses(service, request) == raw_responses(inspecting, request)
 
 
 def test_continue_precedes_an_early_rejection() -> None:
@@ -56,22 +56,22 @@ def test_continue_precedes_an_early_rejection() -> None:
     chunk = b"Transfer-Encoding: chunked\r\n\r\n7d0\r\n" + b" " * 2000 + b"\r\n"
     with running(ENGINE_HEALTH_MAX_BODY_BYTES="1000") as small:
         for closing in (b"", b"Connection: close\r\n"):
-            with open_connection(small) as (connection, ear):
+            with open_connection(small) as (connection, reader):
                 connection.sendall(HEAD + closing + b"Expect: 100-continue\r\n" + chunk)
-                assert b"HTTP/1.1 100 Continue\r\n\r\n" == ear.readline() + ear.readline()
-                assert 413 == read_response(ear)[0]
+                assert b"HTTP/1.1 100 Continue\r\n\r\n" == reader.readline() + reader.readline()
+                assert 413 == read_response(reader)[0]
                 if not closing:
                     connection.sendall(b"0\r\n\r\n" + LIVEZ)
-                    assert 200 == read_response(ear)[0]
+                    assert 200 == read_response(reader)[0]
 
 
 def test_expect_continue_with_sent_body_is_answered(service: Service, windows: Readings) -> None:
     """A body that arrives with its headers gets one response without 100 Continue, and the next request is read."""
-    with open_connection(service) as (connection, ear):
+    with open_connection(service) as (connection, reader):
         connection.sendall(
             prediction_request(windows, b"Expect: 100-continue\r\n")
             + LIVEZ.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
         )
-        assert 200 == read_response(ear)[0]
-        assert 200 == read_response(ear)[0]
-        assert is_closed(ear)
+        assert 200 == read_response(reader)[0]
+        assert 200 == read_response(reader)[0]
+        assert is_closed(reader)

@@ -36,16 +36,16 @@ from tests.support.raw_http import HEAD, JSON, MIB, connected, inference_request
 OVERLOADED = 'engine_health_rejected_total{reason="overloaded"}'
 
 
-def heard(connection: socket.socket) -> bytes:
+def receive_response(connection: socket.socket) -> bytes:
     """Receive one whole response."""
-    found = b""
+    received = b""
     while part := connection.recv(1 << 16):
-        found += part
-        head, end, body = found.partition(b"\r\n\r\n")
+        received += part
+        head, end, body = received.partition(b"\r\n\r\n")
         size = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0] or 0)
         if end and len(body) >= size:
             break
-    return found
+    return received
 
 
 @pytest.mark.slow
@@ -76,12 +76,12 @@ def test_early_rejection_keeps_the_connection() -> None:
         for _ in range(2):
             connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(large))
             connection.sendall(large)
-            assert heard(connection).startswith(b"HTTP/1.1 413")
+            assert receive_response(connection).startswith(b"HTTP/1.1 413")
             connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
             connection.sendall((b"8000\r\n" + b" " * 0x8000 + b"\r\n") * 100 + b"0\r\n\r\n")
-            assert heard(connection).startswith(b"HTTP/1.1 413")
+            assert receive_response(connection).startswith(b"HTTP/1.1 413")
             connection.sendall(HEAD + b"Content-Length: 2\r\n\r\n{}")
-            assert heard(connection).startswith(b"HTTP/1.1 422")
+            assert receive_response(connection).startswith(b"HTTP/1.1 422")
 
 
 def test_idle_client_is_disconnected_after_rejection() -> None:
@@ -89,7 +89,7 @@ def test_idle_client_is_disconnected_after_rejection() -> None:
     with running(ENGINE_HEALTH_REQUEST_SECONDS="1", ENGINE_HEALTH_MAX_BODY_BYTES="1000") as hasty:
         with connected(hasty) as half:
             half.sendall(HEAD + b"Content-Length: 5000\r\n\r\n{")
-            assert heard(half).startswith(b"HTTP/1.1 413")
+            assert receive_response(half).startswith(b"HTTP/1.1 413")
             half.sendall(b" ")
             assert b"" == half.recv(100)
         with connected(hasty) as idle:
@@ -115,7 +115,7 @@ def test_bodies_in_memory_share_a_limit(windows: Readings) -> None:
             assert 429 == packed.status_code
             tight.predict(one(windows[0])["instances"])
             slow.sendall(body[600_000:])
-            assert heard(slow).startswith(b"HTTP/1.1 200")
+            assert receive_response(slow).startswith(b"HTTP/1.1 200")
         assert tight.metrics()[OVERLOADED] >= 3
         for _ in range(3):
             assert 200 == tight.client.post("/v1/predict", content=body.ljust(3_000_000), headers=JSON).status_code
@@ -136,7 +136,7 @@ def test_rejected_bodies_leave_no_memory() -> None:
         ]
         with connected(service) as connection:
             connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + tiny)
-            return [*statuses, int(heard(connection)[9:12])]
+            return [*statuses, int(receive_response(connection)[9:12])]
 
     with running() as fresh:  # a service without memory of other tests
         for _ in range(2):
@@ -158,8 +158,8 @@ def test_large_request_is_accepted_among_small_requests(windows: Readings) -> No
                 service.client.post("/v1/predict", content=body, headers=JSON).status_code for _ in range(times)
             )
 
-        asked = [pool.submit(ask, flight, 200) for _ in range(4)] + [pool.submit(ask, many, 5)]
-        assert Counter({200: 805}) == sum((task.result(timeout=120) for task in asked), Counter[int]())
+        tasks = [pool.submit(ask, flight, 200) for _ in range(4)] + [pool.submit(ask, many, 5)]
+        assert Counter({200: 805}) == sum((task.result(timeout=120) for task in tasks), Counter[int]())
 
 
 def test_explanations_wait_in_the_same_queue(windows: Readings) -> None:
@@ -171,11 +171,11 @@ def test_explanations_wait_in_the_same_queue(windows: Readings) -> None:
             return service.client.post("/v1/predict", content=body, headers=JSON)
 
         with ThreadPoolExecutor(16) as pool:
-            answers = list(pool.map(ask, range(100)))
-        answered = [answer for answer in answers if answer.status_code == 200]
-        assert {200, 429} == {answer.status_code for answer in answers}
-        assert all(17 == len(row["explanation"]) for answer in answered for row in answer.json()["predictions"])
-        assert 10 * len(answered) == service.metrics()["engine_health_confidence_count"]
+            responses = list(pool.map(ask, range(100)))
+        successes = [response for response in responses if response.status_code == 200]
+        assert {200, 429} == {response.status_code for response in responses}
+        assert all(17 == len(row["explanation"]) for response in successes for row in response.json()["predictions"])
+        assert 10 * len(successes) == service.metrics()["engine_health_confidence_count"]
 
 
 def test_rows_of_a_disconnected_client_are_not_inferred(windows: Readings) -> None:
@@ -187,7 +187,7 @@ def test_rows_of_a_disconnected_client_are_not_inferred(windows: Readings) -> No
             until(lambda: service.metrics()["engine_health_batch_rows_count"] > 0)
             leaves.sendall(inference_request(windows))
             leaves.close()
-            assert heard(stays).startswith(b"HTTP/1.1 200")
+            assert receive_response(stays).startswith(b"HTTP/1.1 200")
         until(lambda: service.metrics()['engine_health_rejected_total{reason="client_gone"}'] == 1)
         assert 4000 == service.metrics()["engine_health_batch_rows_sum"]
 
@@ -197,11 +197,11 @@ def test_requests_in_flight_at_sigterm_are_answered(windows: Readings) -> None:
     limits = {"MAX_QUEUE_SECONDS": "60", "MAX_QUEUE_ROWS": "100000", "DRAIN_SECONDS": "0.5", "MAX_BATCH_ROWS": "4"}
     with running(**{f"ENGINE_HEALTH_{key}": value for key, value in limits.items()}) as service, ExitStack() as stack:
         clients = [stack.enter_context(connected(service)) for _ in range(200)]
-        asked = inference_request(windows[np.arange(60) % 4])
+        request = inference_request(windows[np.arange(60) % 4])
         for client in clients:
-            client.sendall(asked)
+            client.sendall(request)
         service.process.terminate()
-        assert [b"HTTP/1.1 200"] * 200 == [heard(client)[:12] for client in clients]
+        assert [b"HTTP/1.1 200"] * 200 == [receive_response(client)[:12] for client in clients]
         assert 0 == service.process.wait(timeout=20)
 
 
@@ -216,12 +216,12 @@ def test_replaced_model_is_freed(tmp_path: Path, windows: Readings) -> None:
         with ThreadPoolExecutor(3) as pool:
             for k in range(12):
                 edited(path, {"temperature": 1.0 + k % 2})
-                asked = [
+                tasks = [
                     pool.submit(lambda: service.client.post("/v1/predict", content=body, headers=JSON).status_code)
                     for _ in range(3)
                 ]
                 assert 200 == service.client.post(LOAD, headers=ADMIN).status_code
-                assert [200] * 3 == [task.result(timeout=30) for task in asked]
+                assert [200] * 3 == [task.result(timeout=30) for task in tasks]
                 memory.append(resident(service))
         assert memory[-1] - memory[3] < 30  # eight models would be 64 MiB
 

@@ -64,10 +64,10 @@ def test_heap_holes_are_returned_to_the_system() -> None:
     """A trim returns 100 MiB of holes between used blocks, except under a user's own tuning."""
     for environment, least, most in (({}, 90, 110), ({"MALLOC_MMAP_THRESHOLD_": str(2**22)}, -1, 10)):
         command = [sys.executable, "-c", HOLES]
-        found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-        at_once, tidied, whole = found.split()
-        assert float(at_once) < 10
-        assert least < float(tidied) < most
+        printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        immediate, trimmed, whole = printed.split()
+        assert float(immediate) < 10
+        assert least < float(trimmed) < most
         assert whole == "True"
 
 

@@ -158,21 +158,21 @@ def chunked(content: bytes) -> Iterator[bytes]:
 
 def seen(service: Service, windows: Readings) -> list[Seen]:
     """Send every call in order, and return the responses without their random parts."""
-    found = []
+    responses = []
     for call in (*predictions(windows), *stored(windows), *others(), *refused()):
         forms: list[Any] = [call.content]
         if call.path == "/v1/predict" and call.content and len(call.content) > 1000:
             forms.append(chunked(call.content))
         for content in forms:
             headers = {"Accept-Encoding": "identity"} | call.headers | call.key
-            answer = service.client.request(call.method, call.path, content=content, headers=headers)
-            assert re.fullmatch(r"[0-9a-f]{16}", answer.headers["x-request-id"])
-            body = RANDOM.sub(b"-", answer.content)
+            response = service.client.request(call.method, call.path, content=content, headers=headers)
+            assert re.fullmatch(r"[0-9a-f]{16}", response.headers["x-request-id"])
+            body = RANDOM.sub(b"-", response.content)
             if call.path == "/metrics":
                 body = SAMPLES.sub(b"", body)
-            told = f"{call.method} {call.path} {call.headers} {(call.content or b'')[:60]!r}"
-            found.append(Seen(told, answer.status_code, answer.headers.get("content-type"), body))
-    return found
+            summary = f"{call.method} {call.path} {call.headers} {(call.content or b'')[:60]!r}"
+            responses.append(Seen(summary, response.status_code, response.headers.get("content-type"), body))
+    return responses
 
 
 @contextmanager
@@ -220,9 +220,9 @@ def test_reference_covers_endpoints_and_rejections(reference: list[Seen]) -> Non
 def test_response_under_another_server_is_the_same(name: str, reference: list[Seen], windows: Readings) -> None:
     """Status, content type and bytes of every response are those of our server, and SIGTERM stops the process."""
     with other_server(COMMANDS[name]) as service:
-        found = seen(service, windows)
-        assert len(reference) == len(found)
-        assert [] == [(ours, theirs) for ours, theirs in zip(reference, found, strict=True) if ours != theirs]
+        responses = seen(service, windows)
+        assert len(reference) == len(responses)
+        assert [] == [(ours, theirs) for ours, theirs in zip(reference, responses, strict=True) if ours != theirs]
         service.process.send_signal(signal.SIGTERM)
         _, log = service.process.communicate(timeout=30)
     assert "Traceback" not in log

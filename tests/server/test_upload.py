@@ -64,16 +64,16 @@ def turn(service: Service) -> None:
 def test_large_body_in_any_pieces_is_read_unchanged(service: Service, many: Readings, seed: int) -> None:
     """Windows have the same predictions in one piece or in many, and the next pipelined request is read."""
     request = inference_request(many)
-    with open_connection(service) as (connection, ear):
+    with open_connection(service) as (connection, reader):
         connection.sendall(request)
-        status, _, whole = read_response(ear)
+        status, _, whole = read_response(reader)
         assert 200 == status
         for piece in pieces(request + LIVEZ + request, seed):
             connection.sendall(piece)
-        answers = [read_response(ear) for _ in range(3)]
-    assert [200] * 3 == [status for status, _, _ in answers]
-    assert logits(whole) == logits(answers[0][2]) == logits(answers[2][2])
-    assert b'{"status":"live"}' == answers[1][2]
+        responses = [read_response(reader) for _ in range(3)]
+    assert [200] * 3 == [status for status, _, _ in responses]
+    assert logits(whole) == logits(responses[0][2]) == logits(responses[2][2])
+    assert b'{"status":"live"}' == responses[1][2]
 
 
 def test_large_bodies_that_come_together_are_not_mixed_up(service: Service, many: Readings) -> None:
@@ -95,21 +95,21 @@ def test_large_bodies_that_come_together_are_not_mixed_up(service: Service, many
 def test_large_body_with_expect_gets_one_continue(service: Service, many: Readings) -> None:
     """`Expect: 100-continue` gets one 100 response before the first byte of the body."""
     head, _, body = inference_request(many).partition(b"\r\n\r\n")
-    with open_connection(service) as (connection, ear):
+    with open_connection(service) as (connection, reader):
         connection.sendall(head + b"\r\nExpect: 100-continue\r\n\r\n")
-        assert b"HTTP/1.1 100 Continue\r\n" == ear.readline()
-        assert b"\r\n" == ear.readline()
+        assert b"HTTP/1.1 100 Continue\r\n" == reader.readline()
+        assert b"\r\n" == reader.readline()
         connection.sendall(body)
-        assert 200 == read_response(ear)[0]
+        assert 200 == read_response(reader)[0]
 
 
 def test_large_body_that_is_late_gets_408(many: Readings) -> None:
     """A body that is incomplete after the time limit gets 408 and a closed connection; other clients are answered."""
     request = inference_request(many)
-    with running(ENGINE_HEALTH_REQUEST_SECONDS="1") as hasty, open_connection(hasty) as (connection, ear):
+    with running(ENGINE_HEALTH_REQUEST_SECONDS="1") as hasty, open_connection(hasty) as (connection, reader):
         connection.sendall(request[: len(request) // 2])
-        assert 408 == read_response(ear)[0]
-        assert is_closed(ear)
+        assert 408 == read_response(reader)[0]
+        assert is_closed(reader)
         with open_connection(hasty) as (other, answer):
             other.sendall(request)
             assert 200 == read_response(answer)[0]
@@ -119,7 +119,7 @@ def test_large_body_beyond_the_budget_gets_429(many: Readings) -> None:
     """A body that exceeds the budget halfway gets 429, its rest is discarded, and its bytes are released."""
     request = inference_request(many)
     room = len(request) * 3 // 2
-    with running(ENGINE_HEALTH_MAX_BUFFERED_BYTES=str(room)) as tight, open_connection(tight) as (first, ear):
+    with running(ENGINE_HEALTH_MAX_BUFFERED_BYTES=str(room)) as tight, open_connection(tight) as (first, reader):
         with open_connection(tight) as (second, other):
             for connection in (first, second):
                 connection.sendall(request[:100_000])
@@ -131,10 +131,10 @@ def test_large_body_beyond_the_budget_gets_429(many: Readings) -> None:
             second.sendall(request[-1:] + LIVEZ)
             assert 200 == read_response(other)[0]
             first.sendall(request[-1:])
-            assert 200 == read_response(ear)[0]
+            assert 200 == read_response(reader)[0]
         for _ in range(2):
             first.sendall(request)
-            assert 200 == read_response(ear)[0]
+            assert 200 == read_response(reader)[0]
 
 
 @pytest.mark.parametrize("how", [socket.SHUT_RDWR, socket.SHUT_WR])
@@ -148,16 +148,16 @@ def test_disconnect_during_upload_releases_the_budget(many: Readings, how: int) 
             until(lambda: tight.client.post(INFER, content=request[-900_000:]).status_code == 429)
             leaves.shutdown(how)
             until(lambda: tight.metrics()['engine_health_rejected_total{reason="client_gone"}'] == 1)
-        with open_connection(tight) as (stays, ear):
+        with open_connection(tight) as (stays, reader):
             stays.sendall(request)
-            assert 200 == read_response(ear)[0]
+            assert 200 == read_response(reader)[0]
 
 
 def test_body_with_two_lengths_is_rejected(service: Service) -> None:
     """A body with Content-Length and chunked encoding gets 400, since two parsers could read it differently."""
-    with open_connection(service) as (connection, ear):
+    with open_connection(service) as (connection, reader):
         connection.sendall(HEAD + b"Content-Length: 2000000\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
-        assert 400 == read_response(ear)[0]
+        assert 400 == read_response(reader)[0]
 
 
 @pytest.mark.slow
@@ -184,9 +184,9 @@ def test_announced_bytes_are_not_charged_before_arrival(many: Readings) -> None:
             turn(tight)
             waits.sendall(b"{")
         turn(tight)
-        with open_connection(tight) as (connection, ear):
+        with open_connection(tight) as (connection, reader):
             connection.sendall(request)
-            assert 200 == read_response(ear)[0]
+            assert 200 == read_response(reader)[0]
 
 
 def test_fast_upload_is_read_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:

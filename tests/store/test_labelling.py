@@ -15,8 +15,8 @@ def derived(
     thresholds: tuple[float, ...] | None = THRESHOLDS,
 ) -> tuple[list[float], LabelSource] | None:
     """Return the label for a model of three classes as a list."""
-    found = derive_label(inspected, cycle, failed_at, newest_cycle, thresholds, 3)
-    return found and (found[0].tolist(), found[1])
+    label = derive_label(inspected, cycle, failed_at, newest_cycle, thresholds, 3)
+    return label and (label[0].tolist(), label[1])
 
 
 @pytest.mark.parametrize(
@@ -35,10 +35,10 @@ def test_label_after_the_failure_is_unknown() -> None:
     assert derived(101, failed_at=100, newest_cycle=5000) is None
 
 
-@pytest.mark.parametrize(("newest_cycle", "known"), [(7, False), (132, False), (133, True), (1000, True)])
-def test_label_of_running_engine_is_first_class(newest_cycle: int, known: bool) -> None:
+@pytest.mark.parametrize(("newest_cycle", "labelled"), [(7, False), (132, False), (133, True), (1000, True)])
+def test_label_of_running_engine_is_first_class(newest_cycle: int, labelled: bool) -> None:
     """An engine that ran longer than the highest threshold was in the first class; else the label is unknown."""
-    assert (([1, 0, 0], LabelSource.SURVIVAL) if known else None) == derived(7, newest_cycle=newest_cycle)
+    assert (([1, 0, 0], LabelSource.SURVIVAL) if labelled else None) == derived(7, newest_cycle=newest_cycle)
 
 
 def test_label_of_an_inspection_precedes_all_others() -> None:

@@ -23,8 +23,8 @@ LABEL = np.array([1.0, 0.0, 0.0])
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Postgres]:
-    with postgres() as found:
-        yield found
+    with postgres() as started:
+        yield started
 
 
 class Process:
@@ -39,10 +39,10 @@ class Process:
         self.again += 1
         self.session.clear(replaced)
 
-    async def together(self, *asked: tuple[Any, Any]) -> None:
+    async def together(self, *work_items: tuple[Any, Any]) -> None:
         """Run work and items in one transaction, in this order."""
         waits = self.database.write(_wait, None)
-        await asyncio.gather(waits, *(self.database.write(work, item) for work, item in asked))
+        await asyncio.gather(waits, *(self.database.write(work, item) for work, item in work_items))
 
     def end(self, engine: str, at: int) -> tuple[Any, Any]:
         return partial(labels.record_outcomes, self.session), OutcomeSubmission(engine, at, True, 1.0)
@@ -58,8 +58,8 @@ class Process:
         )
 
     def predict(self, name: str, engine: str, cycle: int) -> tuple[Any, Any]:
-        made = NewPrediction(name, engine, cycle, np.ones(3, np.float32).tobytes(), None, 0, 0.5, None)
-        return partial(predictions.record_predictions, self.session), PredictionWrite(BY, 1.0, [made])
+        prediction = NewPrediction(name, engine, cycle, np.ones(3, np.float32).tobytes(), None, 0, 0.5, None)
+        return partial(predictions.record_predictions, self.session), PredictionWrite(BY, 1.0, [prediction])
 
 
 def _wait(connection: Connection, items: Any) -> list[None]:
@@ -82,8 +82,8 @@ def test_writes_of_two_processes_never_deadlock(cluster: Postgres) -> None:
         for k in range(1, 30):
             ends = one.together(one.end("e1", k), one.label("e2", k))
             await asyncio.gather(ends, other.together(other.end("e2", k), other.label("e1", k)))
-            made = one.together(one.predict(f"{k:032x}a"[1:], "e2", k), one.label_of("0" * 32))
-            await asyncio.gather(made, other.together(other.predict(f"{k:032x}b"[1:], "e1", k), other.end("e2", k)))
+            first = one.together(one.predict(f"{k:032x}a"[1:], "e2", k), one.label_of("0" * 32))
+            await asyncio.gather(first, other.together(other.predict(f"{k:032x}b"[1:], "e1", k), other.end("e2", k)))
         await one.database.close()
         await other.database.close()
         return one.again, other.again

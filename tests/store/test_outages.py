@@ -17,19 +17,19 @@ from tests.support.processes import ADMIN, Service, running, until
 from tests.support.stored import fly, history, submit_labels
 
 
-def asked(windows: Readings, cycle: int) -> list[dict[str, Any]]:
+def instances_of(windows: Readings, cycle: int) -> list[dict[str, Any]]:
     return [{"telemetry": windows[0].tolist(), "engine_id": "a", "cycle": cycle}]
 
 
-def kept_id(service: Service, windows: Readings, cycle: int) -> str | None:
-    found: str | None = service.predict(asked(windows, cycle))["predictions"][0]["prediction_id"]
-    return found
+def stored_id(service: Service, windows: Readings, cycle: int) -> str | None:
+    prediction_id: str | None = service.predict(instances_of(windows, cycle))["predictions"][0]["prediction_id"]
+    return prediction_id
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Postgres]:
-    with postgres() as found:
-        yield found
+    with postgres() as started:
+        yield started
 
 
 @pytest.fixture
@@ -61,37 +61,37 @@ def flights(engine_id: str, windows: Readings, cycles: range) -> dict[str, Any]:
 
 def counters(service: Service) -> dict[str, float]:
     """Return the counters that one prediction increments."""
-    found = service.metrics()
+    samples = service.metrics()
     names = ("batch_rows_sum", "inference_duration_seconds_count", "confidence_count", "labellable_total")
-    every = sum(value for name, value in found.items() if name.startswith("engine_health_predictions_total"))
-    return {name: found[f"engine_health_{name}"] for name in names} | {"predictions_total": every}
+    every = sum(value for name, value in samples.items() if name.startswith("engine_health_predictions_total"))
+    return {name: samples[f"engine_health_{name}"] for name in names} | {"predictions_total": every}
 
 
 def move(path: Path, to: Path) -> None:
     """Move the files of an SQLite database."""
     for end in ("", "-wal", "-shm"):
-        beside = path.with_name(path.name + end)
-        if beside.exists():
-            beside.rename(to.with_name(to.name + end))
+        file = path.with_name(path.name + end)
+        if file.exists():
+            file.rename(to.with_name(to.name + end))
 
 
 def test_predictions_continue_behind_a_locked_database(windows: Readings, tmp_path: Path) -> None:
     """Predictions during a lock of the database are answered and not stored, however long the lock lasts."""
     path = tmp_path / "memory.db"
-    kept = {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{path}", "ENGINE_HEALTH_MAX_QUEUE_SECONDS": "0.5"}
-    with running(**kept) as service, sqlite3.connect(path, isolation_level=None) as other:
-        assert kept_id(service, windows, 0)
+    environment = {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{path}", "ENGINE_HEALTH_MAX_QUEUE_SECONDS": "0.5"}
+    with running(**environment) as service, sqlite3.connect(path, isolation_level=None) as other:
+        assert stored_id(service, windows, 0)
         other.execute("BEGIN IMMEDIATE")
 
         def ask(k: int) -> str | None:
             time.sleep(k / 2)  # the first request waits
-            return kept_id(service, windows, k + 1)
+            return stored_id(service, windows, k + 1)
 
         with ThreadPoolExecutor(6) as pool:
             assert [None] * 6 == list(pool.map(ask, range(6)))
         assert 6 == service.metrics()["engine_health_predictions_not_stored_total"]
         other.execute("ROLLBACK")
-        until(lambda: kept_id(service, windows, 9))
+        until(lambda: stored_id(service, windows, 9))
 
 
 def test_read_creates_no_database_file(windows: Readings, tmp_path: Path) -> None:
@@ -105,10 +105,10 @@ def test_read_creates_no_database_file(windows: Readings, tmp_path: Path) -> Non
             answers = list(pool.map(service.client.get, ["/v1/calibration"] * 16))
         assert {503} == {answer.status_code for answer in answers}
         assert "does not exist any more" in answers[0].json()["detail"]
-        assert kept_id(service, windows, 2) is None
+        assert stored_id(service, windows, 2) is None
         assert not path.exists()
         move(away, path)
-        until(lambda: kept_id(service, windows, 3))
+        until(lambda: stored_id(service, windows, 3))
         assert [1, 3] == [row["cycle"] for row in history(service, "a")]
 
 
@@ -123,7 +123,7 @@ def test_restored_backup_replaces_the_database(windows: Readings, tmp_path: Path
             path.with_name(path.name + end).unlink()
         other.rename(path)
         fly(service, "a", 2, windows[0][1])
-        assert kept_id(service, windows, 3)
+        assert stored_id(service, windows, 3)
         assert 404 == service.client.get("/v1/engines/b").status_code
         assert [2, 3] == [row["cycle"] for row in history(service, "a")]
         assert "joined" == fly(service, "b", 1, windows[0][0])["results"][0]["result"]
@@ -133,19 +133,19 @@ def test_restored_backup_replaces_the_database(windows: Readings, tmp_path: Path
 def test_newer_database_at_runtime_is_not_changed(path: str, windows: Readings, tmp_path: Path) -> None:
     """A file of a newer schema gives 503 with the reason; predictions continue and are not stored."""
     place, newer = tmp_path / "memory.db", tmp_path / "newer.db"
-    with sqlite3.connect(newer) as made:
-        made.execute("CREATE TABLE alembic_version (version_num VARCHAR(32))")
-        made.execute("INSERT INTO alembic_version VALUES ('9999')")
+    with sqlite3.connect(newer) as connection:
+        connection.execute("CREATE TABLE alembic_version (version_num VARCHAR(32))")
+        connection.execute("INSERT INTO alembic_version VALUES ('9999')")
     with running(ENGINE_HEALTH_DATABASE_URL=f"sqlite:///{place}") as service:
-        assert kept_id(service, windows, 1)
+        assert stored_id(service, windows, 1)
         move(place, tmp_path / "away.db")
         newer.rename(place)
-        assert kept_id(service, windows, 2) is None
+        assert stored_id(service, windows, 2) is None
         flight = {"engine_id": "a", "cycle": 3, "telemetry": windows[0][0].tolist()}
-        told, looked = service.client.post("/v1/cycles", json={"cycles": [flight]}), service.client.get(path)
-        assert (503, 503) == (told.status_code, looked.status_code)
-        assert "schema 9999" in told.json()["detail"]
-        assert "schema 9999" in looked.json()["detail"]
+        written, read = service.client.post("/v1/cycles", json={"cycles": [flight]}), service.client.get(path)
+        assert (503, 503) == (written.status_code, read.status_code)
+        assert "schema 9999" in written.json()["detail"]
+        assert "schema 9999" in read.json()["detail"]
 
 
 def test_unresponsive_database_does_not_block_predictions(windows: Readings, cluster: Postgres) -> None:
@@ -154,12 +154,12 @@ def test_unresponsive_database_does_not_block_predictions(windows: Readings, clu
         fly(service, "a", 1, windows[0][0])
         cluster.pause()
         try:
-            assert kept_id(service, windows, 2) is None
-            assert kept_id(service, windows, 3) is None
+            assert stored_id(service, windows, 2) is None
+            assert stored_id(service, windows, 3) is None
             flight = flights("a", windows, range(4, 5))
-            told, looked = service.client.post("/v1/cycles", json=flight), service.client.get("/v1/engines")
+            written, read = service.client.post("/v1/cycles", json=flight), service.client.get("/v1/engines")
             assert {(503, "the database does not respond")} == {
-                (answer.status_code, answer.json()["detail"]) for answer in (told, looked)
+                (response.status_code, response.json()["detail"]) for response in (written, read)
             }
             until(lambda: service.metrics()["engine_health_store_up"] == 0)
         finally:
@@ -190,14 +190,14 @@ def test_full_file_system_loses_no_acknowledged_row(
             "/v1/cycles", json=flights("full", windows, range(acknowledged, acknowledged + 20))
         ).is_success:
             acknowledged += 20
-        asked = flights("full", windows, range(acknowledged, acknowledged + 20))
-        refused = service.client.post("/v1/cycles", json=asked)
+        body = flights("full", windows, range(acknowledged, acknowledged + 20))
+        refused = service.client.post("/v1/cycles", json=body)
         assert 503 == refused.status_code
-        assert kept_id(service, windows, 1) is None
+        assert stored_id(service, windows, 1) is None
         until(lambda: service.metrics()["engine_health_store_up"] == 0)
         assert 1 <= service.metrics()["engine_health_predictions_not_stored_total"]
         ballast.unlink()
-        until(lambda: service.client.post("/v1/cycles", json=asked).is_success)
+        until(lambda: service.client.post("/v1/cycles", json=body).is_success)
         assert list(range(acknowledged + 20)) == [row["cycle"] for row in history(service, "full")]
         assert ["normal"] == [row["label"] for row in history(service, "first")]
 
@@ -223,21 +223,21 @@ def test_retried_transaction_counts_once(windows: Readings, cluster: Postgres) -
 def test_flights_retried_after_a_failure_count_once(windows: Readings, tmp_path: Path) -> None:
     """A flight whose shared transaction is retried for another request's failure is counted once."""
     path = tmp_path / "memory.db"
-    kept = {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{path}", "ENGINE_HEALTH_ADMIN_KEYS": "wheel"}
+    environment = {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{path}", "ENGINE_HEALTH_ADMIN_KEYS": "wheel"}
     with (
-        running(**kept) as service,
+        running(**environment) as service,
         sqlite3.connect(path, isolation_level=None) as other,
         ThreadPoolExecutor(3) as pool,
     ):
         other.execute("BEGIN IMMEDIATE")
         put = "/v1/calibration/temperature"
-        told = []
+        tasks = []
         for cycle in (1, 2):  # the first waits for the lock, the others form one transaction
-            told.append(pool.submit(fly, service, f"engine-{cycle}", cycle, windows[0][cycle]))
+            tasks.append(pool.submit(fly, service, f"engine-{cycle}", cycle, windows[0][cycle]))
             time.sleep(0.3)
         wrong = pool.submit(service.client.put, put, json={"fit_id": "none"}, headers=ADMIN)
         time.sleep(0.3)
         other.execute("ROLLBACK")
         assert 404 == wrong.result().status_code
-        assert [1, 2] == [one.result()["predictions"][0]["cycle"] for one in told]
+        assert [1, 2] == [task.result()["predictions"][0]["cycle"] for task in tasks]
         assert {2} == set(counters(service).values())

@@ -39,8 +39,8 @@ Step = tuple[Any, ...]  # one step: ("predict", engine, cycle), ("label", ...), 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Postgres]:
-    with postgres() as found:
-        yield found
+    with postgres() as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -67,32 +67,32 @@ def one_hot(k: int) -> Floats:
 async def apply_steps(url: str, steps: list[Step]) -> CountedPredictions:
     """Apply steps to a database; after "kill" continue with the connections of a new process."""
     database, session = opened(url)
-    left = [database]
+    databases = [database]
     await database.connect()
     for k, step in enumerate(steps):
         kind, *rest = step
         if kind == "kill":
             database, session = opened(url)
-            left.append(database)
+            databases.append(database)
             await database.connect()
         elif kind == "predict":
             engine, cycle = rest
-            made = NewPrediction(f"{k:032x}", engine, cycle, logits_of(engine, cycle), 1.0, 0, 0.5, None)
-            batch = PredictionWrite(ModelVersion(DIGEST, MANIFEST, 1.0, "artefact"), float(k), [made])
+            prediction = NewPrediction(f"{k:032x}", engine, cycle, logits_of(engine, cycle), 1.0, 0, 0.5, None)
+            batch = PredictionWrite(ModelVersion(DIGEST, MANIFEST, 1.0, "artefact"), float(k), [prediction])
             await database.write(partial(predictions.record_predictions, session), batch)
         elif kind == "label":
             engine, cycle, truth, revise = rest
-            said = LabelSubmission(None, engine, cycle, one_hot(truth), revise)
-            await database.write(partial(labels.record_labels, session), LabelWrite([said], float(k)))
+            submission = LabelSubmission(None, engine, cycle, one_hot(truth), revise)
+            await database.write(partial(labels.record_labels, session), LabelWrite([submission], float(k)))
         else:
             engine, failed_at, revise = rest
             await database.write(
                 partial(labels.record_outcomes, session), OutcomeSubmission(engine, failed_at, revise, float(k))
             )
-    found = await database.read(lambda connection: queries.counted(connection, DIGEST, CLASSES, None))
-    for one in left:
-        await one.close()
-    return found
+    counted = await database.read(lambda connection: queries.counted(connection, DIGEST, CLASSES, None))
+    for opened_database in databases:
+        await opened_database.close()
+    return counted
 
 
 async def pruned(database: Database, before: float) -> int:
@@ -107,7 +107,7 @@ def joined_offline(steps: list[Step]) -> dict[bytes, bytes | None]:
     predicted = {(step[1], step[2]) for step in steps if step[0] == "predict"}
     inspected = {(step[1], step[2]): step[3] for step in steps if step[0] == "label"}  # the last label counts
     ends = {step[1]: step[2] for step in steps if step[0] == "end"}
-    found: dict[bytes, bytes | None] = {}
+    joined: dict[bytes, bytes | None] = {}
     for engine, cycle in predicted:
         newest = max(c for e, c in predicted if e == engine)
         truth: int | None = None
@@ -118,8 +118,8 @@ def joined_offline(steps: list[Step]) -> dict[bytes, bytes | None]:
             truth = None if rul < 0 else 0 if rul > 125 else 1 if rul > 50 else 2
         elif newest - cycle > 125:
             truth = 0
-        found[logits_of(engine, cycle)] = None if truth is None else one_hot(truth).tobytes()
-    return found
+        joined[logits_of(engine, cycle)] = None if truth is None else one_hot(truth).tobytes()
+    return joined
 
 
 ENGINES = st.sampled_from(["a", "b", "ä c"])
@@ -157,26 +157,26 @@ def test_labels_join_in_any_order(
     path = tmp_path_factory.mktemp("order") / "memory.db"
     shutil.copy(template, path)
     shuffled = with_revisions(data.draw(st.permutations(events + events[:5])))
-    found = asyncio.run(apply_steps(f"sqlite:///{path}", shuffled))
+    counted = asyncio.run(apply_steps(f"sqlite:///{path}", shuffled))
     labels_found = {
         logits.astype(np.float32).tobytes(): None if np.isnan(label).any() else label.tobytes()
-        for logits, label in zip(found.logits, found.label, strict=True)
+        for logits, label in zip(counted.logits, counted.label, strict=True)
     }
     assert joined_offline(shuffled) == labels_found
-    assert len(labels_found) == len(found.logits)  # each engine and cycle counts once
+    assert len(labels_found) == len(counted.logits)  # each engine and cycle counts once
 
 
 def test_order_of_reports_changes_no_figure(template: Path, tmp_path: Path) -> None:
     """Rows are sorted by engine and cycle, so that sums and resampled engines have equal bits."""
     steps: list[Step] = [("predict", e, c) for e in ("b", "ä c", "a") for c in (7, 1, 130)]
     steps += [("label", "b", 7, 1, False), ("end", "a", 140, False)]
-    found = []
+    counted = []
     for k, order in enumerate((steps, steps[::-1])):
         shutil.copy(template, tmp_path / f"{k}.db")
-        found.append(asyncio.run(apply_steps(f"sqlite:///{tmp_path}/{k}.db", order)))
-    assert [0, 0, 0, 1, 1, 1, 2, 2, 2] == found[0].engine.tolist()
+        counted.append(asyncio.run(apply_steps(f"sqlite:///{tmp_path}/{k}.db", order)))
+    assert [0, 0, 0, 1, 1, 1, 2, 2, 2] == counted[0].engine.tolist()
     for name in ("logits", "temperature", "label", "engine", "source"):
-        np.testing.assert_array_equal(getattr(found[0], name), getattr(found[1], name))
+        np.testing.assert_array_equal(getattr(counted[0], name), getattr(counted[1], name))
 
 
 def test_migrated_schema_equals_the_tables_of_the_code(cluster: Postgres, template: Path) -> None:
@@ -245,10 +245,10 @@ def test_failed_write_does_not_fail_others(template: Path, tmp_path: Path) -> No
 
     async def ask() -> list[Any]:
         database, _ = opened(f"sqlite:///{path}")
-        asked = [database.write(picky, item) for item in ("a", "bad", "b")]
-        found = await asyncio.gather(*asked, return_exceptions=True)
+        writes = [database.write(picky, item) for item in ("a", "bad", "b")]
+        results = await asyncio.gather(*writes, return_exceptions=True)
         await database.close()
-        return found
+        return results
 
     first, failed, last = asyncio.run(ask())
     assert ("a", "b") == (first, last)
@@ -266,10 +266,10 @@ def test_error_after_commit_affects_its_caller_only(template: Path, tmp_path: Pa
 
     async def ask() -> list[Any]:
         database, _ = opened(f"sqlite:///{path}")
-        asked = [database.write(lambda _, items: list(items), item, then) for item in ("a", "bad", "b")]
-        found = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 30)
+        writes = [database.write(lambda _, items: list(items), item, then) for item in ("a", "bad", "b")]
+        results = await asyncio.wait_for(asyncio.gather(*writes, return_exceptions=True), 30)
         await database.close()
-        return found
+        return results
 
     first, failed, last = asyncio.run(ask())
     assert ("a", "b") == (first, last)
@@ -320,9 +320,9 @@ def test_stored_model_is_sufficient_to_read_its_logits(template: Path, tmp_path:
     asyncio.run(apply_steps(f"sqlite:///{path}", [("predict", "a", 1)]))
     with sqlite3.connect(path) as connection:
         ((text,),) = connection.execute("SELECT manifest FROM models").fetchall()
-    kept = json.loads(text)
-    assert list(MANIFEST.classes) == kept["classes"]
-    assert [125.0, 50.0] == kept["rul_thresholds"]
+    stored = json.loads(text)
+    assert list(MANIFEST.classes) == stored["classes"]
+    assert [125.0, 50.0] == stored["rul_thresholds"]
 
 
 def test_revised_labels_are_archived(template: Path, tmp_path: Path) -> None:
@@ -373,16 +373,16 @@ def test_engine_after_retention_shows_its_newest_row(tmp_path: Path) -> None:
         await apply_steps(f"sqlite:///{tmp_path}/memory.db", steps)
         database, session = opened(f"sqlite:///{tmp_path}/memory.db")
         assert 2 == await pruned(database, 2.0)
-        made = NewPrediction("f" * 32, "b", 1, logits_of("b", 1), None, 0, 0.1, None)
+        prediction = NewPrediction("f" * 32, "b", 1, logits_of("b", 1), None, 0, 0.1, None)
         await database.write(
             partial(predictions.record_predictions, session),
-            PredictionWrite(ModelVersion(DIGEST, MANIFEST, 1.0, "artefact"), 9.0, [made]),
+            PredictionWrite(ModelVersion(DIGEST, MANIFEST, 1.0, "artefact"), 9.0, [prediction]),
         )
-        found = await database.read(lambda connection: queries.page(connection, EngineQuery()))
+        page = await database.read(lambda connection: queries.page(connection, EngineQuery()))
         await database.close()
         logits = np.frombuffer(logits_of("a", 5), np.float32)
-        assert {np.exp(log_softmax(logits))[-1], 0.1} == {row.risk for row in found.rows}
-        return sorted((row.engine_id, row.cycle) for row in found.rows)
+        assert {np.exp(log_softmax(logits))[-1], 0.1} == {row.risk for row in page.rows}
+        return sorted((row.engine_id, row.cycle) for row in page.rows)
 
     assert [("a", 5), ("b", 1)] == asyncio.run(ask())
 
@@ -395,29 +395,29 @@ def test_page_counts_the_engines_that_it_shows(tmp_path: Path) -> None:
         await apply_steps(f"sqlite:///{tmp_path}/memory.db", steps)
         database, _ = opened(f"sqlite:///{tmp_path}/memory.db")
         assert 1 == await pruned(database, 1.0)
-        found = await database.read(lambda connection: queries.page(connection, EngineQuery()))
+        page = await database.read(lambda connection: queries.page(connection, EngineQuery()))
         await database.close()
-        return found
+        return page
 
-    found = asyncio.run(ask())
-    assert (1, ["b"]) == (found.total, [row.engine_id for row in found.rows])
+    page = asyncio.run(ask())
+    assert (1, ["b"]) == (page.total, [row.engine_id for row in page.rows])
 
 
 def test_continued_operation_labels_a_later_model(tmp_path: Path) -> None:
     """Continued operation labels predictions of a model although a model without RUL came first."""
     knows_none = ModelVersion("e" * 64, Manifest(name="other", version="1", classes=("x", "y", "z")), 1.0, "artefact")
-    said = [(knows_none, 0), *((ModelVersion(DIGEST, MANIFEST, 1.0, "artefact"), cycle) for cycle in (1, 2, 127, 128))]
+    steps = [(knows_none, 0), *((ModelVersion(DIGEST, MANIFEST, 1.0, "artefact"), cycle) for cycle in (1, 2, 127, 128))]
 
     async def ask() -> list[int]:
         database, session = opened(f"sqlite:///{tmp_path}/memory.db")
-        for k, (by, cycle) in enumerate(said):
-            made = NewPrediction(f"{k:032x}", "a", cycle, logits_of("a", cycle), None, 0, 0.5, None)
+        for k, (by, cycle) in enumerate(steps):
+            prediction = NewPrediction(f"{k:032x}", "a", cycle, logits_of("a", cycle), None, 0, 0.5, None)
             await database.write(
-                partial(predictions.record_predictions, session), PredictionWrite(by, float(k), [made])
+                partial(predictions.record_predictions, session), PredictionWrite(by, float(k), [prediction])
             )
-        found = await database.read(lambda connection: queries.counted(connection, DIGEST, CLASSES, None))
+        counted = await database.read(lambda connection: queries.counted(connection, DIGEST, CLASSES, None))
         await database.close()
-        return [int(source) for source in found.source]
+        return [int(source) for source in counted.source]
 
     assert [2, 2, -1, -1] == asyncio.run(ask())
 
@@ -469,9 +469,9 @@ def test_postgresql_timeouts_and_url_options_are_set(cluster: Postgres) -> None:
 
     def look(connection: Connection) -> tuple[list[Any], int, int]:
         raw: Any = connection.connection.dbapi_connection
-        with socket.socket(fileno=os.dup(raw.fileno())) as found:
-            unanswered = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
-            idle = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+        with socket.socket(fileno=os.dup(raw.fileno())) as options:
+            unanswered = options.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+            idle = options.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
         names = ("statement_timeout", "work_mem", "application_name")
         return [connection.execute(text(f"SHOW {name}")).scalar() for name in names], unanswered, idle
 
@@ -479,8 +479,8 @@ def test_postgresql_timeouts_and_url_options_are_set(cluster: Postgres) -> None:
         address = cluster.url("patience") + "?options=-c%20work_mem%3D9MB&application_name=mine&keepalives_idle=7"
         database, _ = opened(address)
         await database.connect()
-        found = await database.read(look)
+        options = await database.read(look)
         await database.close()
-        return found
+        return options
 
     assert (["10s", "9MB", "mine"], 10_000, 7) == asyncio.run(ask())

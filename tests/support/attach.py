@@ -32,5 +32,5 @@ def refusal(*arguments: object) -> str:
 
 def softmax(logits: Floats, t: float = 1.0) -> Floats:
     """Return the softmax of each row in float64, computed by torch."""
-    found: Floats = torch.softmax(torch.from_numpy(logits) / t, 1).numpy()
-    return found
+    result: Floats = torch.softmax(torch.from_numpy(logits) / t, 1).numpy()
+    return result

@@ -17,12 +17,12 @@ def inference_body(windows: Readings, **rest: Any) -> dict[str, Any]:
 
 
 def texts(raw: bytes) -> list[str]:
-    found = []
+    decoded = []
     while raw:
         (length,) = struct.unpack_from("<I", raw)
-        found.append(raw[4 : 4 + length].decode())
+        decoded.append(raw[4 : 4 + length].decode())
         raw = raw[4 + length :]
-    return found
+    return decoded
 
 
 ROW = EXAMPLE_ROW
@@ -160,7 +160,7 @@ def outputs(answer: httpx.Response) -> dict[str, Any]:
     """Return every output tensor by name, from JSON or binary data."""
     assert answer.status_code == 200, answer.text
     size = int(answer.headers.get("inference-header-content-length", len(answer.content)))
-    head, at, found = json.loads(answer.content[:size]), size, {}
+    head, at, tensors = json.loads(answer.content[:size]), size, {}
     for tensor in head["outputs"]:
         length = tensor.get("parameters", {}).get("binary_data_size")
         if length is None:
@@ -168,9 +168,9 @@ def outputs(answer: httpx.Response) -> dict[str, Any]:
         else:
             raw, at = answer.content[at : at + length], at + length
             values = texts(raw) if tensor["datatype"] == "BYTES" else np.frombuffer(raw, "<f4")
-        found[tensor["name"]] = np.array(values).reshape(tensor["shape"])
+        tensors[tensor["name"]] = np.array(values).reshape(tensor["shape"])
     assert at == len(answer.content)
-    return found | {"head": head}
+    return tensors | {"head": head}
 
 
 def contradictory_requests(windows: Readings) -> list[tuple[Any, dict[str, str]]]:

@@ -49,8 +49,8 @@ class Watched:
     def on_console(self, message: ConsoleMessage) -> None:
         """Record errors and warnings."""
         if message.type in ("error", "warning"):
-            found = _REFUSED.match(message.text)
-            (self.refused if found else self.errors).append(found[1] or found[2] if found else message.text)
+            match = _REFUSED.match(message.text)
+            (self.refused if match else self.errors).append(match[1] or match[2] if match else message.text)
 
     def on_request(self, request: Request) -> None:
         """Record requests to other hosts."""
@@ -75,11 +75,11 @@ def watched(browser: Browser, home: str, **context: Any) -> Iterator[Watched]:
     opened = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, "locale": "en-GB"} | context)
     try:
         opened.set_default_timeout(15_000)
-        found = Watched(opened.new_page(), home)
-        found.page.on("console", found.on_console)
-        found.page.on("pageerror", lambda error: found.errors.append(str(error)))
-        found.page.on("request", found.on_request)
-        yield found
+        watch = Watched(opened.new_page(), home)
+        watch.page.on("console", watch.on_console)
+        watch.page.on("pageerror", lambda error: watch.errors.append(str(error)))
+        watch.page.on("request", watch.on_request)
+        yield watch
     finally:
         opened.close()
 
@@ -102,16 +102,16 @@ def fly_nasas(client: httpx.Client, folder: Path, subset: str, ended: int, runni
     for k, history in enumerate(cmapss.read_train(folder, subset)[: ended + running]):
         n = len(history.cycle)
         if k < ended:
-            told = np.unique(np.linspace(0, n - 1, flights).astype(int))
+            indices = np.unique(np.linspace(0, n - 1, flights).astype(int))
         else:
-            told = np.arange(n)[: n - 2 - (37 * k) % 130][-flights:]  # each engine ends at another cycle
+            indices = np.arange(n)[: n - 2 - (37 * k) % 130][-flights:]  # each engine ends at another cycle
         rows = [
             {"engine_id": history.engine_id, "cycle": int(history.cycle[i]), "telemetry": history.telemetry[i].tolist()}
-            for i in told
+            for i in indices
         ]
         for begin in range(0, len(rows), ROWS):
-            answer = client.post("/v1/cycles", json={"cycles": rows[begin : begin + ROWS]})
-            assert answer.status_code == 200, answer.text
+            response = client.post("/v1/cycles", json={"cycles": rows[begin : begin + ROWS]})
+            assert response.status_code == 200, response.text
         if k < ended:
             end = {"engine_id": history.engine_id, "failed_at_cycle": int(history.cycle[-1])}
             assert client.post("/v1/outcomes", json=end).status_code == 200

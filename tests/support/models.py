@@ -22,9 +22,9 @@ WINDOW = 23
 def untrained() -> EngineHealth:
     """Return a network of rolling means over 23 rows."""
     torch.manual_seed(0)
-    made = EngineHealth(NetworkConfig(window=WINDOW, hidden=16)).eval()
-    made.normalise.centres.copy_(torch.arange(18).reshape(6, 3) * 10.0)
-    return made
+    network = EngineHealth(NetworkConfig(window=WINDOW, hidden=16)).eval()
+    network.normalise.centres.copy_(torch.arange(18).reshape(6, 3) * 10.0)
+    return network
 
 
 def manifest_of(network: EngineHealth) -> contract.Manifest:
@@ -35,8 +35,8 @@ def manifest_of(network: EngineHealth) -> contract.Manifest:
         {"telemetry": shortest_decimals(window), "logits": row.tolist(), "rul": float(cycles)}
         for window, row, cycles in zip(inputs, logits, rul, strict=True)
     ]
-    told = open_artefact(ARTEFACT)[1].model_dump() | {"window": network.config.window, "golden": golden}
-    return contract.Manifest.model_validate(told)
+    fields = open_artefact(ARTEFACT)[1].model_dump() | {"window": network.config.window, "golden": golden}
+    return contract.Manifest.model_validate(fields)
 
 
 def bundled(key: str) -> onnx.ModelProto:

@@ -72,8 +72,8 @@ class Postgres:
 @contextmanager
 def postgres() -> Iterator[Postgres]:
     """Run a cluster during the block; without PostgreSQL's programs skip the test, or fail it in CI."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not found:
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not programs:
         message = "no PostgreSQL server programs (Debian: apt-get install postgresql)"
         if os.environ.get("CI") == "true":
             pytest.fail(message)
@@ -81,7 +81,7 @@ def postgres() -> Iterator[Postgres]:
     folder = Path(tempfile.mkdtemp(prefix="engine-health-postgres-"))
     if os.geteuid() == 0:
         shutil.chown(folder, "postgres")
-    cluster = Postgres(folder, free_port(), found[-1].parent)
+    cluster = Postgres(folder, free_port(), programs[-1].parent)
     try:
         cluster.make()
         cluster.start()

@@ -31,10 +31,10 @@ class Service:
 
     def predict(self, instances: list[dict[str, Any]], **rest: Any) -> dict[str, Any]:
         """Return the response of /v1/predict, which must be 200."""
-        answer = self.client.post("/v1/predict", json={"instances": instances, **rest})
-        assert answer.status_code == 200, answer.text
-        found: dict[str, Any] = answer.json()
-        return found
+        response = self.client.post("/v1/predict", json={"instances": instances, **rest})
+        assert response.status_code == 200, response.text
+        content: dict[str, Any] = response.json()
+        return content
 
     def metrics(self) -> dict[str, float]:
         """Return every sample of /metrics by its name and labels."""
@@ -73,15 +73,15 @@ def running(**environment: str) -> Iterator[Service]:
 
 def start(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
     """Start the command `engine-health` in a new process."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("ENGINE_HEALTH_")}
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("ENGINE_HEALTH_")}
     command = [sys.executable, "-m", "service.cli", *arguments]
     pipe = subprocess.PIPE
-    kept |= {
+    inherited |= {
         "ENGINE_HEALTH_LOG_LEVEL": "warning",
         "ENGINE_HEALTH_DRAIN_SECONDS": "0",
     }  # the pipes are not read while the service runs
     strict = {"PYTHONWARNINGS": "error::RuntimeWarning"}  # an overflow in the service fails as it does in tests
-    return subprocess.Popen(command, env=kept | strict | environment, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(command, env=inherited | strict | environment, stdout=pipe, stderr=pipe, text=True)
 
 
 def absent(folder: Path, *packages: str) -> dict[str, str]:
@@ -126,10 +126,10 @@ def one(window: Readings, **rest: Any) -> dict[str, Any]:
 
 def children(process: "subprocess.Popen[str]") -> list[int]:
     """Return the process ids of the workers of a supervisor."""
-    found = subprocess.run(
+    listed = subprocess.run(
         ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
     )
-    return [int(line.split()[0]) for line in found.stdout.splitlines() if "spawn_main" in line]
+    return [int(line.split()[0]) for line in listed.stdout.splitlines() if "spawn_main" in line]
 
 
 def until(done: Any, seconds: float = 30) -> None:
@@ -144,8 +144,8 @@ def until_all_are_ready(service: Service, workers: int) -> None:
 
     def ready() -> bool:
         slots = [link for child in children(service.process) if (link := shared_folder(child))]
-        kept = len(list(slots[0].glob("gauge_livemin_*.db"))) if slots else 0
-        return kept == workers and service.metrics()["engine_health_ready"] == 1
+        gauges = len(list(slots[0].glob("gauge_livemin_*.db"))) if slots else 0
+        return gauges == workers and service.metrics()["engine_health_ready"] == 1
 
     until(ready)
 

@@ -29,8 +29,8 @@ def prediction_request(windows: Readings, *headers: bytes) -> bytes:
 @contextmanager
 def open_connection(service: Service) -> Iterator[tuple[socket.socket, BinaryIO]]:
     """Open a connection; yield it and its input stream."""
-    with connected(service) as connection, connection.makefile("rb") as ear:
-        yield connection, ear
+    with connected(service) as connection, connection.makefile("rb") as reader:
+        yield connection, reader
 
 
 @asynccontextmanager
@@ -40,26 +40,26 @@ async def connect_to_application(
     """Serve an application in this process with a lifespan state; yield the streams of a connection."""
     config = uvicorn.Config(application, lifespan="off", log_config=None)
     config.load()
-    made = partial(BoundedProtocol, config, ServerState(), state)
-    server = await asyncio.get_running_loop().create_server(made, "127.0.0.1")
-    answers, asks = await asyncio.open_connection(*server.sockets[0].getsockname())
-    yield answers, asks
-    asks.close()
+    protocol = partial(BoundedProtocol, config, ServerState(), state)
+    server = await asyncio.get_running_loop().create_server(protocol, "127.0.0.1")
+    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    yield reader, writer
+    writer.close()
     server.close()
 
 
-def read_response(ear: BinaryIO) -> tuple[int, dict[str, str], bytes]:
+def read_response(reader: BinaryIO) -> tuple[int, dict[str, str], bytes]:
     """Return the next response: status, headers and body."""
-    status = int(ear.readline().split()[1])
-    lines = iter(lambda: ear.readline().decode().rstrip(), "")
+    status = int(reader.readline().split()[1])
+    lines = iter(lambda: reader.readline().decode().rstrip(), "")
     headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
-    return status, headers, ear.read(int(headers["content-length"]))
+    return status, headers, reader.read(int(headers["content-length"]))
 
 
-def is_closed(ear: BinaryIO) -> bool:
+def is_closed(reader: BinaryIO) -> bool:
     """Return whether the other side closed the connection without further bytes."""
     try:
-        return ear.read(1) == b""
+        return reader.read(1) == b""
     except ConnectionResetError:  # the other side closed with unread bytes
         return True
 

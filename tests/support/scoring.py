@@ -67,8 +67,8 @@ def read(output: Path) -> pa.Table:
 
 def rejected(output: Path) -> list[dict[str, Any]]:
     """Return the rejected rows of a job."""
-    found: list[dict[str, Any]] = pq.read_table(f"{output}.errors.parquet").to_pylist()
-    return found
+    rows: list[dict[str, Any]] = pq.read_table(f"{output}.errors.parquet").to_pylist()
+    return rows
 
 
 def probabilities(table: pa.Table, manifest: Manifest) -> np.ndarray[Any, np.dtype[np.float64]]:

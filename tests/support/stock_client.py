@@ -18,7 +18,7 @@ def main() -> None:
     assert client.is_model_ready("engine-health")
     metadata = client.get_model_metadata("engine-health")
     windows = np.load(sys.argv[2])
-    found = {"name": metadata["name"], "extensions": client.get_server_metadata()["extensions"]}
+    results = {"name": metadata["name"], "extensions": client.get_server_metadata()["extensions"]}
     for binary in (True, False):
         telemetry = triton.InferInput("telemetry", list(windows.shape), "FP32")
         telemetry.set_data_from_numpy(windows, binary_data=binary)
@@ -35,17 +35,17 @@ def main() -> None:
                 request_compression_algorithm=compression,
             )
             assert answer.get_response()["id"] == "7"
-            found[f"{binary} {compression}"] = {
+            results[f"{binary} {compression}"] = {
                 name: [x.decode() if isinstance(x, bytes) else x for x in answer.as_numpy(name).ravel().tolist()]
                 for name in names
             }
         plain = client.infer("engine-health", [telemetry])
-        found[f"{binary} plain"] = {"logits": plain.as_numpy("logits").ravel().tolist()}
+        results[f"{binary} plain"] = {"logits": plain.as_numpy("logits").ravel().tolist()}
     try:
         client.infer("other", [telemetry])
     except triton.InferenceServerException as error:
-        found["error"] = str(error)
-    print(json.dumps(found))
+        results["error"] = str(error)
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":
