@@ -45,7 +45,7 @@ class Collector:
 
 @contextmanager
 def collecting() -> Iterator[Collector]:
-    """Run a receiver on a free port during the block."""
+    """Run a collector on a free port during the block."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:  # name required by http.server
