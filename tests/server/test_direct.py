@@ -5,7 +5,7 @@ import pytest
 
 from model.windows import Readings
 from tests.support.processes import Service, running
-from tests.support.raw_http import HEAD, LIVEZ, is_closed, open_connection, prediction_request, read_response
+from tests.support.raw_http import HEAD, LIVEZ, is_closed, open_stream, prediction_request, read_response
 
 OWN = (
     rb"(?<=^date: )[^\r]*|(?<=^x-request-id: )[^\r]*",
@@ -16,7 +16,7 @@ OWN = (
 
 def raw_responses(service: Service, request: bytes) -> bytes:
     """Return all responses until the connection closes, without the fields that differ between responses."""
-    with open_connection(service) as (connection, reader):
+    with open_stream(service) as (connection, reader):
         connection.sendall(request)
         return re.sub(b"|".join(OWN), b"", reader.read(), flags=re.MULTILINE)
 
@@ -56,7 +56,7 @@ def test_continue_precedes_an_early_rejection() -> None:
     chunk = b"Transfer-Encoding: chunked\r\n\r\n7d0\r\n" + b" " * 2000 + b"\r\n"
     with running(ENGINE_HEALTH_MAX_BODY_BYTES="1000") as small:
         for closing in (b"", b"Connection: close\r\n"):
-            with open_connection(small) as (connection, reader):
+            with open_stream(small) as (connection, reader):
                 connection.sendall(HEAD + closing + b"Expect: 100-continue\r\n" + chunk)
                 assert b"HTTP/1.1 100 Continue\r\n\r\n" == reader.readline() + reader.readline()
                 assert 413 == read_response(reader)[0]
@@ -67,7 +67,7 @@ def test_continue_precedes_an_early_rejection() -> None:
 
 def test_expect_continue_with_sent_body_is_answered(service: Service, windows: Readings) -> None:
     """A body that arrives with its headers gets one response without 100 Continue, and the next request is read."""
-    with open_connection(service) as (connection, reader):
+    with open_stream(service) as (connection, reader):
         connection.sendall(
             prediction_request(windows, b"Expect: 100-continue\r\n")
             + LIVEZ.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")

@@ -22,7 +22,7 @@ from tests.support.raw_http import (
     connect_to_application,
     connected,
     is_closed,
-    open_connection,
+    open_stream,
     prediction_request,
     read_response,
 )
@@ -35,7 +35,7 @@ def test_trailers_are_ignored_and_limited(service: Service, windows: Readings, t
     """Trailers are ignored, and trailers above the limit of headers get 431."""
     body = json.dumps(one(windows[0])).encode()
     chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % len(body) + body + b"\r\n0\r\n"
-    with open_connection(service) as (connection, reader):
+    with open_stream(service) as (connection, reader):
         for _ in range(2):
             connection.sendall(chunked + b"X-Request-Id: late\r\n\r\n")
             status, headers, _ = read_response(reader)
@@ -53,7 +53,7 @@ def test_upgrade_request_is_answered_as_http_1_1(service: Service, windows: Read
     plain = service.predict(one(windows[0])["instances"])["predictions"][0]["logits"]
     request = prediction_request(windows, offer)
     chunked = HEAD + offer + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
-    with open_connection(service) as (connection, reader):
+    with open_stream(service) as (connection, reader):
         for at in (len(request), len(request) // 2, 40):
             connection.sendall(request[:at])
             time.sleep(0.1)
@@ -68,7 +68,7 @@ def test_upgrade_request_is_answered_as_http_1_1(service: Service, windows: Read
 def test_pipelined_upgrade_requests_are_all_answered(service: Service) -> None:
     """Any number of pipelined requests with an Upgrade header are all answered."""
     many = 1500
-    with open_connection(service) as (connection, reader):
+    with open_stream(service) as (connection, reader):
         connection.sendall(LIVEZ.replace(b"\r\n\r\n", b"\r\n" + OFFER + b"\r\n") * many)
         assert [200] * many == [read_response(reader)[0] for _ in range(many)]
 
@@ -78,7 +78,7 @@ def test_headers_that_follow_a_large_body_are_counted_without_it(service: Servic
     request = prediction_request(windows)
     body = json.dumps(one(windows[0])).encode().ljust(400_000)
     large = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
-    with open_connection(service) as (connection, reader):
+    with open_stream(service) as (connection, reader):
         connection.sendall(large + request[:30])
         assert 200 == read_response(reader)[0]
         connection.sendall(request[30:])
@@ -92,7 +92,7 @@ def test_header_limit_is_the_published_limit(service: Service, size: int, status
     assert 65536 == service.client.get("/v1/model").json()["limits"]["header_bytes"]
     request = LIVEZ[:-2] + (b"X-A: " + b"b" * (size // lines) + b"\r\n") * lines + b"\r\n"
     for pieces in (1, 7):
-        with open_connection(service) as (connection, reader):
+        with open_stream(service) as (connection, reader):
             step = len(request) // pieces + 1
             for begin in range(0, len(request), step):
                 connection.sendall(request[begin : begin + step])
@@ -117,7 +117,7 @@ def test_malformed_http_gets_a_problem_document() -> None:
     statuses = {}
     with running(ENGINE_HEALTH_REQUEST_SECONDS="1", ENGINE_HEALTH_LOG_LEVEL="info") as service:
         for sent, status in REFUSED.items():
-            with open_connection(service) as (connection, reader):
+            with open_stream(service) as (connection, reader):
                 connection.sendall(sent)
                 received, headers, body = read_response(reader)
                 assert status == received, sent[:50]
@@ -141,7 +141,7 @@ def test_malformed_http_gets_a_problem_document() -> None:
 def test_earlier_requests_are_answered_before_a_rejection(service: Service, windows: Readings) -> None:
     """Requests before malformed bytes are all answered, and the connection is then closed."""
     request = prediction_request(windows)
-    with open_connection(service) as (connection, reader):
+    with open_stream(service) as (connection, reader):
         connection.sendall(request * 2 + b"nonsense\r\n\r\n")
         assert [200, 200] == [read_response(reader)[0] for _ in range(2)]
         assert is_closed(reader)
@@ -150,7 +150,7 @@ def test_earlier_requests_are_answered_before_a_rejection(service: Service, wind
 def test_stopping_workers_refuse_new_connections(windows: Readings) -> None:
     """After SIGTERM workers answer connected clients and refuse new connections."""
     request = prediction_request(windows)
-    with running(ENGINE_HEALTH_WORKERS="2") as service, open_connection(service) as (connection, reader):
+    with running(ENGINE_HEALTH_WORKERS="2") as service, open_stream(service) as (connection, reader):
         until_all_are_ready(service, 2)
         connection.sendall(request[:-9])
         service.process.terminate()
@@ -170,7 +170,7 @@ def test_stopping_workers_refuse_new_connections(windows: Readings) -> None:
 
 def test_incomplete_request_gets_503_on_shutdown(windows: Readings) -> None:
     """A request that is incomplete at the end of the grace time gets 503, and is not a failure."""
-    with running() as service, open_connection(service) as (connection, reader):
+    with running() as service, open_stream(service) as (connection, reader):
         connection.sendall(prediction_request(windows)[:-9])
         service.metrics()  # reading has started
         service.process.terminate()
@@ -186,7 +186,7 @@ def test_blanks_around_header_values_are_ignored() -> None:
     """Request ids, keys and lengths may be followed by blanks."""
     with running(ENGINE_HEALTH_API_KEYS="read") as service:
         for key in (b"X-API-Key: read \t\r\n", b"Authorization: Bearer  read \r\n"):
-            with open_connection(service) as (connection, reader):
+            with open_stream(service) as (connection, reader):
                 connection.sendall(b"GET /v1/model HTTP/1.1\r\nHost: x\r\nX-Request-Id: abc \t\r\n" + key + b"\r\n")
                 status, headers, _ = read_response(reader)
                 assert (200, "abc") == (status, headers["x-request-id"])
@@ -227,7 +227,7 @@ def test_pipelined_requests_in_overload_are_answered_in_order(windows: Readings)
     """Three requests in one write get three responses in order while other requests are rejected."""
     body = json.dumps({"instances": one(windows[0])["instances"] * 60}).encode()
     request = prediction_request(windows) + LIVEZ + prediction_request(windows)
-    with running(ENGINE_HEALTH_MAX_QUEUE_ROWS="64") as service, open_connection(service) as (connection, reader):
+    with running(ENGINE_HEALTH_MAX_QUEUE_ROWS="64") as service, open_stream(service) as (connection, reader):
         flood: list[int] = []
 
         def send(_: int) -> None:

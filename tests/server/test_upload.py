@@ -26,7 +26,7 @@ from tests.support.raw_http import (
     connected,
     inference_request,
     is_closed,
-    open_connection,
+    open_stream,
     read_response,
 )
 
@@ -64,7 +64,7 @@ def turn(service: Service) -> None:
 def test_large_body_in_any_pieces_is_read_unchanged(service: Service, many: Readings, seed: int) -> None:
     """Windows have the same predictions in one piece or in many, and the next pipelined request is read."""
     request = inference_request(many)
-    with open_connection(service) as (connection, reader):
+    with open_stream(service) as (connection, reader):
         connection.sendall(request)
         status, _, whole = read_response(reader)
         assert 200 == status
@@ -95,7 +95,7 @@ def test_large_bodies_that_come_together_are_not_mixed_up(service: Service, many
 def test_large_body_with_expect_gets_one_continue(service: Service, many: Readings) -> None:
     """`Expect: 100-continue` gets one 100 response before the first byte of the body."""
     head, _, body = inference_request(many).partition(b"\r\n\r\n")
-    with open_connection(service) as (connection, reader):
+    with open_stream(service) as (connection, reader):
         connection.sendall(head + b"\r\nExpect: 100-continue\r\n\r\n")
         assert b"HTTP/1.1 100 Continue\r\n" == reader.readline()
         assert b"\r\n" == reader.readline()
@@ -106,11 +106,11 @@ def test_large_body_with_expect_gets_one_continue(service: Service, many: Readin
 def test_large_body_that_is_late_gets_408(many: Readings) -> None:
     """A body that is incomplete after the time limit gets 408 and a closed connection; other clients are answered."""
     request = inference_request(many)
-    with running(ENGINE_HEALTH_REQUEST_SECONDS="1") as hasty, open_connection(hasty) as (connection, reader):
+    with running(ENGINE_HEALTH_REQUEST_SECONDS="1") as hasty, open_stream(hasty) as (connection, reader):
         connection.sendall(request[: len(request) // 2])
         assert 408 == read_response(reader)[0]
         assert is_closed(reader)
-        with open_connection(hasty) as (other, answer):
+        with open_stream(hasty) as (other, answer):
             other.sendall(request)
             assert 200 == read_response(answer)[0]
 
@@ -119,8 +119,8 @@ def test_large_body_beyond_the_budget_gets_429(many: Readings) -> None:
     """A body that exceeds the budget halfway gets 429, its rest is discarded, and its bytes are released."""
     request = inference_request(many)
     room = len(request) * 3 // 2
-    with running(ENGINE_HEALTH_MAX_BUFFERED_BYTES=str(room)) as tight, open_connection(tight) as (first, reader):
-        with open_connection(tight) as (second, other):
+    with running(ENGINE_HEALTH_MAX_BUFFERED_BYTES=str(room)) as tight, open_stream(tight) as (first, reader):
+        with open_stream(tight) as (second, other):
             for connection in (first, second):
                 connection.sendall(request[:100_000])
             turn(tight)
@@ -142,20 +142,20 @@ def test_disconnect_during_upload_releases_the_budget(many: Readings, how: int) 
     """A client that disconnects or half-closes counts as disconnected, and its memory is released."""
     request = inference_request(many)
     with running(ENGINE_HEALTH_MAX_BUFFERED_BYTES=str(len(request))) as tight:
-        with open_connection(tight) as (leaves, _):
+        with open_stream(tight) as (leaves, _):
             leaves.sendall(request[:-1])
             turn(tight)
             until(lambda: tight.client.post(INFER, content=request[-900_000:]).status_code == 429)
             leaves.shutdown(how)
             until(lambda: tight.metrics()['engine_health_rejected_total{reason="client_gone"}'] == 1)
-        with open_connection(tight) as (stays, reader):
+        with open_stream(tight) as (stays, reader):
             stays.sendall(request)
             assert 200 == read_response(reader)[0]
 
 
 def test_body_with_two_lengths_is_rejected(service: Service) -> None:
     """A body with Content-Length and chunked encoding gets 400, since two parsers could read it differently."""
-    with open_connection(service) as (connection, reader):
+    with open_stream(service) as (connection, reader):
         connection.sendall(HEAD + b"Content-Length: 2000000\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
         assert 400 == read_response(reader)[0]
 
@@ -184,7 +184,7 @@ def test_announced_bytes_are_not_charged_before_arrival(many: Readings) -> None:
             turn(tight)
             waits.sendall(b"{")
         turn(tight)
-        with open_connection(tight) as (connection, reader):
+        with open_stream(tight) as (connection, reader):
             connection.sendall(request)
             assert 200 == read_response(reader)[0]
 

@@ -27,7 +27,7 @@ def prediction_request(windows: Readings, *headers: bytes) -> bytes:
 
 
 @contextmanager
-def open_connection(service: Service) -> Iterator[tuple[socket.socket, BinaryIO]]:
+def open_stream(service: Service) -> Iterator[tuple[socket.socket, BinaryIO]]:
     """Open a connection; yield it and its input stream."""
     with connected(service) as connection, connection.makefile("rb") as reader:
         yield connection, reader
