@@ -22,9 +22,9 @@ from tests.support.processes import Service, running
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
-settings.register_profile("house", deadline=None)  # a busy machine is not a wrong answer
+settings.register_profile("house", deadline=None)  # a slow machine must not fail a test
 settings.load_profile("house")
-for ignored in (signal.SIGINT, signal.SIGHUP):  # as below `nohup`; who is started by a test is to hear them
+for ignored in (signal.SIGINT, signal.SIGHUP):  # `nohup` ignores signals, which processes of tests would inherit
     if signal.getsignal(ignored) is signal.SIG_IGN:
         signal.signal(ignored, signal.SIG_DFL)
 
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cmapss_dir() -> Path:
-    """NASA's files; without them a test skips, but in CI it fails."""
+    """The folder of NASA's files; without them a test skips, but in CI it fails."""
     folder = cmapss.data_folder()
     if not any(folder.glob("train_FD001.txt*")):
         message = f"no C-MAPSS in {folder}: set CMAPSS_DIR or run `make data`"
@@ -50,7 +50,7 @@ def cmapss_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def manifest() -> Manifest:
-    """What the committed artefact says of itself."""
+    """The manifest of the committed artefact."""
     return open_artefact(ARTEFACT)[1]
 
 
@@ -62,7 +62,7 @@ def windows(manifest: Manifest) -> Readings:
 
 @pytest.fixture(scope="session")
 def programs() -> None:
-    """Debian's Prometheus; without it a test skips, but in CI it fails."""
+    """The programs of Debian's Prometheus; without them a test skips, but in CI it fails."""
     if shutil.which("prometheus") and shutil.which("promtool"):
         return
     message = "no prometheus and promtool (Debian: apt-get install prometheus)"
@@ -73,11 +73,11 @@ def programs() -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator["Browser"]:
-    """One browser; without it a test skips, but in CI it fails."""
+    """A browser; without it a test skips, but in CI it fails."""
     from tests.support.browser import (
         absent,
         chromium,
-        in_ci,  # which not every test needs
+        in_ci,  # not every test needs it
     )
 
     missing = absent()
@@ -85,14 +85,14 @@ def browser() -> Iterator["Browser"]:
         pytest.fail(missing)
     if missing:
         pytest.skip(missing)
-    with chromium() as found:
-        yield found
+    with chromium() as chrome:
+        yield chrome
 
 
 @pytest.fixture(scope="module", params=["simdjson", "portable"])
 def each_parser(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Each parser of JSON numbers in turn; simdjson where it is installed."""
-    from service.codecs import number_parser  # which not every test needs
+    """Each of the two parsers of JSON numbers; simdjson only where it is installed."""
+    from service.codecs import number_parser  # not every test needs it
 
     if request.param == "simdjson" and find_spec("simdjson") is None:
         pytest.skip("simdjson is not installed: it has no wheel for this Python")
@@ -106,6 +106,6 @@ def each_parser(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def service() -> Iterator[Service]:
-    """One service with the committed artefact for all tests that leave it as they found it."""
-    with running() as found:
-        yield found
+    """A service with the committed artefact, for all tests that leave its state unchanged."""
+    with running() as started:
+        yield started

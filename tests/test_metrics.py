@@ -17,15 +17,15 @@ LABELS = ["normal", "degrading", "critical", [0.2, 0.3, 0.5]]
 
 @pytest.fixture
 def fresh() -> Iterator[Service]:
-    """A service that has answered nothing yet."""
-    with running() as found:
-        yield found
+    """A service without earlier requests."""
+    with running() as service:
+        yield service
 
 
 def test_counters_equal_the_responses(fresh: Service, manifest: Manifest, windows: Readings) -> None:
-    """After labelled and unlabelled predictions every counter equals the sum over the answers given.
+    """Each counter equals the sum over the responses of labelled and unlabelled predictions.
 
-    A temperature asked for one call is a what-if: it changes the answer and no counter.
+    A temperature of the request changes the response and no counter of the loss.
     """
     unlabelled = fresh.predict([{"telemetry": window.tolist()} for window in windows])["predictions"]
     pairs = zip(windows, LABELS, strict=True)
@@ -64,8 +64,8 @@ def test_counters_equal_the_responses(fresh: Service, manifest: Manifest, window
         assert again[f"engine_health_{name}_total"] == near(2 * m[f"engine_health_{name}_total"])
 
 
-def test_every_series_of_the_inputs_is_there_from_the_start(fresh: Service, manifest: Manifest) -> None:
-    """Bins and held values of every channel are zero before the first prediction, so that no increase is missed."""
+def test_input_series_exist_before_the_first_request(fresh: Service, manifest: Manifest) -> None:
+    """Bins and imputed values of each channel are 0 at the start, so that no increase is missed."""
     m = fresh.metrics()
     assert manifest.reference is not None
     for channel in CHANNELS:
@@ -74,8 +74,8 @@ def test_every_series_of_the_inputs_is_there_from_the_start(fresh: Service, mani
             assert 0 == m[f'engine_health_input_values_total{{bin="{b}",channel="{channel}"}}']
 
 
-def test_model_without_windows_counts_its_inputs_too(tmp_path: Path) -> None:
-    """Where an instance is one row of channels, each of its values falls in a bin."""
+def test_model_without_windows_counts_its_inputs(tmp_path: Path) -> None:
+    """Each value of an instance with one row is counted in a bin."""
     bins = {"edges": [0.0], "shares": [0.5, 0.5]}
     described: dict[str, object] = {
         "name": "table",
@@ -91,15 +91,15 @@ def test_model_without_windows_counts_its_inputs_too(tmp_path: Path) -> None:
 
 
 def test_head_equals_get_without_body(fresh: Service, manifest: Manifest) -> None:
-    """HEAD answers as GET does, without the body, on every route, found or not, and is counted as HEAD."""
-    found = fresh.client.get("/openapi.json").json()["paths"]
-    routes = [route for route, methods in found.items() if "get" in methods]
+    """HEAD on any route has the status and headers of GET without its body, and is counted as HEAD."""
+    paths = fresh.client.get("/openapi.json").json()["paths"]
+    routes = [route for route, methods in paths.items() if "get" in methods]
     assert {"/livez", "/readyz", "/metrics", "/v1/model", "/v2/models/{name}"} < set(routes)
     for route in (*routes, "/", "/docs", "/openapi.json"):
         path = route.format(name=manifest.name, version=manifest.version, engine_id="none")
-        asked, got = fresh.client.head(path), fresh.client.get(path)
-        assert (got.status_code, b"") == (asked.status_code, asked.content), path
-        assert got.headers.get("content-type") == asked.headers.get("content-type")
+        head, got = fresh.client.head(path), fresh.client.get(path)
+        assert (got.status_code, b"") == (head.status_code, head.content), path
+        assert got.headers.get("content-type") == head.headers.get("content-type")
     m = {name.replace(":path}", "}"): value for name, value in fresh.metrics().items()}
     for route in (*routes, "/openapi.json"):
         heads = [v for k, v in m.items() if "requests_total" in k and f'method="HEAD",route="{route}"' in k]
@@ -107,7 +107,7 @@ def test_head_equals_get_without_body(fresh: Service, manifest: Manifest) -> Non
 
 
 def test_newest_readings_are_counted_in_reference_bins(fresh: Service, manifest: Manifest, windows: Readings) -> None:
-    """Each channel's newest value falls in one bin of the manifest's reference, older rows of the window in none."""
+    """The newest value of each channel is counted in one bin, and older rows of the window in none."""
     fresh.predict([{"telemetry": window.tolist()} for window in windows])
     m = fresh.metrics()
     assert manifest.reference is not None
@@ -123,7 +123,9 @@ def test_newest_readings_are_counted_in_reference_bins(fresh: Service, manifest:
 def test_reference_with_many_bins_is_counted(windows: Readings, tmp_path: Path) -> None:
     """Beyond 255 edges each newest value falls into its bin, alone and with other rows of the batch."""
     k = CHANNELS.index("sensor_4")
-    edges = np.linspace(windows[..., k].min() - 900, windows[..., k].max() + 1, 400).tolist()  # most of them below
+    edges = np.linspace(
+        windows[..., k].min() - 900, windows[..., k].max() + 1, 400
+    ).tolist()  # most edges are below the values
     reference = {"channels": {"sensor_4": {"edges": edges, "shares": [1 / 401] * 401}}}
     path = edited(tmp_path / "m.onnx", {"reference": reference})
     with running(ENGINE_HEALTH_MODEL=str(path)) as service:
@@ -133,12 +135,12 @@ def test_reference_with_many_bins_is_counted(windows: Readings, tmp_path: Path) 
     newest = [*windows[:, -1, k].astype(float), float(windows[0, -1, k])]
     expected = np.bincount(np.searchsorted(edges, newest), minlength=401)
     assert expected[256:].sum() > 0
-    found = [m.get(f'engine_health_input_values_total{{bin="{b}",channel="sensor_4"}}', 0) for b in range(401)]
-    assert expected.tolist() == found
+    counts = [m.get(f'engine_health_input_values_total{{bin="{b}",channel="sensor_4"}}', 0) for b in range(401)]
+    assert expected.tolist() == counts
 
 
 def test_requests_are_counted_by_route_template(fresh: Service, windows: Readings) -> None:
-    """Routes are templates or `unmatched`, methods a closed set: no client can make new series."""
+    """Routes are templates or `unmatched` and methods a closed set, so that clients cannot create series."""
     fresh.predict([{"telemetry": windows[0].tolist()}])
     for path in ("/a", "/b", "/v1/model/c"):
         fresh.client.get(path)
@@ -155,7 +157,7 @@ def test_requests_are_counted_by_route_template(fresh: Service, windows: Reading
 
 
 def test_requests_that_reach_no_route_are_counted_under_its_template(manifest: Manifest) -> None:
-    """A call without a key is counted where it would have gone; one for a version under the versioned template."""
+    """A rejected request is counted under its route template, which includes the version if it was given."""
     infer = f"/v2/models/{manifest.name}/versions/{manifest.version}/infer"
     with running(ENGINE_HEALTH_API_KEYS="read") as guarded:
         for path in ("/v1/model", f"/v2/models/{manifest.name}", "/v2/repository/index", "/nothing"):
@@ -176,8 +178,8 @@ def test_requests_that_reach_no_route_are_counted_under_its_template(manifest: M
         assert 1 == m[f'engine_health_http_requests_total{{method="{method}",route="{route}",status="{status}"}}']
 
 
-def test_model_is_named_and_ready(fresh: Service, manifest: Manifest) -> None:
-    """Readiness, temperature and the one digest that answers are metrics."""
+def test_model_readiness_and_temperature_are_metrics(fresh: Service, manifest: Manifest) -> None:
+    """Readiness, temperature and the digest of the active model are metrics."""
     m, digest = fresh.metrics(), fresh.client.get("/v1/model").json()["digest"]
     assert 1 == m["engine_health_ready"]
     assert manifest.temperature == m["engine_health_temperature"]
@@ -185,8 +187,8 @@ def test_model_is_named_and_ready(fresh: Service, manifest: Manifest) -> None:
     assert {info: 1} == {k: v for k, v in m.items() if "model_info" in k}
 
 
-def test_evaluate_feeds_no_calibration(fresh: Service) -> None:
-    """Logits from elsewhere say nothing of this model: only requests are counted."""
+def test_evaluate_changes_no_calibration_metric(fresh: Service) -> None:
+    """Logits of an evaluation are counted as requests only."""
     fresh.client.post("/v1/evaluate", json={"logits": [[1, 2, 3]], "labels": [0]})
     m = fresh.metrics()
     assert 0 == m["engine_health_labelled_total"] == m["engine_health_confidence_count"]

@@ -18,7 +18,18 @@ from model.evaluation.evaluate import ARTEFACT
 from model.windows import Readings
 from service.inference.cpu import _quota_cpus
 from tests.support.models import edited, slow_classifier
-from tests.support.processes import ADMIN, LOAD, Service, asked, children, one, running, shared_folder, start, until
+from tests.support.processes import (
+    ADMIN,
+    LOAD,
+    Service,
+    children,
+    one,
+    prediction_status,
+    running,
+    shared_folder,
+    start,
+    until,
+)
 
 
 def test_concurrent_callers_get_their_predictions(service: Service, windows: Readings) -> None:
@@ -26,13 +37,13 @@ def test_concurrent_callers_get_their_predictions(service: Service, windows: Rea
     scaled = [windows[k % 4] * np.float32(1 + k / 1e4) for k in range(200)]
     alone = [service.predict([{"telemetry": w.tolist()}])["predictions"][0]["logits"] for w in scaled]
     with ThreadPoolExecutor(32) as pool:
-        found = pool.map(lambda w: service.predict([{"telemetry": w.tolist()}])["predictions"][0]["logits"], scaled)
-    np.testing.assert_allclose(alone, list(found), atol=1e-5)
+        together = pool.map(lambda w: service.predict([{"telemetry": w.tolist()}])["predictions"][0]["logits"], scaled)
+    np.testing.assert_allclose(alone, list(together), atol=1e-5)
     assert len({tuple(row) for row in alone}) > 190
 
 
 def test_keys_permit_their_calls_only(windows: Readings) -> None:
-    """No key 401, a wrong one 401, a reader's key on an admin call 403; probes are open; no log has one."""
+    """An unknown key gets 401, and a reader's key on an admin call 403; probes need no key, and no key is logged."""
     with running(
         ENGINE_HEALTH_API_KEYS="read, other", ENGINE_HEALTH_ADMIN_KEYS="wheel", ENGINE_HEALTH_LOG_LEVEL="info"
     ) as guarded:
@@ -58,10 +69,10 @@ def test_keys_permit_their_calls_only(windows: Readings) -> None:
             post(LOAD, headers=headers).status_code for headers in ({}, {"X-API-Key": "read"}, ADMIN)
         ]
         guarded.process.terminate()
-        _, said = guarded.process.communicate(timeout=30)
-        assert '"path":"/v1/predict"' in said
-        assert "wheel" not in said
-        assert "Bearer" not in said
+        _, log = guarded.process.communicate(timeout=30)
+        assert '"path":"/v1/predict"' in log
+        assert "wheel" not in log
+        assert "Bearer" not in log
     with running() as unguarded:
         assert 403 == unguarded.client.post(LOAD, headers=ADMIN).status_code
         assert 403 == unguarded.client.put("/v1/calibration/temperature", json={"temperature": 5}).status_code
@@ -69,7 +80,7 @@ def test_keys_permit_their_calls_only(windows: Readings) -> None:
 
 @pytest.mark.parametrize("tail", ["%0A", "%0D", "%00", "%0a%0a", "%7F", "/", "%2F", ";a", "%20"])
 def test_path_variants_do_not_bypass_admin_keys(tail: str) -> None:
-    """Whatever is put behind an admin path, without the key nothing is changed, and nothing fails."""
+    """Suffixes of an admin path never change anything without the admin key."""
     with running(ENGINE_HEALTH_API_KEYS="read", ENGINE_HEALTH_ADMIN_KEYS="wheel") as service:
         before = service.client.get("/v1/model", headers={"X-API-Key": "read"}).json()["temperature"]
         for headers in ({"X-API-Key": "read"}, {}):
@@ -85,15 +96,15 @@ def test_path_variants_do_not_bypass_admin_keys(tail: str) -> None:
 
 
 def test_every_request_logs_one_line_with_its_ids(windows: Readings) -> None:
-    """Logs are one JSON object a request, with the id that the answer carries and the caller's trace."""
+    """Each request logs one JSON object with the id of its response and the trace of the caller."""
     trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
     with running(ENGINE_HEALTH_LOG_LEVEL="info") as service:
         given = service.client.get("/livez", headers={"X-Request-Id": "abc-1", "traceparent": trace})
-        made = service.client.post("/v1/predict", json=one(windows[0]))
+        valid = service.client.post("/v1/predict", json=one(windows[0]))
         wrong = service.client.post("/v1/predict", json={}, headers={"X-Request-Id": "new\tline", "traceparent": "x"})
         service.process.terminate()
-        _, said = service.process.communicate(timeout=30)
-    lines = [json.loads(line) for line in said.splitlines()]
+        _, log = service.process.communicate(timeout=30)
+    lines = [json.loads(line) for line in log.splitlines()]
     requests = {line["request_id"]: line for line in lines if line["event"] == "request"}
     assert "abc-1" == given.headers["x-request-id"]
     assert ("/livez", 200) == (requests["abc-1"]["path"], requests["abc-1"]["status"])
@@ -101,15 +112,15 @@ def test_every_request_logs_one_line_with_its_ids(windows: Readings) -> None:
         requests["abc-1"]["trace_id"],
         requests["abc-1"]["span_id"],
     )
-    assert 200 == requests[made.headers["x-request-id"]]["status"]
+    assert 200 == requests[valid.headers["x-request-id"]]["status"]
     assert 422 == requests[wrong.headers["x-request-id"]]["status"]
     assert "trace_id" not in requests[wrong.headers["x-request-id"]]
 
 
 def test_configured_origins_get_cors_headers(windows: Readings) -> None:
-    """A browser's page from a listed origin may read answers, refusals and what their headers say, another may not.
+    """A page of a configured origin may read responses and their exposed headers, and another may not.
 
-    The browser's own question before is answered without a key, and is counted and named as any request.
+    A preflight request needs no key, and is counted and identified as any request.
     """
     keys = {"ENGINE_HEALTH_API_KEYS": "read", "ENGINE_HEALTH_ADMIN_KEYS": "wheel"}
     change = "/v1/calibration/temperature"
@@ -126,18 +137,18 @@ def test_configured_origins_get_cors_headers(windows: Readings) -> None:
                 assert allowed == answer.headers.get("access-control-allow-origin")
                 shown = answer.headers["access-control-expose-headers"].split(", ")
                 assert {"Inference-Header-Content-Length", "Retry-After", "X-Request-Id"} == set(shown)
-            asked = {"Origin": origin, "Access-Control-Request-Method": "PUT", "X-Request-Id": "asked"}
-            before = service.client.options(change, headers=asked)
+            preflight = {"Origin": origin, "Access-Control-Request-Method": "PUT", "X-Request-Id": "preflight"}
+            before = service.client.options(change, headers=preflight)
             assert (200 if allowed else 400) == before.status_code
             assert allowed == before.headers.get("access-control-allow-origin")
-            assert "asked" == before.headers["x-request-id"]
+            assert "preflight" == before.headers["x-request-id"]
         assert "application/problem+json" == before.headers["content-type"]
         counted = f'engine_health_http_requests_total{{method="OPTIONS",route="{change}",status="200"}}'
         assert 2 == service.metrics()[counted]
 
 
 def test_reload_replaces_the_model_only_if_verified(tmp_path: Path, windows: Readings) -> None:
-    """A new file answers from then on; a broken one is a 409 and changes nothing; so with SIGHUP."""
+    """A reload activates a verified file; an invalid file gets 409 and changes nothing, also with SIGHUP."""
     path = tmp_path / "model.onnx"
     shutil.copy(ARTEFACT, path)
     with running(ENGINE_HEALTH_MODEL=str(path), ENGINE_HEALTH_ADMIN_KEYS="wheel") as service:
@@ -151,9 +162,9 @@ def test_reload_replaces_the_model_only_if_verified(tmp_path: Path, windows: Rea
         assert first == service.predict(one(windows[0])["instances"])["model"]["digest"]
         edited(path, {"temperature": 3.0})
         second = service.client.post(LOAD, headers=ADMIN).json()["digest"]
-        found = service.predict(one(windows[0])["instances"])
-        assert first != second == found["model"]["digest"]
-        assert 3.0 == found["temperature"]
+        reloaded = service.predict(one(windows[0])["instances"])
+        assert first != second == reloaded["model"]["digest"]
+        assert 3.0 == reloaded["temperature"]
         assert second == service.client.get("/readyz").json()["digest"]
         infos = [name for name in service.metrics() if "model_info" in name]
         assert 1 == len(infos)
@@ -163,30 +174,30 @@ def test_reload_replaces_the_model_only_if_verified(tmp_path: Path, windows: Rea
         until(lambda: service.predict(one(windows[0])["instances"])["temperature"] == 4.0)
 
 
-def _hangs_up_in_vain(pid: int) -> bool:
-    """Whether a process ignores SIGHUP or has a handler for it."""
+def _survives_sighup(pid: int) -> bool:
+    """Return whether a process ignores or handles SIGHUP."""
     status = Path(f"/proc/{pid}/status").read_text()
     return any(int(status.partition(name)[2].split()[0], 16) & 1 for name in ("SigIgn:", "SigCgt:"))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_early_sighup_ends_no_worker(workers: int) -> None:
-    """A reload asked for while processes start, again and again, ends none of them: the same ones become ready."""
+    """Repeated SIGHUP while processes start ends none of them."""
     process = start(
         "serve", "--port", "0", "--workers", str(workers), ENGINE_HEALTH_LOG_LEVEL="info", ENGINE_HEALTH_DATABASE_URL=""
     )
-    said: list[str] = []
+    log: list[str] = []
     with process, ThreadPoolExecutor(1) as pool:
-        pool.submit(lambda: said.extend(process.stderr or ()))  # until it ends
+        pool.submit(lambda: log.extend(process.stderr or ()))  # reads until the process ends
         seen = set[int]()
 
         def ready() -> bool:
             process.send_signal(signal.SIGHUP)
             seen.update(children(process))
-            return sum("ready:" in line for line in said) == workers
+            return sum("ready:" in line for line in log) == workers
 
         try:
-            until(lambda: _hangs_up_in_vain(process.pid))
+            until(lambda: _survives_sighup(process.pid))
             until(ready)
             process.terminate()
             assert 0 == process.wait(timeout=30)
@@ -196,7 +207,7 @@ def test_early_sighup_ends_no_worker(workers: int) -> None:
 
 
 def test_reloads_under_load_fail_no_request(tmp_path: Path, windows: Readings) -> None:
-    """While models and their class names are swapped, every request is answered, by the digest that it names."""
+    """While models are replaced, every request gets the result of the digest in its response."""
     path = tmp_path / "model.onnx"
     temperatures: dict[str, float] = {}
     edited(path, {"temperature": 1.0})
@@ -212,14 +223,14 @@ def test_reloads_under_load_fail_no_request(tmp_path: Path, windows: Readings) -
                     seen.append((answer.json()["model"]["digest"], answer.json()["temperature"]))
 
         with ThreadPoolExecutor(4) as pool:
-            asking = [pool.submit(ask) for _ in range(4)]
+            tasks = [pool.submit(ask) for _ in range(4)]
             for k in range(8):
                 names = [["normal", "degrading", "critical"], ["fine", "worn", "bad"]][k % 2]
                 edited(path, {"temperature": 1.0 + k % 3, "classes": names})
                 digest = service.client.post(LOAD, headers=ADMIN).json()["digest"]
                 temperatures[digest] = 1.0 + k % 3
             stop.set()
-            for task in asking:
+            for task in tasks:
                 task.result()
     assert {digest for digest, _ in seen} <= set(temperatures)
     assert all(temperatures[digest] == t for digest, t in seen)
@@ -227,7 +238,7 @@ def test_reloads_under_load_fail_no_request(tmp_path: Path, windows: Readings) -
 
 
 def test_sigterm_makes_unready_and_drains(windows: Readings) -> None:
-    """After SIGTERM /readyz is 503 immediately, requests of the drain time are answered, and the exit code is 0."""
+    """After SIGTERM /readyz is 503, requests in the drain time are answered, and the exit code is 0."""
     with running(ENGINE_HEALTH_DRAIN_SECONDS="3") as service:
         service.process.terminate()
         until(lambda: service.client.get("/readyz").status_code == 503)
@@ -237,19 +248,19 @@ def test_sigterm_makes_unready_and_drains(windows: Readings) -> None:
 
 
 def test_slow_client_gets_408(windows: Readings) -> None:
-    """Headers or a body that do not arrive in time end with 408 or a closed connection; others are answered."""
+    """Late headers or bodies get 408 or a closed connection, and other clients are answered."""
     with running(ENGINE_HEALTH_REQUEST_SECONDS="1") as service:
         address = (service.client.base_url.host, service.client.base_url.port or 80)
         announced = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n"
         starts = (b"", b"POST /v1/predict HT", announced, announced + b"{")
-        for said, answered in zip(starts, (b"", b"408", b"408", b"408"), strict=True):
+        for sent, expected in zip(starts, (b"", b"408", b"408", b"408"), strict=True):
             with socket.create_connection(address, timeout=20) as slow:
-                slow.sendall(said)
+                slow.sendall(sent)
                 service.predict(one(windows[0])["instances"])
-                heard = b""
+                received = b""
                 while part := slow.recv(4096):
-                    heard += part
-                assert answered in heard.split(b"\r\n")[0]
+                    received += part
+                assert expected in received.split(b"\r\n")[0]
         with socket.create_connection(address, timeout=20) as wordy:
             wordy.sendall(b"GET /livez HTTP/1.1\r\n" + b"X-A: b\r\n" * 20_000)
             assert b"431" in wordy.recv(4096)
@@ -257,7 +268,7 @@ def test_slow_client_gets_408(windows: Readings) -> None:
 
 @pytest.mark.slow
 def test_live_while_a_large_body_is_read(service: Service, windows: Readings) -> None:
-    """/livez goes on being answered while 30 MB are parsed and scored."""
+    """`/livez` responds while 30 MB are parsed and scored."""
     rows = windows[0].tolist()
     large = json.dumps({"instances": [{"telemetry": rows * 8}] * 130}).encode()
     assert 25 * 2**20 < len(large) < 32 * 2**20
@@ -275,11 +286,11 @@ def test_live_while_a_large_body_is_read(service: Service, windows: Readings) ->
             assert 200 == client.get("/livez").status_code
             waits.append(time.perf_counter() - started)
         task.result()
-    assert len(waits) > 5  # had the loop been held for the whole time, there would be one or two
+    assert len(waits) > 5  # a blocked event loop would give one or two
 
 
-def test_full_queue_refuses_and_loses_nothing(tmp_path: Path) -> None:
-    """Requests beyond the bound of the queue get 429 with Retry-After, all others 200; both are counted exactly."""
+def test_full_queue_gets_429_and_counts_exactly(tmp_path: Path) -> None:
+    """Requests beyond the limit of the queue get 429 with Retry-After, the others 200; both are counted exactly."""
     rows, requests = 60, 48
     limits = {"ENGINE_HEALTH_MAX_QUEUE_ROWS": "100", "ENGINE_HEALTH_MAX_QUEUE_SECONDS": "600"}
     with running(ENGINE_HEALTH_MODEL=str(slow_classifier(tmp_path / "slow.onnx")), **limits) as service:
@@ -301,7 +312,7 @@ def test_full_queue_refuses_and_loses_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("deterministic", ["1", "0"])
 def test_window_has_equal_bits_in_any_batch(windows: Readings, deterministic: str) -> None:
-    """A window has the same bits alone and at any position of any batch; with the bundled model always."""
+    """A window of the bundled model has equal bits alone and at any position of any batch."""
     with running(ENGINE_HEALTH_DETERMINISTIC=deterministic) as service:
         model = service.client.get("/v1/model").json()
         assert (bool(int(deterministic)), 0.0) == (model["deterministic"], model["batch_max_difference"])
@@ -316,7 +327,7 @@ def test_window_has_equal_bits_in_any_batch(windows: Readings, deterministic: st
 
 
 def test_counters_of_workers_survive_kill(windows: Readings) -> None:
-    """With workers killed in turn every answer is counted once, by as few files as workers.
+    """While workers are killed, every response is counted once, in at most as many files as workers.
 
     A worker killed at work may have counted one response that no client received; an idle one none.
     """
@@ -325,7 +336,7 @@ def test_counters_of_workers_survive_kill(windows: Readings) -> None:
         seen = Counter[int | None]()
 
         def ask(_: int = 0) -> bool:
-            seen[status := asked(service, windows[0])] += 1
+            seen[status := prediction_status(service, windows[0])] += 1
             return status == 200
 
         def replaced(victim: int) -> bool:
@@ -339,7 +350,7 @@ def test_counters_of_workers_survive_kill(windows: Readings) -> None:
                 assert 60 == len([task.result() for task in tasks])
             until(lambda gone=victim: replaced(gone))
             until(lambda: all(ask() for _ in range(4)))
-        counted = answers_counted(service)
+        counted = counted_predictions(service)
         assert seen[200] > 150
         assert seen[200] <= counted <= seen[200] + seen[None]
         rows = service.metrics()["engine_health_confidence_count"]
@@ -350,21 +361,21 @@ def test_counters_of_workers_survive_kill(windows: Readings) -> None:
             before = seen[200]
             until(lambda: all(ask() for _ in range(10)))
             counted += seen[200] - before
-            assert counted == answers_counted(service)
+            assert counted == counted_predictions(service)
         folder = shared_folder(children(service.process)[0])
         assert folder
         names = sorted(path.name for path in folder.glob("counter_*.db"))
         assert names in (["counter_0.db", "counter_1.db"], ["counter_0.db"], ["counter_1.db"])
 
 
-def answers_counted(service: Service) -> float:
-    """How many predictions were answered with 200, as the service says."""
+def counted_predictions(service: Service) -> float:
+    """Return the number of predictions with status 200 in the metrics."""
     answered = 'engine_health_http_requests_total{method="POST",route="/v1/predict",status="200"}'
     return service.metrics()[answered]
 
 
 def test_workers_follow_a_new_model_and_stop_together(tmp_path: Path, windows: Readings) -> None:
-    """One load reaches every worker; a worker started later has it too, though the path is broken by then; exit 0."""
+    """A reload reaches every worker, also one that starts later from a broken path; the service exits with 0."""
     path = tmp_path / "model.onnx"
     edited(path, {"temperature": 1.0})
     with running(ENGINE_HEALTH_MODEL=str(path), ENGINE_HEALTH_ADMIN_KEYS="wheel", ENGINE_HEALTH_WORKERS="2") as service:
@@ -378,37 +389,37 @@ def test_workers_follow_a_new_model_and_stop_together(tmp_path: Path, windows: R
                 os.kill(victim, signal.SIGKILL)
                 until(lambda gone=victim: len(now := children(service.process)) == 2 and gone not in now)
         service.process.terminate()
-        _, said = service.process.communicate(timeout=30)
+        _, log = service.process.communicate(timeout=30)
         assert 0 == service.process.returncode
-        assert "UserWarning" not in said
-        assert all(json.loads(line)["event"] for line in said.splitlines())
+        assert "UserWarning" not in log
+        assert all(json.loads(line)["event"] for line in log.splitlines())
 
 
 def temperatures(service: Service, window: Readings) -> set[float]:
     """Return the temperatures of several responses over new connections; empty while some fail."""
-    found = set()
+    values = set()
     for _ in range(8):
         try:
             answer = httpx.post(f"{service.client.base_url}/v1/predict", json=one(window), timeout=30, trust_env=False)
         except httpx.TransportError:
             return set()
-        found.add(answer.json().get("temperature"))
-    return found
+        values.add(answer.json().get("temperature"))
+    return values
 
 
 def test_workers_with_a_bad_model_stop_with_one_line(tmp_path: Path) -> None:
-    """A broken artefact ends the whole service with its reason, whatever the number of workers."""
+    """An invalid artefact ends the service with one line with the reason, for any number of workers."""
     path = tmp_path / "model.onnx"
     path.write_bytes(b"broken")
     process = start("serve", "--port", "0", "--workers", "2", ENGINE_HEALTH_MODEL=str(path))
-    _, said = process.communicate(timeout=60)
+    _, log = process.communicate(timeout=60)
     assert 1 == process.returncode
-    assert 1 == said.count("not a usable ONNX file")
-    assert "Traceback" not in said
+    assert 1 == log.count("not a usable ONNX file")
+    assert "Traceback" not in log
 
 
 @pytest.mark.parametrize(("text", "cores"), [("150000 100000", 2), ("max 100000", None), ("20000 100000", 1)])
-def test_cores_are_those_that_the_control_group_pays_for(tmp_path: Path, text: str, cores: int | None) -> None:
-    """A quota of one and a half cores is two threads, none is no limit."""
+def test_cpus_are_limited_by_the_control_group(tmp_path: Path, text: str, cores: int | None) -> None:
+    """A quota of 1.5 cores is 2 threads, and no quota is no limit."""
     (tmp_path / "cpu.max").write_text(text)
     assert cores == _quota_cpus(tmp_path)

@@ -18,12 +18,12 @@ from tests.support.processes import absent, children, one, running, until
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 CALLER = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
-SERVER = 2  # the kind of a span
-SOON, NEVER = "100", "600000"  # milliseconds until spans are sent
+SERVER = 2  # kind of a span
+SOON, NEVER = "100", "600000"  # delay in milliseconds until spans are sent
 
 
 class Collector:
-    """An OTLP/HTTP collector: what was sent to it, as bytes and as spans with the resource they are of."""
+    """An OTLP/HTTP collector that records bodies, and spans with their resource."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -31,12 +31,12 @@ class Collector:
 
     @property
     def spans(self) -> list[tuple[Any, dict[str, str]]]:
-        found = []
+        spans = []
         for body in list(self.bodies):
             for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
                 of = attributes(resource.resource)
-                found += [(span, of) for scope in resource.scope_spans for span in scope.spans]
-        return found
+                spans += [(span, of) for scope in resource.scope_spans for span in scope.spans]
+        return spans
 
     def environment(self, delay: str = SOON, **more: str) -> dict[str, str]:
         """Return the environment that sends spans of a service here."""
@@ -48,10 +48,10 @@ def collecting() -> Iterator[Collector]:
     """Run a collector on a free port during the block."""
 
     class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # http.server's name
+        def do_POST(self) -> None:  # name required by http.server
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if self.path == "/v1/traces":
-                found.bodies.append(body)
+                receiver.bodies.append(body)
             self.send_response(200)
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -60,11 +60,11 @@ def collecting() -> Iterator[Collector]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    found = Collector(f"http://127.0.0.1:{server.server_port}")
+    receiver = Collector(f"http://127.0.0.1:{server.server_port}")
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield found
+        yield receiver
     finally:
         server.shutdown()
         thread.join()
@@ -73,9 +73,9 @@ def collecting() -> Iterator[Collector]:
 
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    """A collector that has heard nothing yet."""
-    with collecting() as found:
-        yield found
+    """A collector without spans."""
+    with collecting() as started:
+        yield started
 
 
 def attributes(of: Any) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def attributes(of: Any) -> dict[str, Any]:
 
 
 def test_prediction_is_a_span_of_the_caller(collector: Collector, windows: Readings) -> None:
-    """A request is one span with route and status, child of the caller's; its log line names it; a probe is none."""
+    """A request is one span in the caller's trace, and its log line has the ids; a probe has no span."""
     with running(**collector.environment(ENGINE_HEALTH_LOG_LEVEL="info")) as service:
         assert 200 == service.client.post("/v1/predict", json=one(windows[0]), headers=CALLER).status_code
         assert 422 == service.client.post("/v1/predict", json={}).status_code
@@ -93,7 +93,7 @@ def test_prediction_is_a_span_of_the_caller(collector: Collector, windows: Readi
             assert 200 == service.client.get(probe).status_code
         until(lambda: len(collector.spans) >= 4)
         service.process.terminate()
-        _, said = service.process.communicate(timeout=30)
+        _, log = service.process.communicate(timeout=30)
     names = ["POST /v1/predict", "POST /v1/predict", "GET /v2/models/{name}", "GET"]
     spans = sorted(collector.spans, key=lambda pair: pair[0].start_time_unix_nano)
     assert names == [span.name for span, _ in spans]
@@ -104,9 +104,9 @@ def test_prediction_is_a_span_of_the_caller(collector: Collector, windows: Readi
     assert ("/v1/predict", 200) == (attributes(predict)["http.route"], attributes(predict)["http.status_code"])
     assert 422 == attributes(spans[1][0])["http.status_code"]
     assert TRACE != spans[1][0].trace_id.hex()
-    lines = [json.loads(line) for line in said.splitlines()]
-    told = [(line["trace_id"], line["span_id"]) for line in lines if "trace_id" in line]
-    assert told == [(span.trace_id.hex(), span.span_id.hex()) for span, _ in spans]
+    lines = [json.loads(line) for line in log.splitlines()]
+    logged = [(line["trace_id"], line["span_id"]) for line in lines if "trace_id" in line]
+    assert logged == [(span.trace_id.hex(), span.span_id.hex()) for span, _ in spans]
 
 
 def test_spans_contain_no_key(collector: Collector, windows: Readings) -> None:
@@ -121,14 +121,14 @@ def test_spans_contain_no_key(collector: Collector, windows: Readings) -> None:
 
 
 def test_pending_spans_are_sent_at_shutdown(collector: Collector, windows: Readings) -> None:
-    """On SIGTERM the spans of all workers, not due for minutes, arrive before they end with exit code 0."""
+    """On SIGTERM all workers send their pending spans, and then exit with code 0."""
     environment = collector.environment(NEVER, ENGINE_HEALTH_WORKERS="2", OTEL_SERVICE_NAME="fleet")
     with running(**environment) as service:
         until(lambda: len(children(service.process)) == 2)
         statuses: list[int] = []
-        while statuses.count(200) < 20:  # over new connections, which the kernel deals out; a worker may not be ready
-            asked = httpx.post(f"{service.client.base_url}/v1/predict", json=one(windows[0]), trust_env=False)
-            statuses.append(asked.status_code)
+        while statuses.count(200) < 20:  # the kernel distributes new connections; a worker may not be ready
+            response = httpx.post(f"{service.client.base_url}/v1/predict", json=one(windows[0]), trust_env=False)
+            statuses.append(response.status_code)
         assert [] == collector.bodies
         service.process.terminate()
         assert 0 == service.process.wait(timeout=30)
@@ -137,8 +137,8 @@ def test_pending_spans_are_sent_at_shutdown(collector: Collector, windows: Readi
 
 
 def test_unusual_requests_are_unchanged_by_tracing(collector: Collector) -> None:
-    """Bytes that are no text in headers and query are answered, or refused as a bad request, traced or not."""
-    odd = b"\xff\\x"  # neither UTF-8 nor an escape that Python knows
+    """Headers and queries with invalid text get the same status with tracing."""
+    odd = b"\xff\\x"  # neither UTF-8 nor a valid escape of Python
     head = b"GET /v1/model%s HTTP/1.1\r\nHost: %s\r\nUser-Agent: %s\r\ntraceparent: %s\r\nConnection: close\r\n\r\n"
     cases = (
         (b"?" + odd, odd, odd, odd),
@@ -150,9 +150,9 @@ def test_unusual_requests_are_unchanged_by_tracing(collector: Collector) -> None
             address = (service.client.base_url.host, service.client.base_url.port or 80)
             with socket.create_connection(address, timeout=20) as connection:
                 connection.sendall(head % case)
-                heard = connection.makefile("rb").read()
-            assert heard.split()[1] in (b"200", b"400"), heard
-        assert b"200" == heard.split()[1]
+                response = connection.makefile("rb").read()
+            assert response.split()[1] in (b"200", b"400"), response
+        assert b"200" == response.split()[1]
         until(lambda: any(span.trace_id.hex() == TRACE for span, _ in collector.spans))
 
 
@@ -188,20 +188,21 @@ def test_impossible_tracing_logs_one_line(
     with running(OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1", **setting, **lacking) as service:
         service.predict(one(windows[0])["instances"])
         service.process.terminate()
-        _, said = service.process.communicate(timeout=30)
+        _, log = service.process.communicate(timeout=30)
     warned = [] if why is None else [f"no spans: {why}"]
-    assert warned == [json.loads(line)["event"] for line in said.splitlines()]
+    assert warned == [json.loads(line)["event"] for line in log.splitlines()]
 
 
 def test_sdk_is_not_imported_without_endpoint() -> None:
-    """Without an endpoint, nothing of OpenTelemetry's SDK, exporter or middleware is in a serving process."""
+    """Without an endpoint the process imports no SDK, exporter or middleware of OpenTelemetry."""
     code = (
         "import sys; from service.app import create_app; from service.settings import read_settings; "
         "create_app(read_settings(), print); "
         "print(*[m for m in sys.modules if m.startswith(('opentelemetry.sdk', 'opentelemetry.exporter', "
         "'opentelemetry.instrumentation', 'google.protobuf', 'requests', 'pyarrow'))])"
     )
-    for asked, found in (({}, False), ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://127.0.0.1:1"}, True)):
-        printed = subprocess.run([sys.executable, "-c", code], env=asked, capture_output=True, text=True, check=True)
-        assert found == ("opentelemetry.sdk.trace" in printed.stdout.split())
-        assert found == bool(printed.stdout.strip())
+    for environment, imported in (({}, False), ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://127.0.0.1:1"}, True)):
+        command = [sys.executable, "-c", code]
+        printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert imported == ("opentelemetry.sdk.trace" in printed.stdout.split())
+        assert imported == bool(printed.stdout.strip())

@@ -14,7 +14,7 @@ from benchmarks import load
 from benchmarks.endurance.client import HOST, Connection, request
 from benchmarks.endurance.stage import EVALUATE, PREDICT, Line, Running, service
 from benchmarks.peers import INFER
-from tests.support.bodies import BODIES, CASES, EVALUATIONS, binary, lies
+from tests.support.bodies import BODIES, CASES, EVALUATIONS, binary, contradictory_requests
 from tests.support.processes import as_json
 
 DEEP = 250_000
@@ -58,7 +58,7 @@ def corpus() -> list[Case]:
         b'{"inputs": [], "inputs": []}',
     ]
     cases: list[Case] = [(path, body, load.JSON_HEADERS) for path in (PREDICT, EVALUATE, INFER) for body in bodies]
-    for lie, headers in lies(windows):
+    for lie, headers in contradictory_requests(windows):
         if isinstance(lie, np.ndarray):
             lie, headers = binary(lie)
         cases.append((INFER, lie if isinstance(lie, bytes) else as_json(lie), headers))

@@ -9,7 +9,7 @@ import pytest
 from model import numerics
 from model.contract import Manifest
 from model.windows import Readings
-from tests.support.bodies import INFER, asked, binary, described, lies, outputs
+from tests.support.bodies import INFER, binary, contradictory_requests, inference_body, outputs, tensor_of
 from tests.support.models import identity_classifier
 from tests.support.processes import Service, running
 
@@ -17,16 +17,18 @@ from tests.support.processes import Service, running
 def test_oip_encodings_equal_predict(service: Service, manifest: Manifest, windows: Readings) -> None:
     """JSON or bytes in, JSON or bytes out, nested or flat: the same numbers as /v1/predict, to the bit."""
     rows = service.predict([{"telemetry": window.tolist()} for window in windows])["predictions"]
-    flat = {"inputs": [described(windows, data=windows.ravel().tolist())]}
+    flat = {"inputs": [tensor_of(windows, data=windows.ravel().tolist())]}
     body, headers = binary(windows)
     every, every_headers = binary(windows, parameters={"binary_data_output": True})
     answers = [
-        service.client.post(INFER, json=asked(windows)),
+        service.client.post(INFER, json=inference_body(windows)),
         service.client.post(INFER, json=flat),
-        service.client.post(INFER, json=asked(windows, parameters={"binary_data_output": True})),
+        service.client.post(INFER, json=inference_body(windows, parameters={"binary_data_output": True})),
         service.client.post(INFER, content=body, headers=headers),
         service.client.post(INFER, content=every, headers=every_headers),
-        service.client.post("/v2/models/engine-health/versions/" + manifest.version + "/infer", json=asked(windows)),
+        service.client.post(
+            "/v2/models/engine-health/versions/" + manifest.version + "/infer", json=inference_body(windows)
+        ),
     ]
     for answer in answers:
         found = outputs(answer)
@@ -44,18 +46,18 @@ def test_oip_encodings_equal_predict(service: Service, manifest: Manifest, windo
 def test_outputs_have_requested_order_and_encoding(service: Service, windows: Readings) -> None:
     """Requested outputs have their order and encoding, others are omitted, and the request id is echoed."""
     wanted = [{"name": "health", "parameters": {"binary_data": True}}, {"name": "rul"}]
-    found = outputs(service.client.post(INFER, json=asked(windows, outputs=wanted, id="a-17")))
+    found = outputs(service.client.post(INFER, json=inference_body(windows, outputs=wanted, id="a-17")))
     assert ["health", "rul"] == [tensor["name"] for tensor in found["head"]["outputs"]]
     assert ["binary_data_size"] == list(found["head"]["outputs"][0]["parameters"])
     assert "data" in found["head"]["outputs"][1]
     assert "a-17" == found["head"]["id"]
-    assert "id" not in outputs(service.client.post(INFER, json=asked(windows)))["head"]
+    assert "id" not in outputs(service.client.post(INFER, json=inference_body(windows)))["head"]
 
 
 def test_labels_bring_losses_and_temperature_flattens(service: Service, windows: Readings) -> None:
     """With class indices each row has its cross-entropy; a temperature divides the logits of this call."""
     labels = {"name": "label", "shape": [4], "datatype": "INT64", "data": [0, 1, 2, 1]}
-    request = {"inputs": [described(windows), labels], "parameters": {"temperature": 3.0}}
+    request = {"inputs": [tensor_of(windows), labels], "parameters": {"temperature": 3.0}}
     found = outputs(service.client.post(INFER, json=request))
     expected = numerics.cross_entropy(found["logits"], [0, 1, 2, 1], 3.0, reduction="none")
     np.testing.assert_allclose(expected, found["loss"], rtol=1e-5)
@@ -89,8 +91,8 @@ def test_server_and_model_metadata_are_complete(service: Service, manifest: Mani
 
 def test_lies_about_shapes_types_and_bytes_are_refused(service: Service, windows: Readings) -> None:
     """Every request that does not fit itself is a 400 with the protocol's error, and the next one is answered."""
-    before = outputs(service.client.post(INFER, json=asked(windows)))["logits"]
-    for number, (body, headers) in enumerate(lies(windows)):
+    before = outputs(service.client.post(INFER, json=inference_body(windows)))["logits"]
+    for number, (body, headers) in enumerate(contradictory_requests(windows)):
         if isinstance(body, np.ndarray):
             body, headers = binary(body)
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -98,7 +100,7 @@ def test_lies_about_shapes_types_and_bytes_are_refused(service: Service, windows
         assert 400 == answer.status_code, (number, answer.text)
         assert ["error"] == list(answer.json())
         assert answer.json()["error"]
-    np.testing.assert_array_equal(before, outputs(service.client.post(INFER, json=asked(windows)))["logits"])
+    np.testing.assert_array_equal(before, outputs(service.client.post(INFER, json=inference_body(windows)))["logits"])
 
 
 def test_oip_with_other_media_type_gets_415(service: Service, windows: Readings) -> None:
@@ -144,7 +146,7 @@ def test_more_rows_than_a_batch_come_back_whole(service: Service, windows: Readi
     many = windows[np.arange(rows) % 4]
     body, headers = binary(many)
     logits = outputs(service.client.post(INFER, content=body, headers=headers))["logits"]
-    alone = outputs(service.client.post(INFER, json=asked(windows)))["logits"]
+    alone = outputs(service.client.post(INFER, json=inference_body(windows)))["logits"]
     np.testing.assert_allclose(alone[np.arange(rows) % 4], logits, atol=1e-5)
 
 

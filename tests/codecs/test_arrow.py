@@ -33,18 +33,18 @@ def post(service: Service, body: bytes, query: str = "", **headers: str) -> http
     return service.client.post(f"/v1/predict{query}", content=body, headers=ARROW | headers)
 
 
-def answered(service: Service, body: bytes, query: str = "") -> dict[str, Any]:
+def predict_table(service: Service, body: bytes, query: str = "") -> dict[str, Any]:
     """Return the response without fields that differ between calls: ids, and results of repeated labels."""
     answer = post(service, body, query)
     assert answer.status_code == 200, answer.text
     return without_ids(answer.json())
 
 
-def without_ids(found: dict[str, Any]) -> dict[str, Any]:
-    found.pop("results", None)
-    for row in found["predictions"]:
+def without_ids(response: dict[str, Any]) -> dict[str, Any]:
+    response.pop("results", None)
+    for row in response["predictions"]:
         row.pop("prediction_id")
-    return found
+    return response
 
 
 def set_column(table: Any, name: str, values: Any) -> Any:
@@ -53,23 +53,23 @@ def set_column(table: Any, name: str, values: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def fleet(windows: Readings) -> dict[str, Readings]:
-    """Three engines: a whole window, a short history, and more rows than the window."""
+    """Three engines: one full window, one short history, and one with more rows than the window."""
     return {"B": windows[0], "A": windows[1][:7], "C": np.concatenate([windows[3][:30], windows[2]])}
 
 
 def test_table_of_flights_equals_json(service: Service, fleet: dict[str, Readings]) -> None:
-    """Rows in any order, columns in any order: each engine answers bit for bit as its window does in JSON."""
+    """Rows and columns in any order give bit for bit the predictions of the same windows in JSON."""
     table = flights(fleet, label=pa.array([*["critical"] * 99, None, *["critical"] * 6, "normal", *[None] * 130]))
-    asked = [
+    instances = [
         {"engine_id": name, "cycle": len(history), "telemetry": history.tolist()} for name, history in fleet.items()
     ]
-    asked[1]["label"] = "normal"
-    expected = without_ids(service.predict(asked))
-    assert expected == answered(service, stream(table))
+    instances[1]["label"] = "normal"
+    expected = without_ids(service.predict(instances))
+    assert expected == predict_table(service, stream(table))
     shuffled = np.concatenate([[0, 100, 107], np.random.default_rng(0).permutation(np.arange(1, 237))])
     order = list(dict.fromkeys(shuffled.tolist()))
     mixed = table.take(order).select(sorted(table.column_names))
-    assert expected == answered(service, stream(mixed, rows=10))
+    assert expected == predict_table(service, stream(mixed, rows=10))
     assert [("B", 100), ("A", 7), ("C", 130)] == [(row["engine_id"], row["cycle"]) for row in expected["predictions"]]
     assert 1 == expected["evaluation"]["count"]
 
@@ -79,16 +79,16 @@ def test_table_of_flights_equals_json(service: Service, fleet: dict[str, Reading
 def test_table_encodings_give_equal_predictions(
     service: Service, fleet: dict[str, Readings], text: str, compression: str | None
 ) -> None:
-    """Strings of every layout, coded or not, whole or in batches, compressed or not, answer alike."""
+    """Tables of any string layout, batch size and compression give equal predictions."""
     table = flights(fleet, label=pa.array(["degrading"] * 237))
-    expected = answered(service, stream(table))
+    expected = predict_table(service, stream(table))
     for name in ("engine_id", "label"):
         table = set_column(table, name, TEXTS[text](table.column(name)))
-    assert expected == answered(service, stream(table, 25, compression))
+    assert expected == predict_table(service, stream(table, 25, compression))
 
 
 def test_numbers_of_every_width_are_read(service: Service, windows: Readings) -> None:
-    """Integers, halves, floats and doubles are the numbers that JSON would say; labels may be indices of any width."""
+    """Columns of any numeric type equal the same numbers in JSON, and labels may be indices of any width."""
     whole = np.round(windows[0][:9]).clip(0, 120).astype(np.float32)
     expected = without_ids(service.predict([{"telemetry": whole.tolist(), "label": 2, "engine_id": "A", "cycle": 9}]))
     kinds = [pa.int8(), pa.uint8(), pa.int16(), pa.uint16(), pa.int32(), pa.uint32(), pa.int64(), pa.uint64()]
@@ -99,38 +99,39 @@ def test_numbers_of_every_width_are_read(service: Service, windows: Readings) ->
         integer = kind if kind in kinds else pa.int16()
         table = set_column(table, "cycle", table.column("cycle").cast(integer))
         table = table.append_column("label", pa.array([None] * 8 + [2], integer))
-        assert expected == answered(service, stream(table)), kind
+        assert expected == predict_table(service, stream(table)), kind
     large = 2**53 + 1 + np.arange(9, dtype=np.int64)
     table = set_column(flights({"A": whole}), "sensor_4", pa.array(large))
-    said = [[*row[:5], int(value), *row[6:]] for row, value in zip(whole.tolist(), large, strict=True)]
-    expected = service.predict([{"telemetry": said, "engine_id": "A", "cycle": 9}])
-    assert without_ids(expected) == answered(service, stream(table))
+    telemetry = [[*row[:5], int(value), *row[6:]] for row, value in zip(whole.tolist(), large, strict=True)]
+    expected = service.predict([{"telemetry": telemetry, "engine_id": "A", "cycle": 9}])
+    assert without_ids(expected) == predict_table(service, stream(table))
 
 
 def test_table_without_optional_columns_is_accepted(service: Service, windows: Readings) -> None:
-    """Without engine_id the whole table is one engine; without cycle its rows count in the order they have."""
+    """Without engine_id a table is one engine, and without cycle its rows are in order."""
     expected = service.predict([{"telemetry": windows[0].tolist()}])["predictions"][0]
     table = flights({"A": windows[0]})
-    anonymous = answered(service, stream(table.drop(["engine_id", "cycle"])))["predictions"]
+    anonymous = predict_table(service, stream(table.drop(["engine_id", "cycle"])))["predictions"]
     assert [(expected["logits"], None, None)] == [(x["logits"], x["engine_id"], x["cycle"]) for x in anonymous]
     backwards = table.take(list(range(99, -1, -1)))
-    assert expected["logits"] == answered(service, stream(backwards.drop(["engine_id"])))["predictions"][0]["logits"]
-    other = answered(service, stream(backwards.drop(["cycle"])))["predictions"][0]
+    by_cycle = predict_table(service, stream(backwards.drop(["engine_id"])))["predictions"][0]
+    assert expected["logits"] == by_cycle["logits"]
+    other = predict_table(service, stream(backwards.drop(["cycle"])))["predictions"][0]
     assert ("A", None) == (other["engine_id"], other["cycle"])
     turned = service.predict([{"telemetry": windows[0][::-1].tolist()}])["predictions"][0]
     assert expected["logits"] != turned["logits"] == other["logits"]
 
 
-def test_options_stand_in_the_query(service: Service, fleet: dict[str, Readings]) -> None:
+def test_options_of_a_table_are_in_the_query(service: Service, fleet: dict[str, Readings]) -> None:
     """Temperature and explanation of a table are set in the query, with the effect that they have in JSON."""
     table = stream(flights(fleet).drop(["cycle"]))
-    asked = [{"engine_id": name, "telemetry": history.tolist()} for name, history in fleet.items()]
+    instances = [{"engine_id": name, "telemetry": history.tolist()} for name, history in fleet.items()]
     for query, options in (
         ("?temperature=2", {"temperature": 2}),
         ("?explain=true", {"explain": True}),
         ("?temperature=0.5&missing=reject&explain=false", {"temperature": 0.5}),
     ):
-        assert without_ids(service.predict(asked, **options)) == answered(service, table, query)
+        assert without_ids(service.predict(instances, **options)) == predict_table(service, table, query)
 
 
 @pytest.mark.parametrize(
@@ -149,17 +150,17 @@ def test_options_stand_in_the_query(service: Service, fleet: dict[str, Readings]
         ("?instances=1", "instances"),
     ],
 )
-def test_wrong_option_is_named(service: Service, windows: Readings, query: str, place: str) -> None:
-    """Options out of range, unknown or duplicate are a 422 that names them, as in JSON."""
+def test_invalid_option_is_located(service: Service, windows: Readings, query: str, place: str) -> None:
+    """Options that are invalid, unknown or duplicate get 422 with their name."""
     answer = post(service, stream(flights({"A": windows[0]})), query)
     assert (422, [place]) == (answer.status_code, answer.json()["errors"][0]["loc"])
     assert ("&" in query) == answer.json()["detail"].startswith("duplicate query parameter temperature")
 
 
-def test_missing_values_are_named_or_held(service: Service, fleet: dict[str, Readings]) -> None:
-    """Null and NaN are missing: refused by instance, row and channel, or held and counted, as null is in JSON."""
+def test_missing_values_are_rejected_or_imputed(service: Service, fleet: dict[str, Readings]) -> None:
+    """Null and NaN are rejected by instance, row and channel, or imputed and counted, as null in JSON."""
     table, history = flights(fleet), fleet["A"].tolist()
-    row = 100 + 5  # the sixth of engine A
+    row = 100 + 5  # the sixth row of engine A
     for gone in (None, float("nan")):
         values = table.column("sensor_4").to_pylist()
         values[row] = gone
@@ -171,11 +172,11 @@ def test_missing_values_are_named_or_held(service: Service, fleet: dict[str, Rea
         )
         name = 'engine_health_imputed_values_total{channel="sensor_4"}'
         before = service.metrics().get(name, 0)
-        held = answered(service, holed, "?missing=hold")["predictions"][1]
+        held = predict_table(service, holed, "?missing=hold")["predictions"][1]
         assert before + 1 == service.metrics()[name]
-        asked = [*history[:5], [*history[5][:5], None, *history[5][6:]], history[6]]
+        rows = [*history[:5], [*history[5][:5], None, *history[5][6:]], history[6]]
         rest = [{"telemetry": other.tolist()} for other in (fleet["B"], fleet["C"])]
-        in_json = service.predict([rest[0], {"telemetry": asked}, rest[1]], missing="hold")["predictions"][1]
+        in_json = service.predict([rest[0], {"telemetry": rows}, rest[1]], missing="hold")["predictions"][1]
         assert in_json["logits"] == held["logits"]
     first = stream(set_column(table, "sensor_4", pa.array([None, *table.column("sensor_4").to_pylist()[1:]])))
     answer = post(service, first, "?missing=hold")
@@ -220,10 +221,10 @@ WRONG: list[tuple[str, Any, list[Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "values", "place"), WRONG, ids=[f"{k}" for k in range(len(WRONG))])
-def test_wrong_column_is_refused_by_its_place(
+def test_invalid_column_is_located(
     service: Service, windows: Readings, name: str, values: Any, place: list[Any]
 ) -> None:
-    """What is missing, unknown, of another type or out of range is a problem document that names column and row."""
+    """A missing, unknown, mistyped or out-of-range column gets a problem document with column and row."""
     table = flights({"A": windows[0][:SMALL]})
     table = table.drop([name]) if name in table.column_names else table
     answer = post(service, stream(table if values is None else table.append_column(name, values)))
@@ -231,8 +232,8 @@ def test_wrong_column_is_refused_by_its_place(
     assert "application/problem+json" == answer.headers["content-type"]
 
 
-def test_two_columns_of_a_name_and_no_rows_are_refused(service: Service, windows: Readings) -> None:
-    """A name that stands twice is named, and a table without rows is no prediction."""
+def test_duplicate_column_and_empty_table_get_422(service: Service, windows: Readings) -> None:
+    """A duplicate column gets 422 with its name, and so does a table without rows."""
     table = flights({"A": windows[0][:SMALL]})
     twice = post(service, stream(table.append_column("sensor_4", table.column("sensor_4"))))
     assert (422, ["sensor_4"]) == (twice.status_code, twice.json()["errors"][0]["loc"])
@@ -241,14 +242,14 @@ def test_two_columns_of_a_name_and_no_rows_are_refused(service: Service, windows
         assert (422, ["instances"]) == (answer.status_code, answer.json()["errors"][0]["loc"])
 
 
-def test_body_that_is_no_stream_is_refused(service: Service, windows: Readings) -> None:
-    """Nothing, noise, JSON, a file instead of a stream, one cut short anywhere or with more behind it: 400."""
+def test_body_that_is_no_stream_gets_400(service: Service, windows: Readings) -> None:
+    """An empty body, noise, JSON, an Arrow file, a truncated stream and trailing bytes get 400."""
     body = stream(flights({"A": windows[0][:SMALL]}))
     sink = pa.BufferOutputStream()
     table = flights({"A": windows[0][:SMALL]})
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
-    cut = [body[:k] for k in range(1, len(body) - 8, 97)]  # without its last eight bytes a stream is whole
+    cut = [body[:k] for k in range(1, len(body) - 8, 97)]  # the last 8 bytes of a stream are optional
     for wrong in (b"", b"\x00" * 64, os.urandom(999), b'{"instances": []}', bytes(sink.getvalue()), body + b"x", *cut):
         answer = post(service, wrong)
         assert (400, 400) == (answer.status_code, answer.json()["status"]), answer.text
@@ -256,34 +257,34 @@ def test_body_that_is_no_stream_is_refused(service: Service, windows: Readings) 
 
 
 def test_damaged_streams_are_rejected_without_effect(service: Service, fleet: dict[str, Readings]) -> None:
-    """A thousand streams with a few wrong bytes are each answered or refused, and the next one answers as before."""
+    """1000 streams with wrong bytes are answered or rejected, and the next valid stream is answered as before."""
     table = flights({name: history[:4] for name, history in fleet.items()}, label=pa.array(["normal"] * 12))
     coded = set_column(table, "engine_id", table.column("engine_id").dictionary_encode())
     viewed = set_column(table, "engine_id", table.column("engine_id").cast(pa.string_view()))
     bodies = [stream(table), stream(coded, 5), stream(viewed, 5), stream(coded, 5, "zstd"), stream(viewed, 5, "lz4")]
-    expected, random = answered(service, bodies[0]), np.random.default_rng(0)
+    expected, random = predict_table(service, bodies[0]), np.random.default_rng(0)
     extremes = [0, 1, 0x7F, 0x80, 0xFF]
     for k in range(1000):
         damaged = bytearray(bodies[k % len(bodies)])
         for place in random.integers(0, len(damaged), 1 + k % 3):
             damaged[place] = extremes[random.integers(5)] if k % 2 else damaged[place] ^ (1 << random.integers(8))
         assert post(service, bytes(damaged)).status_code in (200, 400, 413, 422)
-    assert expected == answered(service, bodies[0])
+    assert expected == predict_table(service, bodies[0])
     assert service.process.poll() is None
 
 
 def headers(body: bytes) -> list[tuple[int, FlatbufferTable, int]]:
-    """Of each message: where its header begins in the stream, the header as a flatbuffer, and where its body begins."""
-    found, at = [], 0
+    """Return the offset of the header, the header and the offset of the body of each message."""
+    messages, at = [], 0
     while at < len(body) and (size := read_number(UINT32, body, at + 4)):
         data = body[at + 8 : at + 8 + size]
         message = FlatbufferTable(data, read_number(UINT32, data, 0))
-        found.append((at + 8, message, at + 8 + size))
+        messages.append((at + 8, message, at + 8 + size))
         at += 8 + size + message.number(3, struct.Struct("<q"))
-    return found
+    return messages
 
 
-def told_again(body: bytes) -> bytes:
+def share_longest_entry(body: bytes) -> bytes:
     """Return a stream in which every metadata entry refers to the longest one."""
     begin, message, _ = headers(body)[0]
     schema, changed = message.table(2), bytearray(body)
@@ -310,7 +311,7 @@ def one_buffer(body: bytes) -> bytes:
 
 
 def swollen(body: bytes, size: int) -> bytes:
-    """Return a compressed stream whose first buffer declares some inflated size."""
+    """Return a compressed stream whose first buffer declares another inflated size."""
     _, message, begin = headers(body)[1]
     batch, changed = message.table(2), bytearray(body)
     assert batch is not None
@@ -327,11 +328,11 @@ def peak(service: Service) -> int:
 
 
 def bombs() -> dict[str, tuple[bytes, int]]:
-    """Small streams that ask for much, and the status that each is answered with."""
+    """Return small streams that need much memory, with the expected status."""
     zeros = pa.array(np.zeros(2**21))
     table = pa.table(dict.fromkeys(CHANNELS, zeros))  # 272 MiB of zeros
     bytes_ = pa.table({name: pa.array(np.ones(2**19, np.int8)) for name in CHANNELS})
-    view = struct.pack("<i4sii", 2**20, b"xxxx", 0, 0)  # a text of a MiB, pointed at 4,096 times
+    view = struct.pack("<i4sii", 2**20, b"xxxx", 0, 0)  # a text of 1 MiB, referred to 4,096 times
     buffers = [None, pa.py_buffer(view * 2**12), pa.py_buffer(b"x" * 2**20)]
     text = pa.Array.from_buffers(pa.string_view(), 2**12, buffers)
     views = pa.table({name: pa.array(np.ones(2**12, np.float32)) for name in CHANNELS}).append_column("engine_id", text)
@@ -347,7 +348,7 @@ def bombs() -> dict[str, tuple[bytes, int]]:
         "a negative size": (swollen(stream(few, compression="zstd"), -2), 400),
         "one buffer": (one_buffer(stream(bytes_.append_column("cycle", pa.array(np.arange(2**19))))), 413),
         "views": (stream(views), 413),
-        "notes": (told_again(stream(few.replace_schema_metadata(notes))), 400),
+        "notes": (share_longest_entry(stream(few.replace_schema_metadata(notes))), 400),
         "many columns": (stream(pa.table({f"{k}": pa.array([1.0]) for k in range(5000)})), 400),
         "a long header": (stream(few.replace_schema_metadata({"x": "x" * 2 * MAX_HEADER_BYTES})), 400),
         "many messages": (stream(pa.concat_tables([few] * 17_000), 1), 400),
@@ -355,22 +356,22 @@ def bombs() -> dict[str, tuple[bytes, int]]:
 
 
 @pytest.mark.slow
-def test_small_streams_that_ask_for_much_get_nothing(windows: Readings) -> None:
-    """Bombs of every kind are refused at little cost: memory hardly grows, and the next stream is answered."""
+def test_arrow_bombs_are_rejected_at_little_cost(windows: Readings) -> None:
+    """Bombs of every kind are rejected with little memory, and the next stream is answered."""
     with running() as fresh:
         body = stream(flights({"A": windows[0]}))
-        expected = answered(fresh, body)
+        expected = predict_table(fresh, body)
         before = peak(fresh)
         for name, (bomb, status) in bombs().items():
             assert len(bomb) < 2**25, name
             answer = post(fresh, bomb)
             assert status == answer.status_code, (name, answer.text)
-            assert expected == answered(fresh, body)
+            assert expected == predict_table(fresh, body)
         assert peak(fresh) - before < 100
 
 
-def test_as_many_engines_as_instances(service: Service, windows: Readings) -> None:
-    """More engines than one call may have, or than are explained in one, are a 422; as many as that are answered."""
+def test_table_with_too_many_engines_gets_422(service: Service, windows: Readings) -> None:
+    """More engines than instances are allowed, with or without explanation, get 422; the maximum is answered."""
     few = {f"{k}": windows[0][:1] for k in range(241)}
     for query, status in (("", 200), ("?explain=true", 422)):
         answer = post(service, stream(flights(few)), query)
@@ -381,11 +382,11 @@ def test_as_many_engines_as_instances(service: Service, windows: Readings) -> No
 
 
 def test_gzip_table_is_limited_by_its_inflated_size(windows: Readings) -> None:
-    """Gzip around a stream is as without; a stream that fits the limit only while compressed is a 413."""
+    """A gzip stream equals its plain form, and one that exceeds the limit when inflated gets 413."""
     body = stream(flights({"A": np.round(windows[0], 1)}))
     with running(ENGINE_HEALTH_MAX_BODY_BYTES=str(len(body))) as small:
         packed = post(small, gzip.compress(body), **{"Content-Encoding": "gzip"})
-        assert answered(small, body) == without_ids(packed.json())
+        assert predict_table(small, body) == without_ids(packed.json())
         twice = flights({"A": windows[0].repeat(2, axis=0).round(1)})
         squeezed = stream(twice, compression="zstd")
         assert len(squeezed) < len(body) < len(stream(twice))
@@ -393,22 +394,22 @@ def test_gzip_table_is_limited_by_its_inflated_size(windows: Readings) -> None:
 
 
 def loaded(process: "subprocess.Popen[str]", library: str) -> bool:
-    """Whether a process has a library in memory."""
+    """Return whether a process has loaded a library."""
     return library in Path(f"/proc/{process.pid}/maps").read_text()
 
 
 def test_pyarrow_is_loaded_by_the_first_table(windows: Readings) -> None:
-    """A service that has received no table has not imported pyarrow."""
+    """A service imports pyarrow with its first table."""
     with running() as fresh:
         fresh.predict([{"telemetry": windows[0].tolist()}])
         assert not loaded(fresh.process, "libarrow")
-        answered(fresh, stream(flights({"A": windows[0]})))
+        predict_table(fresh, stream(flights({"A": windows[0]})))
         assert loaded(fresh.process, "libarrow")
         assert not loaded(fresh.process, "pandas")
 
 
-def test_without_pyarrow_tables_are_refused_and_all_else_is_served(tmp_path: Path, windows: Readings) -> None:
-    """Where pyarrow is not installed a table is a 415 that names the extra, and JSON is answered."""
+def test_table_without_pyarrow_gets_415(tmp_path: Path, windows: Readings) -> None:
+    """Without pyarrow a table gets 415 with the name of the extra, and JSON is answered."""
     with running(**absent(tmp_path, "pyarrow")) as bare:
         answer = post(bare, stream(flights({"A": windows[0]})))
         assert 415 == answer.status_code
@@ -417,7 +418,7 @@ def test_without_pyarrow_tables_are_refused_and_all_else_is_served(tmp_path: Pat
 
 
 def test_model_of_single_rows_takes_each_row(tmp_path: Path) -> None:
-    """A network without a window, of named channels, answers one prediction a row, in the order of the rows."""
+    """A model of single rows with named channels gives one prediction per row in the order of the rows."""
     described: dict[str, object] = {
         "name": "four",
         "version": "1",
@@ -428,18 +429,18 @@ def test_model_of_single_rows_takes_each_row(tmp_path: Path) -> None:
     columns = {"b": [0, 5, 0], "a": [1, 0, 0], "c": [0, 0, 0.5], "d": [0, 0, 2], "engine_id": ["y", "x", "y"]}
     table = pa.table(columns | {"cycle": [2, 1, 1], "label": ["n", None, "w"]})
     with running(ENGINE_HEALTH_MODEL=str(path)) as other:
-        found = answered(other, stream(table))
-        assert [[1, 0, 0, 0], [0, 5, 0, 0], [0, 0, 0.5, 2]] == [row["logits"] for row in found["predictions"]]
-        assert [("y", 2), ("x", 1), ("y", 1)] == [(row["engine_id"], row["cycle"]) for row in found["predictions"]]
-        assert (2, 1.0) == (found["evaluation"]["count"], found["evaluation"]["accuracy"])
+        response = predict_table(other, stream(table))
+        assert [[1, 0, 0, 0], [0, 5, 0, 0], [0, 0, 0.5, 2]] == [row["logits"] for row in response["predictions"]]
+        assert [("y", 2), ("x", 1), ("y", 1)] == [(row["engine_id"], row["cycle"]) for row in response["predictions"]]
+        assert (2, 1.0) == (response["evaluation"]["count"], response["evaluation"]["accuracy"])
         holed = set_column(table, "d", pa.array([0.0, None, 2.0]))
         for query in ("", "?missing=hold"):
             answer = post(other, stream(holed), query)
             assert (422, ["instances", 1, "telemetry", "d"]) == (answer.status_code, answer.json()["errors"][0]["loc"])
 
 
-def test_model_without_named_channels_takes_no_tables(tmp_path: Path) -> None:
-    """Where columns could mean nothing, a table is a 415 that says so."""
+def test_table_for_unnamed_channels_gets_415(tmp_path: Path) -> None:
+    """A table for a model without named channels gets 415 with the reason."""
     with running(ENGINE_HEALTH_MODEL=str(overflowing_classifier(tmp_path / "over.onnx"))) as other:
         answer = post(other, stream(pa.table({"a": [1.0], "b": [2.0]})))
         assert 415 == answer.status_code
@@ -447,35 +448,35 @@ def test_model_without_named_channels_takes_no_tables(tmp_path: Path) -> None:
 
 
 def test_live_while_a_large_table_is_read(service: Service, windows: Readings) -> None:
-    """/livez goes on being answered while 30 MB of flights in small batches are read."""
+    """`/livez` responds while 30 MB of flights in small batches are read."""
     large = stream(flights({f"{k}": windows[k % 4] for k in range(2000)}).drop(["cycle"]), rows=20)
     assert 16 * 2**20 < len(large) < 32 * 2**20
-    answers = []
+    statuses = []
     with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=service.client.base_url, trust_env=False) as client:
         task = pool.submit(post, service, large)
         while not task.done():
-            answers.append(client.get("/livez").status_code)
+            statuses.append(client.get("/livez").status_code)
         assert 2000 == len(task.result().json()["predictions"])
-    assert {200} == set(answers)
-    assert len(answers) > 5  # had the loop been held for the whole time, there would be one or two
+    assert {200} == set(statuses)
+    assert len(statuses) > 5  # a blocked event loop would give one or two
 
 
-def test_document_tells_of_tables(service: Service) -> None:
-    """The OpenAPI document has both content types of a prediction, and the options as parameters of the query."""
-    told = service.client.get("/openapi.json").json()["paths"]["/v1/predict"]["post"]
-    assert {"application/json", ARROW["Content-Type"]} == set(told["requestBody"]["content"])
-    parameters = {parameter["name"]: parameter for parameter in told["parameters"]}
+def test_openapi_document_describes_tables(service: Service) -> None:
+    """The OpenAPI document has both content types of a prediction and the options as query parameters."""
+    operation = service.client.get("/openapi.json").json()["paths"]["/v1/predict"]["post"]
+    assert {"application/json", ARROW["Content-Type"]} == set(operation["requestBody"]["content"])
+    parameters = {parameter["name"]: parameter for parameter in operation["parameters"]}
     assert {"temperature", "missing", "explain"} == set(parameters)
     assert {"query"} == {parameter["in"] for parameter in parameters.values()}
     assert ["hold", "reject"] == sorted(parameters["missing"]["schema"]["enum"])
 
 
-def test_readmes_table_works_as_pasted(service: Service, fleet: dict[str, Readings], tmp_path: Path) -> None:
-    """The Python program of docs/api.md, run in a folder with flights.parquet, prints the health of each engine."""
+def test_python_program_of_the_api_page_works(service: Service, fleet: dict[str, Readings], tmp_path: Path) -> None:
+    """The Python program of docs/api.md prints the health of each engine of flights.parquet."""
     program = (ROOT / "docs" / "api.md").read_text().split("```python\n")[1].split("```")[0]
     assert "pyarrow" in program
     pyarrow.parquet.write_table(flights(fleet), tmp_path / "flights.parquet")
     here = program.replace("http://127.0.0.1:8000", str(service.client.base_url).rstrip("/"))
     printed = subprocess.check_output([sys.executable, "-c", here], cwd=tmp_path, text=True)
-    expected = answered(service, stream(flights(fleet)))["predictions"]
+    expected = predict_table(service, stream(flights(fleet)))["predictions"]
     assert [f"{row['engine_id']} {row['health']}" for row in expected] == printed.splitlines()

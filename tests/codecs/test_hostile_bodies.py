@@ -1,4 +1,4 @@
-"""Long bodies that are wrong: named by place, and never many times their size in memory."""
+"""Long invalid bodies are located, and never take many times their size in memory."""
 
 import json
 import subprocess
@@ -42,13 +42,13 @@ except ServiceError as error:
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    """The committed one."""
+    """The committed artefact."""
     return open_model(ARTEFACT)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("form", "told"),
+    ("form", "expected"),
     [
         (b'{"instances":[{"telemetry":[1.25,%s]}]}', "instances[0].telemetry: expected rows of numbers"),
         (b'{"instances":[{"telemetry":[[1],{},%s]}]}', "instances[0].telemetry: expected numbers, got many objects"),
@@ -61,13 +61,13 @@ def model() -> Model:
     ],
 )
 @pytest.mark.parametrize("parser", ["simdjson", "portable"])
-def test_nothing_but_brackets_takes_no_memory_to_speak_of(form: bytes, told: str, parser: str) -> None:
-    """Millions of empty lists, objects or numbers are refused by their place, and never are all objects at one time."""
+def test_millions_of_brackets_take_little_memory(form: bytes, expected: str, parser: str) -> None:
+    """Millions of empty lists, objects or numbers are located without building all objects."""
     filling = next(some for some in (b"1.25,", b"{},", b"[],") if some in form or some == b"[],")
     body = form % (filling * MANY)[:-1]
     run = subprocess.run([sys.executable, "-c", GROWN, parser], input=body, capture_output=True, check=True)
     grown, _, detail = run.stdout.decode().partition(" ")
-    assert detail.startswith(told)
+    assert detail.startswith(expected)
     assert float(grown) < 150  # MiB; as objects they would take 270
 
 
@@ -85,8 +85,8 @@ def test_fault_far_into_a_body_is_located(model: Model) -> None:
 
 
 @pytest.mark.slow
-def test_wrong_logits_far_behind_are_named_by_their_place() -> None:
-    """The same of logits."""
+def test_invalid_logits_far_into_a_body_are_located() -> None:
+    """An invalid logit some megabytes into a body is reported by row and class."""
     rows = np.random.default_rng(0).normal(0, 1, (200_000, 3)).tolist()
     rows[150_000][2] = "1"
     with pytest.raises(InvalidInput) as refused:
@@ -96,8 +96,8 @@ def test_wrong_logits_far_behind_are_named_by_their_place() -> None:
     assert [fault.loc for fault in refused.value.faults] == [("logits", 150_000, 2)]
 
 
-def test_long_list_that_ends_with_a_comma_is_no_json(model: Model) -> None:
-    """No cut makes JSON of what is none."""
+def test_long_list_with_trailing_comma_is_malformed(model: Model) -> None:
+    """A trailing comma is malformed also in a list that is parsed in pieces."""
     row = json.dumps([None] + [1.0] * (CHANNELS - 1))
     text = ",".join([row.replace("null", "1e0")] * 20_000)
     for bad in (text + ",", text + f",{row},"):

@@ -33,7 +33,7 @@ NAMES = st.sampled_from(
 
 @st.composite
 def telemetries(draw: st.DrawFn) -> Any:
-    """Rows of numbers, of which one may be too short, and one value anything."""
+    """Draw rows of numbers, of which one may be too short and one value anything."""
     rows: Any = draw(st.lists(st.lists(NUMBERS, min_size=CHANNELS, max_size=CHANNELS), max_size=4))
     if rows and draw(st.booleans()):
         row = draw(st.sampled_from(rows))
@@ -61,28 +61,28 @@ BODIES = st.fixed_dictionaries(
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    """The committed one."""
+    """The committed artefact."""
     return open_model(ARTEFACT)
 
 
-def slowly(body: bytes, model: Model) -> tuple[list[tuple[str | None, int | None]], bytes, bytes | None]:
+def parse_by_schemas(body: bytes, model: Model) -> tuple[list[tuple[str | None, int | None]], bytes, bytes | None]:
     """Return names, windows and labels of a body as the schemas decode it."""
-    asked = parse.parse(body, requests.PredictRequest)
-    decoded = decode_instances(asked.instances, model, asked.missing == "hold")
-    assert asked.temperature is None
+    request = parse.parse(body, requests.PredictRequest)
+    decoded = decode_instances(request.instances, model, request.missing == "hold")
+    assert request.temperature is None
     targets = None if decoded.targets is None else decoded.targets.tobytes()
-    return [(x.engine_id, x.cycle) for x in asked.instances], decoded.telemetry.tobytes(), targets
+    return [(x.engine_id, x.cycle) for x in request.instances], decoded.telemetry.tobytes(), targets
 
 
 @given(BODIES, st.sampled_from([None, 2]))
-def test_fast_parser_equals_the_schemas_or_declines(model: Model, asked: Any, indent: int | None) -> None:
-    """Whatever is read in one pass is what the schemas read, to the bit; what they refuse is never read."""
-    body = json.dumps(asked, indent=indent).encode()
-    found = parse_plain_predict(body, model, 4096)
-    if found is not None:
-        names = [(flight.engine_id, flight.cycle) for flight in found.keys]
-        targets = None if found.decoded.targets is None else found.decoded.targets.tobytes()
-        assert slowly(body, model) == (names, found.decoded.telemetry.tobytes(), targets)
+def test_fast_parser_equals_the_schemas_or_declines(model: Model, request: Any, indent: int | None) -> None:
+    """Whatever the fast parser accepts equals the result of the schemas to the bit."""
+    body = json.dumps(request, indent=indent).encode()
+    decoded = parse_plain_predict(body, model, 4096)
+    if decoded is not None:
+        names = [(flight.engine_id, flight.cycle) for flight in decoded.keys]
+        targets = None if decoded.decoded.targets is None else decoded.decoded.targets.tobytes()
+        assert parse_by_schemas(body, model) == (names, decoded.decoded.telemetry.tobytes(), targets)
 
 
 @pytest.mark.parametrize(
@@ -107,14 +107,14 @@ def test_fast_parser_equals_the_schemas_or_declines(model: Model, asked: Any, in
     ],
 )
 def test_fast_parser_declines_unusual_bodies(model: Model, body: bytes) -> None:
-    """Malformed JSON and duplicate names are left to the slower parser."""
+    """The fast parser declines malformed JSON and duplicate names."""
     row = json.dumps([[1.0] * CHANNELS] * WINDOW).encode()
     assert parse_plain_predict(body.replace(b"%s", row), model, 4096) is None
 
 
 @pytest.mark.parametrize("within", [0, 1, 2, CHANNELS - 1, CHANNELS, CHANNELS + 1, 2 * CHANNELS + 1])
 def test_list_within_a_row_is_no_row(model: Model, within: int) -> None:
-    """Numbers in a list in place of one number are not taken for more rows, however many they are."""
+    """A list of any length in place of a number is not read as further rows."""
     rows = [[1.0] * CHANNELS, [[2.0] * within, *[3.0] * (CHANNELS - 1)]]
     body = json.dumps({"instances": [{"telemetry": rows}, {"telemetry": rows[:1]}]}).encode()
     assert parse_plain_predict(body, model, 4096) is None
@@ -123,14 +123,14 @@ def test_list_within_a_row_is_no_row(model: Model, within: int) -> None:
 
 
 def test_plain_bodies_are_read_in_one_pass(model: Model) -> None:
-    """Windows whole, short or long, with names or without, are read quickly: the usual is not left to the schemas."""
+    """The fast parser accepts full, short and long windows with and without names."""
     rows = np.random.default_rng(0).normal(500, 100, (3, 130, CHANNELS)).tolist()
     instances = [{"telemetry": rows[0]}, {"telemetry": rows[1][:3], "engine_id": "a"}, {"telemetry": rows[2][:WINDOW]}]
     body = json.dumps({"instances": [*instances, {"cycle": 5, "telemetry": rows[0][:1], "label": 1}]}).encode()
-    found = parse_plain_predict(body, model, 4)
-    assert found is not None
-    assert found.decoded.targets is not None
-    assert slowly(body, model)[1:] == (found.decoded.telemetry.tobytes(), found.decoded.targets.tobytes())
+    plain = parse_plain_predict(body, model, 4)
+    assert plain is not None
+    assert plain.decoded.targets is not None
+    assert parse_by_schemas(body, model)[1:] == (plain.decoded.telemetry.tobytes(), plain.decoded.targets.tobytes())
     assert parse_plain_predict(body, model, 3) is None
     with pytest.raises(ServiceError):
         decode_predict(body, model, 3)
@@ -138,18 +138,18 @@ def test_plain_bodies_are_read_in_one_pass(model: Model) -> None:
 
 @pytest.mark.slow
 def test_large_body_is_decoded_in_one_pass(model: Model) -> None:
-    """A plain body of several MiB, which is split behind instances, is what the schemas make of it; also as a view."""
+    """A plain body of several MiB, as bytes or view, equals the result of the schemas."""
     rows = np.random.default_rng(0).normal(500, 100, (WINDOW, CHANNELS)).round(3).tolist()
     instances: list[dict[str, Any]] = [{"telemetry": rows[: 1 + k % WINDOW], "cycle": k} for k in range(400)]
-    instances[200]["engine_id"] = "}, {"  # what looks like the end of an instance
+    instances[200]["engine_id"] = "}, {"  # looks like the end of an instance
     for indent in (None, 1):
         body = json.dumps({"instances": instances}, indent=indent).encode()
         assert len(body) > 2 * PARSE_BYTES
         for form in (body, memoryview(bytearray(body))):
-            found = parse_plain_predict(form, model, 400)
-            assert found is not None
-            assert [(flight.engine_id, flight.cycle) for flight in found.keys] == slowly(body, model)[0]
-            assert slowly(body, model)[1] == found.decoded.telemetry.tobytes()
+            plain = parse_plain_predict(form, model, 400)
+            assert plain is not None
+            assert [(flight.engine_id, flight.cycle) for flight in plain.keys] == parse_by_schemas(body, model)[0]
+            assert parse_by_schemas(body, model)[1] == plain.decoded.telemetry.tobytes()
             assert parse_plain_predict(form, model, 399) is None
 
 
@@ -157,8 +157,8 @@ def test_large_body_is_decoded_in_one_pass(model: Model) -> None:
     ("end", "wrong"),
     [(b"]}", b",]}"), (b"]}", b"}]}"), (b"]}", b"]]}"), (b"]}", b'],"more":[{}]}'), (b"},", b"},,"), (b"},", b"},[],")],
 )
-def test_large_body_that_is_no_json_is_left_to_the_schemas(model: Model, end: bytes, wrong: bytes) -> None:
-    """A large body with something wrong between, behind or after its instances is not read in one pass."""
+def test_fast_parser_declines_malformed_large_bodies(model: Model, end: bytes, wrong: bytes) -> None:
+    """The fast parser declines a large body with an error between, within or after its instances."""
     instance = {"telemetry": [[1.0] * CHANNELS] * WINDOW}
     body = json.dumps({"instances": [instance] * 400}).encode()
     assert parse_plain_predict(body, model, 400) is not None
@@ -168,10 +168,10 @@ def test_large_body_that_is_no_json_is_left_to_the_schemas(model: Model, end: by
 
 @pytest.mark.parametrize("rest", ["}", ',"missing":"hold"}', ',"temperature":2}'])
 def test_decoded_request_does_not_keep_its_body(model: Model, rest: str) -> None:
-    """No part of a decoded body is a view of it, so that its memory is free for the next request."""
+    """A decoded request has no view of its body, so that the memory can be reused."""
     rows = [[1.0] * CHANNELS] * WINDOW
     text = f'{{"instances":{json.dumps([{"telemetry": rows, "engine_id": "a", "label": [0, 0, 1]}] * 100)}{rest}'
     body = memoryview(bytearray(text.encode()))
     request = decode_predict(body, model, 100)
-    body.release()  # a BufferError if anything still views it
+    body.release()  # raises BufferError if a view of the body exists
     assert len(request.instances) == 100

@@ -1,4 +1,4 @@
-"""Numbers of JSON to arrays, by each of the two parsers: the same values, and the same texts declined."""
+"""Both parsers convert JSON numbers to equal arrays, and decline the same texts."""
 
 import json
 import mmap
@@ -38,16 +38,16 @@ ROWS = np.random.default_rng(0).normal(500, 100, (PARSE_BYTES // 10, 3)).round(3
 
 @pytest.mark.slow
 def test_long_tables_are_parsed_in_pieces() -> None:
-    """Rows read in pieces are the rows; by rows, by columns, flat or nested."""
+    """Long tables by row, by column, flat or nested are parsed in pieces to the same numbers."""
     rows = json.dumps(ROWS.tolist()).encode()
     assert len(rows) > 2 * PARSE_BYTES
-    found = parse_rows(rows, 3)
-    assert found is not None
-    assert np.array_equal(ROWS, found)
+    table = parse_rows(rows, 3)
+    assert table is not None
+    assert np.array_equal(ROWS, table)
     by_name = json.dumps({name: ROWS[:, k].tolist() for k, name in enumerate("abc")}).encode()
-    found = parse_columns(by_name, ("a", "b", "c"))
-    assert found is not None
-    assert np.array_equal(ROWS, found)
+    table = parse_columns(by_name, ("a", "b", "c"))
+    assert table is not None
+    assert np.array_equal(ROWS, table)
     for nested in (ROWS.ravel().tolist(), ROWS.tolist(), [[ROWS.tolist()]]):
         flat = parse_numbers(json.dumps(nested, indent=1).encode(), "d")
         assert flat is not None
@@ -58,18 +58,18 @@ def test_long_tables_are_parsed_in_pieces() -> None:
 @pytest.mark.parametrize("place", [0, len(ROWS) // 2, len(ROWS) - 1])
 @pytest.mark.parametrize("wrong", ["x", "1]", "[1]", "1,", "null", "true", '"1"', "1 2"])
 def test_invalid_value_anywhere_in_a_long_table_is_detected(place: int, wrong: str) -> None:
-    """A piece with anything but numbers in it makes the whole unusual."""
+    """A piece with an invalid value makes the parser decline the whole table."""
     rows = [f"[{a}, {b}, {c}]" for a, b, c in ROWS.tolist()]
     rows[place] = rows[place][:-1] + f"{wrong}]" if wrong == "x" else f"[1, 2, {wrong}]"
     assert parse_rows(f"[{', '.join(rows)}]".encode(), 3) is None
     flat = [str(value) for value in ROWS.ravel().tolist()]
     flat[3 * place] = wrong
-    if wrong != "[1]":  # which is flattened
+    if wrong != "[1]":  # is flattened
         assert parse_numbers(f"[{', '.join(flat)}]".encode(), "d") is None
 
 
-def parsed(text: str) -> Any:
-    """As Python's own parser reads it; None if it does not."""
+def parse_with_json(text: str) -> Any:
+    """Return the result of Python's own parser, or None if it fails."""
     try:
         return json.loads(text)
     except ValueError:
@@ -77,16 +77,16 @@ def parsed(text: str) -> Any:
 
 
 @given(st.lists(st.sampled_from(["[", "]", ",", "1", "[1,2]", "[3]", "1,", " "]), max_size=12).map("".join))
-def test_nested_lists_in_pieces_are_read_if_and_only_if_they_are_json(inside: str) -> None:
-    """A list that is cut at its commas has the numbers that Python's parser finds, and is refused where that does."""
+def test_nested_lists_in_pieces_equal_the_json_parser(inside: str) -> None:
+    """A list in pieces has the numbers of Python's parser, and is declined if that fails."""
     text = f"[[1,{inside}],2]"
     with pytest.MonkeyPatch.context() as patch:
         for size in (1, 2, 5):
             patch.setattr(json_numbers, "PARSE_BYTES", size)
-            found = parse_numbers(text.encode(), "d")
-            assert isinstance(parsed(text), list) == (found is not None)
-            if found is not None:
-                assert re.findall(r"\d+", text) == [str(int(value)) for value in found.tolist()]
+            numbers = parse_numbers(text.encode(), "d")
+            assert isinstance(parse_with_json(text), list) == (numbers is not None)
+            if numbers is not None:
+                assert re.findall(r"\d+", text) == [str(int(value)) for value in numbers.tolist()]
 
 
 PARTS = st.sampled_from(
@@ -99,16 +99,16 @@ PARTS = st.sampled_from(
 @example(["[8,9]", "[1,[2]]", "[8,9]"])
 @example(["[8,9]", "[1,2],[3", "4]"])
 def test_tables_parsed_together_equal_tables_alone(texts: list[str]) -> None:
-    """Whatever stands between the brackets, some that fit those of a neighbour too: all as if alone, or none."""
+    """Tables parsed together equal each table alone, or are all declined."""
     texts = [f"[{text}]" for text in texts]
     alone = [parse_rows(text.encode(), 2) for text in texts]
-    single = [None if found is None else to_float32(found) for found in alone]
+    single = [None if table is None else to_float32(table) for table in alone]
     together = parse_joint_rows([text.encode() for text in texts], 2)
-    assert (together is None) == any(found is None for found in single)
-    for found, own in zip([] if together is None else together, single, strict=together is not None):
+    assert (together is None) == any(table is None for table in single)
+    for table, own in zip([] if together is None else together, single, strict=together is not None):
         assert own is not None
-        assert found.tobytes() == own.tobytes()
-        assert found.shape == own.shape
+        assert table.tobytes() == own.tobytes()
+        assert table.shape == own.shape
 
 
 ROW = f"[{','.join(['1.5'] * 17)}]"
@@ -133,7 +133,7 @@ def test_faults_of_a_window_do_not_depend_on_others(wrong: str, place: int) -> N
         return refused.value.detail
 
     alone, among = refusal([wrong]), refusal([*[WINDOW] * place, wrong, *[WINDOW] * (19 - place)])
-    if "the body" not in alone:  # which names a byte
+    if "the body" not in alone:  # such a message has the offset in bytes
         assert alone.replace("instances[0]", f"instances[{place}]") == among
 
 
@@ -162,10 +162,10 @@ def inferred(body: bytes | memoryview) -> None:
         (inferred, TENSOR % ("[]", f"{WINDOW[:-1]},{PAD}]")),
     ],
 )
-def test_long_body_that_is_no_json_is_never_read(reads: Callable[[bytes | memoryview], None], body: str) -> None:
-    """What a parser refuses whole is refused in pieces, also in a value that a later one of its name replaces."""
+def test_long_malformed_body_is_never_read(reads: Callable[[bytes | memoryview], None], body: str) -> None:
+    """A malformed body is rejected in pieces as in whole, also in a value that a duplicate name replaces."""
     assert len(body) > PARSE_BYTES
-    assert not isinstance(parsed(body), dict)
+    assert not isinstance(parse_with_json(body), dict)
     mapping = mmap.mmap(-1, len(body))
     mapping[:] = body.encode()
     for form in (body.encode(), memoryview(mapping)):
@@ -173,15 +173,15 @@ def test_long_body_that_is_no_json_is_never_read(reads: Callable[[bytes | memory
             reads(form)
 
 
-def test_missing_values_are_read_as_fast_as_others_and_only_where_they_may() -> None:
-    """Null is NaN where it may be held, whatever other numbers there are; a number of the same size is none."""
+def test_null_is_nan_only_where_it_may_be_held() -> None:
+    """Null is NaN where missing values may be held, and the number of the sentinel is declined."""
     rows: list[list[float | None]] = [[1.0, None, 2.0], [None, 3.0, 4.0]]
     text = json.dumps(rows).encode()
-    found = parse_rows(text, 3, hold=True)
-    assert found is not None
-    assert [[False, True, False], [True, False, False]] == np.isnan(found).tolist()
-    assert to_float32(found) is None
-    held = to_float32(found, missing=True)
+    table = parse_rows(text, 3, hold=True)
+    assert table is not None
+    assert [[False, True, False], [True, False, False]] == np.isnan(table).tolist()
+    assert to_float32(table) is None
+    held = to_float32(table, missing=True)
     assert held is not None
     assert np.array_equal(held, np.array([[1, np.nan, 2], [np.nan, 3, 4]], np.float32), equal_nan=True)
     assert parse_rows(text, 3) is None
@@ -189,7 +189,7 @@ def test_missing_values_are_read_as_fast_as_others_and_only_where_they_may() -> 
 
 
 def test_float32_limit_equals_that_of_numpy() -> None:
-    """Around the largest float32, to the last bit of a float64, both ways of looking agree with the cast."""
+    """Around the largest float32 both checks agree with the cast of NumPy."""
     for value in (FLOAT32_LIMIT, np.nextafter(FLOAT32_LIMIT, 0), 3.4e38, 1e39, float(np.finfo(np.float32).max), 0.0):
         for signed in (float(value), -float(value)):
             with np.errstate(over="ignore"):
@@ -218,16 +218,16 @@ NUMBERS = st.one_of(
 def outcome(parse: Callable[[], Any]) -> Any:
     """Return the result with arrays as bytes, so that -0.0 is not 0.0; None if the parser declines."""
     try:
-        found = parse()
+        result = parse()
     except DECLINED:
         return None
-    return [part.tobytes() if isinstance(part, np.ndarray) else part for part in (*found,)]
+    return [part.tobytes() if isinstance(part, np.ndarray) else part for part in (*result,)]
 
 
 @given(st.lists(NUMBERS, max_size=4), st.lists(NUMBERS, min_size=2, max_size=2), st.sampled_from(["%s", "[%s]"]))
 @example(["-0"], ["-0", "1"], "%s")
 def test_both_parsers_return_equal_numbers(values: list[str], pair: list[str], form: str) -> None:
-    """Flat lists, rows and tables are the same bits from both parsers, or declined by both."""
+    """Both parsers return equal bits for flat lists, rows and tables, or both decline."""
     simdjson, portable = SimdjsonParser(), PortableParser()
     flat, rows = f"[{form % ','.join(values)}]".encode(), f"[[{','.join(pair)}],[1,2]]".encode()
 
@@ -239,9 +239,9 @@ def test_both_parsers_return_equal_numbers(values: list[str], pair: list[str], f
             outcome(lambda: parser.tables(b"[%b,0,[[1,2]],0]" % rows, 2)),
         ]
 
-    found = list(zip(calls(simdjson), calls(portable), strict=True))
-    nested = b"[" in rows[2:-7]  # a list within a row, which simdjson flattens; the caller counts brackets
-    for one, other in found[: 2 if nested else 4]:
+    pairs = list(zip(calls(simdjson), calls(portable), strict=True))
+    nested = b"[" in rows[2:-7]  # simdjson flattens a list within a row; the caller counts brackets
+    for one, other in pairs[: 2 if nested else 4]:
         assert one == other
 
 
@@ -250,31 +250,31 @@ def test_both_parsers_return_equal_numbers(values: list[str], pair: list[str], f
 @example(["0", "0"], "18446744073709551616", "1")
 @example(["0", "0"], "1" * 5000, "1")
 def test_both_parsers_return_equal_instances(values: list[str], engine: str, cycle: str) -> None:
-    """Instances with engines and cycles are the same from both parsers, or declined by both."""
+    """Both parsers return equal instances with engines and cycles, or both decline."""
     text = f'[{{"telemetry":[[{",".join(values)}]],"engine_id":{engine},"cycle":{cycle}}}]'.encode()
-    found: list[Any] = []
+    results: list[Any] = []
     for parser in (SimdjsonParser(), PortableParser()):
         try:
-            parsed = parser.instances(text, 2)
-            keys = [key if isinstance(key, str | int) else type(key) is float for key in parsed.keys[0]]
-            found.append((keys, parsed.lengths, [part.tobytes() for part in parsed.numbers]))
+            parse_with_json = parser.instances(text, 2)
+            keys = [key if isinstance(key, str | int) else type(key) is float for key in parse_with_json.keys[0]]
+            results.append((keys, parse_with_json.lengths, [part.tobytes() for part in parse_with_json.numbers]))
         except DECLINED:
-            found.append(None)
-    if text.count(b"[") == 3:  # as above
-        assert found[0] == found[1]
+            results.append(None)
+    if text.count(b"[") == 3:  # as above: no list within a row
+        assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("depth", [900, 1000, 1030, 250_000])
 @pytest.mark.parametrize("parser", [SimdjsonParser, PortableParser])
 def test_deep_lists_are_declined_or_flattened(parser: type[NumberParser], depth: int) -> None:
-    """Lists within lists are one number or declined, however many they are: no parser overflows the stack."""
+    """Nested lists of any depth are one number or declined, and no parser overflows the stack."""
     text = b"[" * depth + b"1" + b"]" * depth
-    found = outcome(lambda: [parser().flat(text, "d")])
-    assert found == (None if depth > 1024 else [np.float64(1).tobytes()])
+    result = outcome(lambda: [parser().flat(text, "d")])
+    assert result == (None if depth > 1024 else [np.float64(1).tobytes()])
 
 
 def test_service_without_simdjson_returns_the_same_bytes(tmp_path: Path) -> None:
-    """A process in which simdjson is absent answers predictions, evaluations and refusals as one that has it."""
+    """Without simdjson the bytes of predictions, evaluations and rejections are the same."""
     row = json.dumps([round(500 + k / 7, 3) for k in range(17)])
     window = f"[{','.join([row] * 100)}]"
     bodies = (
@@ -296,8 +296,8 @@ def test_service_without_simdjson_returns_the_same_bytes(tmp_path: Path) -> None
 
 
 def test_decoded_tensor_does_not_keep_its_body() -> None:
-    """No part of a tensor that was read from JSON is a view of the body, so that its memory is free."""
+    """A decoded tensor has no view of its body, so that the memory can be reused."""
     body = memoryview(bytearray((TENSOR % ("[1]", WINDOW)).encode()))
     inference = decode_inference(body, None, {"telemetry": "FP32"})
-    body.release()  # a BufferError if anything still views it
+    body.release()  # raises BufferError if a view of the body exists
     assert inference.inputs["telemetry"].shape == (1, 100, 17)

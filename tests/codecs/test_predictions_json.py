@@ -1,4 +1,4 @@
-"""The answer of a prediction as bytes, without HTTP."""
+"""Serialisation of a prediction response without HTTP."""
 
 import tracemalloc
 
@@ -15,18 +15,19 @@ from service.settings import read_settings
 
 
 def test_rows_of_a_response_are_joined_once() -> None:
-    """An answer is its rows between its head and its end, and costs no second copy: it may have hundreds of MB."""
+    """A response is joined from its rows without a second copy, since it may have hundreds of MB."""
     predictor = Predictor(open_model(ARTEFACT), Metrics(CollectorRegistry()), read_settings())
-    found = PredictionResult(2.0, [], evaluation=Evaluation(1, 0.1, 0.2, 1.0, 0.3))
+    result = PredictionResult(2.0, [], evaluation=Evaluation(1, 0.1, 0.2, 1.0, 0.3))
     for n in (1, 2, 20):
         rows = [b'"%s"' % (b"abcdefghij" * 100_000) for _ in range(n)]
         tracemalloc.start()
-        answer = envelope(predictor, rows, found, True, {"results": [None]})
+        body = envelope(predictor, rows, result, True, {"results": [None]})
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        told = orjson.loads(answer)
-        assert list(told) == ["model", "temperature", "temperature_source", "predictions", "evaluation", "results"]
-        assert told["predictions"] == [row[1:-1].decode() for row in rows]
-        assert (told["temperature"], told["temperature_source"], told["results"]) == (2.0, "request", [None])
-        assert told["evaluation"]["brier"] == 0.3
-        assert peak < len(answer) + 4_000_000
+        response = orjson.loads(body)
+        assert list(response) == ["model", "temperature", "temperature_source", "predictions", "evaluation", "results"]
+        assert response["predictions"] == [row[1:-1].decode() for row in rows]
+        assert (response["temperature"], response["temperature_source"]) == (2.0, "request")
+        assert response["results"] == [None]
+        assert response["evaluation"]["brier"] == 0.3
+        assert peak < len(body) + 4_000_000

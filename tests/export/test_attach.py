@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from tests.support.attach import Floats, Values, attach, refusal, softmax
-from tests.support.bodies import binary, described, outputs
+from tests.support.bodies import binary, outputs, tensor_of
 from tests.support.processes import Service, running
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -231,7 +231,7 @@ def test_attached_classifiers_support_oip(kind: str, request: pytest.FixtureRequ
     label = {"name": "label", "shape": [6], "datatype": "INT64", "data": y}
     infer = f"/v2/models/{name}/versions/{version}/infer"
     body, headers = binary(x, parameters={"binary_data_output": True})
-    responses = [service.client.post(infer, json={"inputs": [described(x), label]})]
+    responses = [service.client.post(infer, json={"inputs": [tensor_of(x), label]})]
     responses.append(service.client.post(infer, content=body, headers=headers))
     for response in responses:
         tensors = outputs(response)
@@ -240,8 +240,8 @@ def test_attached_classifiers_support_oip(kind: str, request: pytest.FixtureRequ
         assert [names[k] for k in logits.argmax(1)] == tensors["health"].tolist()
     np.testing.assert_allclose(cross_entropy(logits, y, t), outputs(responses[0])["loss"], atol=1e-4)
     far = label | {"data": [*y[:5], len(names)]}
-    assert 400 == service.client.post(infer, json={"inputs": [described(x), far]}).status_code
-    rul = {"inputs": [described(x)], "outputs": [{"name": "rul"}]}
+    assert 400 == service.client.post(infer, json={"inputs": [tensor_of(x), far]}).status_code
+    rul = {"inputs": [tensor_of(x)], "outputs": [{"name": "rul"}]}
     assert 400 == service.client.post(infer, json=rul).status_code
 
 

@@ -9,7 +9,7 @@ from service.errors import Overloaded
 from service.inference.admission import MIN_SHARE, RECENT_REQUESTS, Admission, LoadShedder, RowCountEstimator
 from tests.support.clock import Clock
 
-TURN_SECONDS = 0.1  # an eighth of the longest wait, which is what a turn may take
+TURN_SECONDS = 0.1  # a turn may take an eighth of the longest wait
 
 
 def play(scene: Callable[[LoadShedder], Coroutine[Any, Any, None]]) -> None:
@@ -22,7 +22,7 @@ def play(scene: Callable[[LoadShedder], Coroutine[Any, Any, None]]) -> None:
 
 
 async def turn(shedder: LoadShedder, requests: int, seconds: float) -> int:
-    """Return how many of some requests of one turn are admitted, each of which costs `seconds`."""
+    """Send requests in one turn that cost `seconds` each; return the number of admitted ones."""
     admitted = 0
     for _ in range(requests):
         try:
@@ -30,20 +30,20 @@ async def turn(shedder: LoadShedder, requests: int, seconds: float) -> int:
         except Overloaded:
             continue
         admitted += 1
-        time.sleep(seconds)  # blocks the loop, as the work of a request does
+        time.sleep(seconds)  # blocks the event loop as processing a request does
     await asyncio.sleep(0)
     return admitted
 
 
 def test_shedder_after_long_turns_admits_fewer_but_some() -> None:
-    """After turns that were too long fewer requests are admitted, never none; after short turns as many as at first."""
+    """After long turns fewer requests are admitted, but at least one; short turns restore the number."""
 
     async def scene(shedder: LoadShedder) -> None:
         first = await turn(shedder, 100, TURN_SECONDS / 2)
         assert 1 < first < 10
         for _ in range(6):
             least = await turn(shedder, 100, TURN_SECONDS / 2)
-            time.sleep(TURN_SECONDS)  # as above
+            time.sleep(TURN_SECONDS)  # blocks the event loop
         assert 1 <= least < first
         assert 0 < shedder.other_delay <= 4 * TURN_SECONDS
         for _ in range(8):
@@ -55,7 +55,7 @@ def test_shedder_after_long_turns_admits_fewer_but_some() -> None:
 
 
 def test_shedder_admits_all_cheap_requests() -> None:
-    """Answering a cheap request costs no more than refusing it: a thousand in a turn are admitted, turn after turn."""
+    """A thousand cheap requests per turn are all admitted, since a rejection would cost as much."""
 
     async def scene(shedder: LoadShedder) -> None:
         for _ in range(5):
@@ -65,7 +65,7 @@ def test_shedder_admits_all_cheap_requests() -> None:
 
 
 def test_shedder_after_an_idle_time_admits_the_first_request() -> None:
-    """Turns are measured only while requests arrive: the first of many is admitted, however long the last turn was."""
+    """The first request after an idle time is admitted, however long the last turn was."""
 
     async def scene(shedder: LoadShedder) -> None:
         assert 1 == await turn(shedder, 1, 5 * TURN_SECONDS)
@@ -76,7 +76,7 @@ def test_shedder_after_an_idle_time_admits_the_first_request() -> None:
 
 
 def test_shedder_counts_the_bytes_that_a_turn_will_read() -> None:
-    """A body of many bytes uses up the share of a turn before it is read."""
+    """A large body uses up the share of its turn before it is read."""
 
     async def scene(shedder: LoadShedder) -> None:
         shedder.admit(2**30)
@@ -86,11 +86,11 @@ def test_shedder_counts_the_bytes_that_a_turn_will_read() -> None:
     play(scene)
 
 
-SECOND = 10**9  # bytes that are read in one second
+SECOND = 10**9  # bytes read in 1 s
 
 
 async def share(shedder: LoadShedder, clock: Clock, seconds: float) -> float:
-    """Return the share of a turn in seconds, measured in steps of 0.01 s; the turn takes `seconds`."""
+    """Return the share of a turn in seconds, in steps of 0.01 s, and let the turn take `seconds`."""
     admitted = 0
     while True:
         try:
@@ -104,17 +104,17 @@ async def share(shedder: LoadShedder, clock: Clock, seconds: float) -> float:
 
 
 def test_share_halves_after_long_turns_and_grows_again(clock: Clock) -> None:
-    """The share is a whole turn at first, an eighth at least; it is halved by longer turns and grows by half else."""
+    """Longer turns halve the share down to an eighth; shorter turns increase it by half up to a whole turn."""
 
     async def scene() -> None:
         shedder = LoadShedder(16.0)  # a turn may take 2 s
         expected = [2, 1, 0.5, 0.25, 0.25]
-        found = [await share(shedder, clock, 2.5) for _ in expected]
-        assert expected == pytest.approx(found, abs=0.015)
+        shares = [await share(shedder, clock, 2.5) for _ in expected]
+        assert expected == pytest.approx(shares, abs=0.015)
         assert (2.5, 7.5) == (shedder.turn_seconds, shedder.other_delay)
         expected = [0.25, 0.375, 0.5625, 0.84375, 1.265625, 1.8984375, 2, 2]
-        found = [await share(shedder, clock, 2.0) for _ in expected]
-        assert expected == pytest.approx(found, abs=0.015)
+        shares = [await share(shedder, clock, 2.0) for _ in expected]
+        assert expected == pytest.approx(shares, abs=0.015)
         assert (2, 6) == (shedder.turn_seconds, shedder.other_delay)
         await share(shedder, clock, 3.0)
         assert (3, 8) == (shedder.turn_seconds, shedder.other_delay)
@@ -123,7 +123,7 @@ def test_share_halves_after_long_turns_and_grows_again(clock: Clock) -> None:
 
 
 def test_share_used_up_exactly_admits_until_time_passes(clock: Clock) -> None:
-    """A request is refused once more than the share is used, be it by bytes or by the time since the one before."""
+    """Requests are rejected once bytes and elapsed time together exceed the share."""
 
     async def scene() -> None:
         shedder = LoadShedder(16.0)
@@ -141,7 +141,7 @@ def test_share_used_up_exactly_admits_until_time_passes(clock: Clock) -> None:
 
 @pytest.mark.parametrize("max_wait", [0.02, 0.1])
 def test_other_delay_never_exceeds_half_of_the_longest_wait(max_wait: float) -> None:
-    """The time outside of the queue is three turns, but at least half of the longest wait is left to the queue."""
+    """The delay outside of the queue is three turns, but at most half of the longest wait."""
 
     async def scene() -> None:
         shedder = LoadShedder(max_wait)
@@ -153,7 +153,7 @@ def test_other_delay_never_exceeds_half_of_the_longest_wait(max_wait: float) -> 
 
 
 def test_estimate_without_similar_requests_is_one_row() -> None:
-    """Before any request of about its length is recorded, a request is estimated to have one row."""
+    """Without a recorded request of similar length, the estimate is one row."""
     estimator = RowCountEstimator()
     estimator.record(1000, 64)
     assert 1 == estimator.estimate(0)
@@ -161,7 +161,7 @@ def test_estimate_without_similar_requests_is_one_row() -> None:
 
 
 def test_estimate_depends_on_requests_of_that_length_only() -> None:
-    """A request is estimated to have as many rows as others of its length, whatever requests of other lengths had."""
+    """The estimate depends only on requests of a similar length."""
     estimator = RowCountEstimator()
     estimator.record(17_000_000, 1000)
     for _ in range(100):
@@ -171,7 +171,7 @@ def test_estimate_depends_on_requests_of_that_length_only() -> None:
 
 
 def test_estimate_uses_minimum_of_recent_requests() -> None:
-    """Where requests of a length had few rows and many, few are estimated until none of the recent ones had few."""
+    """The estimate is the smallest number of rows among the recent requests of a similar length."""
     estimator = RowCountEstimator()
     estimator.record(16_000, 1)
     for _ in range(RECENT_REQUESTS - 1):
@@ -196,7 +196,7 @@ class Queue:
 
 
 def test_admission_rejects_estimated_rows_beyond_capacity() -> None:
-    """A request is rejected before its body is read if requests of its length had more rows than the queue can take."""
+    """A request whose estimated rows exceed the capacity of the queue is rejected before its body is read."""
 
     async def scene() -> None:
         admission = Admission(Queue(room=10), 2.0)
@@ -209,7 +209,7 @@ def test_admission_rejects_estimated_rows_beyond_capacity() -> None:
 
 
 def test_admission_adds_the_time_outside_of_the_queue() -> None:
-    """The queue is asked with the delay that the last turn predicts for reading and answering."""
+    """The check of the queue receives the expected delay of reading the request and writing its response."""
 
     async def scene() -> None:
         queue = Queue(room=1)

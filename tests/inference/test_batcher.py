@@ -14,7 +14,7 @@ from tests.support.clock import Clock
 
 
 class Seen:
-    """The calls that the batcher made to its observer."""
+    """An observer that records the calls of the batcher."""
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -35,7 +35,7 @@ class Seen:
 
 
 class Gate:
-    """A callable over rows that answers twice their sum, and can be held shut."""
+    """A model that returns twice the sum of each row, and can be blocked."""
 
     def __init__(self) -> None:
         self.open, self.entered = threading.Event(), threading.Event()
@@ -48,12 +48,12 @@ class Gate:
         if np.isnan(rows).any():
             raise ValueError("poisoned")
         self.batches.append(rows)
-        found: Rows = 2 * rows.sum(axis=1)
-        return found
+        result: Rows = 2 * rows.sum(axis=1)
+        return result
 
 
 class Stage(NamedTuple):
-    """A batcher, the callable behind it and its observer."""
+    """A batcher with its model and its observer."""
 
     batcher: Batcher[Rows]
     gate: Gate
@@ -69,7 +69,7 @@ def whole(pieces: list[BatchSlice[Rows]]) -> Rows:
 
 
 def run(scene: Callable[[Stage], Coroutine[Any, Any, None]], **limits: Any) -> None:
-    """Play a scene with a batcher, and close it."""
+    """Run a scene with a new batcher, and close the batcher."""
 
     async def play() -> None:
         gate, seen = Gate(), Seen()
@@ -83,7 +83,7 @@ def run(scene: Callable[[Stage], Coroutine[Any, Any, None]], **limits: Any) -> N
 
 
 async def busy(stage: Stage) -> "asyncio.Task[list[BatchSlice[Rows]]]":
-    """Hold a batch inside the callable during the block."""
+    """Start a batch that is blocked inside the model, and return its task."""
     stage.gate.open.clear()
     stage.gate.entered.clear()
     first = asyncio.create_task(stage.batcher.submit(rows_of(1)))
@@ -92,17 +92,17 @@ async def busy(stage: Stage) -> "asyncio.Task[list[BatchSlice[Rows]]]":
 
 
 def test_batcher_returns_each_caller_its_rows() -> None:
-    """A thousand callers with windows of different values and numbers of rows each hear of their own, in order."""
+    """1000 concurrent callers with different numbers of rows each receive their own results in order."""
 
     async def scene(stage: Stage) -> None:
-        asked = [rows_of(*(100.0 * i + k for k in range(1 + i % 21))) for i in range(1000)]
-        answers = await asyncio.gather(*(stage.batcher.submit(rows) for rows in asked))
-        for rows, found in zip(asked, answers, strict=True):
-            np.testing.assert_array_equal(2 * rows.sum(axis=1), whole(found))
+        requests = [rows_of(*(100.0 * i + k for k in range(1 + i % 21))) for i in range(1000)]
+        results = await asyncio.gather(*(stage.batcher.submit(rows) for rows in requests))
+        for rows, result in zip(requests, results, strict=True):
+            np.testing.assert_array_equal(2 * rows.sum(axis=1), whole(result))
         assert max(stage.seen.batches) == 8
-        assert sum(stage.seen.batches) == sum(len(rows) for rows in asked)
+        assert sum(stage.seen.batches) == sum(len(rows) for rows in requests)
         assert len(stage.seen.waits) == 1000
-        assert stage.seen.rows_answered == sum(len(rows) for rows in asked)
+        assert stage.seen.rows_answered == sum(len(rows) for rows in requests)
 
     run(scene, max_queue_rows=100_000)
 
@@ -122,7 +122,7 @@ def test_requests_during_inference_form_the_next_batch() -> None:
 
 
 def test_large_request_does_not_delay_small_ones() -> None:
-    """One window that arrives behind fifty rows is answered after the batch in hand, not after all of them."""
+    """One row that arrives behind 50 rows is answered after the current batch, before all 50."""
 
     async def scene(stage: Stage) -> None:
         first = await busy(stage)
@@ -140,12 +140,12 @@ def test_large_request_does_not_delay_small_ones() -> None:
 
 
 def test_large_request_in_progress_is_completed() -> None:
-    """However many small ones follow, a large request takes every second batch, and large ones go one by one."""
+    """A large request gets every second batch among small ones, and large requests are processed one by one."""
 
     async def scene(stage: Stage) -> None:
         first = await busy(stage)
-        asked = (rows_of(*[1] * 24), rows_of(*[2] * 24), *(rows_of(*[3] * 8) for _ in range(20)))
-        tasks = [asyncio.create_task(stage.batcher.submit(rows)) for rows in asked]
+        requests = (rows_of(*[1] * 24), rows_of(*[2] * 24), *(rows_of(*[3] * 8) for _ in range(20)))
+        tasks = [asyncio.create_task(stage.batcher.submit(rows)) for rows in requests]
         await asyncio.sleep(0.01)
         stage.gate.open.set()
         await asyncio.gather(first, *tasks)
@@ -159,7 +159,7 @@ def test_large_request_in_progress_is_completed() -> None:
 
 
 def test_full_batches_need_no_event_loop() -> None:
-    """While the event loop is busy with other things, whatever waits in full batches is inferred."""
+    """Full batches are inferred while the event loop is blocked."""
 
     async def scene(stage: Stage) -> None:
         first = await busy(stage)
@@ -168,7 +168,7 @@ def test_full_batches_need_no_event_loop() -> None:
         stage.gate.open.set()
         deadline = time.monotonic() + 10
         while len(stage.gate.batches) < 6 and time.monotonic() < deadline:
-            time.sleep(0.001)  # holds the loop
+            time.sleep(0.001)  # blocks the event loop
         assert [1, *[8] * 5] == [len(rows) for rows in stage.gate.batches]
         assert [] == stage.seen.batches
         await asyncio.gather(first, *full)
@@ -178,7 +178,7 @@ def test_full_batches_need_no_event_loop() -> None:
 
 
 def test_slow_batches_are_reported_immediately() -> None:
-    """However many batches of a large request are still to come, those that took long are known: others go by them."""
+    """Slow batches of a large request are reported before the request is complete, and later checks use them."""
 
     async def scene(stage: Stage) -> None:
         answered, run = 0, stage.batcher.run
@@ -207,7 +207,7 @@ def test_slow_batches_are_reported_immediately() -> None:
 
 
 def test_request_with_too_long_a_wait_is_rejected() -> None:
-    """Once it is known how fast rows are answered, a request that would grow too old is not let in to begin with."""
+    """Once the rate is measured, a request whose expected wait exceeds the limit is rejected on arrival."""
 
     async def scene(stage: Stage) -> None:
         def slow(rows: Rows) -> Rows:
@@ -232,11 +232,11 @@ def test_request_with_too_long_a_wait_is_rejected() -> None:
 
 
 def test_observer_receives_counted_rows_only() -> None:
-    """Rows that a caller brings along to compare with are answered and not counted."""
+    """Rows beyond `counted` are inferred and returned, but not reported to the observer."""
 
     async def scene(stage: Stage) -> None:
-        found = await stage.batcher.submit(rows_of(*range(20)), counted=3)
-        assert 20 == len(whole(found))
+        result = await stage.batcher.submit(rows_of(*range(20)), counted=3)
+        assert 20 == len(whole(result))
         assert 3 == stage.seen.rows_answered
         assert [8, 8, 4] == stage.seen.batches
 
@@ -244,25 +244,25 @@ def test_observer_receives_counted_rows_only() -> None:
 
 
 def test_request_after_close_is_answered() -> None:
-    """A request whose body was being read when the model was replaced is answered by the one that it began with."""
+    """A request that began before its model was replaced is still answered by that model."""
 
     async def scene(stage: Stage) -> None:
         for k in range(3):
             await stage.batcher.submit(rows_of(k))
             await stage.batcher.close()
         before = threading.active_count()
-        found = await asyncio.wait_for(stage.batcher.submit(rows_of(7)), 10)
-        np.testing.assert_array_equal([42], whole(found))
+        result = await asyncio.wait_for(stage.batcher.submit(rows_of(7)), 10)
+        np.testing.assert_array_equal([42], whole(result))
         deadline = time.monotonic() + 10
         while threading.active_count() > before and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
-        assert before >= threading.active_count()  # one that ended may have been counted before
+        assert before >= threading.active_count()  # an ended thread may have been in the count before
 
     run(scene)
 
 
 def test_queue_beyond_its_limits_rejects() -> None:
-    """Rows beyond the limit are rejected immediately, and expired rows at their turn; both with a retry time."""
+    """Rows beyond the limit are rejected on arrival, and expired rows at their turn; both with a retry time."""
 
     async def full(stage: Stage) -> None:
         first = await busy(stage)
@@ -289,17 +289,17 @@ def test_queue_beyond_its_limits_rejects() -> None:
 
 
 def test_request_larger_than_the_queue_is_served_when_nothing_waits() -> None:
-    """What is allowed in one request is never refused for ever."""
+    """An empty queue accepts a request that is larger than its limit."""
 
     async def scene(stage: Stage) -> None:
-        found = await stage.batcher.submit(rows_of(*range(500)))
-        assert 500 == len(whole(found))
+        result = await stage.batcher.submit(rows_of(*range(500)))
+        assert 500 == len(whole(result))
 
     run(scene)
 
 
 def test_rows_of_disconnected_callers_are_not_inferred() -> None:
-    """Rows of a caller that is gone, or gave up, never reach the model."""
+    """Rows of a disconnected or cancelled caller never reach the model."""
 
     async def scene(stage: Stage) -> None:
         first = await busy(stage)
@@ -334,15 +334,15 @@ def test_rows_around_disconnected_caller_form_one_batch() -> None:
 
 
 def test_failing_batch_fails_exactly_its_callers() -> None:
-    """Callers of other batches, and of the next, are answered; a caller with a failed piece hears of the failure."""
+    """A failed batch fails each caller with rows in it, and no other caller."""
 
     async def scene(stage: Stage) -> None:
         first = await busy(stage)
         poisoned = asyncio.create_task(stage.batcher.submit(rows_of(np.nan, *range(8))))
-        beside = asyncio.create_task(stage.batcher.submit(rows_of(1)))
+        neighbour = asyncio.create_task(stage.batcher.submit(rows_of(1)))
         await asyncio.sleep(0.01)
         stage.gate.open.set()
-        for task in (poisoned, beside):
+        for task in (poisoned, neighbour):
             with pytest.raises(ValueError, match="poisoned"):
                 await task
         await first
@@ -352,7 +352,7 @@ def test_failing_batch_fails_exactly_its_callers() -> None:
 
 
 def test_close_returns_after_every_admitted_request() -> None:
-    """When `close` returns, each request that was admitted before is answered."""
+    """`close` returns after every admitted request is answered."""
 
     async def scene(stage: Stage) -> None:
         first = await busy(stage)
@@ -367,15 +367,15 @@ def test_close_returns_after_every_admitted_request() -> None:
 
 
 def test_thread_after_the_loop_ended_raises_nothing() -> None:
-    """An inference that ends after the event loop was closed is dropped, and raises no error in its thread."""
+    """An inference that ends after the event loop was closed is dropped without an error."""
     gate = Gate()
     gate.open.clear()
 
     async def scene() -> threading.Thread:
         batcher = Batcher[Rows](gate, Seen(), max_batch_rows=8, max_queue_rows=100, max_queue_seconds=60.0)
-        asking = asyncio.create_task(batcher.submit(rows_of(*range(20))))
+        task = asyncio.create_task(batcher.submit(rows_of(*range(20))))
         assert await asyncio.to_thread(gate.entered.wait, 10)
-        asking.cancel()
+        task.cancel()
         assert batcher._thread is not None
         return batcher._thread
 
@@ -383,7 +383,7 @@ def test_thread_after_the_loop_ended_raises_nothing() -> None:
     raised: list[object] = []
     before, threading.excepthook = threading.excepthook, raised.append
     gate.open.set()
-    thread.join(0.5)  # it waits for more, which never comes
+    thread.join(0.5)  # waits for rows that never arrive
     threading.excepthook = before
     assert gate.batches
     assert not raised
@@ -403,7 +403,7 @@ async def infer_full_batches(stage: Stage, clock: Clock, *seconds: float) -> Non
 
 
 async def queued(stage: Stage, *sizes: int) -> "list[asyncio.Task[list[BatchSlice[Rows]]]]":
-    """Submit requests of some sizes that wait behind a batch."""
+    """Submit requests of the given sizes, which wait behind a blocked batch."""
     tasks = [await busy(stage)]
     tasks += [asyncio.create_task(stage.batcher.submit(rows_of(*range(size)))) for size in sizes]
     await asyncio.sleep(0)
@@ -411,7 +411,7 @@ async def queued(stage: Stage, *sizes: int) -> "list[asyncio.Task[list[BatchSlic
 
 
 def test_capacity_of_the_queue_is_used_up_to_its_last_row() -> None:
-    """While rows wait, as many may join as the limit allows, not one more; an empty queue takes any number."""
+    """Waiting rows may reach the limit exactly, and an empty queue accepts any number of rows."""
 
     async def scene(stage: Stage) -> None:
         stage.batcher.check_capacity(101)
@@ -429,24 +429,24 @@ def test_capacity_of_the_queue_is_used_up_to_its_last_row() -> None:
 @pytest.mark.parametrize(
     ("sizes", "rows", "accepted"),
     [
-        ((5, 5), 1, True),  # 10 rows of 0.5 s are exactly the longest wait
+        ((5, 5), 1, True),  # 10 rows of 0.5 s each equal the longest wait
         ((5, 6), 1, False),
-        ((5, 5), 8, True),  # a whole batch is no large request
+        ((5, 5), 8, True),  # one full batch is not a large request
         ((5, 6), 8, False),
-        ((5, 6), 9, True),  # a large one, and none waits
+        ((5, 6), 9, True),  # a large request, and no other large one waits
         ((10,), 1, True),
         ((10,), 9, True),
-        ((9, 2), 1, True),  # behind 2 rows, and 2 of the large request in turn
+        ((9, 2), 1, True),  # behind 2 rows and 2 alternating rows of the large request
         ((9, 5), 1, True),
         ((9, 6), 1, False),
-        ((9, 1), 9, True),  # behind 9 rows, and 1 of the small ones in turn
+        ((9, 1), 9, True),  # behind 9 rows and 1 alternating row of the small ones
         ((9, 2), 9, False),
     ],
 )
 def test_delay_is_expected_from_the_rows_before(
     clock: Clock, sizes: tuple[int, ...], rows: int, accepted: bool
 ) -> None:
-    """Rows wait for those of their own queue and for as many of the other, at the rate of full batches."""
+    """The expected delay counts the rows ahead in the same queue and as many of the other queue."""
 
     async def scene(stage: Stage) -> None:
         await infer_full_batches(stage, clock, 4.0)
@@ -464,7 +464,7 @@ def test_delay_is_expected_from_the_rows_before(
 
 
 def test_other_delay_is_added_and_none_by_default(clock: Clock) -> None:
-    """The delay outside of the queue shortens what is left for waiting in it, for checks and for submitted rows."""
+    """The delay outside of the queue shortens the time that rows may wait in it."""
 
     async def scene(stage: Stage) -> None:
         await infer_full_batches(stage, clock, 4.0)
@@ -486,7 +486,7 @@ def test_other_delay_is_added_and_none_by_default(clock: Clock) -> None:
 
 
 def test_rate_is_the_median_of_the_last_full_batches(clock: Clock) -> None:
-    """The newest 9 full batches count; one long pause among them, and batches that are not full, change nothing."""
+    """The rate is the median of the last 9 full batches; one pause and partial batches do not change it."""
 
     async def scene(stage: Stage) -> None:
         async def expected() -> str:
@@ -499,7 +499,7 @@ def test_rate_is_the_median_of_the_last_full_batches(clock: Clock) -> None:
 
         await infer_full_batches(stage, clock, *[800.0] * 20)
         await infer_full_batches(stage, clock, *[8.0] * 4)
-        assert "8 rows, 1800.0 s" in await expected()  # its own batch took no time
+        assert "8 rows, 1800.0 s" in await expected()  # its batch took no time
         await infer_full_batches(stage, clock, *[8.0] * 3, 8000.0)
         assert "8 rows, 1008.0 s" in await expected()
 
@@ -507,7 +507,7 @@ def test_rate_is_the_median_of_the_last_full_batches(clock: Clock) -> None:
 
 
 def test_results_delivered_when_caller_is_done_or_late(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches reach the event loop together: until one answers, refuses or fails a caller, or the delay is over."""
+    """Batches are delivered together, when a caller completes, fails or expires, or after the maximum delay."""
     monkeypatch.setattr(batcher, "MAX_NOTIFY_DELAY_SECONDS", 0.25)
 
     async def scene(stage: Stage) -> None:
@@ -536,18 +536,18 @@ def test_results_delivered_when_caller_is_done_or_late(clock: Clock, monkeypatch
         assert [1, 3, 3] == await deliver(*await queued(stage, 24, 24))
         large = (await busy(stage), asyncio.create_task(stage.batcher.submit(rows_of(*range(40)))))
         assert [1, 2, 3] == await deliver(*large, asyncio.create_task(stage.batcher.submit(rows_of(1), lambda: True)))
-        seconds = 0.125  # after two batches the delay is reached, after three it is exceeded
+        seconds = 0.125  # two batches reach the delay, three exceed it
         assert [1, 3, 3, 1] == await deliver(*await queued(stage, 56))
         seconds = 0.0
         failing = rows_of(*range(10), np.nan, *range(29))
-        found = await deliver(await busy(stage), asyncio.create_task(stage.batcher.submit(failing)))
-        assert [1, 2] == found[:2]  # rows behind the failure may be dropped or inferred
+        counts = await deliver(await busy(stage), asyncio.create_task(stage.batcher.submit(failing)))
+        assert [1, 2] == counts[:2]  # rows behind the failure may be dropped or inferred
 
     run(scene)
 
 
 def test_observer_receives_batches_with_their_waits(clock: Clock) -> None:
-    """A batch has its duration, and for each caller that starts in it the time from arrival to its start."""
+    """A batch is reported with its duration and with the wait of each caller that starts in it."""
 
     async def scene(stage: Stage) -> None:
         received: list[tuple[int, float, list[float]]] = []
@@ -570,7 +570,7 @@ def test_observer_receives_batches_with_their_waits(clock: Clock) -> None:
 
 
 async def observed(stage: Stage) -> "list[list[tuple[Rows, list[BatchSlice[Rows]]]]]":
-    """Return the calls of the observer from now on, whose outputs are those of their rows."""
+    """Record the calls of the observer from this point, with outputs that equal their rows."""
     calls: list[list[tuple[Rows, list[BatchSlice[Rows]]]]] = []
 
     def record(completed: list[tuple[Rows, list[BatchSlice[Rows]]]]) -> None:
@@ -583,7 +583,7 @@ async def observed(stage: Stage) -> "list[list[tuple[Rows, list[BatchSlice[Rows]
 
 
 def test_observer_receives_callers_of_a_whole_batch_as_one() -> None:
-    """Callers that are together one batch are one entry; those of a batch that is shared or split are one each."""
+    """Callers that fill one batch are one entry; callers of shared or split batches are one entry each."""
 
     async def scene(stage: Stage) -> None:
         calls = await observed(stage)
@@ -602,7 +602,7 @@ def test_observer_receives_callers_of_a_whole_batch_as_one() -> None:
 
 @pytest.mark.parametrize(("counted", "slices"), [(1, 1), (7, 1), (8, 1), (9, 2), (16, 2), (19, 3), (20, 3)])
 def test_observer_receives_the_leading_rows_of_each_caller(counted: int, slices: int) -> None:
-    """The observer receives the first `counted` rows of a caller with their outputs, in no more slices than needed."""
+    """The observer receives the first `counted` rows of a caller and their outputs in as few slices as possible."""
 
     async def scene(stage: Stage) -> None:
         calls = await observed(stage)
@@ -615,7 +615,7 @@ def test_observer_receives_the_leading_rows_of_each_caller(counted: int, slices:
 
 
 def test_observer_ignores_callers_without_counted_rows() -> None:
-    """A caller of which no row counts is answered, and the observer receives the others of its batch only."""
+    """A caller without counted rows is answered and not reported; the others of its batch are reported."""
 
     async def scene(stage: Stage) -> None:
         calls = await observed(stage)
@@ -632,7 +632,7 @@ def test_observer_ignores_callers_without_counted_rows() -> None:
 
 
 def test_observer_does_not_receive_callers_that_gave_up() -> None:
-    """A caller that gave up while its rows were inferred is not counted; the others of its batch are."""
+    """A caller that is cancelled during inference is not reported; the others of its batch are."""
 
     async def scene(stage: Stage) -> None:
         calls = await observed(stage)
@@ -649,7 +649,7 @@ def test_observer_does_not_receive_callers_that_gave_up() -> None:
 
 @pytest.mark.parametrize("name", ["batch", "record_completed"])
 def test_error_of_the_observer_is_raised_to_the_callers(name: str) -> None:
-    """If the observer raises, the callers of the batch get its error, and later ones are answered."""
+    """An error of the observer is raised to the callers of the batch, and later callers are answered."""
 
     async def scene(stage: Stage) -> None:
         def fail(*_: object) -> None:
@@ -666,7 +666,7 @@ def test_error_of_the_observer_is_raised_to_the_callers(name: str) -> None:
 
 
 def test_thread_runs_until_the_close() -> None:
-    """One daemon thread serves requests until the close, which ends it; a later request gets another, which ends."""
+    """One daemon thread serves all requests until `close`; a later request starts a temporary one."""
 
     async def scene(stage: Stage) -> None:
         threads = list[threading.Thread | None]()
@@ -692,7 +692,7 @@ def test_thread_runs_until_the_close() -> None:
 
 
 def test_requests_of_one_turn_wake_the_thread_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many requests arrive in a turn, the thread is woken once, and not at all while it runs."""
+    """Requests of one event-loop turn wake the thread once, and a running thread is not woken."""
 
     async def scene(stage: Stage) -> None:
         loop, wakes = asyncio.get_running_loop(), list[object]()
@@ -715,7 +715,7 @@ def test_requests_of_one_turn_wake_the_thread_once(monkeypatch: pytest.MonkeyPat
 
 
 def test_rows_of_a_lone_caller_are_not_copied() -> None:
-    """The model receives the rows of a caller that is alone in its batch as they are in memory."""
+    """The model receives the rows of a single caller without a copy."""
 
     async def scene(stage: Stage) -> None:
         rows = rows_of(*range(20))
@@ -726,7 +726,7 @@ def test_rows_of_a_lone_caller_are_not_copied() -> None:
 
 
 def test_close_waits_for_callers_behind_a_failed_one() -> None:
-    """A caller of which every batch fails counts as one, so that the close waits for all others."""
+    """A caller whose batches all fail counts once, so that `close` waits for all others."""
 
     async def scene(stage: Stage) -> None:
         first = await busy(stage)

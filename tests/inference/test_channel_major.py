@@ -1,4 +1,4 @@
-"""The plan, a network laid out for speed: its answers have the network's bits, or it is not used."""
+"""The channel-major graph has the bits of the network, or it is not used."""
 
 from pathlib import Path
 
@@ -30,14 +30,14 @@ def network() -> EngineHealth:
 
 
 def bits(pair: tuple[Readings, ...]) -> list[list[int]]:
-    """Answers as they are written."""
+    """Return outputs as bytes."""
     return [column.view(np.int32).tolist() for column in pair]
 
 
 @settings(max_examples=60)
 @given(st.data())
 def test_channel_major_graph_equals_the_network(network: EngineHealth, data: st.DataObject) -> None:
-    """Padding, spells that stand still, repeated rows, broken sensors, unknown conditions, in any order, to the bit."""
+    """Bits are equal for padding, constant spells, repeated rows, broken sensors and unknown conditions."""
     windows = synthetic_windows(network, 4, seed=data.draw(st.integers(0, 99)))
     rows = windows.reshape(-1, 17)
     at = st.integers(0, len(rows) - 1)
@@ -52,7 +52,7 @@ def test_channel_major_graph_equals_the_network(network: EngineHealth, data: st.
 
 
 def test_channel_major_graph_has_the_bits_of_test_engines(cmapss_dir: Path) -> None:
-    """Official test engines of all four subsets, every cycle, short histories too, in batches of several sizes."""
+    """Both graphs have equal bits on all test engines, short histories included, in batches of several sizes."""
     model, (session, _) = open_model(ARTEFACT, threads=1), open_artefact(ARTEFACT)
     assert model.optimised_graph
     for subset in cmapss.SUBSETS:
@@ -61,48 +61,48 @@ def test_channel_major_graph_has_the_bits_of_test_engines(cmapss_dir: Path) -> N
             for k in range(0, len(windows), size * (20 if size < 9 else 1)):
                 some = np.ascontiguousarray(windows[k : k + size], np.float32)
                 own = session.run([contract.LOGITS, contract.RUL], {contract.INPUT: some})
-                found = model.run(some)
-                assert found.rul is not None
-                assert bits((found.logits, found.rul)) == bits(tuple(own))
+                outputs = model.run(some)
+                assert outputs.rul is not None
+                assert bits((outputs.logits, outputs.rul)) == bits(tuple(own))
 
 
-def test_only_rolling_means_have_one() -> None:
-    """A recurrent backbone has no plan, and a window whose sums could be rounded has none."""
+def test_only_rolling_means_have_a_channel_major_graph() -> None:
+    """A recurrent backbone, and a window whose sums could be rounded, have no channel-major graph."""
     assert export_channel_major(EngineHealth(NetworkConfig(window=12, backbone="conv-gru", hidden=8))) is None
     assert export_channel_major(EngineHealth(NetworkConfig(window=4096, hidden=8))) is None
 
 
 def test_close_conditions_get_no_channel_major_graph() -> None:
-    """Where two centres are nearly one, which is nearer hangs on the order of a sum."""
+    """Two nearly equal centres prevent the graph, since the nearer one depends on the order of a sum."""
     network = EngineHealth(NetworkConfig(window=WINDOW, conditions=2, hidden=8))
-    for apart, made in ((0.9, False), (1.1, True)):
+    for apart, exported in ((0.9, False), (1.1, True)):
         network.normalise.centres[1] = network.normalise.scales * torch.tensor([0.0, apart, 0.0])
-        assert made == (export_channel_major(network) is not None)
+        assert exported == (export_channel_major(network) is not None)
 
 
 @pytest.mark.parametrize("conditions", [1, 2, 6])
 def test_rows_at_a_condition_border_are_equal_in_both_graphs(conditions: int) -> None:
-    """Half a scale from a centre the last bit of a sum decides, and in ONNX Runtime it is the same bit."""
+    """At half a scale from a centre the last bit of a sum decides, and ONNX Runtime computes the same bit."""
     torch.manual_seed(1)
     network = EngineHealth(NetworkConfig(window=WINDOW, conditions=conditions, hidden=8)).eval()
     usual, random = network.normalise, np.random.default_rng(0)
     usual.centres.copy_(torch.linspace(1, 9, conditions)[:, None] * usual.scales * torch.tensor([0.9, 0.5, 0.7]))
-    made = export_channel_major(network)
-    assert made is not None
+    graph = export_channel_major(network)
+    assert graph is not None
     windows = random.standard_normal((64, WINDOW, 17))
     away = windows[..., :3] / np.linalg.norm(windows[..., :3], axis=-1, keepdims=True) * CONDITION_RADIUS
     of = random.integers(conditions, size=windows.shape[:2])
     windows[..., :3] = usual.centres.numpy()[of] + away * usual.scales.numpy()
     verify_channel_major(
         onnx_model.open_session(export_network(network, WINDOW), 1),
-        onnx_model.open_session(made, 1),
+        onnx_model.open_session(graph, 1),
         windows.astype(np.float32),
     )
 
 
 @pytest.mark.parametrize("factor", [1.1, 1 + 1e-4, 1 - 1e-4])
 def test_channel_major_graph_with_moved_border_is_rejected(tmp_path: Path, factor: float) -> None:
-    """A condition that ends a ten-thousandth later or sooner is found out; the trials know where it ends."""
+    """A condition border that is moved by 1e-4 is detected, since probe windows lie close to each border."""
     assert probe_windows.CONDITION_BORDER == CONDITION_RADIUS
     changed = plan()
     ends = next(node.input[1] for node in changed.graph.node if node.op_type == "LessOrEqual")
@@ -118,7 +118,7 @@ def test_channel_major_graph_with_moved_border_is_rejected(tmp_path: Path, facto
 
 
 def test_invalid_channel_major_graph_is_ignored(tmp_path: Path) -> None:
-    """One that is no graph, of another network, of other names, without RUL: left aside, and the network answers."""
+    """A graph that is invalid, foreign, renamed or without RUL is ignored, and the network is used."""
     manifest, probes = open_artefact(ARTEFACT)[1], next(probe_windows.probe_batches(open_artefact(ARTEFACT)[1]))
     expected = open_model(ARTEFACT).run(probes).logits
     torch.manual_seed(3)
@@ -137,17 +137,17 @@ def test_invalid_channel_major_graph_is_ignored(tmp_path: Path) -> None:
     + [(kind, 0) for kind in ("Not", "Round", "Clip", "CumSum", "Relu", "Pad", "Max", "GatherElements")],
 )
 def test_incomplete_channel_major_graph_is_rejected(tmp_path: Path, kind: str, kept: int) -> None:
-    """A step that passes one of its inputs on and does nothing: the proof fails, whichever it is."""
+    """Verification fails for a graph in which one node of these kinds only passes an input on."""
     content, manifest = plan(), open_artefact(ARTEFACT)[1]
     some = [k for k, node in enumerate(content.graph.node) if node.op_type == kind]
     assert some
-    for k in some[-1:] if kind == "Clip" else some:  # the first one bounds settings, which have no effect here
+    for k in some[-1:] if kind == "Clip" else some:  # the first one limits settings, which has no effect here
         contract.write(ARTEFACT.read_bytes(), manifest, tmp_path / "m.onnx", channel_major=without(content, k, kept))
         assert not open_model(tmp_path / "m.onnx").optimised_graph, (k, content.graph.node[k].output)
 
 
 def test_other_network_uses_its_channel_major_graph(network: EngineHealth, tmp_path: Path) -> None:
-    """Another window, another width: exported and opened as the bundled one is."""
+    """A network with another window and width uses its channel-major graph."""
     contract.write(
         export_network(network, WINDOW),
         manifest_of(network),
@@ -158,7 +158,7 @@ def test_other_network_uses_its_channel_major_graph(network: EngineHealth, tmp_p
 
 
 def test_export_with_foreign_channel_major_graph_fails() -> None:
-    """`make export` does not write a file whose plan would only be laid aside."""
+    """`make export` fails for a graph that would be ignored."""
     session, _ = open_artefact(ARTEFACT)
     other = onnx_model.open_session(export_network(EngineHealth(NetworkConfig(hidden=8)).eval(), 100), 1)
     with pytest.raises(VerifyError, match="the channel-major graph"):
@@ -168,7 +168,7 @@ def test_export_with_foreign_channel_major_graph_fails() -> None:
 
 
 def test_model_reports_optimised_graph(service: Service) -> None:
-    """`GET /v1/model` says so."""
+    """`GET /v1/model` reports the optimised graph."""
     assert service.client.get("/v1/model").json()["optimised_graph"] is True
 
 

@@ -31,7 +31,7 @@ def add_input(proto: onnx.ModelProto) -> None:
 
 
 def test_bundled_artefact_is_verified() -> None:
-    """The committed file opens, and answers its golden windows one by one or together."""
+    """The committed file opens, and its golden windows have equal results alone and together."""
     model = open_model(ARTEFACT)
     assert (model.manifest.window, 17) == model.input_shape
     assert contract.digest(ARTEFACT.read_bytes()) == model.digest
@@ -56,20 +56,20 @@ def test_bundled_artefact_is_verified() -> None:
 def test_contradictory_artefact_is_rejected(
     tmp_path: Path, manifest: dict[str, object] | None, change: Change | None, message: str
 ) -> None:
-    """A manifest and a graph that do not belong together are refused with the reason."""
+    """A manifest that contradicts its graph is rejected with the reason."""
     with pytest.raises(ArtefactRejected, match=message):
         open_model(edited(tmp_path / "m.onnx", manifest, change))
 
 
 def test_other_digest_than_required_is_rejected() -> None:
-    """Another digest than the required one is refused, the right one accepted."""
+    """A file with another digest than required is rejected, and one with that digest is accepted."""
     assert open_model(ARTEFACT, contract.digest(ARTEFACT.read_bytes()))
     with pytest.raises(ArtefactRejected, match="requires 0000"):
         open_model(ARTEFACT, "0" * 64)
 
 
 def test_any_classifier_with_a_manifest_opens(tmp_path: Path) -> None:
-    """Four classes, another input shape, no RUL: the contract is not C-MAPSS."""
+    """A model of four classes with another input shape and without RUL is accepted."""
     manifest: dict[str, object] = {"name": "four", "version": "1", "classes": ["n", "e", "s", "w"]}
     model = open_model(identity_classifier(tmp_path / "four.onnx", manifest))
     assert (4,) == model.input_shape
@@ -77,7 +77,7 @@ def test_any_classifier_with_a_manifest_opens(tmp_path: Path) -> None:
 
 
 def test_batch_dependent_network_is_rejected(tmp_path: Path) -> None:
-    """Answers that depend on who else is in the batch are found before any window is served."""
+    """A network whose output depends on the other rows of the batch is rejected at start."""
     nodes = [
         helper.make_node("ReduceMean", ["telemetry", "rows"], ["mean"], keepdims=1),
         helper.make_node("Sub", ["telemetry", "mean"], ["logits"]),
@@ -89,7 +89,7 @@ def test_batch_dependent_network_is_rejected(tmp_path: Path) -> None:
 
 
 def broken_files(folder: Path) -> dict[str, Path]:
-    """Every way a file can be no artefact."""
+    """Return files that are invalid artefacts, by kind."""
     content = ARTEFACT.read_bytes()
     foreign = onnx.load(ARTEFACT)
     del foreign.metadata_props[:]
@@ -109,7 +109,7 @@ def broken_files(folder: Path) -> dict[str, Path]:
 
 @pytest.mark.parametrize("kind", ["truncated", "tampered", "empty", "text", "foreign", "missing", "folder"])
 def test_serve_with_a_broken_file_exits_with_1(tmp_path: Path, kind: str) -> None:
-    """A file that is no artefact ends the start with exit code 1 and one line that names the file: no traceback."""
+    """An invalid artefact ends the start with exit code 1 and one line that names the file, without traceback."""
     path = broken_files(tmp_path)[kind]
     process = start("serve", "--port", "0", "--log-level", "warning", ENGINE_HEALTH_MODEL=str(path))
     _, message = process.communicate(timeout=60)
@@ -129,7 +129,7 @@ def test_serve_with_a_broken_file_exits_with_1(tmp_path: Path, kind: str) -> Non
     ],
 )
 def test_invalid_setting_is_named(variable: str, value: str) -> None:
-    """A wrong setting ends the start with exit code 1 and one line with its name and value."""
+    """An invalid setting ends the start with exit code 1 and one line with its name and value."""
     process = start("serve", **{f"ENGINE_HEALTH_{variable}": value})
     _, message = process.communicate(timeout=60)
     assert 1 == process.returncode
@@ -138,13 +138,13 @@ def test_invalid_setting_is_named(variable: str, value: str) -> None:
 
 
 def test_flag_overrides_the_environment() -> None:
-    """`--max-instances 0` is what is refused, though the environment has a good value."""
+    """An invalid `--max-instances 0` is rejected although the environment has a valid value."""
     process = start("serve", "--max-instances", "0", ENGINE_HEALTH_MAX_INSTANCES="5")
     assert "argument --max-instances" in process.communicate(timeout=60)[1]
 
 
 def test_address_in_use_exits_with_1() -> None:
-    """A port that is taken gives exit code 1 and says which."""
+    """A port in use ends the start with exit code 1 and one line with the port."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -156,7 +156,7 @@ def test_address_in_use_exits_with_1() -> None:
 
 
 def test_supervisor_enables_garbage_collection() -> None:
-    """Who starts without collecting, to import, has it back before there is anything to supervise."""
+    """Garbage collection is disabled during imports, and enabled before the supervisor starts."""
     code = """
 import gc, sys
 from service.settings import read_settings
@@ -184,5 +184,5 @@ def test_serving_never_loads_torch() -> None:
         "from service.settings import read_settings; s = read_settings(); create_app(s, print); open_model(s.model); "
         "print(*[m for m in sys.modules if m in ('torch', 'pandas', 'onnx', 'export', 'model.training')])"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "" == found.stdout.strip()
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "" == printed.stdout.strip()

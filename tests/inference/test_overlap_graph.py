@@ -1,4 +1,4 @@
-"""Work shared between overlapping windows: nothing of an answer may depend on it."""
+"""The overlap graph shares work between overlapping windows, and changes no bit of a prediction."""
 
 import base64
 import dataclasses
@@ -37,14 +37,14 @@ def network() -> EngineHealth:
 
 @pytest.fixture(scope="module")
 def bundled() -> Opened:
-    """The second graph of the committed artefact."""
-    found = open_overlap_graph(ARTEFACT, model_loader.open_model(ARTEFACT))
-    assert found is not None
-    return found
+    """The overlap graph of the committed artefact."""
+    opened = open_overlap_graph(ARTEFACT, model_loader.open_model(ARTEFACT))
+    assert opened is not None
+    return opened
 
 
 def shared(network: EngineHealth, rows: Readings) -> tuple[Readings, Readings, Readings]:
-    """Logits of every window with work shared, whether they hold, and the network's own."""
+    """Return the logits of every window by the overlap graph, whether they are exact, and those of the network."""
     starts = np.arange(len(rows) - network.config.window + 1)
     windows = np.lib.stride_tricks.sliding_window_view(rows, network.config.window, axis=0).transpose(0, 2, 1)
     with torch.inference_mode():
@@ -56,7 +56,7 @@ def shared(network: EngineHealth, rows: Readings) -> tuple[Readings, Readings, R
 @settings(max_examples=60)
 @given(st.data())
 def test_exact_windows_of_overlap_graph_equal_the_network(network: EngineHealth, data: st.DataObject) -> None:
-    """With padding, spells that stand still, repeated rows, broken sensors and unknown conditions, in any order."""
+    """Exact windows have equal bits with padding, constant spells, repeated rows, broken sensors, in any order."""
     rows = synthetic_windows(network, 4, seed=data.draw(st.integers(0, 99))).reshape(-1, 17)
     at = st.integers(0, len(rows) - 1)
     for begin, length in data.draw(st.lists(st.tuples(at, st.integers(2, 9)), max_size=8)):
@@ -69,26 +69,26 @@ def test_exact_windows_of_overlap_graph_equal_the_network(network: EngineHealth,
 
 
 def test_short_histories_and_inner_spells_are_exact(network: EngineHealth) -> None:
-    """Every window of an engine from its first flight on, and one in which a sensor stands still, is shared."""
+    """All windows are exact for an engine from its first flight, and for one with a constant spell inside."""
     flown = synthetic_windows(network, 1, seed=5)[0]
     flown[10:16, 4] = flown[10, 4]
     rows = np.concatenate([np.repeat(flown[:1], WINDOW - 1, axis=0), flown])
     logits, exact, own = shared(network, rows)
     spell = np.zeros(len(exact), np.bool_)
-    spell[11:14] = True  # the newest row is in the spell, before anybody can know how long it will last
+    spell[11:14] = True  # the newest row is in the spell, before its length is known
     np.testing.assert_array_equal(~spell, exact)
     np.testing.assert_array_equal(own[exact], logits[exact])
     assert (own[spell] != logits[spell]).any(axis=1).all()
 
 
 def test_only_rolling_means_share_work() -> None:
-    """A recurrent backbone has no second graph, and a window whose sums could be rounded has none."""
+    """A recurrent backbone, and a window whose sums could be rounded, have no overlap graph."""
     assert export_overlap_graph(EngineHealth(NetworkConfig(window=12, backbone="conv-gru", hidden=8))) is None
     assert export_overlap_graph(EngineHealth(NetworkConfig(window=4096, hidden=8))) is None
 
 
 def test_overlap_graph_has_the_bits_of_test_engines(bundled: Opened, cmapss_dir: Path) -> None:
-    """Official test engines of all four subsets, every cycle: nine in ten shared, all answers the network's."""
+    """On all test engines nine of ten windows are exact, and all logits equal those of the network."""
     model = bundled.model
     for subset in ("FD001", "FD002", "FD003", "FD004"):
         engines = [one.telemetry.astype(np.float32) for one in cmapss.read_test(cmapss_dir, subset)[:8]]
@@ -101,9 +101,9 @@ def test_overlap_graph_has_the_bits_of_test_engines(bundled: Opened, cmapss_dir:
             [np.stack([pad_left(one[: k + 1], 100) for k in range(len(one))]) for one in engines]
         ).astype(np.float32)
         own = [model.run(windows[i : i + 64]) for i in range(0, len(windows), 64)]
-        found = bundled.answers(rows, starts, 64)
-        np.testing.assert_array_equal(np.concatenate([one.logits for one in own]), found.logits)
-        np.testing.assert_array_equal(np.concatenate([one.rul for one in own if one.rul is not None]), found.rul)
+        outputs = bundled.answers(rows, starts, 64)
+        np.testing.assert_array_equal(np.concatenate([one.logits for one in own]), outputs.logits)
+        np.testing.assert_array_equal(np.concatenate([one.rul for one in own if one.rul is not None]), outputs.rul)
         assert bundled.run(rows, starts)[1].mean() > 0.9
 
 
@@ -111,7 +111,7 @@ def test_overlap_graph_has_the_bits_of_test_engines(bundled: Opened, cmapss_dir:
 def test_job_output_with_and_without_overlap_graph_is_equal(
     windows: Readings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixed: bool
 ) -> None:
-    """Bytes of the output, engine after engine and flight after flight, with many windows to a call and with few."""
+    """The output has equal bytes by engine and by flight, with many windows per call and with few."""
     table = flights(windows)
     if mixed:
         table = table.sort_by([("cycle", "ascending"), ("engine_id", "descending")])
@@ -126,7 +126,7 @@ def test_job_output_with_and_without_overlap_graph_is_equal(
 
 
 def test_invalid_overlap_graph_is_ignored(windows: Readings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that is missing, no graph, of another network, of other names: each is left aside, and the answers stay."""
+    """A graph that is missing, invalid, foreign or renamed is ignored, and predictions are unchanged."""
     expected = read(_scored(ARTEFACT, windows, tmp_path / "0", monkeypatch))
     manifest = open_artefact(ARTEFACT)[1]
     torch.manual_seed(3)
@@ -146,7 +146,7 @@ def test_invalid_overlap_graph_is_ignored(windows: Readings, tmp_path: Path, mon
 
 @pytest.mark.parametrize(("kind", "kept"), [("Or", 0), ("Or", 1), ("And", 0), ("And", 1), ("Round", 0), ("Relu", 0)])
 def test_incomplete_overlap_graph_is_rejected(tmp_path: Path, kind: str, kept: int) -> None:
-    """What a window alone decides, what is not meant, the grain: without any one of them the proof fails."""
+    """Verification fails for a graph in which one Or, And, Round or Relu node only passes an input on."""
     content, manifest = bundled_graph(contract.OVERLAP_KEY), open_artefact(ARTEFACT)[1]
     for k, node in enumerate(content.graph.node):
         if node.op_type == kind:
@@ -165,16 +165,16 @@ def test_overlap_graph_of_a_short_window_is_used(network: EngineHealth, tmp_path
 
 def test_batch_dependent_bits_disable_the_overlap_graph(bundled: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a processor that rounds a window alone in another way, in both graphs, a job runs each window by itself."""
-    asked, alone = Opened.run, bundled.model.run
+    shared_run, alone = Opened.run, bundled.model.run
 
     def run(
         self: Opened, rows: onnx_model.Batch, starts: overlap_graph.WindowStarts
     ) -> tuple[onnx_model.Outputs, overlap_graph.Mask]:
-        found, exact = asked(self, rows, starts)
-        return (rounded(found) if len(starts) == 1 else found), exact
+        outputs, exact = shared_run(self, rows, starts)
+        return (rounded(outputs) if len(starts) == 1 else outputs), exact
 
-    def rounded(found: onnx_model.Outputs) -> onnx_model.Outputs:
-        return onnx_model.Outputs(np.nextafter(found.logits, np.float32(9e9)), found.rul)
+    def rounded(outputs: onnx_model.Outputs) -> onnx_model.Outputs:
+        return onnx_model.Outputs(np.nextafter(outputs.logits, np.float32(9e9)), outputs.rul)
 
     model = dataclasses.replace(bundled.model, run=lambda one: rounded(alone(one)) if len(one) == 1 else alone(one))
     monkeypatch.setattr(Opened, "run", run)
@@ -182,12 +182,14 @@ def test_batch_dependent_bits_disable_the_overlap_graph(bundled: Opened, monkeyp
 
 
 def test_failing_overlap_graph_falls_back_to_the_network(bundled: Opened) -> None:
-    """No job ends by what only saves it time."""
+    """A job whose overlap graph fails continues with the network."""
     content = bundled_graph(contract.OVERLAP_KEY)
-    empty = [node.input[0] for node in content.graph.node if node.op_type == "Equal"][-1]  # all spans but the longest
+    empty = [node.input[0] for node in content.graph.node if node.op_type == "Equal"][
+        -1
+    ]  # the spans shorter than the longest
     bound = next(k for k, node in enumerate(content.graph.node) if node.output[0] == empty)
     failing = Opened(bundled.model, onnx_model.open_session(without(content, bound, 0), 1))
-    rows = np.repeat(np.arange(100, dtype=np.float32), 17).reshape(100, 17) - 1e9  # no sensor says anything
+    rows = np.repeat(np.arange(100, dtype=np.float32), 17).reshape(100, 17) - 1e9  # no sensor contributes
     with pytest.raises(Exception, match="Out of range"):
         failing.run(rows, np.array([0]))
     np.testing.assert_array_equal(bundled.model.run(rows[None]).logits, failing.answers(rows, np.array([0]), 64).logits)
@@ -207,29 +209,29 @@ def test_overlap_calls_do_not_exceed_the_verified_size(some: list[int], more: in
 
 
 def test_inexact_overlap_graph_is_rejected(bundled: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One bit of one answer is enough."""
-    asked = Opened.run
+    """A graph that differs in one bit of one logit is rejected."""
+    shared_run = Opened.run
 
     def wrong(
         self: Opened, rows: onnx_model.Batch, starts: overlap_graph.WindowStarts
     ) -> tuple[onnx_model.Outputs, overlap_graph.Mask]:
-        found, exact = asked(self, rows, starts)
-        found.logits.view(np.int32)[-1, -1] ^= 1
-        return found, exact
+        outputs, exact = shared_run(self, rows, starts)
+        outputs.logits.view(np.int32)[-1, -1] ^= 1
+        return outputs, exact
 
     monkeypatch.setattr(Opened, "run", wrong)
     assert open_overlap_graph(ARTEFACT, bundled.model) is None
 
 
 def test_changed_file_is_rejected(bundled: Opened, tmp_path: Path) -> None:
-    """The second graph is of the very file whose network answers."""
+    """An overlap graph is read only from the file whose network was opened."""
     contract.write(ARTEFACT.read_bytes(), open_artefact(ARTEFACT)[1], tmp_path / "m.onnx", b"x")
     with pytest.raises(ArtefactRejected, match="the file changed while it was opened"):
         open_overlap_graph(tmp_path / "m.onnx", bundled.model)
 
 
 def test_export_stores_overlap_graph_in_metadata() -> None:
-    """The artefact stays one file, and its metadata text."""
+    """The export stores the overlap graph as text in the metadata of the artefact."""
     text = onnx_model.read_metadata(ARTEFACT.read_bytes())[contract.OVERLAP_KEY]
     graph = onnx.load_model_from_string(base64.b64decode(text)).graph
     assert [contract.INPUT, contract.STARTS] == [one.name for one in graph.input]

@@ -97,16 +97,16 @@ def rows_of(n: int, seed: int = 0) -> Readings:
 
 def assert_equal(result: PredictionResult, expected: Any) -> None:
     """Compare all columns of predictions."""
-    for found, column in zip(result.answers, expected, strict=True):
+    for actual, column in zip(result.answers, expected, strict=True):
         if column is None:
-            assert found is None
+            assert actual is None
         else:
-            np.testing.assert_array_equal(column, found)
+            np.testing.assert_array_equal(column, actual)
 
 
 @pytest.mark.parametrize("n", [1, 4, 11])
 def test_predict_uses_temperature_of_artefact(table: Model, n: int) -> None:
-    """Any number of rows, also more than a batch, get the calibrated output of the network, and nothing else."""
+    """Any number of rows, also above one batch, gets exactly the calibrated output of the network."""
     result = predict(table, rows_of(n))
     assert_equal(result, predict_windows(table, rows_of(n), 2.0))
     assert all(piece.output.finite for piece in result.pieces)
@@ -129,7 +129,7 @@ def test_predict_other_temperature_keeps_prediction_sets(table: Model) -> None:
 
 
 def test_predictor_has_a_temperature_and_its_source(table: Model) -> None:
-    """A predictor has the temperature of the artefact unless it is given one, and publishes it when it serves."""
+    """A predictor uses the temperature of the artefact unless another one is given, and exports it as a metric."""
 
     async def scene(service: Service) -> tuple[Any, ...]:
         return service.predictor.temperature, service.predictor.temperature_source, service.metric("temperature")
@@ -140,21 +140,21 @@ def test_predictor_has_a_temperature_and_its_source(table: Model) -> None:
 
 @pytest.mark.parametrize("temperature", [None, 2.0, 0.5])
 def test_labels_are_scored_at_the_temperature_of_the_call(table: Model, temperature: float | None) -> None:
-    """The temperature of the call gives loss and evaluation of labelled rows, the active one gives `labelled`."""
-    rows, known = rows_of(3), [0, 2]
+    """Loss and evaluation use the temperature of the call, and `labelled` uses the active one."""
+    rows, labelled = rows_of(3), [0, 2]
     targets = np.array([[1, 0, 0, 0], UNKNOWN, [0, 0.5, 0.25, 0.25]])
     result = predict(table, rows, targets=targets, temperature=temperature)
-    z, q, t = rows[known], targets[known], temperature or 2.0
+    z, q, t = rows[labelled], targets[labelled], temperature or 2.0
     losses = numerics.cross_entropy(z, q, t, reduction="none")
     assert result.loss is not None
     assert result.evaluation is not None
     assert result.labelled is not None
     np.testing.assert_allclose([losses[0], np.nan, losses[1]], result.loss)
     expected = (losses.mean(), numerics.entropy(z, t).mean(), numerics.correct(z, q).mean())
-    found = result.evaluation
-    assert 2 == found.count
-    assert expected == pytest.approx((found.cross_entropy, found.expected_cross_entropy, found.accuracy))
-    assert numerics.brier(z, q, t).mean() == pytest.approx(found.brier)
+    evaluation = result.evaluation
+    assert 2 == evaluation.count
+    assert expected == pytest.approx((evaluation.cross_entropy, evaluation.expected_cross_entropy, evaluation.accuracy))
+    assert numerics.brier(z, q, t).mean() == pytest.approx(evaluation.brier)
     np.testing.assert_allclose(numerics.cross_entropy(z, q, 2.0, reduction="none"), result.labelled.loss)
     assert (t, None) == (result.temperature, result.explanation)
     assert_equal(result, predict_windows(table, rows, t))
@@ -184,7 +184,7 @@ def test_predict_many_labels_has_the_same_scores(table: Model) -> None:
 
 
 def test_imputed_values_are_counted_by_channel(table: Model) -> None:
-    """Values that were held are counted for their channel, and none without them."""
+    """Imputed values are counted by channel."""
 
     async def scene(service: Service) -> list[float | None]:
         await service.predictor.predict(rows_of(2))
@@ -195,7 +195,7 @@ def test_imputed_values_are_counted_by_channel(table: Model) -> None:
 
 
 def test_predict_not_counted_is_counted_on_request(table: Model) -> None:
-    """Predictions are in the metrics when they are made, or not before the caller counts them."""
+    """Predictions are counted in the metrics immediately, or when the caller counts them."""
 
     async def scene(service: Service) -> list[float | None]:
         await service.predictor.predict(rows_of(2))
@@ -226,7 +226,7 @@ def fail(*_: object) -> Any:
 
 
 def test_predict_other_delay_reduces_longest_wait(table: Model, sums: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prediction that waits too long outside of the queue is refused, and an explanation before it is computed."""
+    """A prediction with a large delay outside of the queue is rejected, an explanation before its copies are made."""
 
     async def scene(service: Service) -> None:
         shape = service.predictor.model.input_shape
@@ -245,7 +245,7 @@ def test_predict_other_delay_reduces_longest_wait(table: Model, sums: Model, mon
 
 
 def test_settings_bound_the_queue_and_its_batches(table: Model) -> None:
-    """Batches have at most `max_batch_rows`; once rows wait, `max_queue_rows` bounds them; admission asks the queue."""
+    """`max_batch_rows` limits batches, `max_queue_rows` limits waiting rows, and admission checks the queue."""
 
     async def scene(service: Service) -> None:
         waiting = asyncio.create_task(service.predictor.predict(rows_of(9)))
@@ -262,7 +262,7 @@ def test_settings_bound_the_queue_and_its_batches(table: Model) -> None:
 
 
 def test_admission_sheds_load_by_the_longest_wait(table: Model) -> None:
-    """A turn that has bytes to read for longer than an eighth of the longest wait admits no further request."""
+    """A turn with bytes for more than an eighth of the longest wait admits no further request."""
 
     async def scene(service: Service) -> None:
         service.predictor.admit(10**9)
@@ -273,7 +273,7 @@ def test_admission_sheds_load_by_the_longest_wait(table: Model) -> None:
 
 
 def test_closed_predictor_answers_what_it_admitted(table: Model) -> None:
-    """Closing waits for requests that were queued before, and a later one is answered still."""
+    """`close` waits for queued requests, and a later request is still answered."""
 
     async def scene(service: Service) -> None:
         waiting = asyncio.create_task(service.predictor.predict(rows_of(9)))
@@ -286,7 +286,7 @@ def test_closed_predictor_answers_what_it_admitted(table: Model) -> None:
 
 
 def test_rows_at_any_address_are_predicted_alike(table: Model) -> None:
-    """Rows whose floats begin at an odd address are aligned for the network, and get the same predictions."""
+    """Unaligned rows are aligned for the network, and get the same predictions."""
     rows = rows_of(3)
     unaligned = np.frombuffer(b"x" + rows.tobytes(), np.float32, offset=1).reshape(3, 4)
     assert not unaligned.flags.aligned
@@ -300,7 +300,7 @@ def test_rows_at_any_address_are_predicted_alike(table: Model) -> None:
 
 @pytest.mark.parametrize("temperature", [None, 0.5])
 def test_explanation_is_effect_of_occluded_channels(sums: Model, temperature: float | None) -> None:
-    """Each prediction is explained by its own occluded copies, at the temperature of the call; only it is counted."""
+    """An explanation compares the prediction with its occluded copies at the temperature of the call."""
     windows = np.random.default_rng(1).normal(0, 0.1, (3, 3, 2)).astype(np.float32)
 
     async def scene(service: Service) -> PredictionResult:
@@ -321,7 +321,7 @@ def test_explanation_is_effect_of_occluded_channels(sums: Model, temperature: fl
 
 @pytest.mark.parametrize("temperature", [None, 0.5])
 def test_explanation_has_the_cycles_that_each_channel_adds(temperature: float | None) -> None:
-    """An explanation has the RUL less that of the occluded copy, if the network returns it; labels are scored too."""
+    """An explanation has the RUL minus that of each occluded copy, and labelled rows are scored too."""
     model = open_model(ARTEFACT)
     windows = np.array([golden.telemetry for golden in model.manifest.golden[:2]], np.float32)
     targets = np.array([[np.nan] * 3, [0, 0, 1]])
@@ -345,8 +345,8 @@ def test_explanation_has_the_cycles_that_each_channel_adds(temperature: float | 
             assert (one.shift, one.rul) == pytest.approx((other.shift, other.rul), abs=1e-3)
 
 
-def test_explanation_that_exceeds_the_queue_is_refused(sums: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The copies of an explanation count as rows, and are not made if the queue cannot take them."""
+def test_explanation_that_exceeds_the_queue_is_rejected(sums: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Occluded copies count as rows, and are not made if they exceed the queue."""
     windows = np.zeros((2, 3, 2), np.float32)
 
     async def scene(service: Service) -> None:
@@ -365,7 +365,7 @@ def test_explanation_that_exceeds_the_queue_is_refused(sums: Model, monkeypatch:
 
 @pytest.mark.parametrize("n", [3, 9])
 def test_instance_without_finite_output_is_named(sums: Model, n: int) -> None:
-    """The first instance for which the network overflows is refused by its index, in whichever batch it is."""
+    """The first instance without a finite output is rejected by its index, in any batch."""
     windows = np.zeros((n, 3, 2), np.float32)
     for bad in range(n - 1):
         overflowing = windows.copy()
@@ -378,7 +378,7 @@ def test_instance_without_finite_output_is_named(sums: Model, n: int) -> None:
 
 @pytest.mark.parametrize("bad", [0, 1, 2])
 def test_predict_not_finite_occluded_copy_names_instance(sums: Model, bad: int) -> None:
-    """If the network overflows on a copy with a channel occluded, the instance of the copy is refused."""
+    """If the network overflows on an occluded copy, its instance is rejected."""
     windows = np.zeros((3, 3, 2), np.float32)
     windows[bad, :, 0] = 1000  # near the condition whose baseline overflows
     predict(sums, windows)
@@ -390,14 +390,14 @@ def test_predict_not_finite_occluded_copy_names_instance(sums: Model, bad: int) 
 
 
 def test_predict_not_finite_first_copy_names_instance(tmp_path: Path) -> None:
-    """If the network overflows on the first copy of the first instance, that instance is refused."""
+    """If the network overflows on the first copy of the first instance, that instance is rejected."""
     model = model_of_sums(tmp_path, [[3e38, 0.0]])
     with pytest.raises(InvalidInput, match=r"^instances\[0\]"):
         predict(model, np.zeros((3, 3, 2)), explain=True)
 
 
 def test_predict_in_batch_with_overflow_is_answered(sums: Model) -> None:
-    """A request is refused for its own rows only, not for those that shared its batch."""
+    """A request is rejected only for its own rows, not for other rows of the batch."""
     windows = np.zeros((2, 3, 2), np.float32)
     overflowing = windows.copy()
     overflowing[1, 0, 0] = 3e38
@@ -424,7 +424,7 @@ def test_model_without_prediction_sets_has_none(tmp_path: Path) -> None:
 
 
 def test_model_of_one_class_has_no_loss(tmp_path: Path) -> None:
-    """Labels of a model of one class are scored, and cost nothing."""
+    """Labels of a model with one class have a loss of 0."""
     manifest: dict[str, object] = {"name": "one", "version": "1", "classes": ["a"]}
     nodes = [helper.make_node("Identity", ["telemetry"], ["logits"])]
     model = open_model(classifier(tmp_path / "one.onnx", nodes, (1,), manifest))

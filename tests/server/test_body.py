@@ -31,7 +31,7 @@ from service.server.body_budget import BodyBudget, BodyReservation
 from service.server.scope import CONTEXT, RequestContext
 
 LIMIT = 1000
-NOISE = np.random.default_rng(0).bytes(3 * FEED_STEP)  # gzip makes it no shorter
+NOISE = np.random.default_rng(0).bytes(3 * FEED_STEP)  # gzip does not shorten it
 
 
 def piece(body: bytes, more: bool = False) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def reservation(budget: int = 10**9) -> BodyReservation:
 def test_body_in_pieces_is_read_and_charged_once(
     messages: list[dict[str, Any]], expected: bytes, how: Callable[..., Any]
 ) -> None:
-    """A body of at most `limit` bytes is what its pieces contain, and its length is held of the budget."""
+    """The pieces of a body within the limit are joined, and its length is charged to the budget once."""
     call = Call(*messages, length=len(expected))
     assert expected == call.read(how=how)
     assert (len(messages), len(expected)) == (call.received, call.reservation.bytes)
@@ -100,18 +100,18 @@ def test_body_in_pieces_is_read_and_charged_once(
     [
         [piece(b"x" * (LIMIT + 1))],
         [piece(b"x" * LIMIT, True), piece(b"y")],
-        [piece(b"x" * LIMIT, True), piece(b"y", True)],  # refused before the end
+        [piece(b"x" * LIMIT, True), piece(b"y", True)],  # rejected before the end
     ],
 )
-def test_body_beyond_the_limit_is_refused(messages: list[dict[str, Any]]) -> None:
-    """One byte more than the limit is refused, in one piece or in several."""
+def test_body_beyond_the_limit_is_rejected(messages: list[dict[str, Any]]) -> None:
+    """A body of one byte more than the limit is rejected, in one piece or in several."""
     with pytest.raises(BodyTooLarge, match=f"^more than {LIMIT} bytes$"):
         Call(*messages).read()
 
 
 @pytest.mark.parametrize("how", [read_body, read_large])
-def test_body_announced_beyond_the_limit_is_refused_unread(how: Callable[..., Any]) -> None:
-    """An announced length above the limit is refused before anything is received."""
+def test_body_announced_beyond_the_limit_is_rejected_unread(how: Callable[..., Any]) -> None:
+    """An announced length above the limit is rejected before anything is received."""
     call = Call(length=LIMIT + 1)
     with pytest.raises(BodyTooLarge, match=r"^1001 bytes, the limit is 1000 bytes$"):
         call.read(how=how)
@@ -121,40 +121,40 @@ def test_body_announced_beyond_the_limit_is_refused_unread(how: Callable[..., An
 @pytest.mark.parametrize(
     "messages", [[], [piece(b"a", True)], [piece(b"a", True), piece(b"b", True)]], ids=["none", "first", "second"]
 )
-def test_body_that_is_late_is_refused(messages: list[dict[str, Any]]) -> None:
-    """A body that is incomplete after `seconds` is refused, whatever has arrived; the cause is not shown."""
+def test_body_that_is_late_is_rejected(messages: list[dict[str, Any]]) -> None:
+    """A body that is incomplete after `seconds` is rejected, and the error hides its internal cause."""
     with pytest.raises(RequestTimeout, match=r"^the body did not arrive in 0\.01 s$") as refusal:
         Call(*messages).read(seconds=0.01)
     assert refusal.value.__suppress_context__
 
 
 @pytest.mark.parametrize("messages", [[], [piece(b"a", True)]], ids=["at first", "later"])
-def test_body_of_a_disconnected_client_is_refused(messages: list[dict[str, Any]]) -> None:
-    """A client that disconnects before its body is complete gets no further."""
+def test_body_of_a_disconnected_client_raises(messages: list[dict[str, Any]]) -> None:
+    """A disconnect before the end of the body raises ClientDisconnected."""
     with pytest.raises(ClientDisconnected, match=r"^the client disconnected before its body was complete$"):
         Call(*messages, {"type": "http.disconnect"}).read()
 
 
 @pytest.mark.parametrize("held", [0, 2, 5])
 def test_body_charged_in_part_is_charged_for_the_rest(held: int) -> None:
-    """Bytes that were charged before the body was complete are not charged again."""
+    """Bytes that were charged on arrival are not charged again."""
     call = Call(exchange=Exchange(b"whole"), length=5)
     call.reservation.take(held)
     assert b"whole" == call.read()
     assert 5 == call.reservation.bytes
 
 
-def test_body_in_pieces_beyond_budget_is_refused() -> None:
-    """Each piece is charged as it arrives, and refused when other requests leave no memory for it."""
+def test_body_in_pieces_beyond_budget_is_rejected() -> None:
+    """Each piece is charged as it arrives, and rejected when the budget is used up by other requests."""
     call = Call(piece(b"x" * 60, True), piece(b"y" * 60), budget=100)
-    call.reservation.budget.bytes = 10  # of another request
+    call.reservation.budget.bytes = 10  # charged by another request
     with pytest.raises(Overloaded):
         call.read()
     assert 60 == call.reservation.bytes
 
 
-def test_announced_body_beyond_budget_is_refused_unread() -> None:
-    """A length that other requests leave no memory for is refused before anything is received; one that fits is not."""
+def test_announced_body_beyond_budget_is_rejected_unread() -> None:
+    """An announced length beyond the rest of the budget is rejected before anything is received."""
     refused, fits = (Call(piece(b"x" * 10), length=length, budget=100) for length in (11, 10))
     for call in (refused, fits):
         call.reservation.budget.bytes = 90
@@ -166,7 +166,7 @@ def test_announced_body_beyond_budget_is_refused_unread() -> None:
 
 @pytest.mark.parametrize("encoding", [b"gzip", b" GZip "], ids=["lower", "mixed"])
 def test_gzip_body_is_decompressed_and_charged_twice(encoding: bytes) -> None:
-    """A gzip body is returned decompressed; its compressed and its decompressed bytes are held."""
+    """A gzip body is returned decompressed, and its compressed and decompressed bytes are both charged."""
     packed = gzip.compress(b"x" * 500)
     for how in (read_body, read_large):
         call = Call(piece(packed), **encoded(encoding))
@@ -178,14 +178,14 @@ def test_gzip_body_is_decompressed_and_charged_twice(encoding: bytes) -> None:
 
 @pytest.mark.parametrize("encoding", [b"identity", b" Identity"], ids=["lower", "mixed"])
 def test_identity_body_is_not_decompressed(encoding: bytes) -> None:
-    """The encoding `identity` leaves a body as it is."""
+    """The encoding `identity` leaves a body unchanged."""
     packed = gzip.compress(b"x")
     assert packed == Call(piece(packed), **encoded(encoding)).read()
 
 
 @pytest.mark.parametrize("how", [read_body, read_large])
-def test_body_of_another_encoding_is_refused_unread(how: Callable[..., Any]) -> None:
-    """An encoding other than gzip is refused with its name, at most 80 bytes of it."""
+def test_body_of_another_encoding_is_rejected_unread(how: Callable[..., Any]) -> None:
+    """An encoding other than gzip is rejected with its name, of which at most 80 bytes are shown."""
     call = Call(piece(b"x"), **encoded(b"B\xe9R" + b"o" * 200))
     shown = "bér" + "o" * 77
     with pytest.raises(UnsupportedMediaType, match=f"^content encoding '{shown}': expected an uncompressed or gzip"):
@@ -194,7 +194,7 @@ def test_body_of_another_encoding_is_refused_unread(how: Callable[..., Any]) -> 
 
 
 def test_gzip_of_several_members_and_steps_is_inflated() -> None:
-    """Members of any size, also empty ones, are joined, though they are read and inflated in steps."""
+    """Members of any size, including empty ones, are inflated in steps and joined."""
     parts = [NOISE, b"", b"x" * (2 * INFLATE_STEP + 1), b"y", NOISE[:-1]]
     packed, held = b"".join(map(gzip.compress, parts)), reservation()
     assert b"".join(parts) == inflate(packed, 10**8, held)
@@ -203,7 +203,7 @@ def test_gzip_of_several_members_and_steps_is_inflated() -> None:
 
 
 def test_gzip_with_a_long_header_is_inflated() -> None:
-    """A header that is longer than one step, which therefore inflates to nothing, is no end of the body."""
+    """A gzip header that is longer than one step does not end the body."""
     named = BytesIO()
     with gzip.GzipFile("x" * (2 * FEED_STEP), "wb", fileobj=named) as file:
         file.write(b"content")
@@ -211,7 +211,7 @@ def test_gzip_with_a_long_header_is_inflated() -> None:
 
 
 def test_gzip_bomb_is_dropped_at_the_limit() -> None:
-    """Inflating stops in the step that exceeds the limit; what is charged never exceeds it."""
+    """Inflation stops in the step that exceeds the limit, and no more than the limit is charged."""
     bomb, held = gzip.compress(bytes(5 * INFLATE_STEP)), reservation()
     assert 5 * INFLATE_STEP == len(inflate(bomb, 5 * INFLATE_STEP, reservation()))
     with pytest.raises(BodyTooLarge, match="when inflated"):
@@ -219,16 +219,16 @@ def test_gzip_bomb_is_dropped_at_the_limit() -> None:
     assert 2 * INFLATE_STEP == held.bytes
 
 
-def test_gzip_is_refused_when_the_budget_is_used_up() -> None:
-    """Decompressed bytes are charged too, and refused when other requests leave no memory for them."""
+def test_gzip_is_rejected_when_the_budget_is_used_up() -> None:
+    """Decompressed bytes beyond the rest of the budget are rejected."""
     held = reservation(INFLATE_STEP)
     held.budget.bytes = 1
     with pytest.raises(Overloaded):
         inflate(gzip.compress(bytes(2 * INFLATE_STEP)), 10**8, held)
 
 
-def test_gzip_of_too_many_members_is_refused() -> None:
-    """As many members as allowed are inflated, one more is refused."""
+def test_gzip_of_too_many_members_is_rejected() -> None:
+    """The maximum number of members is inflated, and one more is rejected."""
     member = gzip.compress(b"")
     assert b"" == inflate(member * MAX_GZIP_MEMBERS, 10, reservation())
     with pytest.raises(BodyTooLarge, match=f"^more than {MAX_GZIP_MEMBERS} gzip members$"):
@@ -241,7 +241,7 @@ def test_gzip_of_too_many_members_is_refused() -> None:
         (b"{}", "^the body is not gzip: "),
         (zlib.compress(b"x"), "^the body is not gzip: "),
         (gzip.compress(b"x") + b"garbage", "^the body is not gzip: "),
-        (gzip.compress(b"x")[:-5] + b"12345", "^the body is not gzip: "),  # another sum
+        (gzip.compress(b"x")[:-5] + b"12345", "^the body is not gzip: "),  # wrong checksum
         (gzip.compress(b"x")[:-1], "^the gzip body is truncated$"),
         (gzip.compress(NOISE)[:FEED_STEP], "^the gzip body is truncated$"),
         (gzip.compress(b"x") * 2 + gzip.compress(b"x")[:5], "^the gzip body is truncated$"),
@@ -249,7 +249,7 @@ def test_gzip_of_too_many_members_is_refused() -> None:
     ids=["plain", "zlib", "garbage", "sum", "end", "middle", "member"],
 )
 def test_gzip_that_is_broken_is_malformed(body: bytes, message: str) -> None:
-    """Bytes that are not gzip, garbage behind it, a wrong sum and a missing end are malformed."""
+    """Bytes that are not gzip, trailing garbage, a wrong checksum and a missing end are malformed."""
     with pytest.raises(MalformedJson, match=message) as refusal:
         inflate(body, 10**8, reservation())
     assert refusal.value.__suppress_context__ or refusal.value.__context__ is None
@@ -287,7 +287,7 @@ class Exchange:
 
 @pytest.mark.parametrize("how", [read_body, read_large])
 def test_complete_body_of_an_exchange_is_not_received(how: Callable[..., Any]) -> None:
-    """A body that the server has already is returned without a message, within the limit, and charged."""
+    """A body that is complete at the server is returned without a message, and charged."""
     call = Call(exchange=Exchange(b"whole"), length=5)
     assert b"whole" == call.read(how=how)
     assert (0, 5) == (call.received, call.reservation.bytes)
@@ -305,7 +305,7 @@ def test_large_body_is_uploaded_into_its_buffer() -> None:
     assert isinstance(view, memoryview)
     assert (LARGE_UPLOAD + 1, b"abc") == (len(view), bytes(view[:3]))
     assert (0, LARGE_UPLOAD + 1) == (call.received, call.reservation.bytes)
-    upload = call.context.exchange.upload  # type: ignore[union-attr]  # of the test's exchange
+    upload = call.context.exchange.upload  # type: ignore[union-attr]  # the exchange of this test
     assert 1 == upload.discarded
 
 
@@ -318,7 +318,7 @@ def test_large_body_is_uploaded_into_its_buffer() -> None:
     ],
 )
 def test_body_that_is_short_or_compressed_is_not_uploaded(context: dict[str, Any], how: Callable[..., Any]) -> None:
-    """At most 1 MiB, a compressed body and a body read as bytes are received in messages."""
+    """A body of at most 1 MiB, a compressed one and one read as bytes are received as messages."""
     exchange = Exchange()
     assert b"" == Call(
         piece(gzip.compress(b"")) if "headers" in context else piece(b""), exchange=exchange, **context
@@ -327,13 +327,13 @@ def test_body_that_is_short_or_compressed_is_not_uploaded(context: dict[str, Any
 
 
 def test_upload_without_an_exchange_is_received_in_messages() -> None:
-    """Another server has no direct access, and gives a large body in messages."""
+    """Another server provides no direct exchange, and a large body is received as messages."""
     assert b"x" == Call(piece(b"x"), length=LARGE_UPLOAD + 1).read(2 * LARGE_UPLOAD, how=read_large)
 
 
 @pytest.mark.parametrize("complete", [True, False])
 def test_upload_failed_or_late_is_discarded(complete: bool) -> None:
-    """An upload that is refused raises its error, a late one a timeout; the rest of both is discarded."""
+    """A failed upload raises its error and a late one a timeout; the rest of the body is discarded."""
     exchange = Exchange(result=Overloaded("full", 1.0), complete=complete)
     call = Call(exchange=exchange, length=LARGE_UPLOAD + 1)
     message = "^full$" if complete else r"^the body did not arrive in 0\.01 s$"

@@ -17,7 +17,7 @@ def two(limit: int) -> tuple[BodyBudget, BodyReservation, BodyReservation]:
 
 
 def test_budget_is_shared_up_to_its_limit() -> None:
-    """Requests hold bytes up to the limit together; one more is refused, and holds what it held."""
+    """Requests share the budget; bytes beyond it are rejected, and the rejected request retains its charge."""
     budget, first, second = two(100)
     first.take(60)
     second.take(40)
@@ -29,7 +29,7 @@ def test_budget_is_shared_up_to_its_limit() -> None:
 
 
 def test_budget_without_other_bodies_has_no_limit() -> None:
-    """A request that alone holds bytes is never refused; once it exceeds the limit, every other is."""
+    """A request that is alone in the budget is never rejected; while it exceeds the limit, all others are."""
     budget, first, second = two(100)
     first.check(1000)
     first.take(70)
@@ -40,8 +40,8 @@ def test_budget_without_other_bodies_has_no_limit() -> None:
         second.take(1)
 
 
-def test_check_holds_no_bytes() -> None:
-    """Checking a length reserves nothing, and refuses one byte more than what is left."""
+def test_check_charges_no_bytes() -> None:
+    """A check charges nothing, and rejects one byte more than the rest of the budget."""
     budget, first, second = two(100)
     first.take(60)
     second.check(40)
@@ -51,7 +51,7 @@ def test_check_holds_no_bytes() -> None:
 
 
 def test_release_returns_all_bytes_once() -> None:
-    """A released request holds nothing, and a second release returns nothing more."""
+    """A released request charges nothing, and a second release has no effect."""
     budget, first, second = two(100)
     first.take(60)
     second.take(30)
@@ -62,7 +62,7 @@ def test_release_returns_all_bytes_once() -> None:
 
 
 def test_released_mapping_is_retained_up_to_its_limit() -> None:
-    """A mapping of at most 16 MiB is retained for the next large body, which gets it with its own length."""
+    """A mapping of at most 16 MiB is retained, and resized for the next large body."""
     budget, first, second = two(100)
     assert MAX_SPARE_BYTES == len(first.allocate(MAX_SPARE_BYTES))
     mapping = first.mapping
@@ -74,7 +74,7 @@ def test_released_mapping_is_retained_up_to_its_limit() -> None:
 
 
 def test_second_released_mapping_replaces_the_first() -> None:
-    """Only one mapping is retained, the last; the one before is closed."""
+    """Only the last released mapping is retained, and the one before is closed."""
     budget, first, second = two(100)
     first.allocate(PAGE)
     second.allocate(PAGE)
@@ -88,7 +88,7 @@ def test_second_released_mapping_replaces_the_first() -> None:
 
 
 def test_mapping_in_use_is_not_reused() -> None:
-    """A retained mapping that an array still uses is replaced by a new one of the right length."""
+    """A retained mapping that an array still uses is replaced by a new one."""
     budget, first, second = two(100)
     array = np.frombuffer(first.allocate(PAGE), np.uint8)
     mapping = first.mapping
@@ -125,7 +125,7 @@ def test_resized_mapping_has_a_new_view() -> None:
 
 
 def test_resize_of_a_mapping_in_use_fails() -> None:
-    """A mapping whose view an array uses is not resized, and its bytes stay."""
+    """A mapping whose view an array uses is not resized, and its bytes are unchanged."""
     mapping = Mapping(PAGE, huge_pages=False)
     mapping.view[:4] = b"kept"
     array = np.frombuffer(mapping.view, np.uint8)
@@ -137,7 +137,7 @@ def test_resize_of_a_mapping_in_use_fails() -> None:
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no huge pages")
 def test_huge_pages_are_requested_for_a_body_alone_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first large body gets huge pages; while other bodies are held, a mapping gets small ones. All are private."""
+    """A large body gets huge pages if no other body is charged, else small ones; all mappings are private."""
     flags: list[int] = []
     advice: list[list[int]] = []
 

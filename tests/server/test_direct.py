@@ -5,7 +5,7 @@ import pytest
 
 from model.windows import Readings
 from tests.support.processes import Service, running
-from tests.support.raw_http import HEAD, LIVEZ, ends, hear, predicting, talking
+from tests.support.raw_http import HEAD, LIVEZ, is_closed, open_stream, prediction_request, read_response
 
 OWN = (
     rb"(?<=^date: )[^\r]*|(?<=^x-request-id: )[^\r]*",
@@ -14,11 +14,11 @@ OWN = (
 )
 
 
-def said(service: Service, request: bytes) -> bytes:
-    """All that is heard until the other side hangs up, without what differs from answer to answer."""
-    with talking(service) as (connection, ear):
+def raw_responses(service: Service, request: bytes) -> bytes:
+    """Return all responses until the connection closes, without the fields that differ between responses."""
+    with open_stream(service) as (connection, reader):
         connection.sendall(request)
-        return re.sub(b"|".join(OWN), b"", ear.read(), flags=re.MULTILINE)
+        return re.sub(b"|".join(OWN), b"", reader.read(), flags=re.MULTILINE)
 
 
 def last(request: bytes) -> bytes:
@@ -45,33 +45,33 @@ def other(request: bytes) -> bytes:
 def test_response_with_and_without_asgi_messages_is_equal(
     service: Service, windows: Readings, ask: Callable[[bytes], bytes]
 ) -> None:
-    """Status, headers and body of a prediction, or a refusal, are those of a service that looks at each message."""
-    request = ask(predicting(windows))
-    with running(ENGINE_HEALTH_CORS_ORIGINS="https://ops.example") as looking:  # which adds to answers to pages only
-        assert said(service, request) == said(looking, request)
+    """Status, headers and body are equal to those of a service that inspects each ASGI message."""
+    request = ask(prediction_request(windows))
+    with running(ENGINE_HEALTH_CORS_ORIGINS="https://ops.example") as inspecting:
+        assert raw_responses(service, request) == raw_responses(inspecting, request)
 
 
 def test_continue_precedes_an_early_rejection() -> None:
-    """A 100 never comes behind the answer, where the next one would be read: also when both are due in one turn."""
+    """100 Continue is never sent after the final response, also when both are due in one turn."""
     chunk = b"Transfer-Encoding: chunked\r\n\r\n7d0\r\n" + b" " * 2000 + b"\r\n"
     with running(ENGINE_HEALTH_MAX_BODY_BYTES="1000") as small:
         for closing in (b"", b"Connection: close\r\n"):
-            with talking(small) as (connection, ear):
+            with open_stream(small) as (connection, reader):
                 connection.sendall(HEAD + closing + b"Expect: 100-continue\r\n" + chunk)
-                assert b"HTTP/1.1 100 Continue\r\n\r\n" == ear.readline() + ear.readline()
-                assert 413 == hear(ear)[0]
+                assert b"HTTP/1.1 100 Continue\r\n\r\n" == reader.readline() + reader.readline()
+                assert 413 == read_response(reader)[0]
                 if not closing:
                     connection.sendall(b"0\r\n\r\n" + LIVEZ)
-                    assert 200 == hear(ear)[0]
+                    assert 200 == read_response(reader)[0]
 
 
 def test_expect_continue_with_sent_body_is_answered(service: Service, windows: Readings) -> None:
-    """A body that comes with its headers needs no 100; the answer comes once, and the next request is read."""
-    with talking(service) as (connection, ear):
+    """A body that arrives with its headers gets one response without 100 Continue, and the next request is read."""
+    with open_stream(service) as (connection, reader):
         connection.sendall(
-            predicting(windows, b"Expect: 100-continue\r\n")
+            prediction_request(windows, b"Expect: 100-continue\r\n")
             + LIVEZ.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
         )
-        assert 200 == hear(ear)[0]
-        assert 200 == hear(ear)[0]
-        assert ends(ear)
+        assert 200 == read_response(reader)[0]
+        assert 200 == read_response(reader)[0]
+        assert is_closed(reader)

@@ -13,7 +13,7 @@ CLIENTS = 200
 
 
 class Echo(asyncio.Protocol):
-    """Says what it hears; `made` has one entry a connection, the turn of the loop in which it came."""
+    """A protocol that returns what it receives; `made` has the loop turn of each accepted connection."""
 
     turn, made = 0, list[int]()
 
@@ -26,16 +26,16 @@ class Echo(asyncio.Protocol):
 
 
 async def turns_until_all_are_in(seconds: float) -> int:
-    """Return the number of turns of a given length until all clients are accepted; the last gets a response."""
+    """Return the number of turns of some length until all clients are accepted; the last client gets a response."""
     Echo.made.clear()
     loop = asyncio.get_running_loop()
     server = await loop.create_server(Echo, "127.0.0.1", 0, backlog=2 * CLIENTS)
     address = server.sockets[0].getsockname()
-    clients = [socket.create_connection(address) for _ in range(CLIENTS)]  # the loop does not turn meanwhile
+    clients = [socket.create_connection(address) for _ in range(CLIENTS)]  # the event loop is blocked during connects
     for Echo.turn in range(10_000):
         if len(Echo.made) == CLIENTS:
             break
-        time.sleep(seconds)  # the work of a turn holds the loop: that is the point
+        time.sleep(seconds)  # blocks the event loop on purpose, as work of one turn does
         await asyncio.sleep(0)
     for client in clients[0], clients[-1]:
         client.setblocking(False)
@@ -49,23 +49,23 @@ async def turns_until_all_are_in(seconds: float) -> int:
 
 
 def test_waiting_connections_are_accepted_in_few_turns() -> None:
-    """Two hundred connections that wait are accepted in a few turns if those are long, and each of them is answered."""
+    """200 waiting connections are accepted in a few long turns, and each gets a response."""
     with asyncio.Runner(loop_factory=BatchAcceptLoop) as runner:
         assert CLIENTS / 10 > runner.run(turns_until_all_are_in(0.02))
     assert CLIENTS < MAX_ACCEPTED
 
 
 def test_idle_loop_leaves_connections_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short turns accept one or two connections each, so that several workers share simultaneous clients."""
+    """Short turns accept one or two connections each, so that workers share simultaneous clients."""
     monkeypatch.setattr(
         "service.server.event_loop.SECONDS_PER_CONNECTION", 60.0
-    )  # longer than any turn, also on a busy machine
+    )  # longer than any turn, even on a busy machine
     with asyncio.Runner(loop_factory=BatchAcceptLoop) as runner:
         assert CLIENTS / 10 < runner.run(turns_until_all_are_in(0))
 
 
 def test_loop_without_free_descriptors_continues() -> None:
-    """When as many files are open as may be, nothing is raised in the loop, and who comes later is accepted."""
+    """Without free file descriptors the loop raises nothing, and accepts connections once there are some."""
 
     async def scene() -> list[dict[str, Any]]:
         raised: list[dict[str, Any]] = []
@@ -78,7 +78,7 @@ def test_loop_without_free_descriptors_continues() -> None:
         free = os.dup(0)
         os.close(free)
         try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, hard))  # one more may be opened
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, hard))  # one more descriptor may be opened
             for _ in range(20):
                 time.sleep(0.005)
                 await asyncio.sleep(0)
@@ -99,7 +99,7 @@ def test_loop_without_free_descriptors_continues() -> None:
 
 
 def test_closed_server_accepts_no_connection() -> None:
-    """After closing, new connections are refused at the next turn of the loop."""
+    """A closed server refuses new connections from the next turn of the loop."""
 
     async def scene() -> None:
         loop = asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""The C library's heap, in processes of their own."""
+"""The heap of the C library, tested in separate processes."""
 
 import asyncio
 import platform
@@ -29,15 +29,15 @@ print(resident() - before)
 
 
 def held(fixed: bool, **environment: str) -> float:
-    """MiB that a process holds more after 150 MiB came and went, 3 MiB of small blocks between them stayed."""
+    """Return the growth in MiB of a process that freed 150 MiB and retains 3 MiB of small blocks between them."""
     command = [sys.executable, "-c", HELD.format(fixed=fixed)]
     return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these limits")
-def test_large_blocks_go_back_to_the_machine() -> None:
-    """What is freed is not held between what is not; glibc by itself would hold it, and who tunes it is left alone."""
+def test_freed_large_blocks_return_to_the_system() -> None:
+    """Freed large blocks are returned although small ones remain, and a user's own tuning is not changed."""
     assert held(fixed=True) < 12
     assert held(fixed=False) > 60
     assert held(fixed=True, GLIBC_TUNABLES="glibc.malloc.tcache_count=7") > 60
@@ -61,18 +61,18 @@ print(before - held, held - resident(), sum(block.sum(dtype=int) for block in bl
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these limits")
 def test_heap_holes_are_returned_to_the_system() -> None:
-    """Of 100 MiB between what stays nothing is held once the heap is tidied, but by who tunes it."""
+    """A trim returns 100 MiB of holes between used blocks, except under a user's own tuning."""
     for environment, least, most in (({}, 90, 110), ({"MALLOC_MMAP_THRESHOLD_": str(2**22)}, -1, 10)):
         command = [sys.executable, "-c", HOLES]
-        found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-        at_once, tidied, whole = found.split()
-        assert float(at_once) < 10
-        assert least < float(tidied) < most
+        printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        immediate, trimmed, whole = printed.split()
+        assert float(immediate) < 10
+        assert least < float(trimmed) < most
         assert whole == "True"
 
 
 def test_trimming_without_a_free_thread_is_postponed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no thread is to be had the heap stays as it is, and whatever else the service does now and then goes on."""
+    """If no thread can be started, the trim is skipped, and other periodic work continues."""
     monkeypatch.setattr(lifecycle, "MALLOC_TRIM_SECONDS", 0.001)
 
     async def scene() -> None:

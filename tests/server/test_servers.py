@@ -1,4 +1,4 @@
-"""The application under other ASGI servers: it is the same, byte for byte."""
+"""The application under other ASGI servers returns the same bytes."""
 
 import gzip
 import json
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from model.windows import Readings
-from tests.support.bodies import INFER, asked, binary
+from tests.support.bodies import INFER, binary, inference_body
 from tests.support.processes import Service, running, wait_until_ready
 from tests.support.tables import ARROW, flights, stream
 
@@ -40,7 +40,7 @@ SETTINGS = {
 RANDOM = re.compile(  # identifiers and times
     rb'(?<=_id":")[0-9a-f]{20,}|(?<=_at":")[^"]*|(?<="p[59]0":)[\d.e-]+'
 )
-SAMPLES = re.compile(rb"(?m)^([^# ].*|# EOF.*)\n")  # values and series of /metrics depend on what was counted before
+SAMPLES = re.compile(rb"(?m)^([^# ].*|# EOF.*)\n")  # values and series of /metrics depend on earlier requests
 
 
 class Call(NamedTuple):
@@ -80,15 +80,15 @@ def predictions(windows: Readings) -> Iterator[Call]:
     packed = gzip.compress(json.dumps({"instances": rows}).encode(), mtime=0)
     yield Call("POST", "/v1/predict", packed, {"Content-Type": "application/json", "Content-Encoding": "gzip"})
     yield Call("POST", "/v1/predict?missing=hold", stream(flights({"A": windows[0]})), ARROW)
-    yield posted(INFER, asked(windows))
-    yield posted("/v2/models/engine-health/versions/0.1.0/infer", asked(windows))
+    yield posted(INFER, inference_body(windows))
+    yield posted("/v2/models/engine-health/versions/0.1.0/infer", inference_body(windows))
     for some in (windows, more):
         body, headers = binary(some, parameters={"binary_data_output": True})
         yield Call("POST", INFER, body, headers)
 
 
 def stored(windows: Readings) -> Iterator[Call]:
-    """Return the calls of the store, and of calibration."""
+    """Return calls of the store and of calibration."""
     cycles = [{"engine_id": "F", "cycle": k, "telemetry": row.tolist()} for k, row in enumerate(windows[0][:5], 1)]
     label = {"engine_id": "F", "cycle": 3, "label": "normal"}
     yield posted("/v1/cycles", {"cycles": cycles})
@@ -109,7 +109,7 @@ def stored(windows: Readings) -> Iterator[Call]:
 
 
 def others() -> Iterator[Call]:
-    """Return the other endpoints, and pages."""
+    """Return calls of the other endpoints and pages."""
     logits = {"logits": [[1.0, 2.0, 3.0], [0.1, 0.2, 0.7]], "labels": [0, 2]}
     yield posted("/v1/evaluate", logits)
     for path in ("/v1/model", "/v2/models/engine-health", "/v2/models/engine-health/ready", "/docs", "/openapi.json"):
@@ -127,7 +127,7 @@ def others() -> Iterator[Call]:
 
 
 def refused() -> Iterator[Call]:
-    """Return requests that are refused, for every reason that needs no strain."""
+    """Return requests that are rejected, for every reason that needs no load."""
     yield Call("POST", "/v1/predict", b"{", {"Content-Type": "application/json"})
     yield Call("POST", "/v1/predict", b"[" * 250_000, {"Content-Type": "application/json"})
     yield Call("POST", "/v1/predict", b"no stream", ARROW)
@@ -158,21 +158,21 @@ def chunked(content: bytes) -> Iterator[bytes]:
 
 def seen(service: Service, windows: Readings) -> list[Seen]:
     """Send every call in order, and return the responses without their random parts."""
-    found = []
+    responses = []
     for call in (*predictions(windows), *stored(windows), *others(), *refused()):
         forms: list[Any] = [call.content]
         if call.path == "/v1/predict" and call.content and len(call.content) > 1000:
             forms.append(chunked(call.content))
         for content in forms:
             headers = {"Accept-Encoding": "identity"} | call.headers | call.key
-            answer = service.client.request(call.method, call.path, content=content, headers=headers)
-            assert re.fullmatch(r"[0-9a-f]{16}", answer.headers["x-request-id"])
-            body = RANDOM.sub(b"-", answer.content)
+            response = service.client.request(call.method, call.path, content=content, headers=headers)
+            assert re.fullmatch(r"[0-9a-f]{16}", response.headers["x-request-id"])
+            body = RANDOM.sub(b"-", response.content)
             if call.path == "/metrics":
                 body = SAMPLES.sub(b"", body)
-            told = f"{call.method} {call.path} {call.headers} {(call.content or b'')[:60]!r}"
-            found.append(Seen(told, answer.status_code, answer.headers.get("content-type"), body))
-    return found
+            summary = f"{call.method} {call.path} {call.headers} {(call.content or b'')[:60]!r}"
+            responses.append(Seen(summary, response.status_code, response.headers.get("content-type"), body))
+    return responses
 
 
 @contextmanager
@@ -185,7 +185,7 @@ def other_server(command: tuple[str, ...]) -> Iterator[Service]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("ENGINE_HEALTH_")}
         environment |= SETTINGS | {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{folder}/store.db"}
         environment |= {"ENGINE_HEALTH_LOG_LEVEL": "warning"}
-        environment |= {"ENGINE_HEALTH_DRAIN_SECONDS": "60"}  # the handlers of the other server must not wait for that
+        environment |= {"ENGINE_HEALTH_DRAIN_SECONDS": "60"}  # the handlers of the other server must not wait for it
         words = [sys.executable, "-m", *(word.format(port=port) for word in command)]
         pipe = subprocess.PIPE
         process = subprocess.Popen(words, env=environment, stdout=pipe, stderr=pipe, text=True)
@@ -209,8 +209,8 @@ def reference(windows: Readings) -> list[Seen]:
         return seen(service, windows)
 
 
-def test_reference_responses_cover_every_endpoint_and_refusal(reference: list[Seen]) -> None:
-    """The list of requests has each status code that needs no strain, and the random parts are recognised."""
+def test_reference_covers_endpoints_and_rejections(reference: list[Seen]) -> None:
+    """The reference has each status code that needs no load, and its random parts are recognised."""
     assert {200, 304, 400, 401, 403, 404, 405, 409, 413, 415, 422} == {one.status for one in reference}
     assert any(b'"prediction_id":"-"' in one.body for one in reference)
     assert all(one.body == b"" for one in reference if one.call.startswith("HEAD"))
@@ -220,16 +220,16 @@ def test_reference_responses_cover_every_endpoint_and_refusal(reference: list[Se
 def test_response_under_another_server_is_the_same(name: str, reference: list[Seen], windows: Readings) -> None:
     """Status, content type and bytes of every response are those of our server, and SIGTERM stops the process."""
     with other_server(COMMANDS[name]) as service:
-        found = seen(service, windows)
-        assert len(reference) == len(found)
-        assert [] == [(ours, theirs) for ours, theirs in zip(reference, found, strict=True) if ours != theirs]
+        responses = seen(service, windows)
+        assert len(reference) == len(responses)
+        assert [] == [(ours, theirs) for ours, theirs in zip(reference, responses, strict=True) if ours != theirs]
         service.process.send_signal(signal.SIGTERM)
         _, log = service.process.communicate(timeout=30)
     assert "Traceback" not in log
 
 
 def test_rejected_model_ends_the_process_under_another_server() -> None:
-    """A model that is not verified ends any server with exit code 1, and one line says why."""
+    """A model that fails verification ends any server with exit code 1 and one line with the reason."""
     words = [sys.executable, "-m", *(word.format(port=0) for word in UVICORN)]
     environment = os.environ | {"ENGINE_HEALTH_MODEL": __file__, "ENGINE_HEALTH_DATABASE_URL": ""}
     ended = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False)

@@ -76,7 +76,7 @@ def watch(seconds: float) -> tuple[Clock, Transport, SlowReaderWatch]:
 
 
 def test_deadline_expires_once_when_it_is_due() -> None:
-    """A deadline that is not moved expires at its time and not again, and leaves no timer."""
+    """A deadline that is not moved expires once, at its time, and leaves no timer."""
     clock, moved, expired = deadline(5)
     clock.advance(4.9)
     assert [] == expired
@@ -85,7 +85,7 @@ def test_deadline_expires_once_when_it_is_due() -> None:
 
 
 def test_deadline_moved_later_keeps_its_timer() -> None:
-    """Moving a deadline to a later time keeps the timer, which is set anew when it fires."""
+    """A deadline that is moved later keeps its timer, which is set again when it fires."""
     clock, moved, expired = deadline(5)
     for _ in range(10):
         clock.advance(0.5)
@@ -99,7 +99,7 @@ def test_deadline_moved_later_keeps_its_timer() -> None:
 
 
 def test_deadline_moved_earlier_expires_earlier() -> None:
-    """Moving a deadline to an earlier time replaces its timer, and the old one is cancelled."""
+    """A deadline that is moved earlier cancels its timer and starts another."""
     clock, moved, expired = deadline(60)
     moved.set(2)
     assert [2] == clock.pending()
@@ -111,14 +111,14 @@ def test_deadline_moved_earlier_expires_earlier() -> None:
 
 
 def test_deadline_moved_to_the_same_time_keeps_its_timer() -> None:
-    """Setting the deadline that is in place already starts no timer."""
+    """A deadline that is set to the same time starts no timer."""
     clock, moved, _ = deadline(5)
     moved.set(5)
     assert 1 == len(clock.timers)
 
 
 def test_deadline_can_be_set_again_after_it_expired() -> None:
-    """A new deadline after one that expired has a timer and expires too."""
+    """An expired deadline can be set again, and expires again."""
     clock, moved, expired = deadline(5)
     clock.advance(5)
     moved.set(3)
@@ -128,7 +128,7 @@ def test_deadline_can_be_set_again_after_it_expired() -> None:
 
 
 def test_deadline_without_due_time_starts_no_timer() -> None:
-    """A timer that fires while there is no deadline expires nothing and starts no other."""
+    """A timer that fires without a deadline expires nothing and starts no other timer."""
     clock, moved, expired = deadline(5)
     moved.due = inf
     clock.advance(100)
@@ -138,7 +138,7 @@ def test_deadline_without_due_time_starts_no_timer() -> None:
 
 
 def test_stopped_deadline_never_expires() -> None:
-    """A deadline that was stopped has no timer, and may be stopped twice."""
+    """A stopped deadline has no timer, and may be stopped twice."""
     clock, moved, expired = deadline(5)
     for _ in range(2):
         moved.stop()
@@ -148,7 +148,7 @@ def test_stopped_deadline_never_expires() -> None:
 
 
 def test_slow_reader_is_disconnected_after_one_period() -> None:
-    """A client that reads less than half of what is pending within a period is disconnected at its end."""
+    """A client that reads less than half of its pending bytes within a period is disconnected."""
     clock, transport, slow = watch(5)
     transport.unread = 100
     slow.start()
@@ -160,7 +160,7 @@ def test_slow_reader_is_disconnected_after_one_period() -> None:
 
 
 def test_reader_of_half_gets_another_period_for_the_rest() -> None:
-    """A client that reads exactly half is watched for another period, in which it must read half of the rest."""
+    """A client that reads exactly half gets another period for half of the rest."""
     clock, transport, slow = watch(5)
     transport.unread = 100
     slow.start()
@@ -173,8 +173,8 @@ def test_reader_of_half_gets_another_period_for_the_rest() -> None:
     assert transport.aborted
 
 
-def test_reader_of_everything_is_no_longer_watched() -> None:
-    """Once nothing is pending there is no timer, and none is started; the next response is watched again."""
+def test_reader_of_everything_is_not_watched() -> None:
+    """Without pending bytes there is no timer, and the next response starts one again."""
     clock, transport, slow = watch(5)
     slow.start()
     assert [] == clock.pending()
@@ -190,7 +190,7 @@ def test_reader_of_everything_is_no_longer_watched() -> None:
 
 
 def test_watch_started_twice_keeps_its_first_timer() -> None:
-    """A second start within a period changes neither the time nor what must be read by then."""
+    """A second start within a period changes neither its end nor the bytes that must be read."""
     clock, transport, slow = watch(5)
     transport.unread = 100
     slow.start()
@@ -204,7 +204,7 @@ def test_watch_started_twice_keeps_its_first_timer() -> None:
 
 
 def test_stopped_watch_disconnects_no_client() -> None:
-    """A watch that is stopped has no timer, may be stopped twice, and can be started again."""
+    """A stopped watch has no timer, may be stopped twice, and can be started again."""
     clock, transport, slow = watch(5)
     transport.unread = 100
     slow.start()

@@ -18,14 +18,24 @@ from service.server.event_loop import BatchAcceptLoop
 from service.server.scope import context_of
 from tests.support.bodies import INFER, binary
 from tests.support.processes import Service, resident, running, until
-from tests.support.raw_http import HEAD, LIVEZ, MIB, as_sent, asking, connected, ends, hear, talking
+from tests.support.raw_http import (
+    HEAD,
+    LIVEZ,
+    MIB,
+    connect_to_application,
+    connected,
+    inference_request,
+    is_closed,
+    open_stream,
+    read_response,
+)
 
-ROWS = 400  # windows whose floats are more than a MiB
+ROWS = 400  # windows of more than 1 MiB of floats
 
 
 @pytest.fixture(scope="module")
 def many(windows: Readings) -> Readings:
-    """Windows of which hardly two are alike."""
+    """Windows that differ from each other."""
     random, some = np.random.default_rng(5), windows[np.arange(ROWS) % 4]
     return (some * (1 + 1e-3 * random.standard_normal(some.shape))).astype(np.float32)
 
@@ -45,25 +55,25 @@ def logits(body: bytes) -> bytes:
 
 
 def turn(service: Service) -> None:
-    """Let its loop come round often enough to read all that was sent."""
+    """Send enough requests that the event loop reads all earlier bytes."""
     for _ in range(50):
         service.client.get("/livez")
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_large_body_in_any_pieces_is_read_unchanged(service: Service, many: Readings, seed: int) -> None:
-    """In one piece or in any, windows have the same answers, and what follows on the connection is read."""
-    request = as_sent(many)
-    with talking(service) as (connection, ear):
+    """Windows have the same predictions in one piece or in many, and the next pipelined request is read."""
+    request = inference_request(many)
+    with open_stream(service) as (connection, reader):
         connection.sendall(request)
-        status, _, whole = hear(ear)
+        status, _, whole = read_response(reader)
         assert 200 == status
         for piece in pieces(request + LIVEZ + request, seed):
             connection.sendall(piece)
-        answers = [hear(ear) for _ in range(3)]
-    assert [200] * 3 == [status for status, _, _ in answers]
-    assert logits(whole) == logits(answers[0][2]) == logits(answers[2][2])
-    assert b'{"status":"live"}' == answers[1][2]
+        responses = [read_response(reader) for _ in range(3)]
+    assert [200] * 3 == [status for status, _, _ in responses]
+    assert logits(whole) == logits(responses[0][2]) == logits(responses[2][2])
+    assert b'{"status":"live"}' == responses[1][2]
 
 
 def test_large_bodies_that_come_together_are_not_mixed_up(service: Service, many: Readings) -> None:
@@ -83,76 +93,76 @@ def test_large_bodies_that_come_together_are_not_mixed_up(service: Service, many
 
 
 def test_large_body_with_expect_gets_one_continue(service: Service, many: Readings) -> None:
-    """`Expect: 100-continue` is answered before the first byte of the body, and once."""
-    head, _, body = as_sent(many).partition(b"\r\n\r\n")
-    with talking(service) as (connection, ear):
+    """`Expect: 100-continue` gets one 100 response before the first byte of the body."""
+    head, _, body = inference_request(many).partition(b"\r\n\r\n")
+    with open_stream(service) as (connection, reader):
         connection.sendall(head + b"\r\nExpect: 100-continue\r\n\r\n")
-        assert b"HTTP/1.1 100 Continue\r\n" == ear.readline()
-        assert b"\r\n" == ear.readline()
+        assert b"HTTP/1.1 100 Continue\r\n" == reader.readline()
+        assert b"\r\n" == reader.readline()
         connection.sendall(body)
-        assert 200 == hear(ear)[0]
+        assert 200 == read_response(reader)[0]
 
 
-def test_large_body_that_is_late_is_refused(many: Readings) -> None:
-    """Half a body in time is 408, and nothing else is heard on that connection; others are answered."""
-    request = as_sent(many)
-    with running(ENGINE_HEALTH_REQUEST_SECONDS="1") as hasty, talking(hasty) as (connection, ear):
+def test_large_body_that_is_late_gets_408(many: Readings) -> None:
+    """A body that is incomplete after the time limit gets 408 and a closed connection; other clients are answered."""
+    request = inference_request(many)
+    with running(ENGINE_HEALTH_REQUEST_SECONDS="1") as hasty, open_stream(hasty) as (connection, reader):
         connection.sendall(request[: len(request) // 2])
-        assert 408 == hear(ear)[0]
-        assert ends(ear)
-        with talking(hasty) as (other, answer):
+        assert 408 == read_response(reader)[0]
+        assert is_closed(reader)
+        with open_stream(hasty) as (other, answer):
             other.sendall(request)
-            assert 200 == hear(answer)[0]
+            assert 200 == read_response(answer)[0]
 
 
 def test_large_body_beyond_the_budget_gets_429(many: Readings) -> None:
     """A body that exceeds the budget halfway gets 429, its rest is discarded, and its bytes are released."""
-    request = as_sent(many)
+    request = inference_request(many)
     room = len(request) * 3 // 2
-    with running(ENGINE_HEALTH_MAX_BUFFERED_BYTES=str(room)) as tight, talking(tight) as (first, ear):
-        with talking(tight) as (second, other):
+    with running(ENGINE_HEALTH_MAX_BUFFERED_BYTES=str(room)) as tight, open_stream(tight) as (first, reader):
+        with open_stream(tight) as (second, other):
             for connection in (first, second):
                 connection.sendall(request[:100_000])
             turn(tight)
             for connection in (first, second):
                 connection.sendall(request[100_000:-1])
                 turn(tight)
-            assert 429 == hear(other)[0]
+            assert 429 == read_response(other)[0]
             second.sendall(request[-1:] + LIVEZ)
-            assert 200 == hear(other)[0]
+            assert 200 == read_response(other)[0]
             first.sendall(request[-1:])
-            assert 200 == hear(ear)[0]
+            assert 200 == read_response(reader)[0]
         for _ in range(2):
             first.sendall(request)
-            assert 200 == hear(ear)[0]
+            assert 200 == read_response(reader)[0]
 
 
 @pytest.mark.parametrize("how", [socket.SHUT_RDWR, socket.SHUT_WR])
 def test_disconnect_during_upload_releases_the_budget(many: Readings, how: int) -> None:
     """A client that disconnects or half-closes counts as disconnected, and its memory is released."""
-    request = as_sent(many)
+    request = inference_request(many)
     with running(ENGINE_HEALTH_MAX_BUFFERED_BYTES=str(len(request))) as tight:
-        with talking(tight) as (leaves, _):
+        with open_stream(tight) as (leaves, _):
             leaves.sendall(request[:-1])
             turn(tight)
             until(lambda: tight.client.post(INFER, content=request[-900_000:]).status_code == 429)
             leaves.shutdown(how)
             until(lambda: tight.metrics()['engine_health_rejected_total{reason="client_gone"}'] == 1)
-        with talking(tight) as (stays, ear):
+        with open_stream(tight) as (stays, reader):
             stays.sendall(request)
-            assert 200 == hear(ear)[0]
+            assert 200 == read_response(reader)[0]
 
 
 def test_body_with_two_lengths_is_rejected(service: Service) -> None:
-    """A body that is announced and comes in chunks too would be read by two as two: it is 400."""
-    with talking(service) as (connection, ear):
+    """A body with Content-Length and chunked encoding gets 400, since two parsers could read it differently."""
+    with open_stream(service) as (connection, reader):
         connection.sendall(HEAD + b"Content-Length: 2000000\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
-        assert 400 == hear(ear)[0]
+        assert 400 == read_response(reader)[0]
 
 
 @pytest.mark.slow
 def test_disconnects_during_uploads_leave_no_memory() -> None:
-    """However many come together and hang up, no memory but that of one body stays."""
+    """After many disconnects during uploads at most the memory of one body remains."""
     most = HEAD + b"Content-Length: %d\r\n\r\n" % MAX_SPARE_BYTES + bytes(MAX_SPARE_BYTES - 1)
     with running() as service:
         before = resident(service)
@@ -165,8 +175,8 @@ def test_disconnects_during_uploads_leave_no_memory() -> None:
 
 
 def test_announced_bytes_are_not_charged_before_arrival(many: Readings) -> None:
-    """Large bodies of which hardly a byte is there hold less than a large one that comes, which is answered."""
-    request = as_sent(many)
+    """Announced large bodies are charged only for bytes that arrived, so that another large body is answered."""
+    request = inference_request(many)
     with running(ENGINE_HEALTH_MAX_BUFFERED_BYTES=str(8 * MIB)) as tight, ExitStack() as slow:
         for _ in range(12):
             waits = slow.enter_context(connected(tight))
@@ -174,13 +184,13 @@ def test_announced_bytes_are_not_charged_before_arrival(many: Readings) -> None:
             turn(tight)
             waits.sendall(b"{")
         turn(tight)
-        with talking(tight) as (connection, ear):
+        with open_stream(tight) as (connection, reader):
             connection.sendall(request)
-            assert 200 == hear(ear)[0]
+            assert 200 == read_response(reader)[0]
 
 
 def test_fast_upload_is_read_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However much of it waits to be read, others have their turn after each step."""
+    """Other tasks get a turn after each step, however many bytes of the body wait."""
     step, length, taken = 1 << 12, 2 * MIB, [0]
     monkeypatch.setattr(upload, "MAX_STEP", step)
     monkeypatch.setattr(upload, "MIN_STEP", step)
@@ -189,7 +199,7 @@ def test_fast_upload_is_read_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         context = context_of(scope)
         held = context.reservation = BodyReservation(BodyBudget(length))
         context.headers, context.content_length = dict(scope["headers"]), length
-        await asyncio.sleep(0.1)  # until much of the body waits
+        await asyncio.sleep(0.1)  # until much of the body is in the socket
 
         def turn() -> None:
             taken.append(held.bytes)
@@ -200,7 +210,7 @@ def test_fast_upload_is_read_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         whole.set()
 
     async def send_fast() -> None:
-        async with asking(application, {}) as (_, sends):
+        async with connect_to_application(application, {}) as (_, sends):
             sends.write(HEAD + b"Content-Length: %d\r\n\r\n" % length)
             sends.write(bytes(length))
             await whole.wait()
@@ -213,7 +223,7 @@ def test_fast_upload_is_read_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_body_view_after_release_raises_and_mapping_is_reused() -> None:
-    """A reader that was not waited for gets an error, never the bytes of the next body in the same memory."""
+    """A view of a released body raises an error, and never shows the bytes of the next body."""
     budget = BodyBudget(4 * MIB)
     first, second = BodyReservation(budget), BodyReservation(budget)
     view = first.allocate(2 * MIB)
@@ -227,7 +237,7 @@ def test_body_view_after_release_raises_and_mapping_is_reused() -> None:
 
 
 def test_body_view_in_use_keeps_its_bytes_after_release() -> None:
-    """Memory that an array still uses is given to no other body, and its bytes stay as they are."""
+    """Memory that an array still uses is not reused, and its bytes are unchanged."""
     budget = BodyBudget(4 * MIB)
     first, second = BodyReservation(budget), BodyReservation(budget)
     view = first.allocate(MIB)
@@ -239,7 +249,7 @@ def test_body_view_in_use_keeps_its_bytes_after_release() -> None:
 
 
 def test_body_larger_than_the_spare_mapping_is_closed_on_release() -> None:
-    """Of a body above the limit of the spare mapping nothing stays, and its view is invalid."""
+    """A body above the limit of the spare mapping is closed on release, and its view is invalid."""
     budget = BodyBudget(4 * MAX_SPARE_BYTES)
     held = BodyReservation(budget)
     view = held.allocate(MAX_SPARE_BYTES + 1)

@@ -20,13 +20,13 @@ from service.store.label_accounting import LabelAccounting
 from service.store.store import Store
 from tests.support.models import window_classifier
 
-INFINITE = 3e38  # on which the network overflows
+INFINITE = 3e38  # the network overflows on this value
 Requests = Sequence[Sequence[NewFlight]]
 
 
 @pytest.fixture(scope="module")
 def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network of windows (3, 2) whose logits are ten times the sums over time: they depend on the whole window."""
+    """A network of windows (3, 2) whose logits are ten times the sums over time."""
     return window_classifier(tmp_path_factory.mktemp("model") / "sums.onnx", "ReduceSum", 3)
 
 
@@ -63,7 +63,7 @@ async def record(store: Store, predictor: Predictor, requests: Requests, togethe
 
 
 def describe(result: Any, names: dict[str, int]) -> Any:
-    """Outcomes, predictions and the numbers of ids in order of appearance; or the error."""
+    """Return outcomes, logits and the ids as numbers in order of appearance, or the error."""
     if not isinstance(result, RecordedFlights):
         return type(result), str(result)
     outcomes = [(o.result, None if o.stored is None else o.stored.tolist()) for o in result.outcomes]
@@ -84,7 +84,7 @@ async def rows(store: Store, engines: Sequence[str]) -> list[Any]:
 
 
 def compare(artefact: Path, folder: Path, requests: Requests) -> tuple[list[Any], int]:
-    """Record requests one after the other and all together; both must agree. Return results and stored predictions."""
+    """Record requests sequentially and concurrently, and compare; return results and the number of predictions."""
 
     async def run(together: bool) -> tuple[list[Any], list[Any], int]:
         async with opened(artefact, folder) as (store, predictor, metrics):
@@ -92,7 +92,7 @@ def compare(artefact: Path, folder: Path, requests: Requests) -> tuple[list[Any]
             names = dict[str, int]()
             engines = sorted({one.engine_id for flights in requests for one in flights})
             described = [describe(result, names) for result in results]
-            assert counted(metrics) == (metrics.labellable._value.get(),) * 2  # every stored prediction, once
+            assert counted(metrics) == (metrics.labellable._value.get(),) * 2  # each stored prediction counts once
             return described, await rows(store, engines), int(metrics.labellable._value.get())
 
     sequential, concurrent = asyncio.run(run(False)), asyncio.run(run(True))
@@ -113,15 +113,15 @@ def samples(family: Counter | Histogram) -> list[Sample]:
 
 @pytest.mark.parametrize("split", [False, True])
 def test_same_flight_twice_is_one_prediction(artefact: Path, tmp_path: Path, split: bool) -> None:
-    """A flight that is twice in one request, or in two concurrent ones, is stored once and has one prediction."""
+    """A flight that is repeated in one request, or in two concurrent ones, is stored and predicted once."""
     a, b = flight("a", 1), flight("a", 1)
     results, predictions = compare(artefact, tmp_path, [[flight("a", 0)], [a], [b]] if split else [[a, b]])
     ids = [number for _, numbers, _ in results for number in numbers]
     assert ([0, 1, 1], 2) == (ids, predictions) if split else ([0, 0], 1) == (ids, predictions)
 
 
-def test_concurrent_requests_give_what_sequential_ones_give(artefact: Path, tmp_path: Path) -> None:
-    """Outcomes, predictions bit for bit and stored rows do not depend on whether requests form rounds."""
+def test_concurrent_requests_equal_sequential_ones(artefact: Path, tmp_path: Path) -> None:
+    """Outcomes, bits of predictions and stored rows do not depend on whether requests form rounds."""
     random = np.random.default_rng(3)
     requests = [
         [
@@ -136,7 +136,7 @@ def test_concurrent_requests_give_what_sequential_ones_give(artefact: Path, tmp_
 
 
 def test_request_that_fails_in_a_round_fails_alone(artefact: Path, tmp_path: Path) -> None:
-    """Requests that share engines with one whose output is not finite are stored as if it had never arrived."""
+    """A request without finite output has no effect on other requests for the same engines."""
     wrong = [flight("b", 5), flight("a", 3, INFINITE)]
     requests = [[flight("a", 1)], [flight("a", 2)], wrong, [flight("a", 4)], [flight("b", 6)], [flight("c", 1)]]
     results, predictions = compare(artefact, tmp_path, requests)
@@ -158,7 +158,7 @@ def test_waiting_requests_form_one_round(artefact: Path, tmp_path: Path) -> None
 
 
 def test_cancelled_request_blocks_no_other(artefact: Path, tmp_path: Path) -> None:
-    """A request that is cancelled while it is stored or while it waits delays no other one."""
+    """A request that is cancelled while it waits or is stored does not delay any other one."""
 
     async def run() -> list[Any]:
         async with opened(artefact, tmp_path) as (store, predictor, _):
@@ -174,8 +174,8 @@ def test_cancelled_request_blocks_no_other(artefact: Path, tmp_path: Path) -> No
     assert [cancelled, cancelled, stored, stored, stored, stored] == asyncio.run(run())
 
 
-def test_requests_that_wait_too_long_are_refused(artefact: Path, tmp_path: Path) -> None:
-    """No more requests wait for engines than the queue takes, and none is stored that has waited too long."""
+def test_requests_that_wait_too_long_are_rejected(artefact: Path, tmp_path: Path) -> None:
+    """Waiting requests are limited by the queue, and expired requests are not stored."""
 
     async def run(locked: float, **settings: Any) -> list[Any]:
         folder = tmp_path / str(locked)
@@ -193,7 +193,7 @@ def test_requests_that_wait_too_long_are_refused(artefact: Path, tmp_path: Path)
 
 
 def test_flight_predicted_again_is_counted_once(artefact: Path, tmp_path: Path) -> None:
-    """Two processes that make each other's tails stale count each stored prediction of a flight once."""
+    """Two processes that make each other's tails stale count each stored prediction once."""
 
     async def run() -> tuple[float, ...]:
         async with opened(artefact, tmp_path) as (store, predictor, metrics):
@@ -213,11 +213,11 @@ def test_flight_predicted_again_is_counted_once(artefact: Path, tmp_path: Path) 
 
     predictions, confidence, inferences = asyncio.run(run())
     assert (16, 16) == (predictions, confidence)
-    assert inferences > 16  # some were predicted again
+    assert inferences > 16  # some predictions were repeated
 
 
 def test_flight_that_is_not_stored_is_not_counted(artefact: Path, tmp_path: Path) -> None:
-    """The prediction of a flight that the store refuses is in no metric of predictions, and of its retry once."""
+    """The prediction of a flight that is not stored is not counted, and its retry is counted once."""
 
     async def run() -> list[tuple[float, float]]:
         async with opened(artefact, tmp_path, max_queue_seconds=0.5) as (store, predictor, metrics):

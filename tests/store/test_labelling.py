@@ -14,9 +14,9 @@ def derived(
     inspected: np.ndarray | None = None,
     thresholds: tuple[float, ...] | None = THRESHOLDS,
 ) -> tuple[list[float], LabelSource] | None:
-    """Return the label as a list, of a model of three classes."""
-    found = derive_label(inspected, cycle, failed_at, newest_cycle, thresholds, 3)
-    return found and (found[0].tolist(), found[1])
+    """Return the label for a model of three classes as a list."""
+    label = derive_label(inspected, cycle, failed_at, newest_cycle, thresholds, 3)
+    return label and (label[0].tolist(), label[1])
 
 
 @pytest.mark.parametrize(
@@ -24,25 +24,25 @@ def derived(
     [(0, [0, 0, 1]), (50, [0, 0, 1]), (51, [0, 1, 0]), (125, [0, 1, 0]), (126, [1, 0, 0]), (1000, [1, 0, 0])],
 )
 def test_label_of_a_failed_engine_is_the_class_of_its_rul(rul: int, expected: list[float]) -> None:
-    """The RUL is the cycle of failure less that of the prediction; a threshold belongs to the class below it."""
+    """The RUL is the failure minus the cycle of the prediction; a threshold belongs to the class below it."""
     assert (expected, LabelSource.OUTCOME) == derived(7, failed_at=7 + rul)
     assert (expected, LabelSource.OUTCOME) == derived(0, failed_at=rul, newest_cycle=5000)
 
 
 def test_label_after_the_failure_is_unknown() -> None:
-    """A prediction for a cycle after the failure of its engine has no label, whatever ran later."""
+    """A prediction for a cycle after the failure of its engine has no label."""
     assert derived(101, failed_at=100) is None
     assert derived(101, failed_at=100, newest_cycle=5000) is None
 
 
-@pytest.mark.parametrize(("newest_cycle", "known"), [(7, False), (132, False), (133, True), (1000, True)])
-def test_label_of_running_engine_is_first_class(newest_cycle: int, known: bool) -> None:
-    """An engine that ran more cycles than the highest threshold was in the first class; before, nothing is known."""
-    assert (([1, 0, 0], LabelSource.SURVIVAL) if known else None) == derived(7, newest_cycle=newest_cycle)
+@pytest.mark.parametrize(("newest_cycle", "labelled"), [(7, False), (132, False), (133, True), (1000, True)])
+def test_label_of_running_engine_is_first_class(newest_cycle: int, labelled: bool) -> None:
+    """An engine that ran longer than the highest threshold was in the first class; else the label is unknown."""
+    assert (([1, 0, 0], LabelSource.SURVIVAL) if labelled else None) == derived(7, newest_cycle=newest_cycle)
 
 
 def test_label_of_an_inspection_precedes_all_others() -> None:
-    """An inspection is the label as it is, also without cycle or thresholds and after a failure."""
+    """An inspection is the label as it is, even without cycle or thresholds, and after a failure."""
     expected = (SOFT.tolist(), LabelSource.INSPECTION)
     assert expected == derived(7, failed_at=7, newest_cycle=5000, inspected=SOFT)
     assert expected == derived(None, inspected=SOFT, thresholds=None)
@@ -50,13 +50,13 @@ def test_label_of_an_inspection_precedes_all_others() -> None:
 
 
 def test_label_of_other_classes_is_ignored() -> None:
-    """An inspection for a model with another number of classes is no label; the outcome of the engine is."""
+    """An inspection with another number of classes is ignored in favour of the engine's outcome."""
     assert derived(7, inspected=SOFT[:2]) is None
     assert ([0, 0, 1], LabelSource.OUTCOME) == derived(7, failed_at=7, inspected=SOFT[:2])
 
 
 def test_label_without_cycle_or_thresholds_is_unknown() -> None:
-    """Without the cycle of the prediction, and for a model without RUL, the outcome of an engine is no label."""
+    """Without cycle or thresholds the outcome of an engine gives no label."""
     assert derived(None, failed_at=100, newest_cycle=5000) is None
     for thresholds in (None, ()):
         assert derived(7, failed_at=100, newest_cycle=5000, thresholds=thresholds) is None

@@ -23,12 +23,12 @@ LABEL = np.array([1.0, 0.0, 0.0])
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Postgres]:
-    with postgres() as found:
-        yield found
+    with postgres() as started:
+        yield started
 
 
 class Process:
-    """What one process has of a database; `again` counts its transactions that failed."""
+    """The database connection and write session of one process; `again` counts its failed transactions."""
 
     def __init__(self, url: str) -> None:
         self.again = 0
@@ -39,10 +39,10 @@ class Process:
         self.again += 1
         self.session.clear(replaced)
 
-    async def together(self, *asked: tuple[Any, Any]) -> None:
-        """Do work and items in one transaction, in this order."""
+    async def together(self, *work_items: tuple[Any, Any]) -> None:
+        """Run work and items in one transaction, in this order."""
         waits = self.database.write(_wait, None)
-        await asyncio.gather(waits, *(self.database.write(work, item) for work, item in asked))
+        await asyncio.gather(waits, *(self.database.write(work, item) for work, item in work_items))
 
     def end(self, engine: str, at: int) -> tuple[Any, Any]:
         return partial(labels.record_outcomes, self.session), OutcomeSubmission(engine, at, True, 1.0)
@@ -58,8 +58,8 @@ class Process:
         )
 
     def predict(self, name: str, engine: str, cycle: int) -> tuple[Any, Any]:
-        made = NewPrediction(name, engine, cycle, np.ones(3, np.float32).tobytes(), None, 0, 0.5, None)
-        return partial(predictions.record_predictions, self.session), PredictionWrite(BY, 1.0, [made])
+        prediction = NewPrediction(name, engine, cycle, np.ones(3, np.float32).tobytes(), None, 0, 0.5, None)
+        return partial(predictions.record_predictions, self.session), PredictionWrite(BY, 1.0, [prediction])
 
 
 def _wait(connection: Connection, items: Any) -> list[None]:
@@ -68,11 +68,11 @@ def _wait(connection: Connection, items: Any) -> list[None]:
 
 
 def _pause(connection: Connection, items: Any) -> list[None]:
-    return _wait(connection, items)  # another kind of work than that, between two others
+    return _wait(connection, items)  # differs from `_wait`, so that it separates two kinds of work
 
 
-def test_two_processes_never_wait_for_each_other_in_a_circle(cluster: Postgres) -> None:
-    """Work of several kinds on the same engines, in any order, from two processes: no transaction is given up."""
+def test_writes_of_two_processes_never_deadlock(cluster: Postgres) -> None:
+    """Mixed writes to the same engines from two processes never deadlock."""
 
     async def ask() -> tuple[int, int]:
         url = cluster.url("circles")
@@ -82,8 +82,8 @@ def test_two_processes_never_wait_for_each_other_in_a_circle(cluster: Postgres) 
         for k in range(1, 30):
             ends = one.together(one.end("e1", k), one.label("e2", k))
             await asyncio.gather(ends, other.together(other.end("e2", k), other.label("e1", k)))
-            made = one.together(one.predict(f"{k:032x}a"[1:], "e2", k), one.label_of("0" * 32))
-            await asyncio.gather(made, other.together(other.predict(f"{k:032x}b"[1:], "e1", k), other.end("e2", k)))
+            first = one.together(one.predict(f"{k:032x}a"[1:], "e2", k), one.label_of("0" * 32))
+            await asyncio.gather(first, other.together(other.predict(f"{k:032x}b"[1:], "e1", k), other.end("e2", k)))
         await one.database.close()
         await other.database.close()
         return one.again, other.again
@@ -91,8 +91,8 @@ def test_two_processes_never_wait_for_each_other_in_a_circle(cluster: Postgres) 
     assert (0, 0) == asyncio.run(ask())
 
 
-def test_forgetting_locks_as_everybody_does(cluster: Postgres) -> None:
-    """One process forgets what another one writes to: no transaction is given up, and all that was old is gone."""
+def test_retention_and_writes_never_deadlock(cluster: Postgres) -> None:
+    """Retention of rows that another process writes to never deadlocks, and deletes all expired rows."""
 
     async def ask() -> tuple[int, int]:
         url = cluster.url("forgetting")

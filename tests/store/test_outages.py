@@ -14,22 +14,22 @@ import pytest
 from model.windows import Readings
 from tests.support.postgres import Postgres, postgres
 from tests.support.processes import ADMIN, Service, running, until
-from tests.support.stored import fly, history, say
+from tests.support.stored import fly, history, submit_labels
 
 
-def asked(windows: Readings, cycle: int) -> list[dict[str, Any]]:
+def instances_of(windows: Readings, cycle: int) -> list[dict[str, Any]]:
     return [{"telemetry": windows[0].tolist(), "engine_id": "a", "cycle": cycle}]
 
 
-def kept_id(service: Service, windows: Readings, cycle: int) -> str | None:
-    found: str | None = service.predict(asked(windows, cycle))["predictions"][0]["prediction_id"]
-    return found
+def stored_id(service: Service, windows: Readings, cycle: int) -> str | None:
+    prediction_id: str | None = service.predict(instances_of(windows, cycle))["predictions"][0]["prediction_id"]
+    return prediction_id
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Postgres]:
-    with postgres() as found:
-        yield found
+    with postgres() as started:
+        yield started
 
 
 @pytest.fixture
@@ -61,41 +61,41 @@ def flights(engine_id: str, windows: Readings, cycles: range) -> dict[str, Any]:
 
 def counters(service: Service) -> dict[str, float]:
     """Return the counters that one prediction increments."""
-    found = service.metrics()
+    samples = service.metrics()
     names = ("batch_rows_sum", "inference_duration_seconds_count", "confidence_count", "labellable_total")
-    every = sum(value for name, value in found.items() if name.startswith("engine_health_predictions_total"))
-    return {name: found[f"engine_health_{name}"] for name in names} | {"predictions_total": every}
+    every = sum(value for name, value in samples.items() if name.startswith("engine_health_predictions_total"))
+    return {name: samples[f"engine_health_{name}"] for name in names} | {"predictions_total": every}
 
 
 def move(path: Path, to: Path) -> None:
-    """Return the files of an SQLite database."""
+    """Move the files of an SQLite database."""
     for end in ("", "-wal", "-shm"):
-        beside = path.with_name(path.name + end)
-        if beside.exists():
-            beside.rename(to.with_name(to.name + end))
+        file = path.with_name(path.name + end)
+        if file.exists():
+            file.rename(to.with_name(to.name + end))
 
 
 def test_predictions_continue_behind_a_locked_database(windows: Readings, tmp_path: Path) -> None:
-    """Predictions that wait behind one that waits for a lock are answered and not kept, however long that takes."""
+    """Predictions during a lock of the database are answered and not stored, however long the lock lasts."""
     path = tmp_path / "memory.db"
-    kept = {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{path}", "ENGINE_HEALTH_MAX_QUEUE_SECONDS": "0.5"}
-    with running(**kept) as service, sqlite3.connect(path, isolation_level=None) as other:
-        assert kept_id(service, windows, 0)
+    environment = {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{path}", "ENGINE_HEALTH_MAX_QUEUE_SECONDS": "0.5"}
+    with running(**environment) as service, sqlite3.connect(path, isolation_level=None) as other:
+        assert stored_id(service, windows, 0)
         other.execute("BEGIN IMMEDIATE")
 
         def ask(k: int) -> str | None:
-            time.sleep(k / 2)  # while the first one waits
-            return kept_id(service, windows, k + 1)
+            time.sleep(k / 2)  # the first request waits
+            return stored_id(service, windows, k + 1)
 
         with ThreadPoolExecutor(6) as pool:
             assert [None] * 6 == list(pool.map(ask, range(6)))
         assert 6 == service.metrics()["engine_health_predictions_not_stored_total"]
         other.execute("ROLLBACK")
-        until(lambda: kept_id(service, windows, 9))
+        until(lambda: stored_id(service, windows, 9))
 
 
-def test_looking_something_up_makes_no_database(windows: Readings, tmp_path: Path) -> None:
-    """A file that is moved away stays away: who looks something up hears so, and it is found again with all it has."""
+def test_read_creates_no_database_file(windows: Readings, tmp_path: Path) -> None:
+    """Reads of a missing file get 503 and create no file; a restored file is used with all its rows."""
     path, away = tmp_path / "memory.db", tmp_path / "away.db"
     with running(ENGINE_HEALTH_DATABASE_URL=f"sqlite:///{path}") as service:
         fly(service, "a", 1, windows[0][0])
@@ -105,15 +105,15 @@ def test_looking_something_up_makes_no_database(windows: Readings, tmp_path: Pat
             answers = list(pool.map(service.client.get, ["/v1/calibration"] * 16))
         assert {503} == {answer.status_code for answer in answers}
         assert "does not exist any more" in answers[0].json()["detail"]
-        assert kept_id(service, windows, 2) is None
+        assert stored_id(service, windows, 2) is None
         assert not path.exists()
         move(away, path)
-        until(lambda: kept_id(service, windows, 3))
+        until(lambda: stored_id(service, windows, 3))
         assert [1, 3] == [row["cycle"] for row in history(service, "a")]
 
 
-def test_another_database_may_take_the_place_of_the_first(windows: Readings, tmp_path: Path) -> None:
-    """A backup that is put back while the service runs is gone on with: nothing of the file before is mixed into it."""
+def test_restored_backup_replaces_the_database(windows: Readings, tmp_path: Path) -> None:
+    """A backup that replaces the file while the service runs is used, without rows of the file before."""
     path, other = tmp_path / "memory.db", tmp_path / "other.db"
     with running(ENGINE_HEALTH_DATABASE_URL=f"sqlite:///{other}"):
         pass
@@ -123,87 +123,91 @@ def test_another_database_may_take_the_place_of_the_first(windows: Readings, tmp
             path.with_name(path.name + end).unlink()
         other.rename(path)
         fly(service, "a", 2, windows[0][1])
-        assert kept_id(service, windows, 3)
+        assert stored_id(service, windows, 3)
         assert 404 == service.client.get("/v1/engines/b").status_code
         assert [2, 3] == [row["cycle"] for row in history(service, "a")]
         assert "joined" == fly(service, "b", 1, windows[0][0])["results"][0]["result"]
 
 
 @pytest.mark.parametrize("path", ["/v1/engines", "/v1/calibration"])
-def test_newer_database_met_later_is_left_alone(path: str, windows: Readings, tmp_path: Path) -> None:
-    """Newer code's database in place of ours: predictions go on and are not kept, the rest is 503 with the reason."""
+def test_newer_database_at_runtime_is_not_changed(path: str, windows: Readings, tmp_path: Path) -> None:
+    """A file of a newer schema gives 503 with the reason; predictions continue and are not stored."""
     place, newer = tmp_path / "memory.db", tmp_path / "newer.db"
-    with sqlite3.connect(newer) as made:
-        made.execute("CREATE TABLE alembic_version (version_num VARCHAR(32))")
-        made.execute("INSERT INTO alembic_version VALUES ('9999')")
+    with sqlite3.connect(newer) as connection:
+        connection.execute("CREATE TABLE alembic_version (version_num VARCHAR(32))")
+        connection.execute("INSERT INTO alembic_version VALUES ('9999')")
     with running(ENGINE_HEALTH_DATABASE_URL=f"sqlite:///{place}") as service:
-        assert kept_id(service, windows, 1)
+        assert stored_id(service, windows, 1)
         move(place, tmp_path / "away.db")
         newer.rename(place)
-        assert kept_id(service, windows, 2) is None
+        assert stored_id(service, windows, 2) is None
         flight = {"engine_id": "a", "cycle": 3, "telemetry": windows[0][0].tolist()}
-        told, looked = service.client.post("/v1/cycles", json={"cycles": [flight]}), service.client.get(path)
-        assert (503, 503) == (told.status_code, looked.status_code)
-        assert "schema 9999" in told.json()["detail"]
-        assert "schema 9999" in looked.json()["detail"]
+        written, read = service.client.post("/v1/cycles", json={"cycles": [flight]}), service.client.get(path)
+        assert (503, 503) == (written.status_code, read.status_code)
+        assert "schema 9999" in written.json()["detail"]
+        assert "schema 9999" in read.json()["detail"]
 
 
-def test_silent_database_is_given_up(windows: Readings, cluster: Postgres) -> None:
-    """A server that stands still with its connections open holds up no prediction for long, and is found again."""
+def test_unresponsive_database_does_not_block_predictions(windows: Readings, cluster: Postgres) -> None:
+    """A database that stops responding delays no prediction for long, and is used again afterwards."""
     with running(ENGINE_HEALTH_DATABASE_URL=cluster.url("silent")) as service:
         fly(service, "a", 1, windows[0][0])
         cluster.pause()
         try:
-            assert kept_id(service, windows, 2) is None
-            assert kept_id(service, windows, 3) is None
+            assert stored_id(service, windows, 2) is None
+            assert stored_id(service, windows, 3) is None
             flight = flights("a", windows, range(4, 5))
-            told, looked = service.client.post("/v1/cycles", json=flight), service.client.get("/v1/engines")
+            written, read = service.client.post("/v1/cycles", json=flight), service.client.get("/v1/engines")
             assert {(503, "the database does not respond")} == {
-                (answer.status_code, answer.json()["detail"]) for answer in (told, looked)
+                (response.status_code, response.json()["detail"]) for response in (written, read)
             }
             until(lambda: service.metrics()["engine_health_store_up"] == 0)
         finally:
             cluster.pause(False)
         until(lambda: service.client.post("/v1/cycles", json=flight).status_code == 200)
         cycles = [row["cycle"] for row in history(service, "a")]
-        assert [1, 2, 4] == cycles  # the second was in progress and is stored, although no response promised it
+        assert [
+            1,
+            2,
+            4,
+        ] == cycles  # the second was in progress, and is stored although its response did not acknowledge it
         assert {3} == set(counters(service).values()) - {4}
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_disk_that_is_really_full(
+def test_full_file_system_loses_no_acknowledged_row(
     kind: str, windows: Readings, small_disk: Path, request: pytest.FixtureRequest
 ) -> None:
-    """On a full disk flights get 503 and predictions are not stored; acknowledged rows remain."""
+    """On a full file system flights get 503 and predictions are not stored; acknowledged rows remain."""
     url = f"sqlite:///{small_disk}/memory.db"
     if kind == "postgresql":
         url = request.getfixturevalue("cluster").url("crowded", small_disk)
     with running(ENGINE_HEALTH_DATABASE_URL=url) as service:
         fly(service, "first", 1, windows[0][0])
-        say(service, {"engine_id": "first", "cycle": 1, "label": "normal"})
+        submit_labels(service, {"engine_id": "first", "cycle": 1, "label": "normal"})
         ballast, acknowledged = filled(small_disk), 0
         while service.client.post(
             "/v1/cycles", json=flights("full", windows, range(acknowledged, acknowledged + 20))
         ).is_success:
             acknowledged += 20
-        asked = flights("full", windows, range(acknowledged, acknowledged + 20))
-        refused = service.client.post("/v1/cycles", json=asked)
+        body = flights("full", windows, range(acknowledged, acknowledged + 20))
+        refused = service.client.post("/v1/cycles", json=body)
         assert 503 == refused.status_code
-        assert kept_id(service, windows, 1) is None
+        assert stored_id(service, windows, 1) is None
         until(lambda: service.metrics()["engine_health_store_up"] == 0)
         assert 1 <= service.metrics()["engine_health_predictions_not_stored_total"]
         ballast.unlink()
-        until(lambda: service.client.post("/v1/cycles", json=asked).is_success)
+        until(lambda: service.client.post("/v1/cycles", json=body).is_success)
         assert list(range(acknowledged + 20)) == [row["cycle"] for row in history(service, "full")]
         assert ["normal"] == [row["label"] for row in history(service, "first")]
 
 
-def test_transaction_that_is_given_up_and_done_again_counts_once(windows: Readings, cluster: Postgres) -> None:
-    """Where PostgreSQL gives a transaction up, for a deadlock or to keep order, it is done again and counted once."""
+def test_retried_transaction_counts_once(windows: Readings, cluster: Postgres) -> None:
+    """A transaction that PostgreSQL aborts, by deadlock or serialisation failure, is retried and counted once."""
     url = cluster.url("again")
     with running(ENGINE_HEALTH_DATABASE_URL=url) as service, psycopg.connect(url, autocommit=True) as other:
-        say(service, {"engine_id": "a", "cycle": 7, "label": "normal"})
-        other.execute("CREATE SEQUENCE tries")  # which no rollback takes back
+        submit_labels(service, {"engine_id": "a", "cycle": 7, "label": "normal"})
+        other.execute("CREATE SEQUENCE tries")  # a rollback does not reset a sequence
         other.execute(
             "CREATE FUNCTION give_up() RETURNS trigger AS $$ DECLARE n int = nextval('tries'); BEGIN "
             "IF n = 1 THEN RAISE deadlock_detected; ELSIF n = 2 THEN RAISE serialization_failure; END IF; "
@@ -216,24 +220,24 @@ def test_transaction_that_is_given_up_and_done_again_counts_once(windows: Readin
         assert 1 == service.metrics()["engine_health_labelled_total"]
 
 
-def test_flights_that_share_a_transaction_with_a_failure_count_once(windows: Readings, tmp_path: Path) -> None:
-    """A flight that is done again because another request of its transaction failed is one prediction, not two."""
+def test_flights_retried_after_a_failure_count_once(windows: Readings, tmp_path: Path) -> None:
+    """A flight whose shared transaction is retried for another request's failure is counted once."""
     path = tmp_path / "memory.db"
-    kept = {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{path}", "ENGINE_HEALTH_ADMIN_KEYS": "wheel"}
+    environment = {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{path}", "ENGINE_HEALTH_ADMIN_KEYS": "wheel"}
     with (
-        running(**kept) as service,
+        running(**environment) as service,
         sqlite3.connect(path, isolation_level=None) as other,
         ThreadPoolExecutor(3) as pool,
     ):
         other.execute("BEGIN IMMEDIATE")
         put = "/v1/calibration/temperature"
-        told = []
-        for cycle in (1, 2):  # the first waits for the lock, and what comes meanwhile is one transaction
-            told.append(pool.submit(fly, service, f"engine-{cycle}", cycle, windows[0][cycle]))
+        tasks = []
+        for cycle in (1, 2):  # the first waits for the lock, the others form one transaction
+            tasks.append(pool.submit(fly, service, f"engine-{cycle}", cycle, windows[0][cycle]))
             time.sleep(0.3)
         wrong = pool.submit(service.client.put, put, json={"fit_id": "none"}, headers=ADMIN)
         time.sleep(0.3)
         other.execute("ROLLBACK")
         assert 404 == wrong.result().status_code
-        assert [1, 2] == [one.result()["predictions"][0]["cycle"] for one in told]
+        assert [1, 2] == [task.result()["predictions"][0]["cycle"] for task in tasks]
         assert {2} == set(counters(service).values())

@@ -39,14 +39,14 @@ Step = tuple[Any, ...]  # one step: ("predict", engine, cycle), ("label", ...), 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Postgres]:
-    with postgres() as found:
-        yield found
+    with postgres() as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("template") / "empty.db"
-    asyncio.run(told(f"sqlite:///{path}", []))
+    asyncio.run(apply_steps(f"sqlite:///{path}", []))
     return path
 
 
@@ -64,39 +64,39 @@ def one_hot(k: int) -> Floats:
     return np.asarray(np.eye(CLASSES)[k])
 
 
-async def told(url: str, steps: list[Step]) -> CountedPredictions:
-    """Tell a database some things in their order; after "kill" go on with what another process would find."""
+async def apply_steps(url: str, steps: list[Step]) -> CountedPredictions:
+    """Apply steps to a database; after "kill" continue with the connections of a new process."""
     database, session = opened(url)
-    left = [database]
+    databases = [database]
     await database.connect()
     for k, step in enumerate(steps):
         kind, *rest = step
         if kind == "kill":
             database, session = opened(url)
-            left.append(database)
+            databases.append(database)
             await database.connect()
         elif kind == "predict":
             engine, cycle = rest
-            made = NewPrediction(f"{k:032x}", engine, cycle, logits_of(engine, cycle), 1.0, 0, 0.5, None)
-            batch = PredictionWrite(ModelVersion(DIGEST, MANIFEST, 1.0, "artefact"), float(k), [made])
+            prediction = NewPrediction(f"{k:032x}", engine, cycle, logits_of(engine, cycle), 1.0, 0, 0.5, None)
+            batch = PredictionWrite(ModelVersion(DIGEST, MANIFEST, 1.0, "artefact"), float(k), [prediction])
             await database.write(partial(predictions.record_predictions, session), batch)
         elif kind == "label":
             engine, cycle, truth, revise = rest
-            said = LabelSubmission(None, engine, cycle, one_hot(truth), revise)
-            await database.write(partial(labels.record_labels, session), LabelWrite([said], float(k)))
+            submission = LabelSubmission(None, engine, cycle, one_hot(truth), revise)
+            await database.write(partial(labels.record_labels, session), LabelWrite([submission], float(k)))
         else:
             engine, failed_at, revise = rest
             await database.write(
                 partial(labels.record_outcomes, session), OutcomeSubmission(engine, failed_at, revise, float(k))
             )
-    found = await database.read(lambda connection: queries.counted(connection, DIGEST, CLASSES, None))
-    for one in left:
-        await one.close()
-    return found
+    counted = await database.read(lambda connection: queries.counted(connection, DIGEST, CLASSES, None))
+    for opened_database in databases:
+        await opened_database.close()
+    return counted
 
 
 async def pruned(database: Database, before: float) -> int:
-    """How much of what is older was forgotten."""
+    """Delete the rows before a time, and return their number."""
     await database.connect()
     old = await database.read(lambda connection: retention.find_expired(connection, before))
     return await database.write(retention.delete_expired, old)
@@ -105,9 +105,9 @@ async def pruned(database: Database, before: float) -> int:
 def joined_offline(steps: list[Step]) -> dict[bytes, bytes | None]:
     """Return the label of every prediction by its logits, from all reports, independent of their order."""
     predicted = {(step[1], step[2]) for step in steps if step[0] == "predict"}
-    inspected = {(step[1], step[2]): step[3] for step in steps if step[0] == "label"}  # the last one stands
+    inspected = {(step[1], step[2]): step[3] for step in steps if step[0] == "label"}  # the last label counts
     ends = {step[1]: step[2] for step in steps if step[0] == "end"}
-    found: dict[bytes, bytes | None] = {}
+    joined: dict[bytes, bytes | None] = {}
     for engine, cycle in predicted:
         newest = max(c for e, c in predicted if e == engine)
         truth: int | None = None
@@ -118,8 +118,8 @@ def joined_offline(steps: list[Step]) -> dict[bytes, bytes | None]:
             truth = None if rul < 0 else 0 if rul > 125 else 1 if rul > 50 else 2
         elif newest - cycle > 125:
             truth = 0
-        found[logits_of(engine, cycle)] = None if truth is None else one_hot(truth).tobytes()
-    return found
+        joined[logits_of(engine, cycle)] = None if truth is None else one_hot(truth).tobytes()
+    return joined
 
 
 ENGINES = st.sampled_from(["a", "b", "ä c"])
@@ -153,34 +153,34 @@ def with_revisions(events: list[Step]) -> list[Step]:
 def test_labels_join_in_any_order(
     template: Path, tmp_path_factory: pytest.TempPathFactory, events: list[Step], data: Any
 ) -> None:
-    """Any order, repetition, revision and death of the process between two steps end in what an offline join finds."""
+    """Any order, repetition, revision and restart between two steps gives the labels of an offline join."""
     path = tmp_path_factory.mktemp("order") / "memory.db"
     shutil.copy(template, path)
     shuffled = with_revisions(data.draw(st.permutations(events + events[:5])))
-    found = asyncio.run(told(f"sqlite:///{path}", shuffled))
+    counted = asyncio.run(apply_steps(f"sqlite:///{path}", shuffled))
     labels_found = {
         logits.astype(np.float32).tobytes(): None if np.isnan(label).any() else label.tobytes()
-        for logits, label in zip(found.logits, found.label, strict=True)
+        for logits, label in zip(counted.logits, counted.label, strict=True)
     }
     assert joined_offline(shuffled) == labels_found
-    assert len(labels_found) == len(found.logits)  # each engine and cycle counts once
+    assert len(labels_found) == len(counted.logits)  # each engine and cycle counts once
 
 
-def test_order_of_telling_changes_no_figure(template: Path, tmp_path: Path) -> None:
-    """Rows come by engine and cycle and engines by name, so that sums and resampled engines are the same bits."""
+def test_order_of_reports_changes_no_figure(template: Path, tmp_path: Path) -> None:
+    """Rows are sorted by engine and cycle, so that sums and resampled engines have equal bits."""
     steps: list[Step] = [("predict", e, c) for e in ("b", "ä c", "a") for c in (7, 1, 130)]
     steps += [("label", "b", 7, 1, False), ("end", "a", 140, False)]
-    found = []
+    counted = []
     for k, order in enumerate((steps, steps[::-1])):
         shutil.copy(template, tmp_path / f"{k}.db")
-        found.append(asyncio.run(told(f"sqlite:///{tmp_path}/{k}.db", order)))
-    assert [0, 0, 0, 1, 1, 1, 2, 2, 2] == found[0].engine.tolist()
+        counted.append(asyncio.run(apply_steps(f"sqlite:///{tmp_path}/{k}.db", order)))
+    assert [0, 0, 0, 1, 1, 1, 2, 2, 2] == counted[0].engine.tolist()
     for name in ("logits", "temperature", "label", "engine", "source"):
-        np.testing.assert_array_equal(getattr(found[0], name), getattr(found[1], name))
+        np.testing.assert_array_equal(getattr(counted[0], name), getattr(counted[1], name))
 
 
-def test_both_databases_have_the_schema_that_the_code_has(cluster: Postgres, template: Path) -> None:
-    """The migrations make exactly the tables that the code uses, and taking them twice changes nothing."""
+def test_migrated_schema_equals_the_tables_of_the_code(cluster: Postgres, template: Path) -> None:
+    """The migrations create exactly the tables of the code, and a second run changes nothing."""
     url = cluster.url("schema").replace("postgresql:", "postgresql+psycopg:")
     for address_ in (f"sqlite:///{template}", url):
         engine = create_engine(address_)
@@ -192,7 +192,7 @@ def test_both_databases_have_the_schema_that_the_code_has(cluster: Postgres, tem
 
 
 def test_postgresql_joins_as_sqlite_does(cluster: Postgres, tmp_path: Path) -> None:
-    """The same reports give the same rows in both databases, including revisions and continued operation."""
+    """The same reports give equal rows in both databases, including revisions and continued operation."""
     steps: list[Step] = with_revisions(
         [
             ("predict", "a", 0),
@@ -210,31 +210,31 @@ def test_postgresql_joins_as_sqlite_does(cluster: Postgres, tmp_path: Path) -> N
             ("predict", "c", 1),
         ]
     )
-    own = asyncio.run(told(f"sqlite:///{tmp_path}/memory.db", steps))
-    other = asyncio.run(told(cluster.url("joins"), steps))
+    own = asyncio.run(apply_steps(f"sqlite:///{tmp_path}/memory.db", steps))
+    other = asyncio.run(apply_steps(cluster.url("joins"), steps))
     for mine, theirs in zip(own, other, strict=True):
         np.testing.assert_array_equal(mine, theirs)
 
 
-def test_newer_schema_is_refused(template: Path, tmp_path: Path) -> None:
-    """A database made by newer code is left alone, with the reason."""
+def test_newer_schema_is_rejected(template: Path, tmp_path: Path) -> None:
+    """A database of a newer schema is rejected with the reason, and not changed."""
     path = tmp_path / "newer.db"
     shutil.copy(template, path)
     with sqlite3.connect(path) as connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(SchemaRejected, match="schema 9999"):
-        asyncio.run(told(f"sqlite:///{path}", []))
+        asyncio.run(apply_steps(f"sqlite:///{path}", []))
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "mysql://a/b", "nonsense", "://"])
-def test_address_that_is_none_is_refused(url: str) -> None:
-    """What is no database of ours is named before anything starts."""
+def test_invalid_database_url_is_rejected(url: str) -> None:
+    """An unsupported database URL is rejected with the name of its setting."""
     with pytest.raises(SettingsRejected, match="ENGINE_HEALTH_DATABASE_URL"):
         parse_url(url)
 
 
 def test_failed_write_does_not_fail_others(template: Path, tmp_path: Path) -> None:
-    """Work that raises within a shared transaction is heard of by its own caller; the others are committed."""
+    """An error within a shared transaction is raised to its caller, and the other writes are committed."""
     path = tmp_path / "memory.db"
     shutil.copy(template, path)
 
@@ -245,10 +245,10 @@ def test_failed_write_does_not_fail_others(template: Path, tmp_path: Path) -> No
 
     async def ask() -> list[Any]:
         database, _ = opened(f"sqlite:///{path}")
-        asked = [database.write(picky, item) for item in ("a", "bad", "b")]
-        found = await asyncio.gather(*asked, return_exceptions=True)
+        writes = [database.write(picky, item) for item in ("a", "bad", "b")]
+        results = await asyncio.gather(*writes, return_exceptions=True)
         await database.close()
-        return found
+        return results
 
     first, failed, last = asyncio.run(ask())
     assert ("a", "b") == (first, last)
@@ -256,7 +256,7 @@ def test_failed_write_does_not_fail_others(template: Path, tmp_path: Path) -> No
 
 
 def test_error_after_commit_affects_its_caller_only(template: Path, tmp_path: Path) -> None:
-    """Where what follows a commit raises, its own caller hears of it, and the others are answered."""
+    """An error of a callback after the commit is raised to its caller, and the other callers are answered."""
     path = tmp_path / "memory.db"
     shutil.copy(template, path)
 
@@ -266,10 +266,10 @@ def test_error_after_commit_affects_its_caller_only(template: Path, tmp_path: Pa
 
     async def ask() -> list[Any]:
         database, _ = opened(f"sqlite:///{path}")
-        asked = [database.write(lambda _, items: list(items), item, then) for item in ("a", "bad", "b")]
-        found = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 30)
+        writes = [database.write(lambda _, items: list(items), item, then) for item in ("a", "bad", "b")]
+        results = await asyncio.wait_for(asyncio.gather(*writes, return_exceptions=True), 30)
         await database.close()
-        return found
+        return results
 
     first, failed, last = asyncio.run(ask())
     assert ("a", "b") == (first, last)
@@ -277,7 +277,7 @@ def test_error_after_commit_affects_its_caller_only(template: Path, tmp_path: Pa
 
 
 def test_missing_database_file_is_reported_and_recovered(tmp_path: Path) -> None:
-    """A file that is moved away is an error for who asks; moved back, it is gone on with, nothing lost."""
+    """A missing file raises StoreUnavailable, and a restored file is used with all its rows."""
     path = tmp_path / "memory.db"
 
     async def ask() -> None:
@@ -297,12 +297,12 @@ def test_missing_database_file_is_reported_and_recovered(tmp_path: Path) -> None
     asyncio.run(ask())
 
 
-def test_expired_rows_are_deleted_in_limited_numbers(tmp_path: Path) -> None:
-    """Pruning takes what was made before some time, and only that."""
+def test_retention_deletes_expired_rows_only(tmp_path: Path) -> None:
+    """Retention deletes the rows before a time, and no others."""
     steps: list[Step] = [("predict", "a", cycle) for cycle in range(10)]
 
     async def ask() -> int:
-        await told(f"sqlite:///{tmp_path}/memory.db", steps)
+        await apply_steps(f"sqlite:///{tmp_path}/memory.db", steps)
         database, _ = opened(f"sqlite:///{tmp_path}/memory.db")
         assert 4 == await pruned(database, 4.0)
         assert 0 == await pruned(database, 4.0)
@@ -314,15 +314,15 @@ def test_expired_rows_are_deleted_in_limited_numbers(tmp_path: Path) -> None:
 
 
 def test_stored_model_is_sufficient_to_read_its_logits(template: Path, tmp_path: Path) -> None:
-    """Classes, thresholds, temperature and the rule of prediction sets are kept with the first prediction."""
+    """Classes, thresholds, temperature and the rule of prediction sets are stored with the first prediction."""
     path = tmp_path / "memory.db"
     shutil.copy(template, path)
-    asyncio.run(told(f"sqlite:///{path}", [("predict", "a", 1)]))
+    asyncio.run(apply_steps(f"sqlite:///{path}", [("predict", "a", 1)]))
     with sqlite3.connect(path) as connection:
         ((text,),) = connection.execute("SELECT manifest FROM models").fetchall()
-    kept = json.loads(text)
-    assert list(MANIFEST.classes) == kept["classes"]
-    assert [125.0, 50.0] == kept["rul_thresholds"]
+    stored = json.loads(text)
+    assert list(MANIFEST.classes) == stored["classes"]
+    assert [125.0, 50.0] == stored["rul_thresholds"]
 
 
 def test_revised_labels_are_archived(template: Path, tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_label_does_not_expire_before_its_prediction(tmp_path: Path) -> None:
     steps: list[Step] = [("label", "a", 1, 2, False), ("predict", "a", 5), ("predict", "a", 1)]
 
     async def ask() -> Floats:
-        await told(f"sqlite:///{tmp_path}/memory.db", steps)
+        await apply_steps(f"sqlite:///{tmp_path}/memory.db", steps)
         database, session = opened(f"sqlite:///{tmp_path}/memory.db")
         assert 0 == await pruned(database, 1.0)
         await database.write(partial(labels.record_outcomes, session), OutcomeSubmission("a", 200, False, 9.0))
@@ -365,84 +365,84 @@ def test_label_does_not_expire_before_its_prediction(tmp_path: Path) -> None:
     assert one_hot(2).tolist() == asyncio.run(ask())[0].tolist()
 
 
-def test_engine_after_retention_shows_its_newest_rest(tmp_path: Path) -> None:
-    """Where the latest prediction is forgotten, the newest that is left is the latest; a lower cycle may come."""
+def test_engine_after_retention_shows_its_newest_row(tmp_path: Path) -> None:
+    """If the latest prediction expired, the newest remaining one is the latest; a lower cycle may follow."""
     steps: list[Step] = [("predict", "a", 9), ("predict", "b", 9), ("predict", "a", 5), ("predict", "a", 3)]
 
     async def ask() -> list[tuple[str, int]]:
-        await told(f"sqlite:///{tmp_path}/memory.db", steps)
+        await apply_steps(f"sqlite:///{tmp_path}/memory.db", steps)
         database, session = opened(f"sqlite:///{tmp_path}/memory.db")
         assert 2 == await pruned(database, 2.0)
-        made = NewPrediction("f" * 32, "b", 1, logits_of("b", 1), None, 0, 0.1, None)
+        prediction = NewPrediction("f" * 32, "b", 1, logits_of("b", 1), None, 0, 0.1, None)
         await database.write(
             partial(predictions.record_predictions, session),
-            PredictionWrite(ModelVersion(DIGEST, MANIFEST, 1.0, "artefact"), 9.0, [made]),
+            PredictionWrite(ModelVersion(DIGEST, MANIFEST, 1.0, "artefact"), 9.0, [prediction]),
         )
-        found = await database.read(lambda connection: queries.page(connection, EngineQuery()))
+        page = await database.read(lambda connection: queries.page(connection, EngineQuery()))
         await database.close()
         logits = np.frombuffer(logits_of("a", 5), np.float32)
-        assert {np.exp(log_softmax(logits))[-1], 0.1} == {row.risk for row in found.rows}
-        return sorted((row.engine_id, row.cycle) for row in found.rows)
+        assert {np.exp(log_softmax(logits))[-1], 0.1} == {row.risk for row in page.rows}
+        return sorted((row.engine_id, row.cycle) for row in page.rows)
 
     assert [("a", 5), ("b", 1)] == asyncio.run(ask())
 
 
 def test_page_counts_the_engines_that_it_shows(tmp_path: Path) -> None:
-    """An engine whose latest prediction was forgotten is neither shown nor counted."""
+    """An engine whose latest prediction expired is neither listed nor counted."""
     steps: list[Step] = [("predict", "a", 5), ("predict", "b", 5)]
 
     async def ask() -> EnginePage:
-        await told(f"sqlite:///{tmp_path}/memory.db", steps)
+        await apply_steps(f"sqlite:///{tmp_path}/memory.db", steps)
         database, _ = opened(f"sqlite:///{tmp_path}/memory.db")
         assert 1 == await pruned(database, 1.0)
-        found = await database.read(lambda connection: queries.page(connection, EngineQuery()))
+        page = await database.read(lambda connection: queries.page(connection, EngineQuery()))
         await database.close()
-        return found
+        return page
 
-    found = asyncio.run(ask())
-    assert (1, ["b"]) == (found.total, [row.engine_id for row in found.rows])
+    page = asyncio.run(ask())
+    assert (1, ["b"]) == (page.total, [row.engine_id for row in page.rows])
 
 
-def test_survivors_testify_for_a_model_that_came_later(tmp_path: Path) -> None:
-    """Where a model that knows no RUL was met first, engines that run on still prove what another one predicted."""
+def test_continued_operation_labels_a_later_model(tmp_path: Path) -> None:
+    """Continued operation labels predictions of a model although a model without RUL came first."""
     knows_none = ModelVersion("e" * 64, Manifest(name="other", version="1", classes=("x", "y", "z")), 1.0, "artefact")
-    said = [(knows_none, 0), *((ModelVersion(DIGEST, MANIFEST, 1.0, "artefact"), cycle) for cycle in (1, 2, 127, 128))]
+    steps = [(knows_none, 0), *((ModelVersion(DIGEST, MANIFEST, 1.0, "artefact"), cycle) for cycle in (1, 2, 127, 128))]
 
     async def ask() -> list[int]:
         database, session = opened(f"sqlite:///{tmp_path}/memory.db")
-        for k, (by, cycle) in enumerate(said):
-            made = NewPrediction(f"{k:032x}", "a", cycle, logits_of("a", cycle), None, 0, 0.5, None)
+        for k, (by, cycle) in enumerate(steps):
+            prediction = NewPrediction(f"{k:032x}", "a", cycle, logits_of("a", cycle), None, 0, 0.5, None)
             await database.write(
-                partial(predictions.record_predictions, session), PredictionWrite(by, float(k), [made])
+                partial(predictions.record_predictions, session), PredictionWrite(by, float(k), [prediction])
             )
-        found = await database.read(lambda connection: queries.counted(connection, DIGEST, CLASSES, None))
+        counted = await database.read(lambda connection: queries.counted(connection, DIGEST, CLASSES, None))
         await database.close()
-        return [int(source) for source in found.source]
+        return [int(source) for source in counted.source]
 
     assert [2, 2, -1, -1] == asyncio.run(ask())
 
 
-def test_look_up_that_takes_too_long_is_no_outage(cluster: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who asks for more than can be read in time hears so; the database counts as there, and predictions are kept."""
+def test_slow_query_is_no_outage(cluster: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A query beyond the time limit raises StoreUnavailable, and the database still counts as available."""
     monkeypatch.setattr("service.store.sql.urls.SLOW_SECONDS", 1)
 
     async def ask() -> tuple[bool, str]:
         database, _ = opened(cluster.url("slowly"))
         await database.connect()
-        with pytest.raises(StoreUnavailable) as told:
+        with pytest.raises(StoreUnavailable) as error:
             await database.read(lambda connection: connection.execute(text("SELECT pg_sleep(30)")))
         up = database.up
         await database.close()
-        return up, told.value.detail
+        return up, error.value.detail
 
     assert (True, "the query took longer than 1 s") == asyncio.run(ask())
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_write_of_many_short_statements_is_waited_for(
+def test_long_transaction_of_short_statements_is_committed(
     tmp_path: Path, cluster: Postgres, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """A transaction may take longer than the limit for one statement, also while its statements wait for the disk."""
+    """A transaction may take longer than the limit of one statement."""
     monkeypatch.setattr("service.store.sql.database.STUCK_SECONDS", 0.6)
 
     def work(connection: Connection, items: Any) -> list[int]:
@@ -464,14 +464,14 @@ def test_write_of_many_short_statements_is_waited_for(
     assert 12 == asyncio.run(run())
 
 
-def test_how_long_postgresql_is_waited_for(cluster: Postgres) -> None:
-    """A host that vanished is given up by the kernel in ten seconds; what the address asks for itself stands."""
+def test_postgresql_timeouts_and_url_options_are_set(cluster: Postgres) -> None:
+    """An unreachable host is dropped after 10 s, and options of the URL take precedence."""
 
     def look(connection: Connection) -> tuple[list[Any], int, int]:
         raw: Any = connection.connection.dbapi_connection
-        with socket.socket(fileno=os.dup(raw.fileno())) as found:
-            unanswered = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
-            idle = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+        with socket.socket(fileno=os.dup(raw.fileno())) as options:
+            unanswered = options.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+            idle = options.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
         names = ("statement_timeout", "work_mem", "application_name")
         return [connection.execute(text(f"SHOW {name}")).scalar() for name in names], unanswered, idle
 
@@ -479,8 +479,8 @@ def test_how_long_postgresql_is_waited_for(cluster: Postgres) -> None:
         address = cluster.url("patience") + "?options=-c%20work_mem%3D9MB&application_name=mine&keepalives_idle=7"
         database, _ = opened(address)
         await database.connect()
-        found = await database.read(look)
+        options = await database.read(look)
         await database.close()
-        return found
+        return options
 
     assert (["10s", "9MB", "mine"], 10_000, 7) == asyncio.run(ask())

@@ -23,20 +23,20 @@ from tests.support.models import identity_classifier, window_classifier
 from tests.support.postgres import Postgres, postgres
 from tests.support.processes import Service, running, until, until_all_are_ready
 from tests.support.raw_http import connected
-from tests.support.stored import engines, fly, history, say
+from tests.support.stored import engines, fly, history, submit_labels
 
 FOUR: dict[str, object] = {"name": "four", "version": "1", "classes": ["a", "b", "c", "d"]}
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Postgres]:
-    with postgres() as found:
-        yield found
+    with postgres() as started:
+        yield started
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service with a memory, on either database."""
+def stateful(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service with a store in SQLite or PostgreSQL."""
     if request.param == "sqlite":
         url = f"sqlite:///{tmp_path_factory.mktemp('memory')}/memory.db"
     else:
@@ -45,39 +45,39 @@ def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         yield service
 
 
-def test_flight_prediction_equals_that_of_its_window(kept: Service, windows: Readings, manifest: Manifest) -> None:
-    """Flights sent one by one get bit for bit the prediction of the window of all flights up to that cycle."""
+def test_flight_prediction_equals_that_of_its_window(stateful: Service, windows: Readings, manifest: Manifest) -> None:
+    """A flight gets bit for bit the prediction of the window of all flights up to its cycle."""
     window = manifest.window or 0
     flights = np.concatenate([windows[2], windows[0]])[: window + 20]
     for cycle, row in enumerate(flights):
-        found = fly(kept, "bits", cycle, row)["predictions"][0]
+        flown = fly(stateful, "bits", cycle, row)["predictions"][0]
         if cycle % 17 and cycle < window + 15:
             continue
-        asked = kept.predict([{"telemetry": pad_left(flights[: cycle + 1], window).tolist()}])["predictions"][0]
-        assert ("bits", cycle) == (found["engine_id"], found["cycle"])
-        assert (asked["logits"], asked["rul"], asked["probabilities"]) == (
-            found["logits"],
-            found["rul"],
-            found["probabilities"],
+        expected = stateful.predict([{"telemetry": pad_left(flights[: cycle + 1], window).tolist()}])["predictions"][0]
+        assert ("bits", cycle) == (flown["engine_id"], flown["cycle"])
+        assert (expected["logits"], expected["rul"], expected["probabilities"]) == (
+            flown["logits"],
+            flown["rul"],
+            flown["probabilities"],
         )
 
 
 @pytest.mark.parametrize("how", [socket.SHUT_WR, socket.SHUT_RDWR])
-def test_flights_whose_clients_left_are_stored(kept: Service, windows: Readings, how: int) -> None:
-    """A flight that arrived whole is stored even if its client leaves before the response, also while it waits."""
+def test_flights_of_disconnected_clients_are_stored(stateful: Service, windows: Readings, how: int) -> None:
+    """A flight that arrived completely is stored even if its client disconnects before the response."""
     name, count = f"departed-{how}", 20
     for cycle in range(count):
         flight = {"engine_id": name, "cycle": cycle, "telemetry": windows[0, cycle].tolist()}
         body = json.dumps({"cycles": [flight]}).encode()
         head = b"POST /v1/cycles HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        with connected(kept) as connection:
+        with connected(stateful) as connection:
             connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
             connection.shutdown(how)
-    until(lambda: len(kept.client.get(f"/v1/engines/{name}").json().get("history", [])) == count)
+    until(lambda: len(stateful.client.get(f"/v1/engines/{name}").json().get("history", [])) == count)
 
 
-def test_engine_that_no_path_could_name_is_refused(kept: Service, windows: Readings) -> None:
-    """Ids with control characters are a 422 by their place in every call, as their histories could not be asked for."""
+def test_engine_id_with_control_characters_gets_422(stateful: Service, windows: Readings) -> None:
+    """An engine id with control characters gets 422 with its location, since no URL path could contain it."""
     row = windows[0][0].tolist()
     for name in ("a\0b", "a\n", "\r", "\x7f", "\tid"):
         for path, body, place in (
@@ -86,38 +86,38 @@ def test_engine_that_no_path_could_name_is_refused(kept: Service, windows: Readi
             ("/v1/labels", {"labels": [{"engine_id": name, "cycle": 1, "label": 0}]}, ["labels", 0, "engine_id"]),
             ("/v1/outcomes", {"engine_id": name, "failed_at_cycle": 9}, ["engine_id"]),
         ):
-            answer = kept.client.post(path, json=body)
+            answer = stateful.client.post(path, json=body)
             assert (422, place) == (answer.status_code, answer.json()["errors"][0]["loc"])
 
 
-def test_late_flights_find_their_place(kept: Service, windows: Readings) -> None:
-    """Flights in any order, alone and together, give in the end the window of their cycles in order."""
+def test_late_flights_are_sorted_by_cycle(stateful: Service, windows: Readings) -> None:
+    """Flights in any order, alone or together, form the window of their cycles in order."""
     rows = windows[1][:12]
     order = [3, 0, 7, 11, 1]
     for cycle in order:
-        fly(kept, "late", cycle, rows[cycle])
+        fly(stateful, "late", cycle, rows[cycle])
     rest = [
         {"engine_id": "late", "cycle": c, "telemetry": rows[c].tolist()} for c in range(11, -1, -1) if c not in order
     ]
-    found = kept.client.post("/v1/cycles", json={"cycles": rest}).json()["predictions"]
-    for row in found:
-        known = list(range(row["cycle"] + 1))
-        asked = kept.predict([{"telemetry": rows[known].tolist()}])["predictions"][0]
-        assert asked["logits"] == row["logits"]
+    predicted = stateful.client.post("/v1/cycles", json={"cycles": rest}).json()["predictions"]
+    for row in predicted:
+        cycles = list(range(row["cycle"] + 1))
+        expected = stateful.predict([{"telemetry": rows[cycles].tolist()}])["predictions"][0]
+        assert expected["logits"] == row["logits"]
 
 
-def test_repeated_flight_is_a_no_op(kept: Service, windows: Readings) -> None:
-    """The same flight again is a no-op with the first answer; another one for its cycle is a conflict, and is shown."""
-    first = fly(kept, "twice", 4, windows[0][0])
-    again = fly(kept, "twice", 4, windows[0][0])
+def test_repeated_flight_is_a_no_op(stateful: Service, windows: Readings) -> None:
+    """A repeated flight returns its first prediction; another flight for its cycle is a conflict with both values."""
+    first = fly(stateful, "twice", 4, windows[0][0])
+    again = fly(stateful, "twice", 4, windows[0][0])
     assert ["joined", "unchanged"] == [one["results"][0]["result"] for one in (first, again)]
     assert first["predictions"] == again["predictions"]
-    other = fly(kept, "twice", 4, windows[0][1], status=409)
+    other = fly(stateful, "twice", 4, windows[0][1], status=409)
     both = other["results"][0]
     assert "conflict" == both["result"]
     assert pytest.approx(float(windows[0][0][5])) == both["known"]["sensor_4"]
     assert pytest.approx(float(windows[0][1][5])) == both["given"]["sensor_4"]
-    mixed = kept.client.post(
+    mixed = stateful.client.post(
         "/v1/cycles",
         json={
             "cycles": [
@@ -129,20 +129,20 @@ def test_repeated_flight_is_a_no_op(kept: Service, windows: Readings) -> None:
     assert ["conflict", "joined"] == [row["result"] for row in mixed["results"]]
     assert mixed["predictions"][0] is None
     assert 5 == mixed["predictions"][1]["cycle"]
-    assert [4, 5] == [row["cycle"] for row in history(kept, "twice")]
+    assert [4, 5] == [row["cycle"] for row in history(stateful, "twice")]
 
 
-def test_repeated_flight_after_prediction_keeps_its_result(kept: Service, windows: Readings) -> None:
-    """A later prediction of the same engine and cycle counts, and a repeated flight returns its first prediction."""
-    fly(kept, "own", 1, windows[0][0])
-    first = fly(kept, "own", 2, windows[0][1])
-    asked = {"telemetry": windows[1].tolist(), "engine_id": "own", "cycle": 2}
-    between = kept.predict([asked])["predictions"][0]
-    again = [fly(kept, "own", 2, windows[0][1]) for _ in range(2)]
+def test_repeated_flight_after_prediction_keeps_its_result(stateful: Service, windows: Readings) -> None:
+    """A later prediction of the cycle counts, and the repeated flight returns its own first prediction."""
+    fly(stateful, "own", 1, windows[0][0])
+    first = fly(stateful, "own", 2, windows[0][1])
+    instance = {"telemetry": windows[1].tolist(), "engine_id": "own", "cycle": 2}
+    between = stateful.predict([instance])["predictions"][0]
+    again = [fly(stateful, "own", 2, windows[0][1]) for _ in range(2)]
     assert ["unchanged"] * 2 == [one["results"][0]["result"] for one in again]
     assert [first["predictions"]] * 2 == [one["predictions"] for one in again]
     assert between["logits"] != first["predictions"][0]["logits"]
-    every = kept.client.get("/v1/engines/own?superseded=true").json()["history"]
+    every = stateful.client.get("/v1/engines/own?superseded=true").json()["history"]
     assert {first["predictions"][0]["prediction_id"]: False, between["prediction_id"]: True} == {
         row["prediction_id"]: row["is_latest"] for row in every if row["cycle"] == 2
     }
@@ -152,12 +152,12 @@ def test_repeated_flight_after_prediction_keeps_its_result(kept: Service, window
 def test_older_schema_is_migrated_with_equal_results(
     kind: str, windows: Readings, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """A database of schema 0001 is migrated; its repeated flights return the prediction that counted, and continue."""
+    """A database of schema 0001 is migrated, and its repeated flights return the prediction that counted."""
     url = f"sqlite:///{tmp_path}/memory.db" if kind == "sqlite" else request.getfixturevalue("cluster").url("older")
-    asked = [{"telemetry": windows[1].tolist(), "engine_id": name, "cycle": 1} for name in ("a", "b")]
+    instances = [{"telemetry": windows[1].tolist(), "engine_id": name, "cycle": 1} for name in ("a", "b")]
     with running(ENGINE_HEALTH_DATABASE_URL=url) as service:
         fly(service, "a", 1, windows[0][0])
-        counted = service.predict(asked[:1])["predictions"]
+        counted = service.predict(instances[:1])["predictions"]
         own = fly(service, "b", 1, windows[0][0])["predictions"]
     engine = create_engine(parse_url(url))
     with engine.begin() as connection:
@@ -166,20 +166,20 @@ def test_older_schema_is_migrated_with_equal_results(
     engine.dispose()
     with running(ENGINE_HEALTH_DATABASE_URL=url) as service:
         assert counted == fly(service, "a", 1, windows[0][0])["predictions"]
-        service.predict(asked[1:])
+        service.predict(instances[1:])
         assert own == fly(service, "b", 1, windows[0][0])["predictions"]
         first = fly(service, "b", 2, windows[0][1])["predictions"]
-        service.predict([asked[1] | {"cycle": 2}])
+        service.predict([instances[1] | {"cycle": 2}])
         assert first == fly(service, "b", 2, windows[0][1])["predictions"]
 
 
-def test_flights_may_name_their_channels(kept: Service, windows: Readings, manifest: Manifest) -> None:
-    """A flight by channel name is the flight in the manifest's order."""
+def test_flights_may_name_their_channels(stateful: Service, windows: Readings, manifest: Manifest) -> None:
+    """A flight by channel names equals the flight in the manifest's order."""
     row = windows[3][0]
     named = dict(zip(manifest.channel_names, row.tolist(), strict=True))
     flight = {"engine_id": "named", "cycle": 1, "telemetry": named}
-    found = kept.client.post("/v1/cycles", json={"cycles": [flight]}).json()
-    assert fly(kept, "by-position", 1, row)["predictions"][0]["logits"] == found["predictions"][0]["logits"]
+    by_name = stateful.client.post("/v1/cycles", json={"cycles": [flight]}).json()
+    assert fly(stateful, "by-position", 1, row)["predictions"][0]["logits"] == by_name["predictions"][0]["logits"]
 
 
 @pytest.mark.parametrize(
@@ -198,44 +198,48 @@ def test_flights_may_name_their_channels(kept: Service, windows: Readings, manif
         ({"cycle": 1, "telemetry": [1.0] * 17}, ["cycles", 0]),
     ],
 )
-def test_wrong_flight_is_refused_by_its_place(kept: Service, flight: dict[str, Any], loc: list[Any]) -> None:
-    """Every wrong value of a flight is a 422 that names row and channel, and nothing of the request is kept."""
+def test_invalid_flight_is_located(stateful: Service, flight: dict[str, Any], loc: list[Any]) -> None:
+    """An invalid value of a flight gets 422 with row and channel, and nothing of the request is stored."""
     good = {"engine_id": "not kept", "cycle": 1, "telemetry": [1.0] * 17}
-    answer = kept.client.post("/v1/cycles", json={"cycles": [flight, good]})
+    answer = stateful.client.post("/v1/cycles", json={"cycles": [flight, good]})
     assert 422 == answer.status_code, answer.text
     assert loc == answer.json()["errors"][0]["loc"]
-    assert 404 == kept.client.get("/v1/engines/not kept").status_code
+    assert 404 == stateful.client.get("/v1/engines/not kept").status_code
 
 
 @pytest.mark.parametrize("telemetry", [b'"\xff"', b'{"\xff": 1}', b'["\xff"]'])
-def test_flight_of_broken_text_is_no_json(kept: Service, telemetry: bytes) -> None:
-    """Bytes that are no UTF-8 within a flight's readings are a 400, as they are anywhere else."""
+def test_flight_with_invalid_utf8_gets_400(stateful: Service, telemetry: bytes) -> None:
+    """Readings with invalid UTF-8 get 400."""
     body = b'{"cycles": [{"engine_id": "x", "cycle": 1, "telemetry": ' + telemetry + b"}]}"
-    answer = kept.client.post("/v1/cycles", content=body, headers={"Content-Type": "application/json"})
+    answer = stateful.client.post("/v1/cycles", content=body, headers={"Content-Type": "application/json"})
     assert 400 == answer.status_code, answer.text
 
 
-def test_labels_have_each_a_result(kept: Service, windows: Readings) -> None:
-    """A label is joined, pending, unchanged, in conflict, revised or unknown; a stored one stays until revised."""
-    made = fly(kept, "labels", 1, windows[0][0])["predictions"][0]["prediction_id"]
-    at = {"engine_id": "labels"}
-    assert ["joined", "pending", "unknown"] == say(
-        kept,
-        {"prediction_id": made, "label": "normal"},
-        at | {"cycle": 2, "label": 1},
+def test_labels_have_each_a_result(stateful: Service, windows: Readings) -> None:
+    """A label is joined, pending, unchanged, in conflict, revised or unknown; only a revision changes it."""
+    prediction_id = fly(stateful, "labels", 1, windows[0][0])["predictions"][0]["prediction_id"]
+    engine = {"engine_id": "labels"}
+    assert ["joined", "pending", "unknown"] == submit_labels(
+        stateful,
+        {"prediction_id": prediction_id, "label": "normal"},
+        engine | {"cycle": 2, "label": 1},
         {"prediction_id": "0" * 32, "label": 0},
     )
-    assert ["unchanged", "conflict"] == say(kept, at | {"cycle": 1, "label": 0}, at | {"cycle": 2, "label": [0, 0, 1]})
-    assert ["conflict"] == say(kept, {"prediction_id": made, "label": "critical"}, status=409)
-    assert ["normal"] == [row["label"] for row in history(kept, "labels")]
-    assert ["revised", "unchanged"] == say(
-        kept, *[{"prediction_id": made, "label": "critical", "revise": True}, at | {"cycle": 1, "label": 2}]
+    assert ["unchanged", "conflict"] == submit_labels(
+        stateful, engine | {"cycle": 1, "label": 0}, engine | {"cycle": 2, "label": [0, 0, 1]}
     )
-    fly(kept, "labels", 2, windows[0][1])
-    found = history(kept, "labels")
-    assert ["critical", "degrading"] == [row["label"] for row in found]
-    assert ["inspection", "inspection"] == [row["source"] for row in found]
-    for row in found:
+    assert ["conflict"] == submit_labels(stateful, {"prediction_id": prediction_id, "label": "critical"}, status=409)
+    assert ["normal"] == [row["label"] for row in history(stateful, "labels")]
+    assert ["revised", "unchanged"] == submit_labels(
+        stateful,
+        {"prediction_id": prediction_id, "label": "critical", "revise": True},
+        engine | {"cycle": 1, "label": 2},
+    )
+    fly(stateful, "labels", 2, windows[0][1])
+    rows = history(stateful, "labels")
+    assert ["critical", "degrading"] == [row["label"] for row in rows]
+    assert ["inspection", "inspection"] == [row["source"] for row in rows]
+    for row in rows:
         expected = numerics.cross_entropy(
             row["logits"], [["normal", "degrading", "critical"].index(row["label"])][0], row["temperature"]
         )
@@ -255,26 +259,26 @@ def test_labels_have_each_a_result(kept: Service, windows: Readings) -> None:
         ({"engine_id": "x", "cycle": 1}, ["labels", 0]),
     ],
 )
-def test_wrong_label_is_refused_by_its_place(kept: Service, row: dict[str, Any], loc: list[Any]) -> None:
-    """A label that is none, or of nothing, is a 422 that names it."""
-    answer = kept.client.post("/v1/labels", json={"labels": [row]})
+def test_invalid_label_is_located(stateful: Service, row: dict[str, Any], loc: list[Any]) -> None:
+    """An invalid label, or one without prediction or engine and cycle, gets 422 with its location."""
+    answer = stateful.client.post("/v1/labels", json={"labels": [row]})
     assert 422 == answer.status_code, answer.text
     assert loc == answer.json()["errors"][0]["loc"]
 
 
-def test_end_labels_the_whole_history(kept: Service, windows: Readings) -> None:
-    """RUL = end - cycle gives every prediction its class, and what arrives later too; another end conflicts."""
+def test_failure_labels_the_whole_history(stateful: Service, windows: Readings) -> None:
+    """A failure labels earlier and later predictions by their RUL, and another failure of the engine conflicts."""
     for cycle in (10, 80, 140, 200):
-        fly(kept, "ends", cycle, windows[0][cycle % 50])
-    post = kept.client.post
+        fly(stateful, "ends", cycle, windows[0][cycle % 50])
+    post = stateful.client.post
     end = {"engine_id": "ends", "failed_at_cycle": 206}
     first, again = post("/v1/outcomes", json=end).json(), post("/v1/outcomes", json=end).json()
     assert ("joined", "unchanged") == (first["result"], again["result"])
     other = post("/v1/outcomes", json=end | {"failed_at_cycle": 190})
     assert 409 == other.status_code
     assert [{"result": "conflict", "given": 190, "known": 206}] == other.json()["results"]
-    fly(kept, "ends", 190, windows[0][0])
-    labels = {row["cycle"]: (row["label"], row["source"]) for row in history(kept, "ends")}
+    fly(stateful, "ends", 190, windows[0][0])
+    labels = {row["cycle"]: (row["label"], row["source"]) for row in history(stateful, "ends")}
     assert {
         10: ("normal", "outcome"),
         80: ("normal", "outcome"),
@@ -284,38 +288,38 @@ def test_end_labels_the_whole_history(kept: Service, windows: Readings) -> None:
     } == labels
     revised = post("/v1/outcomes", json=end | {"failed_at_cycle": 196, "revise": True}).json()
     assert "revised" == revised["result"]
-    labels_now = {row["cycle"]: row["label"] for row in history(kept, "ends")}
-    assert ("degrading", None) == (labels_now[140], labels_now[200])  # after its end there is no engine
+    labels_now = {row["cycle"]: row["label"] for row in history(stateful, "ends")}
+    assert ("degrading", None) == (labels_now[140], labels_now[200])  # a cycle after the failure has no label
     assert "pending" == post("/v1/outcomes", json={"engine_id": "never seen", "failed_at_cycle": 3}).json()["result"]
 
 
-def test_survivors_testify(kept: Service, windows: Readings) -> None:
-    """An engine that is running more than 125 cycles later was normal, unless an inspection reported another class."""
+def test_continued_operation_labels_early_cycles(stateful: Service, windows: Readings) -> None:
+    """A cycle more than 125 before the latest is normal, unless an inspection reported another class."""
     for cycle in (1, 2, 3):
-        fly(kept, "survivor", cycle, windows[0][cycle])
-    say(kept, {"engine_id": "survivor", "cycle": 2, "label": "degrading"})
-    fly(kept, "survivor", 128, windows[0][9])
-    labels = [(row["label"], row["source"]) for row in history(kept, "survivor")]
+        fly(stateful, "survivor", cycle, windows[0][cycle])
+    submit_labels(stateful, {"engine_id": "survivor", "cycle": 2, "label": "degrading"})
+    fly(stateful, "survivor", 128, windows[0][9])
+    labels = [(row["label"], row["source"]) for row in history(stateful, "survivor")]
     assert [("normal", "survival"), ("degrading", "inspection"), (None, None), (None, None)] == labels
-    fly(kept, "survivor", 129, windows[0][9])
-    assert ("normal", "survival") == tuple(history(kept, "survivor")[2][key] for key in ("label", "source"))
+    fly(stateful, "survivor", 129, windows[0][9])
+    assert ("normal", "survival") == tuple(history(stateful, "survivor")[2][key] for key in ("label", "source"))
 
 
-def test_label_in_a_prediction_is_stored(kept: Service, windows: Readings) -> None:
-    """Telemetry and truth in one request: counted once, kept as an inspection, and never again from elsewhere."""
-    before = kept.metrics()["engine_health_labelled_total"]
-    asked = {"telemetry": windows[0].tolist(), "engine_id": "immediate", "cycle": 7, "label": "critical"}
-    kept.predict([asked])
-    assert ["unchanged"] == say(kept, {"engine_id": "immediate", "cycle": 7, "label": 2})
-    assert 1 == kept.metrics()["engine_health_labelled_total"] - before
-    kept.predict([asked | {"label": None}])
-    assert [("critical", "inspection")] == [(row["label"], row["source"]) for row in history(kept, "immediate")]
+def test_label_in_a_prediction_is_stored(stateful: Service, windows: Readings) -> None:
+    """A label in a prediction request is counted once, and stored as an inspection."""
+    before = stateful.metrics()["engine_health_labelled_total"]
+    instance = {"telemetry": windows[0].tolist(), "engine_id": "immediate", "cycle": 7, "label": "critical"}
+    stateful.predict([instance])
+    assert ["unchanged"] == submit_labels(stateful, {"engine_id": "immediate", "cycle": 7, "label": 2})
+    assert 1 == stateful.metrics()["engine_health_labelled_total"] - before
+    stateful.predict([instance | {"label": None}])
+    assert [("critical", "inspection")] == [(row["label"], row["source"]) for row in history(stateful, "immediate")]
 
 
-def test_contradicting_label_is_reported(kept: Service, windows: Readings, manifest: Manifest) -> None:
-    """A conflicting label of a prediction is scored in the response, reported with the stored one, and not stored."""
-    say(kept, {"engine_id": "odd", "cycle": 1, "label": "normal"})
-    before = kept.metrics()
+def test_contradicting_label_is_reported(stateful: Service, windows: Readings, manifest: Manifest) -> None:
+    """A conflicting label is scored in the response, reported with the stored one, and not stored."""
+    submit_labels(stateful, {"engine_id": "odd", "cycle": 1, "label": "normal"})
+    before = stateful.metrics()
     rows: list[dict[str, Any]] = [
         {"engine_id": "odd", "cycle": 1, "label": "critical"},
         {"engine_id": "even", "cycle": 1, "label": [0.25, 0.75, 0]},
@@ -324,7 +328,7 @@ def test_contradicting_label_is_reported(kept: Service, windows: Readings, manif
         {"engine_id": "odd", "cycle": 1},
         {"label": "degrading"},
     ]
-    found = kept.predict(
+    response = stateful.predict(
         [{"telemetry": w.tolist()} | row for w, row in zip(windows[[0, 1, 2, 3, 0, 1]], rows, strict=True)]
     )
     assert [
@@ -334,14 +338,14 @@ def test_contradicting_label_is_reported(kept: Service, windows: Readings, manif
         {"result": "unchanged"},
         None,
         None,
-    ] == found["results"]
-    logits = np.array([row["logits"] for row in found["predictions"]])
-    told = numerics.cross_entropy(logits, [2, 1, 2, 0, 0, 1], manifest.temperature, reduction="none")
-    assert pytest.approx(float(told[0]), rel=1e-5) == found["predictions"][0]["loss"]
+    ] == response["results"]
+    logits = np.array([row["logits"] for row in response["predictions"]])
+    given_losses = numerics.cross_entropy(logits, [2, 1, 2, 0, 0, 1], manifest.temperature, reduction="none")
+    assert pytest.approx(float(given_losses[0]), rel=1e-5) == response["predictions"][0]["loss"]
     stands = np.array([[1, 0, 0], [0.25, 0.75, 0], [0.25, 0.75, 0], [1, 0, 0], [1, 0, 0], [0, 1, 0]])
     losses = numerics.cross_entropy(logits, stands, manifest.temperature, reduction="none")
-    after = kept.metrics()
-    more = {
+    after = stateful.metrics()
+    increases = {
         name: after[f"engine_health_{name}"] - before[f"engine_health_{name}"]
         for name in ("labelled_total", "loss_nats_total", "labellable_total")
     }
@@ -349,59 +353,62 @@ def test_contradicting_label_is_reported(kept: Service, windows: Readings, manif
         "labelled_total": 6,
         "loss_nats_total": pytest.approx(losses.sum(), rel=1e-5),
         "labellable_total": 6,
-    } == more
-    assert ["normal"] == [row["label"] for row in history(kept, "odd")]
-    assert "results" not in kept.predict([{"telemetry": windows[0].tolist()} | rows[1]])
+    } == increases
+    assert ["normal"] == [row["label"] for row in history(stateful, "odd")]
+    assert "results" not in stateful.predict([{"telemetry": windows[0].tolist()} | rows[1]])
 
 
-def test_label_with_request_temperature_is_stored(kept: Service, windows: Readings) -> None:
-    """With a temperature of the request, the label is stored for engine and cycle, and the prediction is not."""
-    before = kept.metrics()["engine_health_labelled_total"]
-    asked = {"telemetry": windows[0].tolist(), "engine_id": "if", "cycle": 3, "label": "degrading"}
-    found = kept.predict([asked, asked | {"cycle": None}], temperature=2)
-    assert ("request", 2) == (found["temperature_source"], found["evaluation"]["count"])
-    assert [] == history(kept, "if")
-    assert 1 == kept.metrics()["engine_health_labelled_total"] - before  # the row that no truth could be kept of
-    kept.predict([asked | {"label": None}])
-    assert [("degrading", "inspection")] == [(row["label"], row["source"]) for row in history(kept, "if")]
-    assert ["unchanged"] == say(kept, {"engine_id": "if", "cycle": 3, "label": 1})
-    other = kept.predict([asked | {"label": "normal"}], temperature=2)
+def test_label_with_request_temperature_is_stored(stateful: Service, windows: Readings) -> None:
+    """With a temperature of the request the label is stored for engine and cycle, and the prediction is not."""
+    before = stateful.metrics()["engine_health_labelled_total"]
+    instance = {"telemetry": windows[0].tolist(), "engine_id": "if", "cycle": 3, "label": "degrading"}
+    response = stateful.predict([instance, instance | {"cycle": None}], temperature=2)
+    assert ("request", 2) == (response["temperature_source"], response["evaluation"]["count"])
+    assert [] == history(stateful, "if")
+    assert (
+        1 == stateful.metrics()["engine_health_labelled_total"] - before
+    )  # the row without cycle, whose label cannot be stored
+    stateful.predict([instance | {"label": None}])
+    assert [("degrading", "inspection")] == [(row["label"], row["source"]) for row in history(stateful, "if")]
+    assert ["unchanged"] == submit_labels(stateful, {"engine_id": "if", "cycle": 3, "label": 1})
+    other = stateful.predict([instance | {"label": "normal"}], temperature=2)
     assert [{"result": "conflict", "given": "normal", "known": "degrading"}] == other["results"]
-    assert 2 == kept.metrics()["engine_health_labelled_total"] - before
+    assert 2 == stateful.metrics()["engine_health_labelled_total"] - before
 
 
-def test_predicted_again_the_latest_counts(kept: Service, windows: Readings) -> None:
-    """Of one engine and cycle the latest prediction counts; the older is kept and shown when asked for."""
-    asked = [{"telemetry": w.tolist(), "engine_id": "again", "cycle": 3} for w in windows[:3]]
-    ids = [kept.predict([one])["predictions"][0]["prediction_id"] for one in asked]
-    ids += [row["prediction_id"] for row in kept.predict(asked[:2])["predictions"]]
-    assert ids[-1:] == [row["prediction_id"] for row in history(kept, "again")]
-    every = kept.client.get("/v1/engines/again?superseded=true").json()["history"]
+def test_latest_prediction_of_a_cycle_counts(stateful: Service, windows: Readings) -> None:
+    """The latest prediction of an engine and cycle counts, and superseded ones are returned on request."""
+    instances = [{"telemetry": w.tolist(), "engine_id": "again", "cycle": 3} for w in windows[:3]]
+    ids = [stateful.predict([instance])["predictions"][0]["prediction_id"] for instance in instances]
+    ids += [row["prediction_id"] for row in stateful.predict(instances[:2])["predictions"]]
+    assert ids[-1:] == [row["prediction_id"] for row in history(stateful, "again")]
+    every = stateful.client.get("/v1/engines/again?superseded=true").json()["history"]
     assert sorted(ids) == sorted(row["prediction_id"] for row in every)
     assert [ids[-1]] == [row["prediction_id"] for row in every if row["is_latest"]]
 
 
-def test_prediction_with_request_temperature_is_not_stored(kept: Service, windows: Readings) -> None:
-    """A prediction at a temperature of the caller's own is answered, and the service's own record stays as it was."""
-    found = kept.predict([{"telemetry": windows[0].tolist(), "engine_id": "what if", "cycle": 3}], temperature=5.0)
-    assert "request" == found["temperature_source"]
-    assert 404 == kept.client.get("/v1/engines/what if").status_code
+def test_prediction_with_request_temperature_is_not_stored(stateful: Service, windows: Readings) -> None:
+    """A prediction with a temperature of the request is answered and not stored."""
+    instance = {"telemetry": windows[0].tolist(), "engine_id": "what if", "cycle": 3}
+    response = stateful.predict([instance], temperature=5.0)
+    assert "request" == response["temperature_source"]
+    assert 404 == stateful.client.get("/v1/engines/what if").status_code
 
 
-def test_engines_come_worst_first_by_pages(windows: Readings) -> None:
-    """Every engine once, by falling probability of the last class, a hundred a page, `total` after the filter."""
+def test_engines_are_listed_worst_first(windows: Readings) -> None:
+    """Engines are listed once by falling probability of the last class; `total` counts the filtered ones."""
     with running() as service:
         rows = [
             {"engine_id": f"e{k}", "cycle": k, "telemetry": (windows[k % 4][k % 50] * (1 + k / 1e4)).tolist()}
             for k in range(230)
         ]
         assert 200 == service.client.post("/v1/cycles", json={"cycles": rows}).status_code
-        pages, asked = [], "/v1/engines"
-        while asked:
-            page = service.client.get(asked).json()
+        pages, url = [], "/v1/engines"
+        while url:
+            page = service.client.get(url).json()
             assert 230 == page["total"]
             pages.append(page["engines"])
-            asked = f"/v1/engines?next={page['next']}" if page["next"] else ""
+            url = f"/v1/engines?next={page['next']}" if page["next"] else ""
         assert [100, 100, 30] == list(map(len, pages))
         every = [row for page in pages for row in page]
         assert {row["engine_id"] for row in every} == {f"e{k}" for k in range(230)}
@@ -416,31 +423,31 @@ def test_engines_come_worst_first_by_pages(windows: Readings) -> None:
 
 
 @pytest.mark.parametrize("name", ["a", "\U0001f680" * MAX_NAME_LENGTH, "\x01" * MAX_NAME_LENGTH, '"' * MAX_NAME_LENGTH])
-def test_every_page_has_a_next_that_is_understood(name: str) -> None:
+def test_cursor_works_for_any_engine_name(name: str) -> None:
     """The cursor of a page works for any name of its last engine."""
     assert (1 / 3, name) == decode_cursor(encode_cursor(1 / 3, name))
 
 
 def test_call_without_store_gets_501(windows: Readings) -> None:
-    """Stateless: predictions are answered as ever, and every call that needs memory is a 501 that says why."""
+    """Without a store predictions are answered, and calls that need one get 501 with the setting's name."""
     with running(ENGINE_HEALTH_DATABASE_URL="") as service:
         assert service.predict([{"telemetry": windows[0].tolist(), "engine_id": "a", "cycle": 1}])
-        assert math.isnan(service.metrics()["engine_health_store_up"])  # neither up nor down: no alert
+        assert math.isnan(service.metrics()["engine_health_store_up"])  # neither 0 nor 1, so that no alert fires
         flight = {"engine_id": "a", "cycle": 1, "telemetry": windows[0][0].tolist()}
-        asked = [
+        responses = [
             service.client.post("/v1/cycles", json={"cycles": [flight]}),
             service.client.post("/v1/labels", json={"labels": [{"engine_id": "a", "cycle": 1, "label": 0}]}),
             service.client.post("/v1/outcomes", json={"engine_id": "a", "failed_at_cycle": 1}),
             service.client.get("/v1/engines"),
             service.client.get("/v1/engines/a"),
         ]
-        for answer in asked:
-            assert 501 == answer.status_code
-            assert "ENGINE_HEALTH_DATABASE_URL" in answer.json()["detail"]
+        for response in responses:
+            assert 501 == response.status_code
+            assert "ENGINE_HEALTH_DATABASE_URL" in response.json()["detail"]
 
 
 def test_model_without_windows_collects_no_flights(tmp_path: Path) -> None:
-    """Where an instance is no window of readings there is nothing to collect flights for: 422, with the reason."""
+    """Flights for a model without windows get 422 with the reason."""
     with running(ENGINE_HEALTH_MODEL=str(identity_classifier(tmp_path / "m.onnx", FOUR))) as service:
         answer = service.client.post(
             "/v1/cycles", json={"cycles": [{"engine_id": "a", "cycle": 1, "telemetry": [1, 2, 3]}]}
@@ -453,7 +460,7 @@ def test_model_without_windows_collects_no_flights(tmp_path: Path) -> None:
 def test_workers_read_each_others_flights(
     kind: str, windows: Readings, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """With two workers, flights over changing connections are answered as one window; caches prove themselves fresh."""
+    """With two workers, flights over changing connections form one window."""
     url = f"sqlite:///{tmp_path}/memory.db" if kind == "sqlite" else request.getfixturevalue("cluster").url("workers")
     flights = windows[0]
     with running(ENGINE_HEALTH_WORKERS="2", ENGINE_HEALTH_DATABASE_URL=url) as service:
@@ -461,42 +468,44 @@ def test_workers_read_each_others_flights(
         for cycle, row in enumerate(flights[:40]):
             with httpx.Client(base_url=service.client.base_url, timeout=60, trust_env=False) as client:
                 flight = {"engine_id": "shared", "cycle": cycle, "telemetry": row.tolist()}
-                found = client.post("/v1/cycles", json={"cycles": [flight]}).json()["predictions"][0]
-            asked = service.predict([{"telemetry": flights[: cycle + 1].tolist()}])["predictions"][0]
-            assert asked["logits"] == found["logits"], cycle
+                flown = client.post("/v1/cycles", json={"cycles": [flight]}).json()["predictions"][0]
+            expected = service.predict([{"telemetry": flights[: cycle + 1].tolist()}])["predictions"][0]
+            assert expected["logits"] == flown["logits"], cycle
 
 
 def test_flights_of_two_services_form_one_window(windows: Readings, tmp_path: Path) -> None:
-    """Services that share a database rebuild a window that another one made stale, and count each flight's wait."""
+    """Services that share a database rebuild stale windows, and count each flight's wait once."""
     shared, flights = {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{tmp_path}/memory.db"}, windows[0]
     with running(**shared) as one, running(**shared) as other:
         for cycle, row in enumerate(flights[:12]):
-            found = fly((one, other)[cycle // 2 % 2], "shared", cycle, row)["predictions"][0]
-            asked = one.predict([{"telemetry": flights[: cycle + 1].tolist()}])["predictions"][0]
-            assert asked["logits"] == found["logits"], cycle
+            flown = fly((one, other)[cycle // 2 % 2], "shared", cycle, row)["predictions"][0]
+            expected = one.predict([{"telemetry": flights[: cycle + 1].tolist()}])["predictions"][0]
+            assert expected["logits"] == flown["logits"], cycle
         assert list(range(12)) == [row["cycle"] for row in history(one, "shared")]
-        assert 6 <= other.metrics()["engine_health_queue_duration_seconds_count"] <= 7  # one of them was stale
+        assert (
+            6 <= other.metrics()["engine_health_queue_duration_seconds_count"] <= 7
+        )  # one tail was stale, and its flight waited twice
         assert 6 == other.metrics()["engine_health_labellable_total"]
 
 
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
 def test_acknowledged_rows_survive_kill(database: str) -> None:
-    """After kill -9 in the middle of ingestion every acknowledged flight and label is there, none of them twice."""
-    found = survive_in(database, kills=3, seed=1)  # `make kills` does a hundred
-    assert found.passed(), found
+    """After `kill -9` during ingestion every acknowledged flight and label is stored exactly once."""
+    report = survive_in(database, kills=3, seed=1)  # `make kills` runs 100
+    assert report.passed(), report
 
 
-def test_predictions_go_on_without_the_database(windows: Readings, tmp_path: Path) -> None:
-    """While the database is locked, predictions are answered and say that they are not kept; the rest is 503."""
+def test_predictions_continue_without_the_database(windows: Readings, tmp_path: Path) -> None:
+    """While the database is locked, predictions are answered without being stored, and other calls get 503."""
     path = tmp_path / "memory.db"
-    asked = {"telemetry": windows[0].tolist(), "engine_id": "a", "cycle": 1}
+    instance = {"telemetry": windows[0].tolist(), "engine_id": "a", "cycle": 1}
     with running(ENGINE_HEALTH_DATABASE_URL=f"sqlite:///{path}") as service:
-        assert service.predict([asked])["predictions"][0]["prediction_id"]
+        assert service.predict([instance])["predictions"][0]["prediction_id"]
         with sqlite3.connect(path, isolation_level=None) as other:
             other.execute("BEGIN IMMEDIATE")
-            found = service.predict([asked | {"cycle": 2}, {"telemetry": windows[1].tolist()}])["predictions"]
-            assert found[0]["prediction_id"] is None
-            assert found[1]["prediction_id"]
+            predictions = service.predict([instance | {"cycle": 2}, {"telemetry": windows[1].tolist()}])["predictions"]
+            assert predictions[0]["prediction_id"] is None
+            assert predictions[1]["prediction_id"]
             answer = service.client.post("/v1/outcomes", json={"engine_id": "a", "failed_at_cycle": 9})
             assert 503 == answer.status_code
             assert "locked" in answer.json()["detail"]
@@ -505,7 +514,7 @@ def test_predictions_go_on_without_the_database(windows: Readings, tmp_path: Pat
             assert 1 == service.metrics()["engine_health_predictions_not_stored_total"]
             other.execute("ROLLBACK")
         until(lambda: service.metrics()["engine_health_store_up"] == 1)
-        assert service.predict([asked | {"cycle": 3}])["predictions"][0]["prediction_id"]
+        assert service.predict([instance | {"cycle": 3}])["predictions"][0]["prediction_id"]
         assert [1, 3] == [row["cycle"] for row in history(service, "a")]
 
 
@@ -518,23 +527,23 @@ def test_full_disk_gets_503_and_loses_nothing(windows: Readings, tmp_path: Path)
         subprocess.run([*limit, f"--fsize={size}:unlimited"], check=True)
         flight = {"engine_id": "full", "cycle": 2, "telemetry": windows[0][1].tolist()}
         until(lambda: service.client.post("/v1/cycles", json={"cycles": [flight]}).status_code == 503)
-        found = service.predict([{"telemetry": windows[0].tolist(), "engine_id": "full", "cycle": 3}])
-        assert found["predictions"][0]["prediction_id"] is None
+        response = service.predict([{"telemetry": windows[0].tolist(), "engine_id": "full", "cycle": 3}])
+        assert response["predictions"][0]["prediction_id"] is None
         subprocess.run([*limit, "--fsize=unlimited:unlimited"], check=True)
         until(lambda: service.client.post("/v1/cycles", json={"cycles": [flight]}).status_code == 200)
         cycles = [row["cycle"] for row in history(service, "full")]
         assert [1, 2] == cycles
 
 
-def test_postgresql_may_go_and_come_back(windows: Readings, cluster: Postgres) -> None:
-    """The database server dies: clear errors, predictions go on; it comes back: what was acknowledged is there."""
+def test_postgresql_restart_loses_no_acknowledged_flight(windows: Readings, cluster: Postgres) -> None:
+    """While PostgreSQL is down flights get 503 and predictions continue; acknowledged flights remain."""
     with running(ENGINE_HEALTH_DATABASE_URL=cluster.url("gone")) as service:
         fly(service, "a", 1, windows[0][0])
         cluster.stop()
         flight = {"engine_id": "a", "cycle": 2, "telemetry": windows[0][1].tolist()}
         assert 503 == service.client.post("/v1/cycles", json={"cycles": [flight]}).status_code
-        found = service.predict([{"telemetry": windows[0].tolist(), "engine_id": "a", "cycle": 5}])
-        assert found["predictions"][0]["prediction_id"] is None
+        response = service.predict([{"telemetry": windows[0].tolist(), "engine_id": "a", "cycle": 5}])
+        assert response["predictions"][0]["prediction_id"] is None
         assert 503 == service.client.get("/v1/engines").status_code
         cluster.start()
         until(lambda: service.client.post("/v1/cycles", json={"cycles": [flight]}).status_code == 200)
@@ -542,7 +551,7 @@ def test_postgresql_may_go_and_come_back(windows: Readings, cluster: Postgres) -
 
 
 def test_flight_without_finite_prediction_is_located(tmp_path: Path) -> None:
-    """Readings on which the network overflows are a 422 at their row of `cycles`, and nothing of the call is kept."""
+    """Readings on which the network overflows get 422 with their row, and nothing of the request is stored."""
     path = window_classifier(tmp_path / "over.onnx", "ReduceMax", 2)
     with running(ENGINE_HEALTH_MODEL=str(path)) as service:
         rows = [("b", 7, [1, 2]), ("a", 3, [1, 2]), ("b", 2, [3e38, 1]), ("a", 1, [2, 1])]
@@ -554,62 +563,65 @@ def test_flight_without_finite_prediction_is_located(tmp_path: Path) -> None:
         assert 404 == service.client.get("/v1/engines/b").status_code
 
 
-def test_engines_are_filtered_by_change(kept: Service, windows: Readings) -> None:
+def test_engines_are_filtered_by_change(stateful: Service, windows: Readings) -> None:
     """`since` selects engines with a newer prediction or failure, `running` those without a failure."""
     for name in ("changed-a", "changed-b", "changed-c"):
-        fly(kept, name, 1, windows[0][0])
-    first = {row["engine_id"]: row for row in engines(kept, limit=1000)}
+        fly(stateful, name, 1, windows[0][0])
+    first = {row["engine_id"]: row for row in engines(stateful, limit=1000)}
     since = max(row["updated_at"] for row in first.values())
-    fly(kept, "changed-b", 2, windows[0][1])
+    fly(stateful, "changed-b", 2, windows[0][1])
     end = {"engine_id": "changed-c", "failed_at_cycle": 9}
-    assert 200 == kept.client.post("/v1/outcomes", json=end).status_code
-    changed = {row["engine_id"]: row["failed_at_cycle"] for row in engines(kept, since=since)}
+    assert 200 == stateful.client.post("/v1/outcomes", json=end).status_code
+    changed = {row["engine_id"]: row["failed_at_cycle"] for row in engines(stateful, since=since)}
     assert {"changed-b": None, "changed-c": 9}.items() <= changed.items()
     assert set(changed) <= {"changed-b", "changed-c", *(k for k, row in first.items() if row["updated_at"] == since)}
-    assert set(first) - {"changed-c"} >= {row["engine_id"] for row in engines(kept, running=True, limit=1000)}
-    assert 9 == kept.client.get("/v1/engines/changed-c").json()["failed_at_cycle"]
+    assert set(first) - {"changed-c"} >= {row["engine_id"] for row in engines(stateful, running=True, limit=1000)}
+    assert 9 == stateful.client.get("/v1/engines/changed-c").json()["failed_at_cycle"]
     for value in ("yesterday", "2026-11-25T12:00:00", ""):
-        assert 422 == kept.client.get("/v1/engines", params={"since": value}).status_code
-    assert 422 == kept.client.get("/v1/engines", params={"limit": 1001}).status_code
+        assert 422 == stateful.client.get("/v1/engines", params={"since": value}).status_code
+    assert 422 == stateful.client.get("/v1/engines", params={"limit": 1001}).status_code
 
 
-def test_pages_of_any_size_hold_every_engine_once(kept: Service, windows: Readings) -> None:
-    """Pages of seven, followed to the last, are the page of a thousand; `total` is the same on each."""
+def test_pages_of_any_size_list_every_engine_once(stateful: Service, windows: Readings) -> None:
+    """Pages of 7 engines together equal one page of 1000, and `total` is the same on each."""
     for k in range(9):
-        fly(kept, f"paged-{k}", 1, windows[k % 4][k])
-    whole = engines(kept, limit=1000)
-    found: list[dict[str, Any]] = []
+        fly(stateful, f"paged-{k}", 1, windows[k % 4][k])
+    whole = engines(stateful, limit=1000)
+    listed: list[dict[str, Any]] = []
     following = None
-    while following is not None or not found:
-        page = kept.client.get("/v1/engines", params={"limit": 7} | ({"next": following} if following else {})).json()
+    while following is not None or not listed:
+        query = {"limit": 7} | ({"next": following} if following else {})
+        page = stateful.client.get("/v1/engines", params=query).json()
         assert len(whole) == page["total"]
-        found, following = found + page["engines"], page["next"]
-    assert whole == found
+        listed, following = listed + page["engines"], page["next"]
+    assert whole == listed
 
 
-def test_trend_has_the_predictions_of_the_last_cycles(kept: Service, windows: Readings) -> None:
-    """The last class's probability, cycle by cycle, as the history has it; cycles before are left out."""
+def test_trend_has_the_predictions_of_the_last_cycles(stateful: Service, windows: Readings) -> None:
+    """A trend has the probability of the last class for the latest cycles, as in the history."""
     for cycle, row in enumerate(windows[3][:12]):
-        fly(kept, "trend", cycle, row)
-    kept.predict([{"engine_id": "trend", "cycle": 10, "telemetry": windows[3][:3].tolist()}])  # which counts since
-    trend = next(row for row in engines(kept, trend=5, limit=1000) if row["engine_id"] == "trend")["trend"]
-    past = {row["cycle"]: row["probabilities"]["critical"] for row in history(kept, "trend")}
+        fly(stateful, "trend", cycle, row)
+    stateful.predict(
+        [{"engine_id": "trend", "cycle": 10, "telemetry": windows[3][:3].tolist()}]
+    )  # replaces the prediction of the flight
+    trend = next(row for row in engines(stateful, trend=5, limit=1000) if row["engine_id"] == "trend")["trend"]
+    past = {row["cycle"]: row["probabilities"]["critical"] for row in history(stateful, "trend")}
     assert [[cycle, past[cycle]] for cycle in range(7, 12)] == trend
-    assert "trend" not in engines(kept)[0]
+    assert "trend" not in engines(stateful)[0]
 
 
-def test_sensors_need_stored_flights(kept: Service, windows: Readings, manifest: Manifest) -> None:
-    """`sensors` has every sensor over the flights that are kept, and none where there are only predictions."""
+def test_sensors_need_stored_flights(stateful: Service, windows: Readings, manifest: Manifest) -> None:
+    """`sensors` has each sensor of the stored flights, and nothing for predictions without flights."""
     for cycle, row in enumerate(windows[0][-15:]):
-        fly(kept, "sensed", cycle, row)
-    kept.predict([{"engine_id": "unflown", "cycle": 1, "telemetry": windows[0][:2].tolist()}])
-    told = kept.client.get("/v1/engines/sensed", params={"sensors": True}).json()["sensors"]
-    assert list(range(15)) == told["cycles"]
+        fly(stateful, "sensed", cycle, row)
+    stateful.predict([{"engine_id": "unflown", "cycle": 1, "telemetry": windows[0][:2].tolist()}])
+    sensors = stateful.client.get("/v1/engines/sensed", params={"sensors": True}).json()["sensors"]
+    assert list(range(15)) == sensors["cycles"]
     assert {name for name in manifest.channel_names if name.startswith("sensor")} == {
-        one["channel"] for one in told["channels"]
+        sensor["channel"] for sensor in sensors["channels"]
     }
-    distances = [abs(one["shift"]) for one in told["channels"]]
+    distances = [abs(sensor["shift"]) for sensor in sensors["channels"]]
     assert sorted(distances, reverse=True) == distances
-    assert distances[0] == pytest.approx(abs(np.mean(told["channels"][0]["deviations"][-10:])), abs=1e-4)
-    unflown = kept.client.get("/v1/engines/unflown", params={"sensors": True}).json()["sensors"]
+    assert distances[0] == pytest.approx(abs(np.mean(sensors["channels"][0]["deviations"][-10:])), abs=1e-4)
+    unflown = stateful.client.get("/v1/engines/unflown", params={"sensors": True}).json()["sensors"]
     assert {"cycles": [], "channels": []} == unflown

@@ -1,4 +1,4 @@
-"""Attaching foreign classifiers in tests."""
+"""Helpers of tests that attach foreign classifiers."""
 
 from pathlib import Path
 
@@ -25,12 +25,12 @@ def refusal(*arguments: object) -> str:
     """Return the single line that the command prints."""
     with pytest.raises(SystemExit) as ended:
         main([str(argument) for argument in arguments])
-    assert isinstance(ended.value.code, str)  # which leaves as exit code 1
+    assert isinstance(ended.value.code, str)  # becomes exit code 1
     assert 1 == len(ended.value.code.splitlines())
     return ended.value.code.removeprefix("attach: ")
 
 
 def softmax(logits: Floats, t: float = 1.0) -> Floats:
-    """Each row's, in float64, by torch."""
-    found: Floats = torch.softmax(torch.from_numpy(logits) / t, 1).numpy()
-    return found
+    """Return the softmax of each row in float64, computed by torch."""
+    result: Floats = torch.softmax(torch.from_numpy(logits) / t, 1).numpy()
+    return result

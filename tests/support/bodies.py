@@ -1,4 +1,4 @@
-"""Request bodies, right and wrong, that several tests and benchmarks send."""
+"""Valid and invalid request bodies for tests and benchmarks."""
 
 import json
 import struct
@@ -12,17 +12,17 @@ from model.windows import Readings
 from service.codecs.requests import EXAMPLE_ROW
 
 
-def asked(windows: Readings, **rest: Any) -> dict[str, Any]:
-    return {"inputs": [described(windows)], **rest}
+def inference_body(windows: Readings, **rest: Any) -> dict[str, Any]:
+    return {"inputs": [tensor_of(windows)], **rest}
 
 
 def texts(raw: bytes) -> list[str]:
-    found = []
+    decoded = []
     while raw:
         (length,) = struct.unpack_from("<I", raw)
-        found.append(raw[4 : 4 + length].decode())
+        decoded.append(raw[4 : 4 + length].decode())
         raw = raw[4 + length :]
-    return found
+    return decoded
 
 
 ROW = EXAMPLE_ROW
@@ -142,7 +142,7 @@ BODIES: list[tuple[bytes, int]] = [
 INFER = "/v2/models/engine-health/infer"
 
 
-def described(windows: Readings, **more: Any) -> dict[str, Any]:
+def tensor_of(windows: Readings, **more: Any) -> dict[str, Any]:
     shape = list(windows.shape)
     return {"name": "telemetry", "shape": shape, "datatype": "FP32", "data": windows.tolist()} | more
 
@@ -150,17 +150,17 @@ def described(windows: Readings, **more: Any) -> dict[str, Any]:
 def binary(windows: Readings, **rest: Any) -> tuple[bytes, dict[str, str]]:
     """Return a request with a binary tensor after the JSON, and its headers."""
     raw = windows.astype("<f4").tobytes()
-    tensor = described(windows, parameters={"binary_data_size": len(raw)})
+    tensor = tensor_of(windows, parameters={"binary_data_size": len(raw)})
     del tensor["data"]
     head = json.dumps({"inputs": [tensor], **rest}).encode()
     return head + raw, {"Inference-Header-Content-Length": str(len(head))}
 
 
 def outputs(answer: httpx.Response) -> dict[str, Any]:
-    """Every output by name, whichever way it came."""
+    """Return every output tensor by name, from JSON or binary data."""
     assert answer.status_code == 200, answer.text
     size = int(answer.headers.get("inference-header-content-length", len(answer.content)))
-    head, at, found = json.loads(answer.content[:size]), size, {}
+    head, at, tensors = json.loads(answer.content[:size]), size, {}
     for tensor in head["outputs"]:
         length = tensor.get("parameters", {}).get("binary_data_size")
         if length is None:
@@ -168,57 +168,57 @@ def outputs(answer: httpx.Response) -> dict[str, Any]:
         else:
             raw, at = answer.content[at : at + length], at + length
             values = texts(raw) if tensor["datatype"] == "BYTES" else np.frombuffer(raw, "<f4")
-        found[tensor["name"]] = np.array(values).reshape(tensor["shape"])
+        tensors[tensor["name"]] = np.array(values).reshape(tensor["shape"])
     assert at == len(answer.content)
-    return found | {"head": head}
+    return tensors | {"head": head}
 
 
-def lies(windows: Readings) -> list[tuple[Any, dict[str, str]]]:
-    """Yield requests that contradict themselves."""
+def contradictory_requests(windows: Readings) -> list[tuple[Any, dict[str, str]]]:
+    """Return requests that contradict themselves, with their headers."""
     good, headers = binary(windows)
     head = int(headers["Inference-Header-Content-Length"])
     label = {"name": "label", "shape": [4], "datatype": "INT64", "data": [0, 1, 2, 3]}
     return [
         ({"inputs": []}, {}),
-        ({"inputs": [described(windows, shape=[4, 100, 18])]}, {}),
-        ({"inputs": [described(windows, shape=[4, -100, -17])]}, {}),
-        ({"inputs": [described(windows, shape=[2**40, 2**40, 17])]}, {}),
-        ({"inputs": [described(windows, shape=[400, 17])]}, {}),
-        ({"inputs": [described(windows, shape=[0, 2**63], data=[])]}, {}),
-        ({"inputs": [described(windows, shape=[0, 2**62, 2**62], data=[])]}, {}),
-        ({"inputs": [described(windows, shape=[1] * 65, data=[1.0])]}, {}),
-        ({"inputs": [described(windows, shape=[2**62] * 40_000)]}, {}),
+        ({"inputs": [tensor_of(windows, shape=[4, 100, 18])]}, {}),
+        ({"inputs": [tensor_of(windows, shape=[4, -100, -17])]}, {}),
+        ({"inputs": [tensor_of(windows, shape=[2**40, 2**40, 17])]}, {}),
+        ({"inputs": [tensor_of(windows, shape=[400, 17])]}, {}),
+        ({"inputs": [tensor_of(windows, shape=[0, 2**63], data=[])]}, {}),
+        ({"inputs": [tensor_of(windows, shape=[0, 2**62, 2**62], data=[])]}, {}),
+        ({"inputs": [tensor_of(windows, shape=[1] * 65, data=[1.0])]}, {}),
+        ({"inputs": [tensor_of(windows, shape=[2**62] * 40_000)]}, {}),
         (
             {
                 "inputs": [
                     {
                         k: v
-                        for k, v in described(windows, shape=[0, 2**63], parameters={"binary_data_size": 0}).items()
+                        for k, v in tensor_of(windows, shape=[0, 2**63], parameters={"binary_data_size": 0}).items()
                         if k != "data"
                     }
                 ]
             },
             {},
         ),
-        ({"inputs": [described(windows, shape=[0, 100, 17], data=[])]}, {}),
-        ({"inputs": [described(windows, datatype="FP64")]}, {}),
-        ({"inputs": [described(windows, name="telemetri")]}, {}),
-        ({"inputs": [described(windows), described(windows)]}, {}),
-        ({"inputs": [described(windows, data=["a"] * 6800)]}, {}),
-        ({"inputs": [described(windows, data=[1e39] * 6800)]}, {}),
-        ({"inputs": [described(windows, data=[None] * 6800)]}, {}),
-        ({"inputs": [described(windows, data=None)]}, {}),
-        ({"inputs": [described(windows, parameters={"binary_data_size": 27200})]}, {}),
-        ({"inputs": [described(windows), label]}, {}),
-        ({"inputs": [described(windows), label | {"data": [0, 1, 2, -1]}]}, {}),
-        ({"inputs": [described(windows), label | {"shape": [3], "data": [0, 1, 2]}]}, {}),
-        ({"inputs": [described(windows), label | {"data": [0, 1, 2, 0.5]}]}, {}),
-        (asked(windows, outputs=[{"name": "softmax"}]), {}),
-        (asked(windows, outputs=[{"name": "loss"}]), {}),
-        (asked(windows, outputs=[{"name": "rul"}, {"name": "rul"}]), {}),
-        (asked(windows, parameters={"temperature": 0}), {}),
-        (asked(windows, parameters={"binary_data_output": "yes"}), {}),
-        (asked(windows, id=7), {}),
+        ({"inputs": [tensor_of(windows, shape=[0, 100, 17], data=[])]}, {}),
+        ({"inputs": [tensor_of(windows, datatype="FP64")]}, {}),
+        ({"inputs": [tensor_of(windows, name="telemetri")]}, {}),
+        ({"inputs": [tensor_of(windows), tensor_of(windows)]}, {}),
+        ({"inputs": [tensor_of(windows, data=["a"] * 6800)]}, {}),
+        ({"inputs": [tensor_of(windows, data=[1e39] * 6800)]}, {}),
+        ({"inputs": [tensor_of(windows, data=[None] * 6800)]}, {}),
+        ({"inputs": [tensor_of(windows, data=None)]}, {}),
+        ({"inputs": [tensor_of(windows, parameters={"binary_data_size": 27200})]}, {}),
+        ({"inputs": [tensor_of(windows), label]}, {}),
+        ({"inputs": [tensor_of(windows), label | {"data": [0, 1, 2, -1]}]}, {}),
+        ({"inputs": [tensor_of(windows), label | {"shape": [3], "data": [0, 1, 2]}]}, {}),
+        ({"inputs": [tensor_of(windows), label | {"data": [0, 1, 2, 0.5]}]}, {}),
+        (inference_body(windows, outputs=[{"name": "softmax"}]), {}),
+        (inference_body(windows, outputs=[{"name": "loss"}]), {}),
+        (inference_body(windows, outputs=[{"name": "rul"}, {"name": "rul"}]), {}),
+        (inference_body(windows, parameters={"temperature": 0}), {}),
+        (inference_body(windows, parameters={"binary_data_output": "yes"}), {}),
+        (inference_body(windows, id=7), {}),
         (good[:-1], headers),
         (good + b"x", headers),
         (good[: head + 100], headers),

@@ -1,4 +1,4 @@
-"""A real browser, Debian's Chromium, in which nothing goes wrong unseen; and a fleet of NASA's engines to look at."""
+"""Debian's Chromium for tests, which records errors, and a fleet of NASA's engines."""
 
 import os
 import re
@@ -27,20 +27,18 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-ROWS = 200  # flights of one call
+ROWS = 200  # flights per request
 _REFUSED = re.compile(r"Failed to load resource: .*?(?:status of (\d+)|net::(\w+))")
 
 
 @dataclass
 class Watched:
-    """A page, with all that went wrong in it: errors on its console, and requests to other hosts."""
+    """A page with its console errors, failed requests and requests to other hosts."""
 
     page: Page
     home: str
     errors: list[str] = field(default_factory=list)
-    refused: list[str] = field(
-        default_factory=list
-    )  # statuses of requests that were answered with no; browsers log them
+    refused: list[str] = field(default_factory=list)  # statuses of failed requests, which browsers log as errors
     outside: list[str] = field(default_factory=list)
 
     def open(self, path: str = "") -> Page:
@@ -49,20 +47,20 @@ class Watched:
         return self.page
 
     def on_console(self, message: ConsoleMessage) -> None:
-        """Keep what is no mere word."""
+        """Record errors and warnings."""
         if message.type in ("error", "warning"):
-            found = _REFUSED.match(message.text)
-            (self.refused if found else self.errors).append(found[1] or found[2] if found else message.text)
+            match = _REFUSED.match(message.text)
+            (self.refused if match else self.errors).append(match[1] or match[2] if match else message.text)
 
     def on_request(self, request: Request) -> None:
-        """Keep what goes to another host."""
+        """Record requests to other hosts."""
         if not request.url.startswith((self.home, "data:")):
             self.outside.append(request.url)
 
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """Start the browser."""
+    """Run the browser during the block."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         try:
@@ -77,22 +75,22 @@ def watched(browser: Browser, home: str, **context: Any) -> Iterator[Watched]:
     opened = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, "locale": "en-GB"} | context)
     try:
         opened.set_default_timeout(15_000)
-        found = Watched(opened.new_page(), home)
-        found.page.on("console", found.on_console)
-        found.page.on("pageerror", lambda error: found.errors.append(str(error)))
-        found.page.on("request", found.on_request)
-        yield found
+        watch = Watched(opened.new_page(), home)
+        watch.page.on("console", watch.on_console)
+        watch.page.on("pageerror", lambda error: watch.errors.append(str(error)))
+        watch.page.on("request", watch.on_request)
+        yield watch
     finally:
         opened.close()
 
 
 def absent() -> str | None:
-    """Why there is no browser; None if there is one."""
+    """Return why there is no browser, or None if there is one."""
     return None if CHROMIUM.exists() else f"no browser at {CHROMIUM}: apt-get install chromium"
 
 
 def in_ci() -> bool:
-    """Whether nothing may be skipped."""
+    """Return whether tests run in CI, where none may be skipped."""
     return os.environ.get("CI") == "true"
 
 
@@ -104,16 +102,16 @@ def fly_nasas(client: httpx.Client, folder: Path, subset: str, ended: int, runni
     for k, history in enumerate(cmapss.read_train(folder, subset)[: ended + running]):
         n = len(history.cycle)
         if k < ended:
-            told = np.unique(np.linspace(0, n - 1, flights).astype(int))
+            indices = np.unique(np.linspace(0, n - 1, flights).astype(int))
         else:
-            told = np.arange(n)[: n - 2 - (37 * k) % 130][-flights:]  # each at another point of its life
+            indices = np.arange(n)[: n - 2 - (37 * k) % 130][-flights:]  # each engine ends at another cycle
         rows = [
             {"engine_id": history.engine_id, "cycle": int(history.cycle[i]), "telemetry": history.telemetry[i].tolist()}
-            for i in told
+            for i in indices
         ]
         for begin in range(0, len(rows), ROWS):
-            answer = client.post("/v1/cycles", json={"cycles": rows[begin : begin + ROWS]})
-            assert answer.status_code == 200, answer.text
+            response = client.post("/v1/cycles", json={"cycles": rows[begin : begin + ROWS]})
+            assert response.status_code == 200, response.text
         if k < ended:
             end = {"engine_id": history.engine_id, "failed_at_cycle": int(history.cycle[-1])}
             assert client.post("/v1/outcomes", json=end).status_code == 200
@@ -134,6 +132,6 @@ def up(port: str, environment: dict[str, str]) -> "subprocess.Popen[str]":
 
 
 def down(process: "subprocess.Popen[str]") -> None:
-    """Stop the process."""
+    """Stop the process of a service."""
     process.terminate()
     process.communicate(timeout=30)

@@ -1,4 +1,4 @@
-"""Fleet files in the forms that the commands read."""
+"""Fleet files in the formats that the commands read."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ def as_csv(engines: Sequence[History], delimiter: str = ",", named: bool = True)
 
 
 def as_text(engines: Sequence[History]) -> str:
-    """As C-MAPSS: channels that no model reads are 0."""
+    """Return engines in the format of C-MAPSS, with 0 for channels that no model reads."""
     lines = []
     for unit, engine in enumerate(engines, 1):
         for cycle, row in zip(engine.cycle, engine.telemetry, strict=True):

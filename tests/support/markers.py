@@ -1,7 +1,7 @@
-"""Which marker a test has: derived from what it uses, so that no test is forgotten.
+"""The marker of each test, derived from what the test uses.
 
-`browser` needs Chromium, `service` starts a process or a database. `slow` reads C-MAPSS, uses torch, or is marked where
-it is written (long runs, and thresholds of time or memory). Everything else is `unit`, and runs in one process.
+`browser` needs Chromium, `service` starts a process or a database. `slow` reads C-MAPSS, uses torch, or is marked in
+the source (long runs, and limits of time or memory). All other tests are `unit`, and run in one process.
 """
 
 import inspect

@@ -22,9 +22,9 @@ WINDOW = 23
 def untrained() -> EngineHealth:
     """Return a network of rolling means over 23 rows."""
     torch.manual_seed(0)
-    made = EngineHealth(NetworkConfig(window=WINDOW, hidden=16)).eval()
-    made.normalise.centres.copy_(torch.arange(18).reshape(6, 3) * 10.0)
-    return made
+    network = EngineHealth(NetworkConfig(window=WINDOW, hidden=16)).eval()
+    network.normalise.centres.copy_(torch.arange(18).reshape(6, 3) * 10.0)
+    return network
 
 
 def manifest_of(network: EngineHealth) -> contract.Manifest:
@@ -35,8 +35,8 @@ def manifest_of(network: EngineHealth) -> contract.Manifest:
         {"telemetry": shortest_decimals(window), "logits": row.tolist(), "rul": float(cycles)}
         for window, row, cycles in zip(inputs, logits, rul, strict=True)
     ]
-    told = open_artefact(ARTEFACT)[1].model_dump() | {"window": network.config.window, "golden": golden}
-    return contract.Manifest.model_validate(told)
+    fields = open_artefact(ARTEFACT)[1].model_dump() | {"window": network.config.window, "golden": golden}
+    return contract.Manifest.model_validate(fields)
 
 
 def bundled(key: str) -> onnx.ModelProto:
@@ -72,7 +72,7 @@ def edited(path: Path, manifest: dict[str, object] | None = None, change: Change
 def classifier(
     path: Path, nodes: Sequence[onnx.NodeProto], shape: tuple[int, ...], manifest: dict[str, object]
 ) -> Path:
-    """Return a network from `telemetry` [n, *shape] to `logits` [n, shape[-1]] with constants ten, rows, time."""
+    """Write a network from `telemetry` [n, *shape] to `logits` [n, shape[-1]] with constants ten, rows, time."""
     telemetry = helper.make_tensor_value_info("telemetry", TensorProto.FLOAT, ["n", *shape])
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", shape[-1]])
     ten = numpy_helper.from_array(np.array(10, np.float32), "ten")
@@ -84,18 +84,18 @@ def classifier(
 
 
 def identity_classifier(path: Path, manifest: dict[str, object]) -> Path:
-    """Four inputs, which are the logits."""
+    """Write a model of four inputs that are its logits."""
     return classifier(path, [helper.make_node("Identity", ["telemetry"], ["logits"])], (4,), manifest)
 
 
 def overflowing_classifier(path: Path) -> Path:
-    """Two inputs, ten times which are the logits."""
+    """Write a model of two inputs whose logits are ten times the inputs."""
     manifest: dict[str, object] = {"name": "over", "version": "1", "classes": ["a", "b"]}
     return classifier(path, [helper.make_node("Mul", ["telemetry", "ten"], ["logits"])], (2,), manifest)
 
 
 def window_classifier(path: Path, reduction: str, window: int, **fields: object) -> Path:
-    """Windows of two channels; the logits are ten times their reduction over time, for example ReduceSum.
+    """Write a model of windows (window, 2) whose logits are ten times a reduction over time, for example ReduceSum.
 
     `fields` are further fields of the manifest.
     """

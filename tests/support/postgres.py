@@ -1,4 +1,7 @@
-"""A PostgreSQL of the tests' own, on loopback, thrown away at the end; it refuses to run as root."""
+"""A PostgreSQL cluster for tests, on loopback; it is deleted at the end.
+
+PostgreSQL does not run as root, so that root runs it as the user postgres.
+"""
 
 import os
 import shutil
@@ -18,7 +21,7 @@ from benchmarks.load import free_port
 
 @dataclass
 class Postgres:
-    """A running cluster, and how to stop and start it."""
+    """A running cluster that can be stopped, paused and started."""
 
     folder: Path
     port: int
@@ -39,25 +42,25 @@ class Postgres:
         return f"postgresql://postgres@127.0.0.1:{self.port}/{name}"
 
     def start(self) -> None:
-        """Start, and wait until it answers."""
+        """Start the server, and wait until it responds."""
         options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self.folder}"
         self._run(
             "pg_ctl", "-w", "-D", str(self.folder / "data"), "-o", options, "-l", str(self.folder / "log"), "start"
         )
 
     def stop(self) -> None:
-        """Stop immediately, as in a crash."""
+        """Stop the server immediately, as in a crash."""
         self._run("pg_ctl", "-w", "-D", str(self.folder / "data"), "-m", "immediate", "stop")
 
     def pause(self, paused: bool = True) -> None:
-        """Let every process of the server stand still, connections open, or go on."""
+        """Pause or resume every process of the server, with open connections."""
         head = (self.folder / "data" / "postmaster.pid").read_text().split()[0]
         rest = subprocess.run(["ps", "-o", "pid=", "--ppid", head], capture_output=True, text=True, check=True)
         for process in (head, *rest.stdout.split()):
             os.kill(int(process), signal.SIGSTOP if paused else signal.SIGCONT)
 
     def make(self) -> None:
-        """Make the cluster."""
+        """Create the cluster."""
         self._run("initdb", "-D", str(self.folder / "data"), "-U", "postgres", "--auth=trust", "--no-sync")
 
     def _run(self, program: str, *arguments: str) -> None:
@@ -68,9 +71,9 @@ class Postgres:
 
 @contextmanager
 def postgres() -> Iterator[Postgres]:
-    """Run a cluster during the block; without PostgreSQL's programs a test is skipped, and fails in CI."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not found:
+    """Run a cluster during the block; without PostgreSQL's programs skip the test, or fail it in CI."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not programs:
         message = "no PostgreSQL server programs (Debian: apt-get install postgresql)"
         if os.environ.get("CI") == "true":
             pytest.fail(message)
@@ -78,7 +81,7 @@ def postgres() -> Iterator[Postgres]:
     folder = Path(tempfile.mkdtemp(prefix="engine-health-postgres-"))
     if os.geteuid() == 0:
         shutil.chown(folder, "postgres")
-    cluster = Postgres(folder, free_port(), found[-1].parent)
+    cluster = Postgres(folder, free_port(), programs[-1].parent)
     try:
         cluster.make()
         cluster.start()

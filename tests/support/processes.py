@@ -24,20 +24,20 @@ START_SECONDS = 60
 
 @dataclass
 class Service:
-    """A running service and a client that speaks to it."""
+    """A running service with a client and its process."""
 
     client: httpx.Client
     process: subprocess.Popen[str]
 
     def predict(self, instances: list[dict[str, Any]], **rest: Any) -> dict[str, Any]:
         """Return the response of /v1/predict, which must be 200."""
-        answer = self.client.post("/v1/predict", json={"instances": instances, **rest})
-        assert answer.status_code == 200, answer.text
-        found: dict[str, Any] = answer.json()
-        return found
+        response = self.client.post("/v1/predict", json={"instances": instances, **rest})
+        assert response.status_code == 200, response.text
+        content: dict[str, Any] = response.json()
+        return content
 
     def metrics(self) -> dict[str, float]:
-        """Every sample of /metrics by its name and labels."""
+        """Return every sample of /metrics by its name and labels."""
         lines = self.client.get("/metrics").text.splitlines()
         return {name: float(value) for name, _, value in (x.rpartition(" ") for x in lines if not x.startswith("#"))}
 
@@ -52,7 +52,7 @@ def free_port() -> int:
 
 @contextmanager
 def running(**environment: str) -> Iterator[Service]:
-    """Run a service on a free port during the block, ready."""
+    """Run a service on a free port during the block; yield it when it is ready."""
     port = free_port()
     folder = tempfile.TemporaryDirectory(prefix="engine-health-test-")  # a separate store
     environment = {"ENGINE_HEALTH_DATABASE_URL": f"sqlite:///{folder.name}/memory.db"} | environment
@@ -73,12 +73,15 @@ def running(**environment: str) -> Iterator[Service]:
 
 def start(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
     """Start the command `engine-health` in a new process."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("ENGINE_HEALTH_")}
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("ENGINE_HEALTH_")}
     command = [sys.executable, "-m", "service.cli", *arguments]
     pipe = subprocess.PIPE
-    kept |= {"ENGINE_HEALTH_LOG_LEVEL": "warning", "ENGINE_HEALTH_DRAIN_SECONDS": "0"}  # pipes are not read meanwhile
-    strict = {"PYTHONWARNINGS": "error::RuntimeWarning"}  # an overflow in serving is a failure, as it is in the tests
-    return subprocess.Popen(command, env=kept | strict | environment, stdout=pipe, stderr=pipe, text=True)
+    inherited |= {
+        "ENGINE_HEALTH_LOG_LEVEL": "warning",
+        "ENGINE_HEALTH_DRAIN_SECONDS": "0",
+    }  # the pipes are not read while the service runs
+    strict = {"PYTHONWARNINGS": "error::RuntimeWarning"}  # an overflow in the service fails as it does in tests
+    return subprocess.Popen(command, env=inherited | strict | environment, stdout=pipe, stderr=pipe, text=True)
 
 
 def absent(folder: Path, *packages: str) -> dict[str, str]:
@@ -96,7 +99,7 @@ sys.meta_path.insert(0, Absent())
 
 
 def as_json(value: Any) -> bytes:
-    """JSON with NaN and Infinity where Python has them, as careless clients send it."""
+    """Return JSON with NaN and Infinity as Python writes them."""
     return json.dumps(value).encode()
 
 
@@ -122,11 +125,11 @@ def one(window: Readings, **rest: Any) -> dict[str, Any]:
 
 
 def children(process: "subprocess.Popen[str]") -> list[int]:
-    """Worker processes of a supervisor."""
-    found = subprocess.run(
+    """Return the process ids of the workers of a supervisor."""
+    listed = subprocess.run(
         ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
     )
-    return [int(line.split()[0]) for line in found.stdout.splitlines() if "spawn_main" in line]
+    return [int(line.split()[0]) for line in listed.stdout.splitlines() if "spawn_main" in line]
 
 
 def until(done: Any, seconds: float = 30) -> None:
@@ -141,14 +144,14 @@ def until_all_are_ready(service: Service, workers: int) -> None:
 
     def ready() -> bool:
         slots = [link for child in children(service.process) if (link := shared_folder(child))]
-        kept = len(list(slots[0].glob("gauge_livemin_*.db"))) if slots else 0
-        return kept == workers and service.metrics()["engine_health_ready"] == 1
+        gauges = len(list(slots[0].glob("gauge_livemin_*.db"))) if slots else 0
+        return gauges == workers and service.metrics()["engine_health_ready"] == 1
 
     until(ready)
 
 
-def asked(service: Service, window: Readings) -> int | None:
-    """Return the status of a prediction; None if its connection broke, as with a killed worker."""
+def prediction_status(service: Service, window: Readings) -> int | None:
+    """Return the status of a prediction, or None if its connection broke, as with a killed worker."""
     try:
         url = f"{service.client.base_url}/v1/predict"
         return httpx.post(url, json=one(window), timeout=30, trust_env=False).status_code
@@ -157,28 +160,28 @@ def asked(service: Service, window: Readings) -> int | None:
 
 
 def predicted(service: Service, window: Readings) -> bool:
-    """Whether a prediction was answered."""
-    return asked(service, window) == 200
+    """Return whether a prediction gets 200."""
+    return prediction_status(service, window) == 200
 
 
 def shared_folder(worker: int) -> Path | None:
-    """Where a worker keeps what it shares; None while it has nothing yet."""
+    """Return the folder that a worker shares with others, or None before it has one."""
     try:
         links = [os.readlink(f"/proc/{worker}/fd/{name}") for name in os.listdir(f"/proc/{worker}/fd")]
-    except FileNotFoundError:  # a file was closed, or the worker ended, between two looks
+    except FileNotFoundError:  # a file was closed, or the worker ended, in between
         return None
     return next((Path(link).parent for link in links if "slot-" in link), None)
 
 
 def resident(service: Service) -> float:
-    """MiB that the service holds, a moment after its last answer."""
+    """Return the memory of the service in MiB, 0.5 s after its last response."""
     time.sleep(0.5)
     lines = Path(f"/proc/{service.process.pid}/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("VmRSS"))) / 1024
 
 
 def wait_until_ready(client: httpx.Client, process: "subprocess.Popen[str]", seconds: float = START_SECONDS) -> None:
-    """Return once a service is ready; fail if its process ends first, or it takes too long."""
+    """Wait until a service is ready; fail if its process ends or the time limit expires."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]

@@ -20,45 +20,47 @@ from tests.support.processes import Service, one
 LIVEZ = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
-def predicting(windows: Readings, *headers: bytes) -> bytes:
+def prediction_request(windows: Readings, *headers: bytes) -> bytes:
     """Return the bytes of a prediction request."""
     body = json.dumps(one(windows[0])).encode()
     return HEAD + b"".join(headers) + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
 @contextmanager
-def talking(service: Service) -> Iterator[tuple[socket.socket, BinaryIO]]:
+def open_stream(service: Service) -> Iterator[tuple[socket.socket, BinaryIO]]:
     """Open a connection; yield it and its input stream."""
-    with connected(service) as connection, connection.makefile("rb") as ear:
-        yield connection, ear
+    with connected(service) as connection, connection.makefile("rb") as reader:
+        yield connection, reader
 
 
 @asynccontextmanager
-async def asking(application: Any, state: dict[str, Any]) -> AsyncIterator[tuple[StreamReader, StreamWriter]]:
-    """Return a connection to an application in this process with this lifespan state."""
+async def connect_to_application(
+    application: Any, state: dict[str, Any]
+) -> AsyncIterator[tuple[StreamReader, StreamWriter]]:
+    """Serve an application in this process with a lifespan state; yield the streams of a connection."""
     config = uvicorn.Config(application, lifespan="off", log_config=None)
     config.load()
-    made = partial(BoundedProtocol, config, ServerState(), state)
-    server = await asyncio.get_running_loop().create_server(made, "127.0.0.1")
-    answers, asks = await asyncio.open_connection(*server.sockets[0].getsockname())
-    yield answers, asks
-    asks.close()
+    protocol = partial(BoundedProtocol, config, ServerState(), state)
+    server = await asyncio.get_running_loop().create_server(protocol, "127.0.0.1")
+    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    yield reader, writer
+    writer.close()
     server.close()
 
 
-def hear(ear: BinaryIO) -> tuple[int, dict[str, str], bytes]:
+def read_response(reader: BinaryIO) -> tuple[int, dict[str, str], bytes]:
     """Return the next response: status, headers and body."""
-    status = int(ear.readline().split()[1])
-    lines = iter(lambda: ear.readline().decode().rstrip(), "")
+    status = int(reader.readline().split()[1])
+    lines = iter(lambda: reader.readline().decode().rstrip(), "")
     headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
-    return status, headers, ear.read(int(headers["content-length"]))
+    return status, headers, reader.read(int(headers["content-length"]))
 
 
-def ends(ear: BinaryIO) -> bool:
-    """Whether nothing more comes, and the other side has hung up."""
+def is_closed(reader: BinaryIO) -> bool:
+    """Return whether the other side closed the connection without further bytes."""
     try:
-        return ear.read(1) == b""
-    except ConnectionResetError:  # it did not read all that was sent
+        return reader.read(1) == b""
+    except ConnectionResetError:  # the other side closed with unread bytes
         return True
 
 
@@ -75,7 +77,7 @@ def connected(service: Service) -> Iterator[socket.socket]:
         yield connection
 
 
-def as_sent(windows: Readings) -> bytes:
+def inference_request(windows: Readings) -> bytes:
     """Return the bytes of a request of the Open Inference Protocol."""
     body, headers = binary(windows)
     lines = [f"POST {INFER} HTTP/1.1", "Host: x", f"Content-Length: {len(body)}"]

@@ -1,4 +1,4 @@
-"""What tests of batch scoring share: flights as tables, files of every form, jobs in this process and in others."""
+"""Tables, files and jobs for tests of batch scoring."""
 
 import gzip
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ FORMS = ("a.parquet", "a.csv", "a.tsv", "a.jsonl", "a.csv.gz", "a.jsonl.zst")
 
 
 def flights(windows: Readings) -> pa.Table:
-    """Engines a, b, c ... with as many cycles as the windows have rows, engine after engine."""
+    """Return a table of engines a, b, c ... with one cycle per row of each window."""
     n, length, _ = windows.shape
     columns: dict[str, Any] = {"engine_id": [chr(97 + i) for i in range(n) for _ in range(length)]}
     columns["cycle"] = list(range(1, length + 1)) * n
@@ -67,10 +67,10 @@ def read(output: Path) -> pa.Table:
 
 def rejected(output: Path) -> list[dict[str, Any]]:
     """Return the rejected rows of a job."""
-    found: list[dict[str, Any]] = pq.read_table(f"{output}.errors.parquet").to_pylist()
-    return found
+    rows: list[dict[str, Any]] = pq.read_table(f"{output}.errors.parquet").to_pylist()
+    return rows
 
 
 def probabilities(table: pa.Table, manifest: Manifest) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """(N, C)."""
+    """Return the class probabilities of an output, of shape (N, C)."""
     return np.stack([table[f"p_{name}"].to_numpy() for name in manifest.classes], axis=1)

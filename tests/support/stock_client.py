@@ -1,6 +1,6 @@
-"""Ask a running service with the stock `tritonclient.http`, both encodings; run by a test in the client's environment.
+"""Call a running service with the stock `tritonclient.http` in JSON and binary encoding.
 
-python tests/support/stock_client.py HOST:PORT windows.npy
+A test runs it in the client's environment: python tests/support/stock_client.py HOST:PORT windows.npy
 """
 
 import json
@@ -11,14 +11,14 @@ import tritonclient.http as triton
 
 
 def main() -> None:
-    """Print what each way of asking answers, as JSON."""
+    """Print the results of every encoding and option as JSON."""
     client = triton.InferenceServerClient(sys.argv[1])
     assert client.is_server_live()
     assert client.is_server_ready()
     assert client.is_model_ready("engine-health")
     metadata = client.get_model_metadata("engine-health")
     windows = np.load(sys.argv[2])
-    found = {"name": metadata["name"], "extensions": client.get_server_metadata()["extensions"]}
+    results = {"name": metadata["name"], "extensions": client.get_server_metadata()["extensions"]}
     for binary in (True, False):
         telemetry = triton.InferInput("telemetry", list(windows.shape), "FP32")
         telemetry.set_data_from_numpy(windows, binary_data=binary)
@@ -35,17 +35,17 @@ def main() -> None:
                 request_compression_algorithm=compression,
             )
             assert answer.get_response()["id"] == "7"
-            found[f"{binary} {compression}"] = {
+            results[f"{binary} {compression}"] = {
                 name: [x.decode() if isinstance(x, bytes) else x for x in answer.as_numpy(name).ravel().tolist()]
                 for name in names
             }
         plain = client.infer("engine-health", [telemetry])
-        found[f"{binary} plain"] = {"logits": plain.as_numpy("logits").ravel().tolist()}
+        results[f"{binary} plain"] = {"logits": plain.as_numpy("logits").ravel().tolist()}
     try:
         client.infer("other", [telemetry])
     except triton.InferenceServerException as error:
-        found["error"] = str(error)
-    print(json.dumps(found))
+        results["error"] = str(error)
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

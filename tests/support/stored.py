@@ -1,4 +1,4 @@
-"""Calls of the store that several tests make."""
+"""Calls of the store for tests."""
 
 from typing import Any
 
@@ -8,31 +8,31 @@ from tests.support.processes import Service
 
 
 def fly(service: Service, engine_id: str, cycle: int, row: Readings, status: int = 200) -> dict[str, Any]:
-    """Send one flight, and return its prediction."""
+    """Send one flight, check the status, and return the response."""
     flight = {"engine_id": engine_id, "cycle": cycle, "telemetry": row.tolist()}
-    answer = service.client.post("/v1/cycles", json={"cycles": [flight]})
-    assert status == answer.status_code, answer.text
-    found: dict[str, Any] = answer.json()
-    return found
+    response = service.client.post("/v1/cycles", json={"cycles": [flight]})
+    assert status == response.status_code, response.text
+    content: dict[str, Any] = response.json()
+    return content
 
 
-def say(service: Service, *rows: dict[str, Any], status: int = 200, **rest: Any) -> list[str]:
-    """Return the results of some labels."""
-    answer = service.client.post("/v1/labels", json={"labels": list(rows), **rest})
-    assert status == answer.status_code, answer.text
-    return [row["result"] for row in answer.json()["results"]]
+def submit_labels(service: Service, *rows: dict[str, Any], status: int = 200, **rest: Any) -> list[str]:
+    """Submit labels, check the status, and return the result of each."""
+    response = service.client.post("/v1/labels", json={"labels": list(rows), **rest})
+    assert status == response.status_code, response.text
+    return [row["result"] for row in response.json()["results"]]
 
 
 def history(service: Service, engine_id: str) -> list[dict[str, Any]]:
     """Return the history of an engine, oldest first."""
-    found: list[dict[str, Any]] = service.client.get(f"/v1/engines/{engine_id}").json()["history"]
-    return found
+    content: list[dict[str, Any]] = service.client.get(f"/v1/engines/{engine_id}").json()["history"]
+    return content
 
 
 def engines(service: Service, **query: Any) -> list[dict[str, Any]]:
     """Return a page of engines, worst first."""
-    found: list[dict[str, Any]] = service.client.get("/v1/engines", params=query).json()["engines"]
-    return found
+    content: list[dict[str, Any]] = service.client.get("/v1/engines", params=query).json()["engines"]
+    return content
 
 
 CLASSES = 3
