@@ -25,7 +25,7 @@ def fresh() -> Iterator[Service]:
 def test_counters_equal_the_responses(fresh: Service, manifest: Manifest, windows: Readings) -> None:
     """Each counter equals the sum over the responses of labelled and unlabelled predictions.
 
-    A temperature of the request changes the response and no counter of the loss.
+    A temperature of the request changes the response, and no counter of the loss.
     """
     unlabelled = fresh.predict([{"telemetry": window.tolist()} for window in windows])["predictions"]
     pairs = zip(windows, LABELS, strict=True)
@@ -156,7 +156,7 @@ def test_requests_are_counted_by_route_template(fresh: Service, windows: Reading
     assert 2 == m['engine_health_http_request_duration_seconds_count{route="/v1/predict"}']
 
 
-def test_requests_that_reach_no_route_are_counted_under_its_template(manifest: Manifest) -> None:
+def test_rejected_requests_are_counted_by_template(manifest: Manifest) -> None:
     """A rejected request is counted under its route template, which includes the version if it was given."""
     infer = f"/v2/models/{manifest.name}/versions/{manifest.version}/infer"
     with running(ENGINE_HEALTH_API_KEYS="read") as guarded:

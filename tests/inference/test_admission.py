@@ -64,7 +64,7 @@ def test_shedder_admits_all_cheap_requests() -> None:
     play(scene)
 
 
-def test_shedder_after_an_idle_time_admits_the_first_request() -> None:
+def test_shedder_after_idle_time_admits_the_first_request() -> None:
     """The first request after an idle time is admitted, however long the last turn was."""
 
     async def scene(shedder: LoadShedder) -> None:

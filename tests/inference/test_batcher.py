@@ -288,7 +288,7 @@ def test_queue_beyond_its_limits_rejects() -> None:
     run(old, max_queue_seconds=0.02)
 
 
-def test_request_larger_than_the_queue_is_served_when_nothing_waits() -> None:
+def test_empty_queue_accepts_a_larger_request() -> None:
     """An empty queue accepts a request that is larger than its limit."""
 
     async def scene(stage: Stage) -> None:

@@ -81,7 +81,7 @@ def test_close_conditions_get_no_channel_major_graph() -> None:
 
 
 @pytest.mark.parametrize("conditions", [1, 2, 6])
-def test_rows_at_a_condition_border_are_equal_in_both_graphs(conditions: int) -> None:
+def test_rows_at_condition_borders_have_equal_bits(conditions: int) -> None:
     """At half a scale from a centre the last bit of a sum decides, and ONNX Runtime computes the same bit."""
     torch.manual_seed(1)
     network = EngineHealth(NetworkConfig(window=WINDOW, conditions=conditions, hidden=8)).eval()

@@ -136,7 +136,7 @@ def test_resize_of_a_mapping_in_use_fails() -> None:
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no huge pages")
-def test_huge_pages_are_requested_for_a_body_alone_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge_pages_are_only_for_a_single_body(monkeypatch: pytest.MonkeyPatch) -> None:
     """A large body gets huge pages if no other body is charged, else small ones; all mappings are private."""
     flags: list[int] = []
     advice: list[list[int]] = []

@@ -254,7 +254,7 @@ def test_restarted_workers_leave_no_files_and_no_503(windows: Readings) -> None:
 
 
 @pytest.mark.slow
-def test_requests_of_any_size_leave_memory_and_descriptors_alone(service: Service, windows: Readings) -> None:
+def test_memory_and_descriptors_do_not_grow(service: Service, windows: Readings) -> None:
     """Memory and open files do not grow with requests of random size."""
     chance = random.Random(0)
     bodies = [binary(windows[np.arange(n) % 4]) for n in range(1, 65)]

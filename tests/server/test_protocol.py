@@ -73,7 +73,7 @@ def test_pipelined_upgrade_requests_are_all_answered(service: Service) -> None:
         assert [200] * many == [read_response(reader)[0] for _ in range(many)]
 
 
-def test_headers_that_follow_a_large_body_are_counted_without_it(service: Service, windows: Readings) -> None:
+def test_headers_after_a_large_body_are_counted_alone(service: Service, windows: Readings) -> None:
     """Headers that share a packet with the end of a large body are counted without the body, and get no 431."""
     request = prediction_request(windows)
     body = json.dumps(one(windows[0])).encode().ljust(400_000)
@@ -223,7 +223,7 @@ def test_client_that_does_not_read_is_disconnected() -> None:
             assert len(body) < int(headers["content-length"])
 
 
-def test_pipelined_requests_in_overload_are_answered_in_order(windows: Readings) -> None:
+def test_pipelined_requests_under_load_keep_their_order(windows: Readings) -> None:
     """Three requests in one write get three responses in order while other requests are rejected."""
     body = json.dumps({"instances": one(windows[0])["instances"] * 60}).encode()
     request = prediction_request(windows) + LIVEZ + prediction_request(windows)

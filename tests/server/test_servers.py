@@ -228,7 +228,7 @@ def test_response_under_another_server_is_the_same(name: str, reference: list[Se
     assert "Traceback" not in log
 
 
-def test_rejected_model_ends_the_process_under_another_server() -> None:
+def test_rejected_model_ends_any_server() -> None:
     """A model that fails verification ends any server with exit code 1 and one line with the reason."""
     words = [sys.executable, "-m", *(word.format(port=0) for word in UVICORN)]
     environment = os.environ | {"ENGINE_HEALTH_MODEL": __file__, "ENGINE_HEALTH_DATABASE_URL": ""}

@@ -76,7 +76,7 @@ def test_large_body_in_any_pieces_is_read_unchanged(service: Service, many: Read
     assert b'{"status":"live"}' == responses[1][2]
 
 
-def test_large_bodies_that_come_together_are_not_mixed_up(service: Service, many: Readings) -> None:
+def test_concurrent_large_bodies_are_not_mixed_up(service: Service, many: Readings) -> None:
     """Bodies of different lengths get the same responses concurrently, one after the other, and alone."""
     bodies = [binary(many[k:]) for k in range(0, 40, 5)]
 
@@ -222,7 +222,7 @@ def test_fast_upload_is_read_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert step >= max(after - before for before, after in pairwise(taken) if before)
 
 
-def test_body_view_after_release_raises_and_mapping_is_reused() -> None:
+def test_body_view_after_release_raises() -> None:
     """A view of a released body raises an error, and never shows the bytes of the next body."""
     budget = BodyBudget(4 * MIB)
     first, second = BodyReservation(budget), BodyReservation(budget)
@@ -248,7 +248,7 @@ def test_body_view_in_use_keeps_its_bytes_after_release() -> None:
     assert b"mine" == array[:4].tobytes()
 
 
-def test_body_larger_than_the_spare_mapping_is_closed_on_release() -> None:
+def test_mapping_above_the_spare_limit_is_closed() -> None:
     """A body above the limit of the spare mapping is closed on release, and its view is invalid."""
     budget = BodyBudget(4 * MAX_SPARE_BYTES)
     held = BodyReservation(budget)

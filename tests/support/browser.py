@@ -97,7 +97,7 @@ def in_ci() -> bool:
 def fly_nasas(client: httpx.Client, folder: Path, subset: str, ended: int, running: int, flights: int) -> None:
     """Send flights of NASA's training engines as a collector does.
 
-    Engines that fail send `flights` flights from their whole lives; running ones the last `flights` of a part.
+    Engines that fail send `flights` flights spread over their lives. Running ones send the last `flights` of a part.
     """
     for k, history in enumerate(cmapss.read_train(folder, subset)[: ended + running]):
         n = len(history.cycle)

@@ -1,6 +1,6 @@
 """A PostgreSQL cluster for tests, on loopback; it is deleted at the end.
 
-PostgreSQL does not run as root, so that root runs it as the user postgres.
+PostgreSQL does not start as root: root starts it as the user postgres.
 """
 
 import os
