@@ -50,6 +50,7 @@ def main(flags: list[str]) -> int:
             print(f"The console is at {options.url}/ (Ctrl-C stops the demo)", flush=True)
             return replay_fleet(options, hint="the next demo starts with an empty store")
         finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # `make` passes Ctrl-C on, so it may arrive twice
             service.terminate()
             service.wait()
     except KeyboardInterrupt:
