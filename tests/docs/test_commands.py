@@ -93,7 +93,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def environment(clone: Path) -> dict[str, str]:
     """Return the environment of a new user, with a free port."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("ENGINE_HEALTH", "PYTHONPATH"))}
+    ignored = ("ENGINE_HEALTH", "PYTHONPATH", "MAKE", "MFLAGS")  # also those of a `make` that runs the tests
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(ignored)}
     if INSTALL not in os.environ:
         inherited["PYTHONPATH"] = str(clone)  # the environment of the tests has the package of another folder
     return inherited | {"ENGINE_HEALTH_PORT": str(free_port())}
