@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 settings.register_profile("house", deadline=None)  # a slow machine must not fail a test
 settings.load_profile("house")
-for ignored in (signal.SIGINT, signal.SIGHUP):  # `nohup` ignores signals, which processes of tests would inherit
+for ignored in (signal.SIGINT, signal.SIGHUP):  # processes of tests would inherit what `nohup` ignores
     if signal.getsignal(ignored) is signal.SIG_IGN:
         signal.signal(ignored, signal.SIG_DFL)
 
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cmapss_dir() -> Path:
-    """The folder of NASA's files; without them a test skips, but in CI it fails."""
+    """Return the folder of NASA's files. Without them a test is skipped; in CI it fails."""
     folder = cmapss.data_folder()
     if not any(folder.glob("train_FD001.txt*")):
         message = f"no C-MAPSS in {folder}: set CMAPSS_DIR or run `make data`"
@@ -50,19 +50,19 @@ def cmapss_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def manifest() -> Manifest:
-    """The manifest of the committed artefact."""
+    """Return the manifest of the committed artefact."""
     return open_artefact(ARTEFACT)[1]
 
 
 @pytest.fixture(scope="session")
 def windows(manifest: Manifest) -> Readings:
-    """The artefact's golden windows (4, window, 17)."""
+    """Return the golden windows of the artefact, of shape (4, window, 17)."""
     return np.array([golden.telemetry for golden in manifest.golden], dtype=np.float32)
 
 
 @pytest.fixture(scope="session")
 def programs() -> None:
-    """The programs of Debian's Prometheus; without them a test skips, but in CI it fails."""
+    """Require Debian's Prometheus. Without it a test is skipped; in CI it fails."""
     if shutil.which("prometheus") and shutil.which("promtool"):
         return
     message = "no prometheus and promtool (Debian: apt-get install prometheus)"
@@ -73,11 +73,11 @@ def programs() -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator["Browser"]:
-    """A browser; without it a test skips, but in CI it fails."""
+    """Yield one browser. Without it a test is skipped; in CI it fails."""
     from tests.support.browser import (
         absent,
         chromium,
-        in_ci,  # not every test needs it
+        in_ci,  # imported here because few tests need it
     )
 
     missing = absent()
@@ -91,8 +91,8 @@ def browser() -> Iterator["Browser"]:
 
 @pytest.fixture(scope="module", params=["simdjson", "portable"])
 def each_parser(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Each of the two parsers of JSON numbers; simdjson only where it is installed."""
-    from service.codecs import number_parser  # not every test needs it
+    """Run the tests with each of the two parsers of JSON numbers; simdjson only where it is installed."""
+    from service.codecs import number_parser  # imported here because few tests need it
 
     if request.param == "simdjson" and find_spec("simdjson") is None:
         pytest.skip("simdjson is not installed: it has no wheel for this Python")
@@ -106,6 +106,6 @@ def each_parser(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def service() -> Iterator[Service]:
-    """A service with the committed artefact, for all tests that leave its state unchanged."""
+    """Yield one service with the committed artefact, for all tests that leave its state unchanged."""
     with running() as started:
         yield started

@@ -21,8 +21,8 @@ def play(scene: Callable[[LoadShedder], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(run())
 
 
-async def turn(shedder: LoadShedder, requests: int, seconds: float) -> int:
-    """Send requests in one turn that cost `seconds` each; return the number of admitted ones."""
+async def admit_in_turn(shedder: LoadShedder, requests: int, seconds: float) -> int:
+    """Send requests that take `seconds` each in one loop turn. Return the number of admitted ones."""
     admitted = 0
     for _ in range(requests):
         try:
@@ -39,16 +39,16 @@ def test_shedder_after_long_turns_admits_fewer_but_some() -> None:
     """After long turns fewer requests are admitted, but at least one; short turns restore the number."""
 
     async def scene(shedder: LoadShedder) -> None:
-        first = await turn(shedder, 100, TURN_SECONDS / 2)
+        first = await admit_in_turn(shedder, 100, TURN_SECONDS / 2)
         assert 1 < first < 10
         for _ in range(6):
-            least = await turn(shedder, 100, TURN_SECONDS / 2)
+            least = await admit_in_turn(shedder, 100, TURN_SECONDS / 2)
             time.sleep(TURN_SECONDS)  # blocks the event loop
         assert 1 <= least < first
         assert 0 < shedder.other_delay <= 4 * TURN_SECONDS
         for _ in range(8):
-            assert 1 == await turn(shedder, 1, 0)
-        assert least <= await turn(shedder, 100, TURN_SECONDS / 2)
+            assert 1 == await admit_in_turn(shedder, 1, 0)
+        assert least <= await admit_in_turn(shedder, 100, TURN_SECONDS / 2)
 
     play(scene)
     assert 0 < MIN_SHARE < 1
@@ -59,7 +59,7 @@ def test_shedder_admits_all_cheap_requests() -> None:
 
     async def scene(shedder: LoadShedder) -> None:
         for _ in range(5):
-            assert 1000 == await turn(shedder, 1000, 0)
+            assert 1000 == await admit_in_turn(shedder, 1000, 0)
 
     play(scene)
 
@@ -68,9 +68,9 @@ def test_shedder_after_idle_time_admits_the_first_request() -> None:
     """The first request after an idle time is admitted, however long the last turn was."""
 
     async def scene(shedder: LoadShedder) -> None:
-        assert 1 == await turn(shedder, 1, 5 * TURN_SECONDS)
+        assert 1 == await admit_in_turn(shedder, 1, 5 * TURN_SECONDS)
         await asyncio.sleep(0)
-        assert 1 == await turn(shedder, 1, 0)
+        assert 1 == await admit_in_turn(shedder, 1, 0)
 
     play(scene)
 
@@ -146,7 +146,7 @@ def test_other_delay_never_exceeds_half_of_the_longest_wait(max_wait: float) -> 
     async def scene() -> None:
         shedder = LoadShedder(max_wait)
         assert 0 == shedder.other_delay
-        await turn(shedder, 1, max_wait)
+        await admit_in_turn(shedder, 1, max_wait)
         assert max_wait / 2 == shedder.other_delay
 
     asyncio.run(scene())
@@ -208,7 +208,7 @@ def test_admission_rejects_estimated_rows_beyond_capacity() -> None:
     asyncio.run(scene())
 
 
-def test_admission_adds_the_time_outside_of_the_queue() -> None:
+def test_admission_passes_other_delay_to_the_queue() -> None:
     """The check of the queue receives the expected delay of reading the request and writing its response."""
 
     async def scene() -> None:

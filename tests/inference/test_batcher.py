@@ -211,7 +211,7 @@ def test_request_with_too_long_a_wait_is_rejected() -> None:
 
     async def scene(stage: Stage) -> None:
         def slow(rows: Rows) -> Rows:
-            time.sleep(0.04)  # 5 ms a row of a full batch
+            time.sleep(0.04)  # 5 ms per row of a full batch
             return stage.gate(rows)
 
         stage.batcher.run = slow
@@ -333,7 +333,7 @@ def test_rows_around_disconnected_caller_form_one_batch() -> None:
     run(scene)
 
 
-def test_failing_batch_fails_exactly_its_callers() -> None:
+def test_failing_batch_fails_only_its_callers() -> None:
     """A failed batch fails each caller with rows in it, and no other caller."""
 
     async def scene(stage: Stage) -> None:
@@ -443,9 +443,7 @@ def test_capacity_of_the_queue_is_used_up_to_its_last_row() -> None:
         ((9, 2), 9, False),
     ],
 )
-def test_delay_is_expected_from_the_rows_before(
-    clock: Clock, sizes: tuple[int, ...], rows: int, accepted: bool
-) -> None:
+def test_expected_delay_depends_on_rows_before(clock: Clock, sizes: tuple[int, ...], rows: int, accepted: bool) -> None:
     """The expected delay counts the rows ahead in the same queue and as many of the other queue."""
 
     async def scene(stage: Stage) -> None:
@@ -551,7 +549,7 @@ def test_observer_receives_batches_with_their_waits(clock: Clock) -> None:
 
     async def scene(stage: Stage) -> None:
         received: list[tuple[int, float, list[float]]] = []
-        stage.seen.batch = lambda *batch: received.append(batch[:3])  # type: ignore[method-assign]  # records all
+        stage.seen.batch = lambda *batch: received.append(batch[:3])  # type: ignore[method-assign]  # records every call
 
         def slow(rows: Rows) -> Rows:
             clock.now += 4.0
@@ -578,7 +576,7 @@ async def observed(stage: Stage) -> "list[list[tuple[Rows, list[BatchSlice[Rows]
             np.testing.assert_array_equal(2 * rows.sum(axis=1), whole(slices))
         calls.append(completed)
 
-    stage.seen.record_completed = record  # type: ignore[method-assign]  # records all
+    stage.seen.record_completed = record  # type: ignore[method-assign]  # records every call
     return calls
 
 
@@ -631,7 +629,7 @@ def test_observer_ignores_callers_without_counted_rows() -> None:
     run(scene)
 
 
-def test_observer_does_not_receive_callers_that_gave_up() -> None:
+def test_observer_ignores_cancelled_callers() -> None:
     """A caller that is cancelled during inference is not reported; the others of its batch are."""
 
     async def scene(stage: Stage) -> None:
@@ -714,7 +712,7 @@ def test_requests_of_one_turn_wake_the_thread_once(monkeypatch: pytest.MonkeyPat
     run(scene)
 
 
-def test_rows_of_a_lone_caller_are_not_copied() -> None:
+def test_rows_of_a_single_caller_are_not_copied() -> None:
     """The model receives the rows of a single caller without a copy."""
 
     async def scene(stage: Stage) -> None:

@@ -25,7 +25,7 @@ from tests.support.processes import Service
 
 @pytest.fixture(scope="module")
 def network() -> EngineHealth:
-    """An untrained network of rolling means over 23 rows."""
+    """Return an untrained network of rolling means over 23 rows."""
     return untrained()
 
 
@@ -56,12 +56,14 @@ def test_channel_major_graph_has_the_bits_of_test_engines(cmapss_dir: Path) -> N
     model, (session, _) = open_model(ARTEFACT, threads=1), open_artefact(ARTEFACT)
     assert model.optimised_graph
     for subset in cmapss.SUBSETS:
-        windows = np.concatenate([every_window(one.telemetry, 100) for one in cmapss.read_test(cmapss_dir, subset)[:6]])
+        windows = np.concatenate(
+            [every_window(engine.telemetry, 100) for engine in cmapss.read_test(cmapss_dir, subset)[:6]]
+        )
         for size in (1, 5, 64, 256):
             for k in range(0, len(windows), size * (20 if size < 9 else 1)):
-                some = np.ascontiguousarray(windows[k : k + size], np.float32)
-                own = session.run([contract.LOGITS, contract.RUL], {contract.INPUT: some})
-                outputs = model.run(some)
+                batch = np.ascontiguousarray(windows[k : k + size], np.float32)
+                own = session.run([contract.LOGITS, contract.RUL], {contract.INPUT: batch})
+                outputs = model.run(batch)
                 assert outputs.rul is not None
                 assert bits((outputs.logits, outputs.rul)) == bits(tuple(own))
 
@@ -106,7 +108,7 @@ def test_channel_major_graph_with_moved_border_is_rejected(tmp_path: Path, facto
     assert probe_windows.CONDITION_BORDER == CONDITION_RADIUS
     changed = plan()
     ends = next(node.input[1] for node in changed.graph.node if node.op_type == "LessOrEqual")
-    bound = next(one for one in changed.graph.initializer if one.name == ends)
+    bound = next(weight for weight in changed.graph.initializer if weight.name == ends)
     bound.CopyFrom(onnx.numpy_helper.from_array(np.array(CONDITION_RADIUS**2 * factor, np.float32), ends))
     contract.write(
         ARTEFACT.read_bytes(),
@@ -139,9 +141,9 @@ def test_invalid_channel_major_graph_is_ignored(tmp_path: Path) -> None:
 def test_incomplete_channel_major_graph_is_rejected(tmp_path: Path, kind: str, kept: int) -> None:
     """Verification fails for a graph in which one node of these kinds only passes an input on."""
     content, manifest = plan(), open_artefact(ARTEFACT)[1]
-    some = [k for k, node in enumerate(content.graph.node) if node.op_type == kind]
-    assert some
-    for k in some[-1:] if kind == "Clip" else some:  # the first one limits settings, which has no effect here
+    places = [k for k, node in enumerate(content.graph.node) if node.op_type == kind]
+    assert places
+    for k in places[-1:] if kind == "Clip" else places:  # the first Clip limits settings, which has no effect here
         contract.write(ARTEFACT.read_bytes(), manifest, tmp_path / "m.onnx", channel_major=without(content, k, kept))
         assert not open_model(tmp_path / "m.onnx").optimised_graph, (k, content.graph.node[k].output)
 

@@ -31,13 +31,13 @@ from tests.support.scoring import flights, read, score, write
 
 @pytest.fixture(scope="module")
 def network() -> EngineHealth:
-    """An untrained network of rolling means over 23 rows."""
+    """Return an untrained network of rolling means over 23 rows."""
     return untrained()
 
 
 @pytest.fixture(scope="module")
 def bundled() -> Opened:
-    """The overlap graph of the committed artefact."""
+    """Return the overlap graph of the committed artefact."""
     opened = open_overlap_graph(ARTEFACT, model_loader.open_model(ARTEFACT))
     assert opened is not None
     return opened
@@ -81,7 +81,7 @@ def test_short_histories_and_inner_spells_are_exact(network: EngineHealth) -> No
     assert (own[spell] != logits[spell]).any(axis=1).all()
 
 
-def test_only_rolling_means_share_work() -> None:
+def test_only_rolling_means_have_an_overlap_graph() -> None:
     """A recurrent backbone, and a window whose sums could be rounded, have no overlap graph."""
     assert export_overlap_graph(EngineHealth(NetworkConfig(window=12, backbone="conv-gru", hidden=8))) is None
     assert export_overlap_graph(EngineHealth(NetworkConfig(window=4096, hidden=8))) is None
@@ -91,19 +91,21 @@ def test_overlap_graph_has_the_bits_of_test_engines(bundled: Opened, cmapss_dir:
     """On all test engines nine of ten windows are exact, and all logits equal those of the network."""
     model = bundled.model
     for subset in ("FD001", "FD002", "FD003", "FD004"):
-        engines = [one.telemetry.astype(np.float32) for one in cmapss.read_test(cmapss_dir, subset)[:8]]
-        rows = np.concatenate([np.concatenate([np.repeat(one[:1], 99, axis=0), one]) for one in engines])
-        ends = np.cumsum([99 + len(one) for one in engines])
+        engines = [engine.telemetry.astype(np.float32) for engine in cmapss.read_test(cmapss_dir, subset)[:8]]
+        rows = np.concatenate([np.concatenate([np.repeat(engine[:1], 99, axis=0), engine]) for engine in engines])
+        ends = np.cumsum([99 + len(engine) for engine in engines])
         starts = np.concatenate(
-            [np.arange(end - 99 - len(one), end - 99) for end, one in zip(ends, engines, strict=True)]
+            [np.arange(end - 99 - len(engine), end - 99) for end, engine in zip(ends, engines, strict=True)]
         )
         windows = np.concatenate(
-            [np.stack([pad_left(one[: k + 1], 100) for k in range(len(one))]) for one in engines]
+            [np.stack([pad_left(engine[: k + 1], 100) for k in range(len(engine))]) for engine in engines]
         ).astype(np.float32)
         own = [model.run(windows[i : i + 64]) for i in range(0, len(windows), 64)]
         outputs = bundled.answers(rows, starts, 64)
-        np.testing.assert_array_equal(np.concatenate([one.logits for one in own]), outputs.logits)
-        np.testing.assert_array_equal(np.concatenate([one.rul for one in own if one.rul is not None]), outputs.rul)
+        np.testing.assert_array_equal(np.concatenate([batch.logits for batch in own]), outputs.logits)
+        np.testing.assert_array_equal(
+            np.concatenate([batch.rul for batch in own if batch.rul is not None]), outputs.rul
+        )
         assert bundled.run(rows, starts)[1].mean() > 0.9
 
 
@@ -138,7 +140,7 @@ def test_invalid_overlap_graph_is_ignored(windows: Readings, tmp_path: Path, mon
         assert open_overlap_graph(path, model_loader.open_model(path)) is None
         assert expected.equals(read(_scored(path, windows, tmp_path / f"of-{k}", monkeypatch)))
     torn = onnx.load_model_from_string(ARTEFACT.read_bytes())
-    kept = {one.key: one.value for one in torn.metadata_props} | {contract.OVERLAP_KEY: "%%%"}
+    kept = {entry.key: entry.value for entry in torn.metadata_props} | {contract.OVERLAP_KEY: "%%%"}
     onnx.helper.set_model_props(torn, kept)
     contract.write(torn.SerializeToString(), manifest, tmp_path / "torn.onnx")
     assert open_overlap_graph(tmp_path / "torn.onnx", model_loader.open_model(tmp_path / "torn.onnx")) is None
@@ -164,7 +166,7 @@ def test_overlap_graph_of_a_short_window_is_used(network: EngineHealth, tmp_path
 
 
 def test_batch_dependent_bits_disable_the_overlap_graph(bundled: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a processor that rounds a window alone in another way, in both graphs, a job runs each window by itself."""
+    """The graph is not used on a processor that rounds a single window differently from a batch."""
     shared_run, alone = Opened.run, bundled.model.run
 
     def run(
@@ -176,7 +178,9 @@ def test_batch_dependent_bits_disable_the_overlap_graph(bundled: Opened, monkeyp
     def rounded(outputs: onnx_model.Outputs) -> onnx_model.Outputs:
         return onnx_model.Outputs(np.nextafter(outputs.logits, np.float32(9e9)), outputs.rul)
 
-    model = dataclasses.replace(bundled.model, run=lambda one: rounded(alone(one)) if len(one) == 1 else alone(one))
+    model = dataclasses.replace(
+        bundled.model, run=lambda batch: rounded(alone(batch)) if len(batch) == 1 else alone(batch)
+    )
     monkeypatch.setattr(Opened, "run", run)
     assert open_overlap_graph(ARTEFACT, model) is None
 
@@ -196,15 +200,15 @@ def test_failing_overlap_graph_falls_back_to_the_network(bundled: Opened) -> Non
 
 
 @given(st.lists(st.integers(0, 2**18), max_size=200, unique=True), st.integers(1, 3000))
-def test_overlap_calls_do_not_exceed_the_verified_size(some: list[int], more: int) -> None:
-    """The arrangement of short and long histories in a unit has no effect on the output."""
-    starts = np.union1d(np.array(some, np.int64), np.arange(more))
+def test_overlap_calls_do_not_exceed_the_verified_size(scattered: list[int], contiguous: int) -> None:
+    """Grouped calls cover all windows in order, and none exceeds the verified number of windows or rows."""
+    starts = np.union1d(np.array(scattered, np.int64), np.arange(contiguous))
     calls = scorer._group_starts(starts)
     np.testing.assert_array_equal(starts, np.concatenate(calls))
     assert all(
-        len(one) <= overlap_graph.MAX_OVERLAP_WINDOWS and np.ptp(one) < overlap_graph.MAX_CALL_ROWS
-        for one in calls
-        if len(one)
+        len(call) <= overlap_graph.MAX_OVERLAP_WINDOWS and np.ptp(call) < overlap_graph.MAX_CALL_ROWS
+        for call in calls
+        if len(call)
     )
 
 
@@ -234,14 +238,14 @@ def test_export_stores_overlap_graph_in_metadata() -> None:
     """The export stores the overlap graph as text in the metadata of the artefact."""
     text = onnx_model.read_metadata(ARTEFACT.read_bytes())[contract.OVERLAP_KEY]
     graph = onnx.load_model_from_string(base64.b64decode(text)).graph
-    assert [contract.INPUT, contract.STARTS] == [one.name for one in graph.input]
-    assert [contract.LOGITS, contract.RUL, contract.EXACT] == [one.name for one in graph.output]
+    assert [contract.INPUT, contract.STARTS] == [value.name for value in graph.input]
+    assert [contract.LOGITS, contract.RUL, contract.EXACT] == [value.name for value in graph.output]
 
 
 def _counting(called: object, sizes: list[int]) -> object:
     def run(self: Opened, rows: onnx_model.Batch, starts: overlap_graph.WindowStarts) -> object:
         sizes.append(len(starts))
-        return called(self, rows, starts)  # type: ignore[operator]  # as it was
+        return called(self, rows, starts)  # type: ignore[operator]  # the original method
 
     return run
 

@@ -23,13 +23,13 @@ from service.metrics import Metrics
 from service.settings import read_settings
 from tests.support.models import classifier, identity_classifier, window_classifier
 
-SETTINGS = {"max_batch_rows": 4, "max_queue_seconds": 60.0}  # so that requests of some rows are several batches
+SETTINGS = {"max_batch_rows": 4, "max_queue_seconds": 60.0}  # requests of more than 4 rows need several batches
 UNKNOWN = [np.nan] * 4
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """A model whose logits are its four inputs, with a temperature and prediction sets."""
+    """Return a model whose logits are its four inputs, with a temperature and prediction sets."""
     manifest: dict[str, object] = {
         "name": "table",
         "version": "1",
@@ -49,7 +49,7 @@ def model_of_sums(folder: Path, usual: list[list[float]]) -> Model:
 
 @pytest.fixture(scope="module")
 def sums(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """A model of sums whose logits are not finite if `y` is occluded near x = 1000."""
+    """Return a model of sums whose logits are not finite if `y` is occluded near x = 1000."""
     return model_of_sums(tmp_path_factory.mktemp("model"), [[0.0, 0.25], [1000.0, 3e38]])
 
 
@@ -69,7 +69,7 @@ class Service:
 def play(
     scene: Callable[[Service], Awaitable[Any]], model: Model, tempered: tuple[float, str] | None = None, **settings: Any
 ) -> Any:
-    """Return what a scene with a new predictor returns."""
+    """Run a scene with a new predictor, and return its result."""
 
     async def run() -> Any:
         service = Service(model, tempered, settings)
@@ -161,7 +161,7 @@ def test_labels_are_scored_at_the_temperature_of_the_call(table: Model, temperat
 
 
 def test_loss_beyond_float32_is_its_maximum(table: Model) -> None:
-    """A loss that float32 cannot hold is sent as its largest number, in each row and in the mean."""
+    """A loss beyond the range of float32 is the largest float32, in each row and in the mean."""
     rows = np.array([[3e38, -3e38, 0, 0], [0, 0, 0, 0]], np.float32)
     result = predict(table, rows, targets=np.eye(4)[[1, 0]], temperature=0.01)
     assert result.loss is not None
@@ -272,7 +272,7 @@ def test_admission_sheds_load_by_the_longest_wait(table: Model) -> None:
     play(scene, table, max_queue_seconds=7.0)
 
 
-def test_closed_predictor_answers_what_it_admitted(table: Model) -> None:
+def test_close_completes_admitted_requests(table: Model) -> None:
     """`close` waits for queued requests, and a later request is still answered."""
 
     async def scene(service: Service) -> None:
@@ -285,7 +285,7 @@ def test_closed_predictor_answers_what_it_admitted(table: Model) -> None:
     play(scene, table)
 
 
-def test_rows_at_any_address_are_predicted_alike(table: Model) -> None:
+def test_unaligned_rows_get_same_predictions(table: Model) -> None:
     """Unaligned rows are aligned for the network, and get the same predictions."""
     rows = rows_of(3)
     unaligned = np.frombuffer(b"x" + rows.tobytes(), np.float32, offset=1).reshape(3, 4)
@@ -320,7 +320,7 @@ def test_explanation_is_effect_of_occluded_channels(sums: Model, temperature: fl
 
 
 @pytest.mark.parametrize("temperature", [None, 0.5])
-def test_explanation_has_the_cycles_that_each_channel_adds(temperature: float | None) -> None:
+def test_explanation_includes_rul_of_each_channel(temperature: float | None) -> None:
     """An explanation has the RUL minus that of each occluded copy, and labelled rows are scored too."""
     model = open_model(ARTEFACT)
     windows = np.array([golden.telemetry for golden in model.manifest.golden[:2]], np.float32)
@@ -340,9 +340,9 @@ def test_explanation_has_the_cycles_that_each_channel_adds(temperature: float | 
         rul = float(result.answers.rul[i])
         assert occluded.rul is not None
         expected = attribute_channels(result.answers.probabilities[i], rul, occluded.probabilities, occluded.rul)
-        for one, other in zip(expected, result.explanation[i], strict=True):
-            assert one.channel == other.channel
-            assert (one.shift, one.rul) == pytest.approx((other.shift, other.rul), abs=1e-3)
+        for wanted, actual in zip(expected, result.explanation[i], strict=True):
+            assert wanted.channel == actual.channel
+            assert (wanted.shift, wanted.rul) == pytest.approx((actual.shift, actual.rul), abs=1e-3)
 
 
 def test_explanation_that_exceeds_the_queue_is_rejected(sums: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,7 +357,7 @@ def test_explanation_that_exceeds_the_queue_is_rejected(sums: Model, monkeypatch
             with pytest.raises(Overloaded, match="2 of 5 rows"):
                 await service.predictor.predict(windows, explain=True)
         assert not waiting.done()
-        await service.predictor.predict(windows[:1], explain=True)  # three rows
+        await service.predictor.predict(windows[:1], explain=True)  # three rows: one window and two copies
         await waiting
 
     play(scene, sums, max_queue_rows=5)
@@ -396,7 +396,7 @@ def test_predict_not_finite_first_copy_names_instance(tmp_path: Path) -> None:
         predict(model, np.zeros((3, 3, 2)), explain=True)
 
 
-def test_predict_in_batch_with_overflow_is_answered(sums: Model) -> None:
+def test_predict_in_batch_with_overflow_returns_result(sums: Model) -> None:
     """A request is rejected only for its own rows, not for other rows of the batch."""
     windows = np.zeros((2, 3, 2), np.float32)
     overflowing = windows.copy()

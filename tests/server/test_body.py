@@ -50,7 +50,7 @@ class Call:
 
     async def receive(self) -> dict[str, Any]:
         if self.received == len(self.messages):
-            await asyncio.get_running_loop().create_future()  # never
+            await asyncio.get_running_loop().create_future()  # never completes
         self.received += 1
         return self.messages[self.received - 1]
 
@@ -121,7 +121,7 @@ def test_body_announced_beyond_the_limit_is_rejected_unread(how: Callable[..., A
 @pytest.mark.parametrize(
     "messages", [[], [piece(b"a", True)], [piece(b"a", True), piece(b"b", True)]], ids=["none", "first", "second"]
 )
-def test_body_that_is_late_is_rejected(messages: list[dict[str, Any]]) -> None:
+def test_late_body_is_rejected(messages: list[dict[str, Any]]) -> None:
     """A body that is incomplete after `seconds` is rejected, and the error hides its internal cause."""
     with pytest.raises(RequestTimeout, match=r"^the body did not arrive in 0\.01 s$") as refusal:
         Call(*messages).read(seconds=0.01)
@@ -210,7 +210,7 @@ def test_gzip_with_a_long_header_is_inflated() -> None:
     assert b"content" == inflate(named.getvalue(), 10, reservation())
 
 
-def test_gzip_bomb_is_dropped_at_the_limit() -> None:
+def test_gzip_bomb_is_rejected_at_the_limit() -> None:
     """Inflation stops in the step that exceeds the limit, and no more than the limit is charged."""
     bomb, held = gzip.compress(bytes(5 * INFLATE_STEP)), reservation()
     assert 5 * INFLATE_STEP == len(inflate(bomb, 5 * INFLATE_STEP, reservation()))
@@ -248,7 +248,7 @@ def test_gzip_of_too_many_members_is_rejected() -> None:
     ],
     ids=["plain", "zlib", "garbage", "sum", "end", "middle", "member"],
 )
-def test_gzip_that_is_broken_is_malformed(body: bytes, message: str) -> None:
+def test_broken_gzip_is_malformed(body: bytes, message: str) -> None:
     """Bytes that are not gzip, trailing garbage, a wrong checksum and a missing end are malformed."""
     with pytest.raises(MalformedJson, match=message) as refusal:
         inflate(body, 10**8, reservation())
@@ -317,7 +317,7 @@ def test_large_body_is_uploaded_into_its_buffer() -> None:
         ({"length": LARGE_UPLOAD + 1}, read_body),
     ],
 )
-def test_body_that_is_short_or_compressed_is_not_uploaded(context: dict[str, Any], how: Callable[..., Any]) -> None:
+def test_short_or_compressed_body_is_not_uploaded(context: dict[str, Any], how: Callable[..., Any]) -> None:
     """A body of at most 1 MiB, a compressed one and one read as bytes are received as messages."""
     exchange = Exchange()
     assert b"" == Call(

@@ -13,27 +13,27 @@ CLIENTS = 200
 
 
 class Echo(asyncio.Protocol):
-    """A protocol that returns what it receives; `made` has the loop turn of each accepted connection."""
+    """A protocol that returns what it receives; `accepted` has the loop turn of each accepted connection."""
 
-    turn, made = 0, list[int]()
+    turn, accepted = 0, list[int]()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.made.append(Echo.turn)
+        self.accepted.append(Echo.turn)
         self.transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
         self.transport.write(data)
 
 
-async def turns_until_all_are_in(seconds: float) -> int:
-    """Return the number of turns of some length until all clients are accepted; the last client gets a response."""
-    Echo.made.clear()
+async def count_turns_until_accepted(seconds: float) -> int:
+    """Return the number of loop turns of `seconds` each in which all clients are accepted."""
+    Echo.accepted.clear()
     loop = asyncio.get_running_loop()
     server = await loop.create_server(Echo, "127.0.0.1", 0, backlog=2 * CLIENTS)
     address = server.sockets[0].getsockname()
     clients = [socket.create_connection(address) for _ in range(CLIENTS)]  # the event loop is blocked during connects
     for Echo.turn in range(10_000):
-        if len(Echo.made) == CLIENTS:
+        if len(Echo.accepted) == CLIENTS:
             break
         time.sleep(seconds)  # blocks the event loop on purpose, as work of one turn does
         await asyncio.sleep(0)
@@ -45,23 +45,23 @@ async def turns_until_all_are_in(seconds: float) -> int:
         client.close()
     server.close()
     await server.wait_closed()
-    return Echo.made[-1] - Echo.made[0]
+    return Echo.accepted[-1] - Echo.accepted[0]
 
 
 def test_waiting_connections_are_accepted_in_few_turns() -> None:
     """200 waiting connections are accepted in a few long turns, and each gets a response."""
     with asyncio.Runner(loop_factory=BatchAcceptLoop) as runner:
-        assert CLIENTS / 10 > runner.run(turns_until_all_are_in(0.02))
+        assert CLIENTS / 10 > runner.run(count_turns_until_accepted(0.02))
     assert CLIENTS < MAX_ACCEPTED
 
 
-def test_idle_loop_leaves_connections_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_loop_accepts_few_connections_per_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short turns accept one or two connections each, so that workers share simultaneous clients."""
     monkeypatch.setattr(
         "service.server.event_loop.SECONDS_PER_CONNECTION", 60.0
     )  # longer than any turn, even on a busy machine
     with asyncio.Runner(loop_factory=BatchAcceptLoop) as runner:
-        assert CLIENTS / 10 < runner.run(turns_until_all_are_in(0))
+        assert CLIENTS / 10 < runner.run(count_turns_until_accepted(0))
 
 
 def test_loop_without_free_descriptors_continues() -> None:

@@ -9,14 +9,14 @@ import pytest
 
 from service import lifecycle
 
-HELD = """
+FRAGMENTATION = """
 import numpy as np
 from service.server import malloc
 if {fixed}:
     malloc.configure()
 def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1024
-for size in (31, 24, 16):  # glibc learns from what is freed
+for size in (31, 24, 16):  # glibc adapts its thresholds to freed sizes
     np.ones(size << 20, np.uint8)
 before = resident()
 large, small = [], []
@@ -30,7 +30,7 @@ print(resident() - before)
 
 def held(fixed: bool, **environment: str) -> float:
     """Return the growth in MiB of a process that freed 150 MiB and retains 3 MiB of small blocks between them."""
-    command = [sys.executable, "-c", HELD.format(fixed=fixed)]
+    command = [sys.executable, "-c", FRAGMENTATION.format(fixed=fixed)]
     return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
 

@@ -49,7 +49,7 @@ class Call(NamedTuple):
     method: str
     path: str
     content: bytes | None = None
-    headers: dict[str, str] = {}  # noqa: RUF012  # it is never changed
+    headers: dict[str, str] = {}  # noqa: RUF012  # never changed
     key: dict[str, str] = READER
 
 
@@ -68,10 +68,10 @@ def posted(path: str, value: Any, **headers: str) -> Call:
 
 
 def predictions(windows: Readings) -> Iterator[Call]:
-    """Return every form of a prediction, small and large."""
+    """Yield every form of a prediction request, small and large."""
     rows = [{"telemetry": window.tolist(), "engine_id": "E", "cycle": k} for k, window in enumerate(windows, 30)]
     labelled = rows[0] | {"label": "critical", "cycle": 40}
-    many, more = (windows[np.arange(n) % len(windows)] for n in (100, 500))  # bodies above 1 MiB
+    many, most = (windows[np.arange(n) % len(windows)] for n in (100, 500))  # bodies above 1 MiB
     yield posted("/v1/predict", {"instances": [{"telemetry": windows[0].tolist()}]})
     yield posted("/v1/predict", {"instances": rows})
     yield posted("/v1/predict", {"instances": [labelled], "temperature": 2.0})
@@ -82,13 +82,13 @@ def predictions(windows: Readings) -> Iterator[Call]:
     yield Call("POST", "/v1/predict?missing=hold", stream(flights({"A": windows[0]})), ARROW)
     yield posted(INFER, inference_body(windows))
     yield posted("/v2/models/engine-health/versions/0.1.0/infer", inference_body(windows))
-    for some in (windows, more):
-        body, headers = binary(some, parameters={"binary_data_output": True})
+    for batch in (windows, most):
+        body, headers = binary(batch, parameters={"binary_data_output": True})
         yield Call("POST", INFER, body, headers)
 
 
 def stored(windows: Readings) -> Iterator[Call]:
-    """Return calls of the store and of calibration."""
+    """Yield the calls of the store and of calibration."""
     cycles = [{"engine_id": "F", "cycle": k, "telemetry": row.tolist()} for k, row in enumerate(windows[0][:5], 1)]
     label = {"engine_id": "F", "cycle": 3, "label": "normal"}
     yield posted("/v1/cycles", {"cycles": cycles})
@@ -109,7 +109,7 @@ def stored(windows: Readings) -> Iterator[Call]:
 
 
 def others() -> Iterator[Call]:
-    """Return calls of the other endpoints and pages."""
+    """Yield the calls of the other endpoints and of pages."""
     logits = {"logits": [[1.0, 2.0, 3.0], [0.1, 0.2, 0.7]], "labels": [0, 2]}
     yield posted("/v1/evaluate", logits)
     for path in ("/v1/model", "/v2/models/engine-health", "/v2/models/engine-health/ready", "/docs", "/openapi.json"):
@@ -127,7 +127,7 @@ def others() -> Iterator[Call]:
 
 
 def refused() -> Iterator[Call]:
-    """Return requests that are rejected, for every reason that needs no load."""
+    """Yield requests that are rejected, for every reason that needs no load."""
     yield Call("POST", "/v1/predict", b"{", {"Content-Type": "application/json"})
     yield Call("POST", "/v1/predict", b"[" * 250_000, {"Content-Type": "application/json"})
     yield Call("POST", "/v1/predict", b"no stream", ARROW)
@@ -211,9 +211,9 @@ def reference(windows: Readings) -> list[Seen]:
 
 def test_reference_covers_endpoints_and_rejections(reference: list[Seen]) -> None:
     """The reference has each status code that needs no load, and its random parts are recognised."""
-    assert {200, 304, 400, 401, 403, 404, 405, 409, 413, 415, 422} == {one.status for one in reference}
-    assert any(b'"prediction_id":"-"' in one.body for one in reference)
-    assert all(one.body == b"" for one in reference if one.call.startswith("HEAD"))
+    assert {200, 304, 400, 401, 403, 404, 405, 409, 413, 415, 422} == {response.status for response in reference}
+    assert any(b'"prediction_id":"-"' in response.body for response in reference)
+    assert all(response.body == b"" for response in reference if response.call.startswith("HEAD"))
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -7,7 +7,7 @@ from service.server.timeouts import ReadDeadline, SlowReaderWatch
 
 
 class Timer:
-    """A call at a time, which can be cancelled."""
+    """A scheduled call that can be cancelled."""
 
     def __init__(self, when: float, callback: Callable[[], None]) -> None:
         self.when, self.callback, self.cancelled = when, callback, False
@@ -41,7 +41,7 @@ class Clock:
         """Move the time and run the timers that are due, in order."""
         end = self.now + seconds
         while due := [timer for timer in self.timers if not timer.cancelled and timer.when <= end]:
-            timer = min(due, key=lambda one: one.when)
+            timer = min(due, key=lambda candidate: candidate.when)
             self.timers.remove(timer)
             self.now = timer.when
             timer.callback()

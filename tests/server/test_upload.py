@@ -35,7 +35,7 @@ ROWS = 400  # windows of more than 1 MiB of floats
 
 @pytest.fixture(scope="module")
 def many(windows: Readings) -> Readings:
-    """Windows that differ from each other."""
+    """Return windows with random deviations, so that almost all of them differ."""
     random, some = np.random.default_rng(5), windows[np.arange(ROWS) % 4]
     return (some * (1 + 1e-3 * random.standard_normal(some.shape))).astype(np.float32)
 
@@ -54,7 +54,7 @@ def logits(body: bytes) -> bytes:
     return body[body.index(b'"outputs"') :]
 
 
-def turn(service: Service) -> None:
+def wait_until_read(service: Service) -> None:
     """Send enough requests that the event loop reads all earlier bytes."""
     for _ in range(50):
         service.client.get("/livez")
@@ -123,10 +123,10 @@ def test_large_body_beyond_the_budget_gets_429(many: Readings) -> None:
         with open_stream(tight) as (second, other):
             for connection in (first, second):
                 connection.sendall(request[:100_000])
-            turn(tight)
+            wait_until_read(tight)
             for connection in (first, second):
                 connection.sendall(request[100_000:-1])
-                turn(tight)
+                wait_until_read(tight)
             assert 429 == read_response(other)[0]
             second.sendall(request[-1:] + LIVEZ)
             assert 200 == read_response(other)[0]
@@ -144,7 +144,7 @@ def test_disconnect_during_upload_releases_the_budget(many: Readings, how: int) 
     with running(ENGINE_HEALTH_MAX_BUFFERED_BYTES=str(len(request))) as tight:
         with open_stream(tight) as (leaves, _):
             leaves.sendall(request[:-1])
-            turn(tight)
+            wait_until_read(tight)
             until(lambda: tight.client.post(INFER, content=request[-900_000:]).status_code == 429)
             leaves.shutdown(how)
             until(lambda: tight.metrics()['engine_health_rejected_total{reason="client_gone"}'] == 1)
@@ -154,7 +154,7 @@ def test_disconnect_during_upload_releases_the_budget(many: Readings, how: int) 
 
 
 def test_body_with_two_lengths_is_rejected(service: Service) -> None:
-    """A body with Content-Length and chunked encoding gets 400, since two parsers could read it differently."""
+    """A body with Content-Length and chunked encoding gets 400, because its length is ambiguous."""
     with open_stream(service) as (connection, reader):
         connection.sendall(HEAD + b"Content-Length: 2000000\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
         assert 400 == read_response(reader)[0]
@@ -181,16 +181,16 @@ def test_announced_bytes_are_not_charged_before_arrival(many: Readings) -> None:
         for _ in range(12):
             waits = slow.enter_context(connected(tight))
             waits.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % (2 * MIB))
-            turn(tight)
+            wait_until_read(tight)
             waits.sendall(b"{")
-        turn(tight)
+        wait_until_read(tight)
         with open_stream(tight) as (connection, reader):
             connection.sendall(request)
             assert 200 == read_response(reader)[0]
 
 
 def test_fast_upload_is_read_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other tasks get a turn after each step, however many bytes of the body wait."""
+    """At most one step of a body is read before other callbacks of the event loop run."""
     step, length, taken = 1 << 12, 2 * MIB, [0]
     monkeypatch.setattr(upload, "MAX_STEP", step)
     monkeypatch.setattr(upload, "MIN_STEP", step)
@@ -201,11 +201,11 @@ def test_fast_upload_is_read_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         context.headers, context.content_length = dict(scope["headers"]), length
         await asyncio.sleep(0.1)  # until much of the body is in the socket
 
-        def turn() -> None:
+        def record() -> None:
             taken.append(held.bytes)
-            asyncio.get_running_loop().call_soon(turn)
+            asyncio.get_running_loop().call_soon(record)
 
-        turn()
+        record()
         assert length == len(await read_large(Request(scope, receive), length, 30))
         whole.set()
 
